@@ -1,0 +1,157 @@
+"""The published system, rebuilt from its description with MONAI and torch: what this library is held against."""
+
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+
+
+class MultiTask(nn.Module):
+    """A DenseNet121 trunk and named heads, with the published keys."""
+
+    def __init__(self, outputs: dict[str, int]) -> None:
+        from monai.networks.nets import DenseNet121
+
+        super().__init__()
+        trunk = DenseNet121(spatial_dims=3, in_channels=1, out_channels=1, dropout_prob=0.2)
+        del trunk.class_layers
+        self.feature_extractor = trunk
+        for name, count in outputs.items():
+            head = nn.Sequential(nn.ReLU(), nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(1024, count))
+            self.add_module(name, head)
+        self.names = list(outputs)
+
+    def forward(self, grid: torch.Tensor) -> list[torch.Tensor]:
+        features = self.feature_extractor.features(grid)
+        return [self.get_submodule(name)(features) for name in self.names]
+
+
+class Plain(nn.Module):
+    """MONAI's DenseNet121 as it is."""
+
+    def __new__(cls, outputs: int) -> nn.Module:  # type: ignore[misc]
+        from monai.networks.nets import DenseNet121
+
+        network = DenseNet121(spatial_dims=3, in_channels=1, out_channels=outputs, dropout_prob=0.2)
+        forward = network.forward
+        network.forward = lambda grid: [forward(grid)]
+        return network
+
+
+class Perez(nn.Module):
+    """The network of Perez et al. 2023."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.feature_extractor = nn.Sequential(
+            nn.Conv3d(1, 16, 3, padding=0, bias=False), nn.ReLU(), nn.MaxPool3d(2),
+            nn.Conv3d(16, 32, 3), nn.ReLU(), nn.MaxPool3d(2), nn.Dropout3d(0.5),
+            nn.Conv3d(32, 64, 3), nn.ReLU(), nn.MaxPool3d(2),
+            nn.Conv3d(64, 128, 3, bias=False), nn.ReLU(), nn.BatchNorm3d(128), nn.AdaptiveMaxPool3d(1),
+        )  # fmt: skip
+        self.classifier = nn.Sequential(nn.Flatten(), nn.Linear(128, 1))
+
+    def forward(self, grid: torch.Tensor) -> list[torch.Tensor]:
+        return [self.classifier(self.feature_extractor(grid))]
+
+
+# zoo name: folder on the Hub, network, the file's name up to its fold, tasks in the order of the outputs
+PUBLISHED = {
+    "densenet121.prognosis_gcs3_age": (
+        "Proposed_ThreeClassOrdinalGCS_BinaryAge_PrognosisICH",
+        lambda: MultiTask({"binary_head": 1, "ordinal_headGCS": 2, "ordinal_headAge": 1}),
+        "DenseNet_ThreeClassGCS_BinaryAge_Prognosis_SAMEPARAMETERS_asBinaryGCS_BinaryAge_Prognosis_No_pos_weight",
+        ("prognosis", "gcs", "age"),
+    ),
+    "densenet121.prognosis_gcs2_age": (
+        "Proposed_BinaryGCS_BinaryAge_PrognosisICH",
+        lambda: MultiTask({"binary_head": 1, "ordinal_headGCS": 1, "ordinal_headAge": 1}),
+        "any_name",
+        ("prognosis", "gcs", "age"),
+    ),
+    "densenet121.prognosis_gcs3": (
+        "ThreeClassOrdinalGCS_PrognosisICH",
+        lambda: MultiTask({"binary_head": 1, "ordinal_head": 2}),
+        "any_name",
+        ("prognosis", "gcs"),
+    ),
+    "densenet121.prognosis_gcs2": (
+        "BinaryGCS_PrognosisICH",
+        lambda: MultiTask({"binary_head": 1, "ordinal_head": 1}),
+        "any_name",
+        ("prognosis", "gcs"),
+    ),
+    "densenet121.prognosis_age": (
+        "BinaryAge_PrognosisICH",
+        lambda: MultiTask({"binary_head": 1, "ordinal_headAge": 1}),
+        "any_name",
+        ("prognosis", "age"),
+    ),
+    "densenet121.prognosis": ("Baseline_DenseNet_PrognosisICH", lambda: Plain(1), "any_name", ("prognosis",)),
+    "densenet121.gcs3": ("Baseline_DenseNet_ThreeClassOrdinalGCS", lambda: Plain(2), "DenseNet_ThreeClassGCS", ("gcs",)),
+    "densenet121.gcs2": ("Baseline_DenseNet_BinaryGCS", lambda: Plain(1), "any_name", ("gcs",)),
+    "densenet121.age": ("Baseline_DenseNet_BinaryAge", lambda: Plain(1), "any_name", ("age",)),
+    "perez2023.prognosis": ("Baseline_Perez_et_al", Perez, "any_name", ("prognosis",)),
+}
+
+
+def network(name: str, seed: int) -> nn.Module:
+    """The published network of a zoo name with seeded weights, spread so that probabilities differ from 0.5."""
+    torch.manual_seed(seed)
+    made = PUBLISHED[name][1]()
+    for module in made.modules():
+        if isinstance(module, nn.BatchNorm3d):
+            nn.init.uniform_(module.weight, 0.8, 1.2)
+            nn.init.normal_(module.bias, 0, 0.1)
+            nn.init.normal_(module.running_mean, 0, 0.05)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, 0, 0.05)
+            nn.init.normal_(module.bias, 0, 1)
+    return made.eval().requires_grad_(requires_grad=False)
+
+
+def save(name: str, hub: Path, seed: int, fold: int = 0) -> Path:
+    """Writes a seeded checkpoint as published into the folder `hub` of the repository's files."""
+    folder, _, stem, _ = PUBLISHED[name]
+    path = hub / folder / f"{stem}_fold{fold}.pth"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(OrderedDict(network(name, seed).state_dict()), path)
+    return path
+
+
+def grid(path: Path) -> torch.Tensor:
+    """A brain-only NIfTI in LPS order through the published chain of MONAI's transforms: `(1, 40, 301, 301)`."""
+    from monai import transforms as t
+
+    chain = t.Compose(
+        [
+            t.LoadImage(image_only=True),
+            t.EnsureChannelFirst(),
+            t.Rotate90(k=3),
+            t.Flip(spatial_axis=1),
+            t.NormalizeIntensity(subtrahend=15, divisor=85),
+            t.ThresholdIntensity(threshold=0, above=True, cval=0),
+            t.ThresholdIntensity(threshold=1, above=False, cval=0),
+            t.SpatialPad((-1, -1, 40), method="symmetric"),
+            t.Resize((301, 301, 40), mode="area"),
+            t.Transpose((0, 3, 1, 2)),
+        ]
+    )
+    return chain(str(path)).as_tensor()
+
+
+def probabilities(name: str, logits: list[torch.Tensor]) -> dict[str, np.ndarray]:
+    """Each task's label probabilities, from the description of the targets in words."""
+    found = {}
+    for task, values in zip(PUBLISHED[name][3], logits, strict=True):
+        beyond = functional.sigmoid(values)[0].double().numpy()
+        if len(beyond) == 2:
+            first, second = beyond[0], min(beyond)
+            found[task] = np.array([1 - first, first - second, second])
+        else:
+            found[task] = np.array([1 - beyond[0], beyond[0]])
+    return found
