@@ -1,0 +1,135 @@
+"""Name -> plugin, from entry points: listed from metadata alone, imported on first use, one owner a name.
+
+The built-in backbones, heads, saliency methods and models come through the same door as anybody's, by the entry
+points of this project's own `pyproject.toml`.
+"""
+
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from ichprog.errors import PluginError, UnknownName
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One claim to a name.
+
+    Attributes:
+        kind: What it is, such as "backbone".
+        name: The name it claims.
+        distribution: The distribution that brings it, or "this session" where it was registered by hand.
+        version: The distribution's version.
+        target: The entry point, or the object itself where it was registered by hand.
+    """
+
+    kind: str
+    name: str
+    distribution: str
+    version: str
+    target: Any
+
+    @property
+    def owner(self) -> str:
+        """Who claims the name, for messages."""
+        return f"{self.distribution} {self.version}".rstrip()
+
+    def load(self) -> Any:
+        """The plugin itself, imported where it was not yet.
+
+        Raises:
+            PluginError: Its import fails, for whatever reason.
+        """
+        if not isinstance(self.target, EntryPoint):
+            return self.target
+        try:
+            return self.target.load()
+        except Exception as error:  # a plugin may fail in any way; it spoils its own name only
+            raise PluginError(
+                f"{self.kind} {self.name!r} of {self.owner} cannot be loaded from {self.target.value}: "
+                f"{type(error).__name__}: {error}. Repair or uninstall that distribution; others go on working."
+            ) from error
+
+
+class Registry:
+    """The plugins of one kind.
+
+    Args:
+        kind: What they are, in the singular, for messages.
+        group: Their entry-point group.
+    """
+
+    def __init__(self, kind: str, group: str) -> None:
+        self.kind, self.group = kind, group
+        self._registered: dict[str, Entry] = {}
+        self._lock = threading.Lock()
+
+    def entries(self) -> list[Entry]:
+        """Every claim to a name, by name, from metadata only: nothing is imported."""
+        found = [
+            Entry(self.kind, point.name, point.dist.name if point.dist else "unknown distribution", _version(point), point)
+            for point in entry_points(group=self.group)
+        ]
+        return sorted([*found, *self._registered.values()], key=lambda entry: (entry.name, entry.owner))
+
+    def names(self) -> list[str]:
+        """The names there are."""
+        return sorted({entry.name for entry in self.entries()})
+
+    def load(self, name: str) -> Any:
+        """The plugin of that name.
+
+        Raises:
+            UnknownName: There is none.
+            PluginError: Two distributions claim the name, or the import fails.
+        """
+        claims = [entry for entry in self.entries() if entry.name == name]
+        if not claims:
+            raise UnknownName(self.kind, name, self.names(), hint="`ichprog plugins` lists all.")
+        return sole(claims).load()
+
+    def register(self, name: str, plugin: Any) -> None:
+        """Adds a plugin for this process only; what a distribution installs needs an entry point instead.
+
+        Raises:
+            PluginError: The name is taken.
+        """
+        with self._lock:
+            entry = Entry(self.kind, name, "this session", "", plugin)
+            sole([*(e for e in self.entries() if e.name == name), entry])
+            self._registered[name] = entry
+
+    def unregister(self, name: str) -> None:
+        """Takes back what `register` added; a name that was not registered is left alone."""
+        self._registered.pop(name, None)
+
+
+def sole(claims: Iterable[Entry]) -> Entry:
+    """The one claim to a name.
+
+    Raises:
+        PluginError: There are several; all owners are named.
+    """
+    first, *others = claims
+    if others:
+        owners = " and ".join(entry.owner for entry in (first, *others))
+        raise PluginError(
+            f"{first.kind} {first.name!r} is claimed by {owners}. Uninstall one of them, or have it take another name."
+        )
+    return first
+
+
+def _version(point: EntryPoint) -> str:
+    return point.dist.version if point.dist else ""
+
+
+backbones = Registry("backbone", "ichprog.backbones")
+heads = Registry("head", "ichprog.heads")
+saliency = Registry("saliency method", "ichprog.saliency")
+models = Registry("package of models", "ichprog.models")
+
+register_backbone = backbones.register
+register_head = heads.register
+register_saliency = saliency.register
