@@ -1,0 +1,74 @@
+"""The built-in backbones.
+
+A backbone plugin is a function `build(**options)` that returns a module which turns a grid `(B, 1, D, H, W)` into
+features `(B, C, d, h, w)` and has two attributes: `out_channels`, which is C, and `cam_layer`, the name of the
+submodule whose output class activation maps are taken at.
+"""
+
+from torch import Tensor, nn
+
+
+class Backbone(nn.Module):
+    """A stack of layers with what the contract asks for.
+
+    Args:
+        features: The layers, `(B, 1, D, H, W)` to `(B, C, d, h, w)`.
+        out_channels: C.
+        cam_layer: Name of the submodule for class activation maps, from this module down.
+    """
+
+    def __init__(self, features: nn.Sequential, out_channels: int, cam_layer: str) -> None:
+        super().__init__()
+        self.features = features
+        self.out_channels = out_channels
+        self.cam_layer = cam_layer
+
+    def forward(self, grid: Tensor) -> Tensor:
+        """Features `(B, C, d, h, w)` of a grid `(B, 1, D, H, W)`."""
+        features: Tensor = self.features(grid)
+        return features
+
+
+def densenet121(*, dropout: float = 0.0) -> Backbone:
+    """DenseNet121 in three dimensions without its classification layers; C is 1024.
+
+    A grid of 40 x 301 x 301 becomes features of 1 x 9 x 9. 11.2 M parameters.
+
+    Args:
+        dropout: Dropout rate inside the dense layers, in training.
+
+    Source: Huang et al., CVPR 2017 (arXiv 1608.06993), as MONAI builds it; the trunk of Cobo et al. 2024.
+    """
+    from monai.networks.nets import DenseNet121
+
+    network = DenseNet121(spatial_dims=3, in_channels=1, out_channels=1, dropout_prob=dropout)
+    return Backbone(network.features, out_channels=1024, cam_layer="features.norm5")
+
+
+def perez2023(*, dropout: float = 0.5) -> Backbone:
+    """The four-layer convolutional network of Perez et al. 2023; C is 128.
+
+    A grid of 40 x 301 x 301 becomes features of 1 x 33 x 33. 0.3 M parameters. Slices, rows and columns each need 38
+    cells or more.
+
+    Args:
+        dropout: Rate at which whole channels are dropped after the second layer, in training.
+
+    Source: Perez et al. 2023, as Cobo et al. 2024 rebuilt it for their baseline.
+    """
+    features = nn.Sequential(
+        nn.Conv3d(1, 16, 3, bias=False),
+        nn.ReLU(),
+        nn.MaxPool3d(2),
+        nn.Conv3d(16, 32, 3),
+        nn.ReLU(),
+        nn.MaxPool3d(2),
+        nn.Dropout3d(dropout),
+        nn.Conv3d(32, 64, 3),
+        nn.ReLU(),
+        nn.MaxPool3d(2),
+        nn.Conv3d(64, 128, 3, bias=False),
+        nn.ReLU(),
+        nn.BatchNorm3d(128),
+    )
+    return Backbone(features, out_channels=128, cam_layer="features.12")

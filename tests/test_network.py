@@ -1,0 +1,172 @@
+"""Networks from specs, held against the published ones; contracts over everything registered."""
+
+import dataclasses
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import ichprog
+from ichprog import PluginError, SpecError, UnknownName, WeightsError, hub, network, registry, zoo
+from ichprog.spec import Part
+
+import published
+
+
+def build_small(backbone: str):
+    return registry.backbones.load(backbone)().eval()
+
+
+@pytest.mark.parametrize("name", registry.backbones.names())
+def test_backbones_keep_their_contract(name):
+    backbone = build_small(name)
+    grid = torch.rand(2, 1, 40, 64, 64)
+    features = backbone(grid)
+    assert features.ndim == 5
+    assert features.shape[:2] == (2, backbone.out_channels)
+    assert backbone.cam_layer in dict(backbone.named_modules())
+    assert torch.equal(features, backbone(grid))
+    assert torch.allclose(features[:1], backbone(grid[:1]), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", registry.heads.names())
+@pytest.mark.parametrize("labels", [("a", "b"), ("a", "b", "c"), tuple("abcdefg")])
+def test_heads_keep_their_contract(name, labels):
+    head = registry.heads.load(name)(16, labels)
+    features = torch.randn(5, 16, 1, 3, 2, requires_grad=True)
+    logits = head(features)
+    probabilities = head.probabilities(logits * 10)
+    assert probabilities.shape == (5, len(labels))
+    assert (probabilities >= 0).all()
+    assert torch.allclose(probabilities.sum(1), torch.ones(5))
+    loss = head.loss(logits, torch.arange(5) % len(labels))
+    assert loss.ndim == 0
+    loss.backward()
+    assert features.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", registry.heads.names())
+def test_a_head_learns_its_labels(name):
+    """The loss falls to where the most probable label is the true one: loss and probabilities mean the same."""
+    torch.manual_seed(0)
+    head = registry.heads.load(name)(3, ("a", "b", "c"), activation=False)
+    target = torch.arange(3).repeat(10)
+    features = torch.nn.functional.one_hot(target).float()[:, :, None, None, None] + 0.1 * torch.randn(30, 3, 1, 1, 1)
+    optimiser = torch.optim.Adam(head.parameters(), 0.1)
+    for _ in range(200):
+        optimiser.zero_grad()
+        head.loss(head(features), target).backward()
+        optimiser.step()
+    assert (head.probabilities(head(features)).argmax(1) == target).all()
+
+
+def test_ordinal_probabilities_follow_the_described_codes():
+    head = registry.heads.load("ordinal")(4, ("13-15", "9-12", "3-8"))
+    logits = torch.tensor([[0.4, -1.1], [-1.0, 2.0]])
+    sigmoid = torch.sigmoid(logits)
+    first, crossed = head.probabilities(logits)
+    assert torch.allclose(first, torch.stack([1 - sigmoid[0, 0], sigmoid[0, 0] - sigmoid[0, 1], sigmoid[0, 1]]))
+    assert torch.allclose(crossed, torch.stack([1 - sigmoid[1, 0], torch.tensor(0.0), sigmoid[1, 0]]))
+    codes = {0: [0.0, 0.0], 1: [1.0, 0.0], 2: [1.0, 1.0]}
+    for label, code in codes.items():
+        expected = torch.nn.functional.binary_cross_entropy(sigmoid[:1], torch.tensor([code]))
+        assert torch.allclose(head.loss(logits[:1], torch.tensor([label])), expected)
+
+
+@pytest.mark.parametrize("name", published.PUBLISHED)
+def test_a_published_checkpoint_gives_the_published_logits(name, tmp_path):
+    """Same keys, same numbers: on a small grid here, on whole scans in test_model."""
+    spec = zoo.find(name)
+    theirs = published.network(name, seed=7)
+    save_file(hub.translate(theirs.state_dict(), spec.weights.keys, "test"), tmp_path / "fold0.safetensors")
+    ours = network.load(spec, tmp_path / "fold0.safetensors")
+    grid = torch.rand(2, 1, 40, 64, 64)
+    with torch.no_grad():
+        expected, got = theirs(grid), ours(grid)
+    for task, values in zip(published.PUBLISHED[name][3], expected, strict=True):
+        assert torch.allclose(got[task], values, atol=1e-5)
+    assert not ours.training
+    assert not any(p.requires_grad for p in ours.parameters())
+
+
+def test_parameters_are_as_many_as_stated():
+    count = {n: sum(p.numel() for p in build_small(n).parameters()) for n in ("densenet121", "perez2023")}
+    assert round(count["densenet121"] / 1e6, 2) == 11.24
+    assert round(count["perez2023"] / 1e6, 1) == 0.3
+
+
+@pytest.mark.parametrize("change", ["missing", "extra", "shape", "not safetensors"])
+def test_weights_fit_to_the_letter_or_not_at_all(change, tmp_path):
+    spec = zoo.find("perez2023.prognosis")
+    state = network.build(spec).state_dict()
+    path = tmp_path / "fold0.safetensors"
+    if change == "missing":
+        del state["heads.prognosis.linear.bias"]
+    if change == "extra":
+        state["heads.prognosis.linear.colour"] = torch.zeros(1)
+    if change == "shape":
+        state["backbone.features.3.weight"] = torch.zeros(2, 2)
+    save_file(state, path)
+    if change == "not safetensors":
+        path.write_bytes(b"not at all")
+    said = {
+        "missing": "heads.prognosis.linear.bias is missing",
+        "extra": "heads.prognosis.linear.colour is not part of the network",
+        "shape": r"backbone.features.3.weight has shape \[2, 2\] instead of \[32, 16, 3, 3, 3\]",
+        "not safetensors": "cannot be read as safetensors",
+    }
+    with pytest.raises(WeightsError, match=said[change]):
+        network.load(spec, path)
+
+
+def with_backbone(name, **options):
+    return dataclasses.replace(zoo.find("perez2023.prognosis"), backbone=Part(name, options))
+
+
+def test_an_unknown_backbone_names_the_nearest():
+    with pytest.raises(UnknownName, match=r"no backbone 'densenet112'.*nearest: densenet121"):
+        network.build(with_backbone("densenet112"))
+
+
+def test_a_wrong_option_is_said():
+    with pytest.raises(SpecError, match="refuses its options .*colour"):
+        network.build(with_backbone("perez2023", colour="red"))
+
+
+@pytest.fixture
+def plugin():
+    """Registers plugins for one test."""
+    names = []
+
+    def register(name, build):
+        ichprog.register_backbone(name, build)
+        names.append(name)
+
+    yield register
+    for name in names:
+        registry.backbones.unregister(name)
+
+
+@pytest.mark.parametrize(
+    ("build", "said"),
+    [
+        (lambda: "no module", "must build a torch.nn.Module"),
+        (torch.nn.Identity, "needs the attributes out_channels"),
+        (lambda: 1 / 0, "cannot be built: ZeroDivisionError"),
+    ],
+)
+def test_a_backbone_that_breaks_its_contract_is_named(build, said, plugin):
+    plugin("broken", build)
+    with pytest.raises(PluginError, match=f"backbone 'broken'.*{said}"):
+        network.build(with_backbone("broken"))
+
+
+def test_a_cam_layer_that_is_not_there_is_said(plugin):
+    def build():
+        module = torch.nn.Identity()
+        module.out_channels, module.cam_layer = 1, "nowhere"
+        return module
+
+    plugin("lost", build)
+    with pytest.raises(PluginError, match="'nowhere' names none of its modules"):
+        network.build(with_backbone("lost"))
