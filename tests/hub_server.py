@@ -1,0 +1,153 @@
+"""A Hub on the loopback, for the real client: folders of files served as repositories, with faults on demand."""
+
+import hashlib
+import json
+import re
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class HubServer:
+    """Serves `root/<org>/<repo>/...` as the model repositories of a Hub, all at one commit.
+
+    Attributes:
+        url: The endpoint, for HF_ENDPOINT.
+        requests: What was asked, in order, as "METHOD path".
+        faults: What goes wrong, by a part of "METHOD path". A number is an HTTP status, with an X-Error-Code after a
+            colon where given ("403:GatedRepo"); "half" sends half of the body, "flip" changes a bit of it, "wrong"
+            sends a page instead, "slow" waits a second, "hang" never answers.
+        refs: The commits that branches and tags are at.
+        lfs: File endings that are kept in LFS, with a SHA-256; others have git's checksum.
+        states_checksums: Whether a repository's info has sizes and checksums; its tree has them always.
+    """
+
+    def __init__(self, root: Path, commit: str = COMMIT) -> None:
+        self.root, self.commit = root, commit
+        self.requests: list[str] = []
+        self.faults: dict[str, str | int] = {}
+        self.refs = {"main": commit}
+        self.lfs: tuple[str, ...] = (".pth", ".safetensors")
+        self.states_checksums = True
+        self.closing = threading.Event()
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
+        self._server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+
+    def __enter__(self) -> "HubServer":
+        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.closing.set()
+        self._server.shutdown()
+        self._server.server_close()
+
+    def asked(self, part: str) -> list[str]:
+        """The requests that have `part` in their "METHOD path"."""
+        return [request for request in self.requests if part in request]
+
+    def files(self, repo: str) -> Iterator[dict[str, Any]]:
+        """What a listing says of each file."""
+        for path in sorted(p for p in (self.root / repo).rglob("*") if p.is_file()):
+            content = path.read_bytes()
+            blob = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+            file = {"path": path.relative_to(self.root / repo).as_posix(), "size": len(content), "oid": blob}
+            if path.suffix in self.lfs:
+                file["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}
+            yield file
+
+
+class _Handler(BaseHTTPRequestHandler):
+    hub: HubServer
+
+    def do_GET(self) -> None:
+        self.answer()
+
+    def do_HEAD(self) -> None:
+        self.answer()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def answer(self) -> None:
+        path = unquote(urlsplit(self.path).path)
+        request = f"{self.command} {path}"
+        self.hub.requests.append(request)
+        fault = str(next((fault for part, fault in self.hub.faults.items() if part in request), ""))
+        if fault == "hang":
+            self.hub.closing.wait(60)
+        elif fault[:1].isdigit():
+            self.refuse(*fault.split(":"))
+        else:
+            time.sleep(1 if fault == "slow" else 0)
+            self.route(path, fault)
+
+    def route(self, path: str, fault: str) -> None:
+        match = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+)(?:/(.+))?)?", path)
+        match = match or re.fullmatch(r"/([^/]+/[^/]+)/(resolve)/([^/]+)/(.+)", path)
+        if match is None:
+            return self.refuse("404")
+        repo, kind, revision, folder = match.groups()
+        commit = self.hub.refs.get(revision or "main", revision)
+        if not (self.hub.root / repo).is_dir():
+            return self.refuse("404", "RepoNotFound")
+        if commit not in {self.hub.commit, *self.hub.refs.values()}:
+            return self.refuse("404", "RevisionNotFound")
+        if kind == "resolve":
+            return self.file(repo, str(commit), str(folder), fault)
+        files = list(self.hub.files(repo))
+        if kind == "tree":
+            inside = [f for f in files if f["path"].rpartition("/")[0] == (folder or "")]
+            if not inside:
+                return self.refuse("404", "EntryNotFound")
+            return self.send(json.dumps([{"type": "file", **f} for f in inside]).encode(), fault)
+        siblings = [{"rfilename": f["path"], "size": f["size"], "blobId": f["oid"]} for f in files]
+        for sibling, f in zip(siblings, files, strict=True):
+            if not self.hub.states_checksums:
+                del sibling["size"], sibling["blobId"]
+            elif lfs := f.get("lfs"):
+                sibling["lfs"] = {"sha256": lfs["oid"], "size": lfs["size"], "pointerSize": lfs["pointerSize"]}
+        info = {"id": repo, "sha": commit, "private": False, "tags": [], "downloads": 0, "siblings": siblings}
+        return self.send(json.dumps(info).encode(), fault)
+
+    def file(self, repo: str, commit: str, name: str, fault: str) -> None:
+        found = next((f for f in self.hub.files(repo) if f["path"] == name), None)
+        if found is None:
+            return self.refuse("404", "EntryNotFound")
+        etag = found["lfs"]["oid"] if "lfs" in found else found["oid"]
+        headers = {"ETag": f'"{etag}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
+        if "lfs" in found:
+            headers |= {"X-Linked-Size": str(found["size"]), "X-Linked-ETag": f'"{etag}"'}
+        return self.send((self.hub.root / repo / name).read_bytes(), fault, headers)
+
+    def send(self, body: bytes, fault: str, headers: dict[str, str] | None = None) -> None:
+        headers, status, total = headers or {}, 200, len(body)
+        if fault == "flip":
+            body = body[:-1] + bytes([body[-1] ^ 1])
+        elif fault == "wrong":
+            body = b"<html>Please log in to this network.</html>"
+        length = len(body)
+        if match := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
+            start, end = int(match[1]), int(match[2] or length - 1)
+            body, status = body[start : end + 1], 206
+            headers, length = headers | {"Content-Range": f"bytes {start}-{end}/{total}"}, len(body)
+        self.send_response(status)
+        for key, value in {**headers, "Content-Length": str(length)}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body[: len(body) // 2] if fault == "half" else body)
+
+    def refuse(self, status: str, code: str = "") -> None:
+        self.send_response(int(status))
+        if code:
+            self.send_header("X-Error-Code", code)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
