@@ -1,0 +1,89 @@
+"""A CT on disk becomes a `Scan`: read, checked, and left with its brain alone.
+
+`volume` holds the Scan and reads NIfTI, `series` chooses among DICOM series and `dicom` makes a volume of one, `brain`
+finds the brain, `checks` says what is impossible and what is doubtful. Nothing in this room knows of networks.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ichprog.scan.brain import BrainMode, brain_only, extract, refuse_unknown_mode
+from ichprog.scan.checks import check, refuse_unless_ct
+from ichprog.scan.volume import Scan, read
+from ichprog.spec import Plausible
+
+if TYPE_CHECKING:
+    import nibabel as nib
+
+__all__ = ["BrainMode", "Scan", "brain_mask", "examine", "find", "read", "refuse_unknown_mode"]
+
+
+def examine(source: Any, *, plausible: Plausible, brain: BrainMode = "auto") -> Scan:
+    """Reads a scan, checks it, and leaves nothing but the brain in it.
+
+    Args:
+        source: What `read` takes. A scan that was examined already is returned as it is.
+        plausible: What the scan is checked against.
+        brain: "auto" extracts the brain where a skull is seen, "extract" always, "given" never.
+
+    Raises:
+        ScanError: The scan cannot be read, or nothing can be said about it.
+        UnknownName: There is no such way to treat the brain.
+    """
+    scan = read(source)
+    if scan.brain is not None:
+        return scan
+    refuse_unless_ct(scan)
+    kept, mask, record = brain_only(scan, brain)
+    doubts = check(scan, mask, plausible, given=record["brain"] == "given")
+    return dataclasses.replace(kept, brain=mask, record={**scan.record, **record}, warnings=(*scan.warnings, *doubts))
+
+
+def brain_mask(scan: Any) -> "nib.Nifti1Image":
+    """The brain in a whole head, as an image of 0 and 1 in the scan's own shape and affine.
+
+    Args:
+        scan: A NIfTI path, a DICOM folder or a .zip of one, or a nibabel image.
+
+    Raises:
+        ScanError: The scan cannot be read, or no brain is found.
+    """
+    whole = read(scan)
+    if whole.brain is None:
+        refuse_unless_ct(whole)
+        whole = dataclasses.replace(whole, brain=extract(whole))
+    return whole.image(np.asarray(whole.brain, np.uint8))
+
+
+def find(path: str | Path) -> list[Path]:
+    """The scans behind a path.
+
+    A folder is one scan where it, or its folders together, hold the DICOM files of one study. Else every NIfTI file
+    and every .zip in it is a scan, and so on in its folders.
+
+    Args:
+        path: A file, a DICOM folder, or a folder of scans.
+
+    Returns:
+        Paths that `read` takes, sorted; the path itself where it is no folder or holds none.
+    """
+    path = Path(path)
+    return _scans_in(path) or [path] if path.is_dir() else [path]
+
+
+def _scans_in(folder: Path) -> list[Path]:
+    from ichprog.scan import dicom
+
+    entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+    files = [entry for entry in entries if entry.is_file()]
+    folders = [entry for entry in entries if entry.is_dir()]
+    if any(dicom.is_dicom(file) for file in files):
+        return [folder]
+    studies = [found for inner in folders if (found := dicom.study(inner)) is not None]
+    if len(studies) > 1 and len(set(studies)) == 1:
+        return [folder]
+    scans = [file for file in files if file.name.endswith((".nii", ".nii.gz", ".zip"))]
+    return sorted(scans + [scan for inner in folders for scan in _scans_in(inner)])

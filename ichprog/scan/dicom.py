@@ -1,0 +1,224 @@
+"""One head CT in DICOM becomes an upright volume in HU, its geometry set straight.
+
+Geometry comes from Image Position and Image Orientation (Patient) alone: slice thickness, slice location, spacing
+between slices and gantry tilt contradict the pixels often enough. A series that is straight and even keeps its
+pixels; any other goes through one linear interpolation.
+"""
+
+import functools
+from collections import Counter
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ichprog.errors import ScanError, ScanWarning
+from ichprog.scan.series import (
+    AIR_HU,
+    TOLERANCE_MM,
+    Stack,
+    begins_as_dicom,
+    choose,
+    files_in,
+    images_of,
+    stacks_of,
+    values_of,
+)
+
+_WIDEST_GAP_MM = 25.0  # a whole ventricle fits in more: that is not interpolated
+
+
+@dataclass(frozen=True)
+class Series:
+    """One axial series as a volume.
+
+    Attributes:
+        hu: `(i, j, k)` float32 HU, -1024 where nothing was measured; i runs to the patient's left, j to posterior,
+            k to superior, each as nearly as the slices lie.
+        affine: `(4, 4)` float64, from voxel (i, j, k) to RAS mm, as nibabel has it.
+        record: What was read, what was passed over and what was done, as plain data.
+        warnings: Doubts that came up.
+    """
+
+    hu: np.ndarray
+    affine: np.ndarray
+    record: dict[str, Any]
+    warnings: tuple[ScanWarning, ...]
+
+
+def is_dicom(path: Path) -> bool:
+    """Whether one file begins as DICOM does, with or without the preamble.
+
+    Args:
+        path: A file.
+    """
+    with path.open("rb") as file:
+        return begins_as_dicom(file.read(132))
+
+
+def study(folder: Path) -> str | None:
+    """The study of the first DICOM file in a folder or below it; None where there is no such file.
+
+    Args:
+        folder: A folder.
+    """
+    from pydicom import dcmread
+
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and is_dicom(path):
+            header = dcmread(path, stop_before_pixels=True, force=True, specific_tags=["StudyInstanceUID"])
+            return str(header.get("StudyInstanceUID", ""))
+    return None
+
+
+def read(path: Path) -> Series:
+    """Reads the axial non-contrast head CT out of whatever a scanner or archive exported.
+
+    Where a study offers the same head several times, a soft-tissue kernel goes before a sharp one, an original before
+    a reformat, the whole head before a part, and the slice spacing nearest 5 mm before others. Studies are never
+    weighed against each other.
+
+    Args:
+        path: A folder, searched with all its subfolders; a .zip of one, which is not unpacked; or one DICOM file.
+
+    Raises:
+        ScanError: Nothing readable (code "unreadable", "no-dicom"), no series that suits ("no-ct", "contrast",
+            "too-few-slices"), several that suit equally ("several-series"), one that forms no volume
+            ("mixed-positions", "uneven-slices-shape", "gap"), or pixels that cannot be decoded ("pixel-data").
+    """
+    with ExitStack() as opened:
+        images, files = images_of(files_in(path, opened))
+        if not images:
+            message = f"{path}: none of {files['other']} files is DICOM; give the folder with one head CT's slices."
+            raise ScanError(message, code="no-dicom", measured=0, expected="one head CT", unit="DICOM files")
+        stack, record = choose(stacks_of(images), path)
+        planes, doubts = _planes(stack, path)
+    planes, steps, origin, done, more_doubts = _straightened(planes, stack, path)
+    hu, affine = _upright(planes, steps, origin)
+    return Series(hu, affine, {"files": files, **record, **done}, (*doubts, *more_doubts))
+
+
+def _planes(stack: Stack, path: Path) -> tuple[np.ndarray, list[ScanWarning]]:
+    """HU of a stack, `(slice, row, column)` float32."""
+    forms = sorted({image.form for image in stack.images})
+    if len(forms) > 1:
+        message = f"{path}: slices of {stack} differ in rows, columns or pixel size: {forms}. Export them in one form."
+        unit = "rows, columns, mm, mm"
+        raise ScanError(message, code="uneven-slices-shape", measured=forms, expected="one form", unit=unit)
+    planes = np.empty((len(stack.images), *map(int, forms[0][:2])), np.float32)
+    for plane, hu in zip(planes, values_of(stack.images), strict=True):
+        plane[:] = hu
+    bare = sum(not image.numbers("RescaleSlope", 1).size for image in stack.images)
+    message = f"{bare} slices do not say how stored values become HU; the values were taken as HU."
+    return planes, [ScanWarning("no-rescale", message, bare, 0, "slices")] if bare else []
+
+
+def _straightened(
+    planes: np.ndarray, stack: Stack, path: Path
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, Any], list[ScanWarning]]:
+    """Planes straight above each other and evenly spaced.
+
+    Returns:
+        The planes; the steps from voxel to voxel as `_upright` takes them; LPS mm of the first voxel; what was done;
+        doubts.
+    """
+    depths, drift, gaps, gap = stack.depths, stack.offsets[:, :2], np.diff(stack.depths), stack.gap
+    if gaps.max() > _WIDEST_GAP_MM:
+        widest, most = round(float(gaps.max()), 2), f"<= {_WIDEST_GAP_MM:g}"
+        message = f"{path}: {stack} has a hole of {widest} mm; {most} mm is interpolated. Give all of its slices."
+        raise ScanError(message, code="gap", measured=widest, expected=most, unit="mm")
+
+    count = round(stack.coverage / gap) + 1
+    step = stack.coverage / (count - 1)  # both ends stay where they are
+    even = count == len(depths) and bool(np.abs(depths - step * np.arange(count)).max() <= TOLERANCE_MM)
+    straight = bool(np.abs(drift).max() <= TOLERANCE_MM)
+    shift = drift[-1] @ stack.axes[:2]
+    tilt = 0.0 if straight else float(np.degrees(np.arctan2(np.linalg.norm(shift), stack.coverage)))
+    tilt *= -1 if shift[1] > 0 else 1
+
+    # A gap of a multiple of the usual one misses slices where those beside it are too thin to fill it, or, where their
+    # thickness is not said, if it is rare: thick slices above thin ones miss nothing.
+    thickness = np.array([image.number("SliceThickness", 0) for image in stack.images])
+    parts = np.round(gaps / gap)
+    wide = (parts > 1) & (np.abs(gaps / gap - parts) < 0.1)
+    hole = wide & np.where(thickness.all(), np.maximum(thickness[1:], thickness[:-1]) < 0.75 * gaps, wide.mean() <= 0.1)
+    missing, usual = int((parts - 1)[hole].sum()), gaps[~hole]
+
+    doubts = []
+    if not straight:
+        message = f"slices are shifted as by a gantry tilt of {tilt:.1f} degrees; straightened by linear interpolation."
+        doubts.append(ScanWarning("gantry-tilt", message, round(tilt, 2), 0, "degrees"))
+    if missing:
+        message = f"{missing} slices are missing, in gaps of up to {gaps[hole].max():.2f} mm, and were interpolated."
+        doubts.append(ScanWarning("missing-slice", message, round(float(gaps[hole].max()), 3), round(gap, 3), "mm"))
+    if not even and (not missing or np.ptp(usual) > 2 * TOLERANCE_MM):
+        finest, coarsest = round(float(usual.min()), 3), round(float(usual.max()), 3)
+        message = f"slices lie {finest:g} to {coarsest:g} mm apart; interpolated linearly to every {step:.3g} mm."
+        doubts.append(ScanWarning("uneven-slices", message, [finest, coarsest], round(step, 3), "mm"))
+
+    first = stack.images[0]
+    origin, pixel_mm = first.numbers("ImagePositionPatient", 3), first.numbers("PixelSpacing", 2)
+    if not (straight and even):
+        across = drift[:, ::-1] / pixel_mm * (not straight)
+        planes, corner = _resampled(planes, depths, across, step * np.arange(count))
+        origin = origin + (corner * pixel_mm)[::-1] @ stack.axes[:2]
+    done = {
+        "slice_spacing_mm": round(step, 4),
+        "gaps_mm": {f"{one:.2f}": number for one, number in sorted(Counter(gaps.round(2).tolist()).items())},
+        "missing_slices": missing,
+        "tilt_deg": round(tilt, 2),
+        "tilt_sign": "positive where slices shift to anterior from foot to head",
+        "resampled": not (straight and even),
+    }
+    return planes, stack.axes.T * (*pixel_mm[::-1], step), origin, done, doubts
+
+
+def _resampled(
+    planes: np.ndarray, depths: np.ndarray, across: np.ndarray, wanted: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """One linear interpolation of shifted, unevenly spaced planes onto a grid that has room for all of them.
+
+    Args:
+        planes: `(slice, row, column)`.
+        depths: `(slice,)` mm.
+        across: `(slice, 2)` row and column, in pixels, at which each plane begins.
+        wanted: Depths of the grid's planes in mm.
+
+    Returns:
+        The planes of the grid, and the row and column at which they begin.
+    """
+    from scipy import ndimage
+
+    corner = across.min(axis=0)
+    shape = tuple(planes.shape[1:] + np.ceil(np.ptp(across, axis=0)).astype(int))
+
+    @functools.lru_cache(maxsize=2)
+    def moved(n: int) -> Any:
+        return ndimage.affine_transform(planes[n], np.eye(2), corner - across[n], shape, order=1, cval=AIR_HU)
+
+    grid = np.empty((len(wanted), *shape), np.float32)
+    for plane, depth in zip(grid, wanted, strict=True):
+        below = int(np.clip(np.searchsorted(depths, depth, "right") - 1, 0, len(depths) - 2))
+        weight = round(float((depth - depths[below]) / (depths[below + 1] - depths[below])), 3)
+        plane[:] = (1 - weight) * moved(below) + weight * moved(below + 1)
+    return grid, corner
+
+
+def _upright(planes: np.ndarray, steps: np.ndarray, origin: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Planes as `(i, j, k)` in LPS order and their RAS affine, by exchanging and flipping axes.
+
+    Args:
+        planes: `(slice, row, column)`.
+        steps: `(3, 3)` LPS mm, one a column: to the next voxel along a row, down a column, to the next slice.
+        origin: LPS mm of the first voxel.
+    """
+    import nibabel as nib
+
+    nio: Any = nib.orientations
+    ras = np.eye(4)
+    ras[:3] = np.diag([-1, -1, 1]) @ np.column_stack([steps, origin])
+    voxels = planes.transpose(2, 1, 0)
+    to_lps = nio.ornt_transform(nio.io_orientation(ras), nio.axcodes2ornt("LPS"))
+    return nio.apply_orientation(voxels, to_lps), ras @ nio.inv_ornt_aff(to_lps, voxels.shape)

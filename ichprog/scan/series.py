@@ -1,0 +1,401 @@
+"""DICOM files become stacks of parallel slices, and the stack that is the head CT is chosen among them."""
+
+import functools
+import re
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, cast
+
+import numpy as np
+
+from ichprog.errors import ScanError
+
+AIR_HU = -1024.0
+_TISSUE_HU = 200.0
+TOLERANCE_MM = 0.05  # a tenth of the half millimetre that geometry is good for; headers round to about this
+_SAME_ORIENTATION = 0.005  # in direction cosines, 0.3 degrees
+_MOST_OBLIQUE_DEG = 40.0  # beyond this, slices are no longer axial
+_USUAL_SPACING_MM = 5.0  # what head CT is reported on, and about what the published networks learned from
+_MOST_OF_THE_HEAD = 0.8
+_TAGS = """
+    SOPInstanceUID StudyInstanceUID SeriesInstanceUID SeriesNumber SeriesDescription AcquisitionNumber Modality
+    ImageType BodyPartExamined ConvolutionKernel ContrastBolusAgent ContrastBolusAgentSequence SliceThickness
+    PixelSpacing Rows Columns ImagePositionPatient ImageOrientationPatient SamplesPerPixel RescaleSlope
+    RescaleIntercept RescaleType PixelPaddingValue SharedFunctionalGroupsSequence PerFrameFunctionalGroupsSequence
+"""
+_DICOMDIR = "1.2.840.10008.1.3.10"
+_DEFLATED = "1.2.840.10008.1.2.1.99"
+
+_SCOUT = re.compile(r"scout|topogram|locali[sz]er|surview|scanogram")
+_HEAD = re.compile(r"head|brain|skull|crani|cereb|neuro|stroke|kopf|sch(ä|ae)del|hirn|cr[aâ]ne|cabeza|encef")
+_ELSEWHERE = re.compile(r"spine|neck|chest|thora|lung|abdom|pelvi|facial|\bface\b|sinus|orbit|temporal|extrem")
+_VESSELS = re.compile(r"angio|\bct[avp]\b|perfusion|venogra")
+_ENHANCED = re.compile(r"contrast|enhanced|\bce(ct)?\b|\bc ?\+|\+ ?c\b")
+_PLAIN = re.compile(r"\b(no|non|without|w/?o|pre|plain|sans|ohne|nativ\w*)\b|unenhanced|noncontrast|\bnect\b")
+_NO_AGENT = re.compile(r"(no|non|none|nil|n|n/a|0|-|no .*|without.*|w/?o.*)?")
+# Canon's FC30 and Philips' YB are sharp, and Siemens' H60s where H31s is not.
+_SHARP = re.compile(r"bone|edge|lung|sharp|knochen|\bfc[358]\d|\by[b-e]\b|^[bhjqtu][a-z]?[5-9]\d")
+_CONTRAST, _ONE_SLICE = "contrast medium was given", "a single slice"
+
+
+@dataclass(frozen=True, eq=False)
+class Image:
+    """One slice: a file's header, or one frame's part of it, and the way to its pixels."""
+
+    name: str
+    open: Callable[[], IO[bytes]]
+    frame: int
+    header: Any
+
+    def text(self, keyword: str) -> str:
+        """A value as it is written, empty where there is none.
+
+        pydicom's own conversion warns, through Python's process-wide filters, about every value that is out of form,
+        and much real data is in ways that change nothing here.
+        """
+        value = getattr(self.header.get_item(keyword), "value", None) or b""
+        encodings = self.header.original_character_set or "latin-1"
+        encoding = encodings if isinstance(encodings, str) else encodings[-1]
+        return value.decode(encoding, "replace").strip(" \0") if isinstance(value, bytes) else str(value)
+
+    def numbers(self, keyword: str, count: int) -> np.ndarray:
+        """A value of so many decimals; empty where it is not that."""
+        try:
+            numbers = np.array([float(part) for part in self.text(keyword).split("\\")])
+        except ValueError:
+            return np.empty(0)
+        return numbers if len(numbers) == count and np.isfinite(numbers).all() else np.empty(0)
+
+    def number(self, keyword: str, otherwise: float) -> float:
+        """A value of one decimal, or another number where it is not that."""
+        return float([*self.numbers(keyword, 1), otherwise][0])
+
+    @property
+    def form(self) -> tuple[float, ...]:
+        """Rows, columns, and a pixel's height and width in mm where they are said."""
+        header = self.header
+        return (header.get("Rows", 0), header.get("Columns", 0), *self.numbers("PixelSpacing", 2).round(4).tolist())
+
+    @property
+    def orientation(self) -> np.ndarray:
+        """LPS directions along the rows and down the columns, `(6,)`; 0 where the slice does not say where it lies."""
+        cosines, position = self.numbers("ImageOrientationPatient", 6), self.numbers("ImagePositionPatient", 3)
+        return cosines if cosines.size and position.size and np.cross(cosines[:3], cosines[3:]).any() else np.zeros(6)
+
+
+class Stack:
+    """Parallel slices of one series, from foot to head: what may become a volume.
+
+    Attributes:
+        images: The slices in order.
+        axes: `(3, 3)` unit vectors in LPS, one a row: along a slice's rows, down its columns, towards the head. All 0
+            where the slices do not say where they lie.
+        offsets: `(slices, 3)` mm along the axes from the first slice's first pixel to each slice's.
+    """
+
+    def __init__(self, images: Iterable[Image]) -> None:
+        self.images = tuple(images)
+        self.axes, self.offsets = np.zeros((3, 3)), np.zeros((len(self.images), 3))
+        row, column = self.images[0].orientation.reshape(2, 3)
+        if row.any():
+            row = row / np.linalg.norm(row)
+            column = column - row * (row @ column)  # headers round: right angles and unit length are made exact
+            column = column / np.linalg.norm(column)
+            normal = np.cross(row, column)
+            self.axes = np.array([row, column, normal if normal[2] >= 0 else -normal])
+            offsets = np.array([image.numbers("ImagePositionPatient", 3) for image in self.images]) @ self.axes.T
+            order = np.argsort(offsets[:, 2], kind="stable")
+            self.images = tuple(self.images[n] for n in order)
+            self.offsets = offsets[order] - offsets[order[0]]
+        self.depths = self.offsets[:, 2]
+        self.coverage = float(self.depths[-1])
+
+    def text(self, keyword: str) -> str:
+        """A value of the first slice, as it is written."""
+        return self.images[0].text(keyword)
+
+    @property
+    def gap(self) -> float:
+        """The usual distance of neighbouring slices in mm, 0 where there is only one slice.
+
+        The finest that at least a quarter of the neighbours keep: where half a head has thin slices and half thick
+        ones, coarser would throw away what was acquired, and a lone narrow gap between two blocks does not count.
+        """
+        gaps = np.diff(self.depths)
+        gaps = gaps[gaps > TOLERANCE_MM]
+        return float(np.quantile(gaps, 0.25, method="lower")) if gaps.size else 0.0
+
+    @property
+    def sharp(self) -> bool:
+        """Whether a kernel for bone or lung made it."""
+        return any(_SHARP.search(self.text(tag).lower()) for tag in ("ConvolutionKernel", "SeriesDescription"))
+
+    @property
+    def derived(self) -> bool:
+        """Whether it was computed from other slices."""
+        return bool(re.search("^DERIVED|REFORMAT|MPR|MIP|PROJECTION", self.text("ImageType").upper()))
+
+    def summary(self) -> dict[str, Any]:
+        """What tells this stack from others, as plain data."""
+        return {
+            "number": self.text("SeriesNumber"),
+            "description": self.text("SeriesDescription"),
+            "uid": self.text("SeriesInstanceUID"),
+            "slices": len(self.images),
+            "spacing_mm": round(self.gap, 3),
+            "coverage_mm": round(self.coverage, 1),
+            "kernel": self.text("ConvolutionKernel"),
+            "kind": "derived" if self.derived else "original",
+            "first_file": self.images[0].name,
+        }
+
+    def __str__(self) -> str:
+        return "series " + ", ".join(f"{key} {value}" for key, value in self.summary().items() if value != "")
+
+
+def files_in(path: Path, opened: ExitStack) -> Iterator[tuple[str, Callable[[], IO[bytes]]]]:
+    """Names and openers of all files, in an order that does not depend on the file system."""
+    if path.is_dir():
+        for file in sorted(p for p in path.rglob("*") if p.is_file()):
+            yield str(file.relative_to(path)), functools.partial(_open, file)
+    elif path.suffix.lower() == ".zip":
+        try:
+            archive = opened.enter_context(zipfile.ZipFile(path))
+        except (OSError, zipfile.BadZipFile) as error:
+            raise ScanError(f"{path}: cannot be read as a zip: {error}. Copy it again.", code="unreadable") from error
+        for name in sorted(member.filename for member in archive.infolist() if not member.is_dir()):
+            yield name, functools.partial(archive.open, name)
+    else:
+        yield path.name, functools.partial(_open, path)
+
+
+def _open(path: Path) -> IO[bytes]:
+    return path.open("rb")
+
+
+def begins_as_dicom(start: bytes) -> bool:
+    """True for the mark after the preamble, and for a first element of group 0002 or 0008 where there is none."""
+    tag = start[1::-1] + start[3:1:-1] if start[:1] == b"\0" else start[:4]
+    short = start[4:6].isupper() or start[5:8] == b"\0\0\0"  # two letters of a VR, or a small length
+    return start[128:] == b"DICM" or (tag[:2] in (b"\x02\0", b"\x08\0") and tag[3:] == b"\0" and short)
+
+
+def images_of(files: Iterable[tuple[str, Callable[[], IO[bytes]]]]) -> tuple[list[Image], dict[str, int]]:
+    """Every image once, by its header; and how many files were DICOM and were not, and how many images came again."""
+    from pydicom import dcmread
+
+    images: dict[tuple[Any, ...], Image] = {}
+    count = {"dicom": 0, "repeated": 0, "other": 0}
+    for name, opener in files:
+        try:
+            with opener() as file:
+                start = file.read(132)
+                if not begins_as_dicom(start):
+                    count["other"] += 1
+                    continue
+                file.seek(0)
+                header = dcmread(file, stop_before_pixels=True, force=True, specific_tags=[*_TAGS.split()])
+                ended = not file.read(1)
+        except Exception as error:  # a damaged file makes pydicom and zipfile raise almost anything
+            raise _unreadable(name, error) from error
+        found = [Image(name, opener, number, frame) for number, frame in enumerate(_frames(header))]
+        if not found[0].text("SeriesInstanceUID"):
+            if start[128:] == b"DICM" and header.file_meta.get("MediaStorageSOPClassUID") != _DICOMDIR:
+                raise _unreadable(name, "its header ends early")
+            count["other"] += 1  # an index of files, or a beginning like DICOM's by chance
+            continue
+        if found[0].text("Modality") == "CT" and ended and header.file_meta.get("TransferSyntaxUID") != _DEFLATED:
+            raise _unreadable(name, "it ends before its pixels")
+        count["dicom"] += 1
+        for image in found:
+            # some anonymisers give every slice the same UID: the position tells whether it is the same image
+            same = tuple(map(image.text, ("SeriesInstanceUID", "SOPInstanceUID", "ImagePositionPatient")))
+            count["repeated"] += images.setdefault((same, same[1] or name, image.frame), image) is not image
+    return list(images.values()), count
+
+
+def _unreadable(name: str, cause: object) -> ScanError:
+    message = f"{name}: a damaged or truncated DICOM file: {cause}. Copy it again; without it the series has a hole."
+    return ScanError(message, code="unreadable")
+
+
+def _frames(header: Any) -> list[Any]:
+    """A header for each image in a file: in an enhanced CT, what frames share and what each has, brought together."""
+    from pydicom import Dataset
+
+    frames = []
+    for own in header.get("PerFrameFunctionalGroupsSequence", ()):
+        flat = Dataset()
+        flat.update(header)
+        for group in (group for groups in (*header.get("SharedFunctionalGroupsSequence", ()), own) for group in groups):
+            if group.VR == "SQ" and group.value:
+                flat.update(group.value[0])
+        frames.append(flat)
+    return frames or [header]
+
+
+def stacks_of(images: Iterable[Image]) -> list[Stack]:
+    """Slices grouped by series and in it by orientation; scouts, which a series may hold too, by themselves."""
+    groups: list[tuple[tuple[str, bool], np.ndarray, list[Image]]] = []
+    for image in images:
+        key = (image.text("SeriesInstanceUID"), "LOCALIZER" in image.text("ImageType").upper())
+        orientation = image.orientation
+        for known, direction, members in groups:
+            if key == known and np.abs(direction - orientation).max() < _SAME_ORIENTATION:
+                members.append(image)
+                break
+        else:
+            groups.append((key, orientation, [image]))
+    return [Stack(members) for _, _, members in groups]
+
+
+def choose(stacks: list[Stack], path: Path) -> tuple[Stack, dict[str, Any]]:
+    """The one stack to take, without repeated slices, and the record of the choice."""
+    verdicts = [(stack, _unsuitable(stack)) for stack in stacks]
+    passed = [(stack, why) for stack, why in verdicts if why]
+    left, reason, dropped = [stack for stack, why in verdicts if not why], "the only axial non-contrast head CT", 0
+    if not left:
+        reasons = sorted({why for _, why in passed})
+        code = "contrast" if _CONTRAST in reasons else "too-few-slices" if _ONE_SLICE in reasons else "no-ct"
+        message = (
+            f"{path}: holds no axial CT of the head without contrast medium in at least two slices, which is what "
+            f"these models were made for. There is {'; '.join(f'{stack}: {why}' for stack, why in passed)}. Give "
+            "the folder with the whole of such a series."
+        )
+        raise ScanError(message, code=code, measured=reasons, expected="an axial non-contrast head CT")
+    if len({stack.text("StudyInstanceUID") for stack in left}) == 1:
+        left, reason = _preferred(left, reason, passed)
+    if len(left) == 1:
+        left, dropped = _without_repeats(left[0], path)
+        left, reason = _preferred(left, reason, passed)
+    if len(left) > 1:
+        message = (
+            f"{path}: {len(left)} series suit, each an axial non-contrast head CT, and nothing decides between them: "
+            f"{'; '.join(map(str, left))}. Give a folder that holds the files of one of them."
+        )
+        measured = [stack.summary() for stack in left]
+        raise ScanError(message, code="several-series", measured=measured, expected="one series")
+    return left[0], {
+        "series": {**left[0].summary(), "reason": reason},
+        "other_series": [{**stack.summary(), "reason": why} for stack, why in passed],
+        "duplicates_dropped": dropped,
+    }
+
+
+def _unsuitable(stack: Stack) -> str:
+    """Why a stack is no axial non-contrast head CT; empty where it is one."""
+    first, modality, unit = stack.images[0], stack.text("Modality"), stack.text("RescaleType").upper()
+    description = stack.text("SeriesDescription").lower().replace("_", " ")
+    told = _HEAD.search(description) or _ELSEWHERE.search(description)
+    place = description if told else stack.text("BodyPartExamined").lower()
+    lean = float(np.degrees(np.arccos(np.clip(stack.axes[2, 2], -1, 1))))
+    contrast = (
+        any(not _NO_AGENT.fullmatch(image.text("ContrastBolusAgent").lower()) for image in stack.images)
+        or first.header.get("ContrastBolusAgentSequence")
+        or _VESSELS.search(description)
+        or (_ENHANCED.search(description) and not _PLAIN.search(description))
+    )
+    verdicts = (
+        (modality != "CT", f"modality {modality or 'unsaid'}, not CT"),
+        ("LOCALIZER" in stack.text("ImageType").upper() or _SCOUT.search(description), "a scout"),
+        (first.header.get("SamplesPerPixel", 1) != 1, "a colour picture"),
+        (not stack.axes.any() or len(first.form) < 4, "does not say where its pixels lie"),
+        (unit not in ("", "HU", "US"), f"values in {unit}, not HU"),
+        (lean > _MOST_OBLIQUE_DEG, f"slices lean {lean:.0f} degrees from axial"),
+        (_ELSEWHERE.search(place) and not _HEAD.search(place), f"another part of the body ({place})"),
+        (contrast, _CONTRAST),
+        (stack.coverage < TOLERANCE_MM, _ONE_SLICE),
+    )
+    return next((why for unsuitable, why in verdicts if unsuitable), "")
+
+
+def _preferred(stacks: list[Stack], reason: str, passed: list[tuple[Stack, str]]) -> tuple[list[Stack], str]:
+    """The best among suitable stacks of one study, and why; the others are added to those passed over."""
+    whole = _MOST_OF_THE_HEAD * max(stack.coverage for stack in stacks)
+    preferences: tuple[tuple[str, Callable[[Stack], float]], ...] = (
+        ("a soft-tissue kernel", lambda stack: not stack.sharp),
+        ("an original, not a reformat", lambda stack: not stack.derived),
+        ("the whole head", lambda stack: stack.coverage >= whole),
+        ("the slice spacing nearest 5 mm", lambda stack: -abs(round(2 * stack.gap) / 2 - _USUAL_SPACING_MM)),
+    )
+    for what, merit in preferences:
+        best = max(map(merit, stacks))
+        worse = [stack for stack in stacks if merit(stack) < best]
+        if worse:
+            passed += [(stack, f"another has {what}") for stack in worse]
+            stacks, reason = [stack for stack in stacks if merit(stack) == best], f"of several it has {what}"
+    return stacks, reason
+
+
+def _without_repeats(stack: Stack, path: Path) -> tuple[list[Stack], int]:
+    """One stack with one slice at each position, or one for each acquisition; and how many copies were dropped."""
+    kept: list[Image] = []
+    positions = np.split(np.arange(len(stack.images)), np.flatnonzero(np.diff(stack.depths) > TOLERANCE_MM) + 1)
+    for here in positions:
+        images = [stack.images[n] for n in here]
+        seen: list[np.ndarray] = []
+        for image, hu in zip(images, values_of(images) if len(images) > 1 else [np.empty(0)], strict=True):
+            if not any(np.array_equal(hu, other) for other in seen):
+                kept.append(image)
+                seen.append(hu)
+    dropped = len(stack.images) - len(kept)
+    if len(kept) == len(positions):
+        return [Stack(kept)], dropped
+    acquisitions = sorted({image.text("AcquisitionNumber") for image in kept})
+    parts = [Stack(image for image in kept if image.text("AcquisitionNumber") == one) for one in acquisitions]
+    crossed = any(np.diff(part.depths).min(initial=np.inf) <= TOLERANCE_MM for part in parts)
+    if crossed or max(part.coverage for part in parts) < _MOST_OF_THE_HEAD * stack.coverage:
+        message = (
+            f"{path}: {stack} holds different pixels at the same positions, several acquisitions or reconstructions, "
+            "and acquisition numbers do not take them apart into whole ones. Export one of them."
+        )
+        raise ScanError(
+            message, code="mixed-positions", measured=len(kept), expected=len(positions), unit="different slices"
+        )
+    return parts, dropped
+
+
+def values_of(images: Iterable[Image]) -> Iterator[np.ndarray]:
+    """HU of each slice, `(row, column)` float32."""
+    from pydicom import dcmread
+    from pydicom.pixels.utils import pixel_array
+    from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
+
+    name, data = "", cast(Any, None)
+    for image in images:
+        try:
+            if image.name != name:  # the frames of one file come from one reading
+                with image.open() as file:
+                    name, data = image.name, dcmread(file, force=True)
+            if not data.file_meta.get("TransferSyntaxUID"):
+                implicit = data.original_encoding[0]
+                data.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian
+            stored = pixel_array(data, index=image.frame)
+        except Exception as error:  # as decoders do
+            syntax = data.file_meta.get("TransferSyntaxUID") if image.name == name else None
+            if not (syntax and syntax.is_compressed and "PixelData" in data):
+                raise _unreadable(image.name, error) from error
+            message = (
+                f"{image.name}: pixels in {syntax.name} ({syntax}) cannot be decoded: {error}. Copy the file again, or "
+                "export it uncompressed."
+            )
+            expected = "uncompressed, JPEG 2000, JPEG Lossless, JPEG-LS or RLE"
+            raise ScanError(message, code="pixel-data", measured=str(syntax), expected=expected) from error
+        yield _hu(stored, image)
+
+
+def _hu(stored: np.ndarray, image: Image) -> np.ndarray:
+    """Stored values as HU, with air for whatever was not measured."""
+    slope, intercept = image.number("RescaleSlope", 1), image.number("RescaleIntercept", 0)
+    hu = stored.astype(np.float32) * np.float32(slope) + np.float32(intercept)
+    padding = image.header.get_item("PixelPaddingValue")
+    if padding is not None and padding.value:
+        # Compared as 16 bits without sign, because exporters write it with the wrong one.
+        bits = int.from_bytes(padding.value[:2], "little" if padding.is_little_endian else "big")
+        padded = (stored.astype(np.int64) & 0xFFFF) == bits
+        if padded.any() and abs(hu[padded][0]) > _TISSUE_HU:  # else it is also the value of water or brain
+            hu[padded] = AIR_HU
+    return cast(np.ndarray, np.maximum(hu, np.float32(AIR_HU)))

@@ -1,0 +1,204 @@
+"""A scan: HU in one fixed voxel order, and the way back to the order it came in."""
+
+import dataclasses
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ichprog.errors import ScanError, ScanWarning
+
+if TYPE_CHECKING:
+    import nibabel as nib
+
+_LPS = ("L", "P", "S")
+_MOST_OBLIQUE_DEG = 40.0  # nearer to 45 degrees the voxel axes no longer say which is which
+_MOST_SHEAR_DEG = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class Scan:
+    """One head CT.
+
+    Attributes:
+        hu: `(i, j, k)` float32 HU; i runs to the patient's left, j to posterior, k to superior.
+        affine: `(4, 4)` from voxel (i, j, k) of `hu` to RAS mm, as nibabel has it.
+        name: What was read, for results and messages.
+        source_shape: Shape of the array as it came.
+        source_affine: Affine of the array as it came.
+        record: What was read and what was done to it, as plain data.
+        warnings: Doubts about it.
+        brain: `(i, j, k)` bool, true in the brain, once the scan was examined and `hu` is 0 elsewhere; else None.
+    """
+
+    hu: np.ndarray
+    affine: np.ndarray
+    name: str
+    source_shape: tuple[int, ...]
+    source_affine: np.ndarray
+    record: dict[str, Any]
+    warnings: tuple[ScanWarning, ...] = ()
+    brain: np.ndarray | None = None
+
+    @property
+    def spacing(self) -> tuple[float, float, float]:
+        """Distance of neighbouring voxels along i, j and k, in mm."""
+        i, j, k = (float(v) for v in np.linalg.norm(self.affine[:3, :3], axis=0))
+        return i, j, k
+
+    def image(self, values: np.ndarray) -> "nib.Nifti1Image":
+        """Values over this scan as an image in the scan's own shape, voxel order and affine.
+
+        Args:
+            values: `(i, j, k)`, one value for each voxel of `hu`.
+        """
+        import nibabel as nib
+
+        back = nib.orientations.ornt_transform(
+            nib.orientations.axcodes2ornt(_LPS), nib.orientations.io_orientation(self.source_affine)
+        )
+        array = nib.orientations.apply_orientation(values, back).reshape(self.source_shape)
+        return nib.Nifti1Image(np.ascontiguousarray(array), self.source_affine)
+
+
+def read(source: Any) -> Scan:
+    """Reads one head CT, whatever it comes as.
+
+    Args:
+        source: A NIfTI file (.nii, .nii.gz), a DICOM folder, a .zip of one, one DICOM file, a nibabel image, or a
+            Scan, which is returned as it is.
+
+    Raises:
+        ScanError: There is no such file, it cannot be read, or what it holds is no three-dimensional scan.
+    """
+    import nibabel as nib
+
+    if isinstance(source, Scan):
+        return source
+    if isinstance(source, nib.spatialimages.SpatialImage):
+        return _from_image(source, source.get_filename() or "image in memory", {"format": type(source).__name__})
+    if not isinstance(source, str | Path):
+        raise ScanError(
+            f"a scan is a path to NIfTI or DICOM, or a nibabel image; this is a {type(source).__name__}.",
+            code="unreadable",
+        )
+    path = Path(source)
+    try:
+        if not path.exists():
+            raise ScanError(f"{path}: there is no such file or folder.", code="not-found")
+        if path.is_file() and path.stat().st_size == 0:
+            raise ScanError(f"{path}: the file is empty.", code="unreadable")
+        if path.name.endswith((".nii", ".nii.gz")):
+            return _from_image(nib.load(path), str(path), {"format": "NIfTI"})
+    except (OSError, EOFError, zlib.error, nib.filebasedimages.ImageFileError, nib.spatialimages.HeaderDataError) as e:
+        raise ScanError(f"{path}: cannot be read as NIfTI: {e}.", code="unreadable") from e
+    from ichprog.scan import dicom
+
+    if not (path.is_dir() or path.suffix.lower() == ".zip" or dicom.is_dicom(path)):
+        raise ScanError(
+            f"{path}: neither NIfTI (.nii, .nii.gz) nor DICOM (a folder, a .zip of one, or a file).", code="unreadable"
+        )
+    series = dicom.read(path)
+    return _from_array(series.hu, series.affine, str(path), {"format": "DICOM", **series.record}, series.warnings)
+
+
+def _from_image(image: Any, name: str, record: dict[str, Any]) -> Scan:
+    """A nibabel image as a Scan, its data read once."""
+    data = np.asanyarray(image.dataobj)
+    if data.dtype.kind not in "iuf":
+        raise ScanError(f"{name}: voxels are {data.dtype}, not one number each in HU.", code="not-scalar")
+    scan = _from_array(data, image.affine, name, record)
+    header = image.header
+    if hasattr(header, "get_sform") and not (int(header["sform_code"]) or int(header["qform_code"])):
+        doubt = ScanWarning(
+            "orientation-unstated",
+            f"the header states no orientation (sform and qform codes are 0); voxel order {scan.record['voxel_order']} "
+            "is assumed, so left and right may be exchanged.",
+            measured=0,
+            expected="an sform or qform code above 0",
+        )
+        return dataclasses.replace(scan, warnings=(doubt,))
+    return scan
+
+
+def _from_array(
+    data: np.ndarray, affine: np.ndarray, name: str, record: dict[str, Any], warnings: tuple[ScanWarning, ...] = ()
+) -> Scan:
+    import nibabel as nib
+
+    source_shape = data.shape
+    _refuse_unless_3d(source_shape, name)
+    data = data.reshape(source_shape[:3])
+    _refuse_strange_affine(affine, name)
+    if not np.isfinite(data).all():
+        bad = int(data.size - np.isfinite(data).sum())
+        raise ScanError(
+            f"{name}: {bad} of {data.size} voxels are NaN or infinite; every voxel needs a value in HU.",
+            code="not-finite",
+            measured=bad,
+            expected=0,
+            unit="voxels",
+        )
+    to_lps = nib.orientations.ornt_transform(
+        nib.orientations.io_orientation(affine), nib.orientations.axcodes2ornt(_LPS)
+    )
+    hu = nib.orientations.apply_orientation(data, to_lps).astype(np.float32)
+    lps_affine = affine @ nib.orientations.inv_ornt_aff(to_lps, data.shape)
+    record = {
+        **record,
+        "voxel_order": "".join(nib.orientations.aff2axcodes(affine)),
+        "obliquity_deg": round(float(np.degrees(nib.affines.obliquity(affine)).max()), 2),
+    }
+    return Scan(np.ascontiguousarray(hu), lps_affine, name, source_shape, affine, record, warnings)
+
+
+def _refuse_unless_3d(shape: tuple[int, ...], name: str) -> None:
+    if len(shape) > 3 and max(shape[3:]) > 1:
+        raise ScanError(
+            f"{name}: has {len(shape)} axes {shape}, the fourth a series of volumes; give one volume of it.",
+            code="time-axis",
+            measured=list(shape),
+            expected="three axes",
+            unit="voxels",
+        )
+    if len(shape) < 3 or min(shape[:3]) < 2:
+        raise ScanError(
+            f"{name}: shape {shape} is no volume; a head CT has rows, columns and several slices.",
+            code="not-3d",
+            measured=list(shape),
+            expected="three axes",
+            unit="voxels",
+        )
+
+
+def _refuse_strange_affine(affine: np.ndarray, name: str) -> None:
+    import nibabel as nib
+
+    axes = affine[:3, :3]
+    lengths = np.linalg.norm(axes, axis=0)
+    if not np.isfinite(affine).all() or lengths.min() == 0 or abs(np.linalg.det(axes / lengths)) < 0.1:
+        raise ScanError(f"{name}: the affine {affine.tolist()} does not place voxels in space.", code="affine")
+    cosines = (axes / lengths).T @ (axes / lengths)
+    shear = float(np.degrees(np.arcsin(np.clip(np.abs(cosines - np.eye(3)).max(), 0, 1))))
+    if shear > _MOST_SHEAR_DEG:
+        raise ScanError(
+            f"{name}: the voxel axes lean {shear:.1f} degrees against each other, an uncorrected gantry tilt or "
+            f"another shear; up to {_MOST_SHEAR_DEG:g} is read. Give the DICOM series, which is straightened here, "
+            "or resample the image.",
+            code="sheared",
+            measured=round(shear, 1),
+            expected=f"<= {_MOST_SHEAR_DEG:g}",
+            unit="degrees",
+        )
+    oblique = float(np.degrees(nib.affines.obliquity(affine)).max())
+    if oblique > _MOST_OBLIQUE_DEG:
+        raise ScanError(
+            f"{name}: the voxel axes are turned {oblique:.1f} degrees against the patient's; up to "
+            f"{_MOST_OBLIQUE_DEG:g} is read. Resample the image along the patient's axes.",
+            code="oblique",
+            measured=round(oblique, 1),
+            expected=f"<= {_MOST_OBLIQUE_DEG:g}",
+            unit="degrees",
+        )

@@ -1,0 +1,124 @@
+"""Synthetic head CTs: ellipsoids for skull, brain, ventricles, face and neck, with every tissue known.
+
+Coordinates are mm from the middle of the brain: x to the left, y to posterior, z to superior.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ichprog.scan.volume import Scan
+
+AIR, FAT, FLUID, BRAIN, MUSCLE, BONE = -1000.0, -95.0, 8.0, 34.0, 55.0, 1000.0
+LOW, HIGH = np.array([-95.0, -120.0, -110.0]), np.array([95.0, 115.0, 92.0])  # what is scanned
+CAVITY = (  # centre and half axes of the pieces of the inside of the skull
+    ((0, 0, 0), (68, 85, 66)),
+    ((0, 38, -28), (54, 42, 40)),
+    ((36, -22, -34), (26, 34, 20)),
+    ((-36, -22, -34), (26, 34, 20)),
+)
+FLOOR_Z = -30.0  # the big ellipsoid ends here: the roof of the orbits
+BLOOD = {  # centre and radius of balls that are cut off at the bone
+    "deep": ((25, 0, 10), 14),
+    "lobar": ((50, 45, 20), 20),
+    "epidural": ((66, -5, 20), 24),
+    "occipital": ((-20, 80, 5), 20),
+    "cerebellar": ((18, 66, -45), 17),
+    "temporal pole": ((40, -46, -36), 14),
+    "vertex": ((15, 5, 62), 16),
+}
+
+
+@dataclass(frozen=True)
+class Head:
+    """A scan and what is truly in it, all `(i, j, k)`."""
+
+    scan: Scan
+    brain: np.ndarray
+    blood: np.ndarray
+
+
+def head(
+    spacing=(1.5, 1.5, 5.0), *, blood=None, blood_hu=65.0, defect=None, holder=True, noise=4.0, low=LOW, high=HIGH
+) -> Head:
+    """A whole head.
+
+    Args:
+        spacing: mm along i, j and k.
+        blood: A name in `BLOOD`, "subdural", a centre and a radius in mm, a list of these, or None.
+        blood_hu: How dense the blood is.
+        defect: Centre and radius in mm of a ball in which the skull is missing.
+        holder: Whether the head lies in a holder.
+        noise: Standard deviation in HU.
+        low: Lowest x, y, z in mm that is scanned.
+        high: Highest.
+    """
+    low, high = np.asarray(low, float), np.asarray(high, float)
+    shape = np.round((high - low) / spacing).astype(int)
+    thin = max(1, round(spacing[2] / 2.5))  # a slice is the mean of thin ones
+    counts = shape * (1, 1, thin)
+    x, y, z = np.ogrid[tuple(slice(0, n) for n in counts)]
+    x, y, z = (lo + (c + 0.5) * mm for c, lo, mm in zip((x, y, z), low, np.array(spacing) / (1, 1, thin), strict=True))
+
+    def ellipsoid(centre, half, grow=0.0):
+        return sum(((c - m) / (h + grow)) ** 2 for c, m, h in zip((x, y, z), centre, half, strict=True))
+
+    def cavity(grow):
+        big, *rest = (ellipsoid(*piece, grow) <= 1 for piece in CAVITY)
+        return np.logical_or.reduce([big & (z > FLOOR_Z - grow), *rest])
+
+    inside = cavity(0.0)
+    around = np.hypot(x, y - 40)
+    hu = np.full(counts, AIR, np.float32)
+    hu[(ellipsoid((0, -15, -70), (68, 85, 75)) <= 1) & (z < -20)] = FAT  # face
+    hu[(np.hypot(x / 62, (y - 15) / 70) <= 1) & (z < -50)] = FAT  # neck
+    hu[(np.hypot(x / 58, (y - 15) / 66) <= 1) & (z < -55)] = MUSCLE
+    hu[cavity(13.0)] = FAT
+    hu[cavity(10.0)] = MUSCLE
+    hu[cavity(7.0)] = BONE
+    for side in (-1, 1):  # orbits, open to the front
+        hu[(ellipsoid((32 * side, -70, -50), (22, 40, 18)) <= 1) & ~inside & (z < FLOOR_Z - 4)] = FAT
+        hu[ellipsoid((32 * side, -82, -50), (12, 12, 12)) <= 1] = FLUID
+    hu[(ellipsoid((0, -78, -55), (12, 28, 20)) <= 1) & (z < FLOOR_Z - 4)] = AIR  # nose
+    spine = (z < -62) & (around <= 24) & ~inside
+    hu[spine] = BONE
+    hu[(z < -55) & (around <= 13) & ~inside] = FLUID  # foramen magnum and canal
+    hu[(z < -55) & (around <= 6) & ~inside] = BRAIN
+    hu[inside] = BRAIN
+    hu[cavity(0.0) & ~cavity(-2.5)] = FLUID
+    for side in (-1, 1):
+        hu[ellipsoid((14 * side, 5, 10), (9, 32, 13)) <= 1] = FLUID
+        hu[ellipsoid((18 * side, 28, 8), (3, 3, 3)) <= 1] = 250.0  # plexus calcification
+    if defect is not None:
+        centre, radius = defect
+        hu[(ellipsoid(centre, (radius,) * 3) <= 1) & cavity(7.0) & ~inside] = MUSCLE
+    if holder:
+        arc = ellipsoid((0, 0, 0), (88, 108, 1e9))
+        hu[(arc > 1) & (arc < 1.05) & (y > 30) & (hu == AIR)] = 300.0
+
+    bled = np.zeros(counts, bool)
+    for piece in blood if isinstance(blood, list) else [blood] * (blood is not None):
+        if piece == "subdural":
+            bled |= inside & (ellipsoid(*CAVITY[0], -8.0) > 1) & (x > 0) & (z > -20) & (np.abs(y) < 70)
+        else:
+            centre, radius = BLOOD[piece] if isinstance(piece, str) else piece
+            bled |= inside & (ellipsoid(centre, (radius,) * 3) <= 1)
+    hu[bled] = blood_hu
+
+    hu, inside, bled = (a.reshape(*shape, thin).mean(-1) for a in (hu, inside, bled))
+    hu = np.round(hu + np.random.default_rng(0).normal(0, noise, shape))
+    affine = np.diag([-spacing[0], -spacing[1], spacing[2], 1.0])
+    affine[:3, 3] = (low + np.array(spacing) / 2) * (-1, -1, 1)
+    return Head(scan_of(np.maximum(hu, -1024), affine), inside > 0.5, bled > 0.5)
+
+
+def scan_of(hu, affine=None, **record) -> Scan:
+    """An array in LPS order as a `Scan`."""
+    affine = np.diag([-1.0, -1.0, 1.0, 1.0]) if affine is None else affine
+    hu = np.asarray(hu, np.float32)
+    return Scan(hu, affine, "head", hu.shape, affine, {"obliquity_deg": 0.0, **record})
+
+
+def alone(made: Head) -> Scan:
+    """The brain of a head alone, everything else 0."""
+    return scan_of(np.where(made.brain, made.scan.hu, 0), made.scan.affine)

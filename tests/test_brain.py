@@ -1,0 +1,185 @@
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ichprog.errors import ScanError, UnknownName
+from ichprog.scan import read
+from ichprog.scan.brain import brain_only, extract, resample, sees_skull
+
+import heads
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+KINDS = [*heads.BLOOD, "subdural"]
+
+
+@cache
+def plain():
+    return heads.head(blood="lobar")
+
+
+@cache
+def plain_mask():
+    return extract(plain().scan)
+
+
+def dice(a, b):
+    return 2 * (a & b).sum() / (a.sum() + b.sum())
+
+
+def kept(made, mask, what):
+    """Share of the voxels of `what` that stay, of those a network can see: under 100 HU."""
+    seen = what & (made.scan.hu < 100)
+    return (mask & seen).sum() / seen.sum()
+
+
+def real(name):
+    path = DATA / name
+    if not path.exists():
+        pytest.skip(f"{name} is absent")
+    return read(path)
+
+
+@pytest.mark.parametrize(
+    ("spacing", "least"), [((1.0, 1.0, 2.0), 0.99), ((1.5, 1.5, 5.0), 0.97), ((1.0, 1.0, 7.0), 0.95)], ids=str
+)
+def test_the_known_brain_is_found_at_any_slice_distance(spacing, least):
+    made = heads.head(spacing)
+    mask = extract(made.scan)
+    assert mask.shape == made.scan.hu.shape
+    assert mask.dtype == bool
+    assert dice(mask, made.brain) > least  # what is missing is mixed with bone and denser than 140 HU
+    assert kept(made, mask, made.brain) > 0.995
+    bone = made.scan.hu > 300
+    assert not (mask & bone & ~made.brain).any()
+
+
+@pytest.mark.parametrize(
+    ("spacing", "hu", "noise"), [((1.5, 1.5, 5.0), 57, 4), ((1.2, 1.2, 7.0), 80, 8), ((1.5, 1.5, 3.0), 92, 12)], ids=str
+)
+def test_no_blood_is_lost_wherever_it_lies(spacing, hu, noise):
+    made = heads.head(spacing, blood=KINDS, blood_hu=hu, noise=noise)
+    assert kept(made, extract(made.scan), made.blood) == 1
+
+
+@pytest.mark.parametrize(
+    "defect", [((70, 0, 15), 55), ((50, -50, 40), 9), ((0, -80, 20), 45)], ids=["side", "burr", "front"]
+)
+def test_a_missing_piece_of_skull_loses_no_brain_and_keeps_the_skin_out(defect):
+    made = heads.head(blood="epidural", defect=defect)
+    mask = extract(made.scan)
+    assert dice(mask, made.brain) > 0.94
+    assert kept(made, mask, made.brain) > 0.995
+    assert kept(made, mask, made.blood) == 1
+
+
+def test_fluid_and_calcification_inside_the_brain_stay():
+    made, mask = plain(), plain_mask()
+    deep = np.zeros_like(mask)
+    i, j, k = made.scan.hu.shape
+    deep[i // 3 : 2 * i // 3, j // 3 : 2 * j // 3, k // 2 : 2 * k // 3] = True
+    assert (made.scan.hu[deep] > 150).any()
+    assert mask[deep].all()
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [
+        {"low": (-95, -120, -220)},
+        {"low": (-95, -120, -20)},
+        {"high": (95, 115, 40)},
+        {"low": (-72, -88, -110), "high": (72, 86, 92)},
+        {"holder": False},
+    ],
+    ids=["long neck", "no base", "no top", "tight", "no holder"],
+)
+def test_more_or_less_than_a_head_is_scanned(cut):
+    made = heads.head(**cut)
+    mask = extract(made.scan)
+    assert dice(mask, made.brain) > 0.97
+    assert kept(made, mask, made.brain) > 0.995
+
+
+def test_padding_of_a_straightened_scan_changes_nothing():
+    made = plain()
+    padded = made.scan.hu.copy()
+    corner = np.add.outer(np.arange(padded.shape[1]), 2 * np.arange(padded.shape[2])) < 40
+    padded[:, corner] = -1024
+    again = extract(heads.scan_of(padded, made.scan.affine))
+    assert dice(again, plain_mask()) > 0.999
+
+
+def test_a_skull_is_seen_in_heads_and_not_in_brains():
+    made = plain()
+    assert sees_skull(made.scan)
+    alone = heads.alone(made)
+    alone.hu[20:24, 30:34, 5:7] = 3000  # a clip and crumbs
+    alone.hu[60:75, 20:22, 20:23] = 700
+    assert not sees_skull(alone)
+
+
+def test_auto_extracts_where_a_skull_is_seen():
+    made = plain()
+    scan, mask, record = brain_only(made.scan, "auto")
+    assert record["brain"] == "extracted"
+    assert record["brain_ml"] == pytest.approx(mask.sum() * np.prod(made.scan.spacing) / 1000, abs=0.1)
+    assert not scan.hu[~mask].any()
+    np.testing.assert_array_equal(scan.hu[mask], made.scan.hu[mask])
+    assert scan.hu.dtype == np.float32
+
+
+@pytest.mark.parametrize("empty", [0, -1024, -3])
+@pytest.mark.parametrize("mode", ["auto", "given"])
+def test_a_given_brain_is_left_as_it_is(mode, empty):
+    made = plain()
+    alone = heads.alone(made)
+    alone.hu[~made.brain] = empty
+    scan, mask, record = brain_only(alone, mode)
+    assert scan is alone
+    assert record["brain"] == "given"
+    assert dice(mask, made.brain) > 0.99
+
+
+def test_errors_say_what_is_wrong():
+    alone = heads.alone(plain())
+    with pytest.raises(UnknownName, match="given"):
+        brain_only(alone, "givn")
+    with pytest.raises(ScanError, match="brain='given'") as e:
+        extract(alone)
+    assert e.value.code == "no-brain"
+
+
+def test_a_skull_without_a_brain_is_no_brain():
+    made = plain()
+    hollow = np.where(made.brain, -1000, made.scan.hu)
+    with pytest.raises(ScanError) as e:
+        extract(heads.scan_of(hollow, made.scan.affine))
+    assert e.value.code == "no-brain"
+
+
+@pytest.mark.parametrize("shape", [(4, 6, 5), (8, 12, 3), (3, 20, 9)])
+def test_resampling_keeps_constants_and_slopes(shape):
+    assert resample(np.full((6, 9, 7), 3.0), shape) == pytest.approx(3)
+    slope = resample((np.arange(24) + 0.5) / 24, (12,))
+    np.testing.assert_allclose(slope[1:-1], ((np.arange(12) + 0.5) / 12)[1:-1], atol=1e-6)
+    slope = resample((np.arange(12) + 0.5) / 12, (24,))
+    np.testing.assert_allclose(slope[1:-1], ((np.arange(24) + 0.5) / 24)[1:-1], atol=1e-6)
+
+
+def test_a_real_head():
+    scan = real("head_ct_ge_dicom.zip")
+    mask = extract(scan)
+    ml = mask.sum() * np.prod(scan.spacing) / 1000
+    assert 1350 < ml < 1550
+    assert np.median(scan.hu[mask]) == pytest.approx(33, abs=5)
+    assert (scan.hu[mask] > 140).mean() < 0.003
+    assert (scan.hu[mask] < -30).mean() < 0.003
+
+
+def test_a_real_brain_has_no_skull():
+    scan = real("brain_ct_average_1mm.nii.gz")
+    assert not sees_skull(scan)
+    _, _, record = brain_only(scan, "auto")
+    assert record["brain"] == "given"
+    assert 1250 < record["brain_ml"] < 1400

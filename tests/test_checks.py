@@ -1,0 +1,222 @@
+import dataclasses
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ichprog.errors import ScanError
+from ichprog.scan import read
+from ichprog.scan.brain import brain_only
+from ichprog.scan.checks import check, refuse_unless_ct
+from ichprog.spec import Plausible
+
+import heads
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+USUAL = Plausible(
+    slices=(20, 64),
+    in_plane_spacing_mm=(0.3, 1.6),
+    slice_spacing_mm=(2.0, 8.0),
+    coverage_mm=(100.0, 220.0),
+    field_of_view_mm=(150.0, 350.0),
+    brain_ml=(700.0, 2000.0),
+    blood_dense_ml=1.0,
+    obliquity_deg=25.0,
+)
+
+
+@cache
+def bleeding():
+    return heads.head(blood="deep")
+
+
+def doubts(scan, mode="auto", **usual):
+    refuse_unless_ct(scan)
+    _, mask, record = brain_only(scan, mode)
+    found = check(scan, mask, dataclasses.replace(USUAL, **usual), given=record["brain"] == "given")
+    return {doubt.code: doubt for doubt in found}
+
+
+def with_hu(hu):
+    return heads.scan_of(hu, bleeding().scan.affine)
+
+
+def refusal(scan):
+    with pytest.raises(ScanError) as e:
+        refuse_unless_ct(scan)
+    assert e.value.measured is not None
+    return e.value
+
+
+def test_a_usual_head_raises_no_doubt():
+    assert doubts(bleeding().scan) == {}
+
+
+@pytest.mark.parametrize("empty", [0, -1024, -5])
+@pytest.mark.parametrize("kind", ["int16", "smooth"])
+def test_a_usual_brain_raises_no_doubt(empty, kind):
+    hu = np.where(bleeding().brain, bleeding().scan.hu, empty)
+    if kind == "smooth":
+        hu = hu + np.random.default_rng(1).normal(0, 0.05, hu.shape) * bleeding().brain
+    assert doubts(with_hu(hu)) == {}
+
+
+@pytest.mark.parametrize(("low", "high"), [(-1024, 3071), (-100, 1000), (-200, 300), (-2000, 1500)])
+def test_air_and_bone_may_be_clipped(low, high):
+    hu = bleeding().scan.hu.copy()
+    hu[hu < -950] = -2000
+    assert doubts(with_hu(hu.clip(low, high))) == {}
+
+
+@pytest.mark.parametrize(
+    ("usual", "code", "unit"),
+    [
+        ({"slices": (41, 64)}, "slices", "slices"),
+        ({"in_plane_spacing_mm": (0.3, 1.1)}, "in-plane-spacing", "mm"),
+        ({"slice_spacing_mm": (2.0, 4.0)}, "slice-spacing", "mm"),
+        ({"coverage_mm": (210.0, 220.0)}, "coverage", "mm"),
+        ({"field_of_view_mm": (200.0, 350.0)}, "field-of-view", "mm"),
+        ({"brain_ml": (700.0, 1200.0)}, "brain-volume", "mL"),
+        ({"blood_dense_ml": 50.0}, "no-blood", "mL"),
+    ],
+)
+def test_what_is_out_of_bounds_is_said_in_units(usual, code, unit):
+    found = doubts(heads.alone(bleeding()), **usual)
+    assert list(found) == [code]
+    assert found[code].unit == unit
+    assert found[code].measured is not None
+    assert found[code].expected is not None
+    assert unit in found[code].message
+
+
+def test_obliquity():
+    turned = heads.scan_of(bleeding().scan.hu, bleeding().scan.affine, obliquity_deg=31.0)
+    assert doubts(turned)["obliquity"].measured == 31.0
+
+
+def test_too_few_slices_are_refused():
+    few = heads.scan_of(bleeding().scan.hu[:, :, 20:23], bleeding().scan.affine)
+    assert refusal(few).code == "too-few-slices"
+
+
+@pytest.mark.parametrize("factor", [0.001, 0.15, 10])
+def test_absurd_sizes_are_refused_in_mm(factor):
+    scan = bleeding().scan
+    error = refusal(dataclasses.replace(scan, affine=scan.affine * factor))
+    assert error.code == "spacing"
+    assert error.unit == "mm"
+
+
+def test_constant_scans_are_empty():
+    assert refusal(with_hu(np.zeros((100, 100, 30)))).code == "empty"
+
+
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize("offset", [1000, 1024])
+def test_a_missing_intercept_is_named(offset, alone):
+    hu = heads.alone(bleeding()).hu if alone else bleeding().scan.hu
+    error = refusal(with_hu(hu + offset))
+    assert error.code == "not-hu"
+    assert "1024" in str(error)
+
+
+def test_an_intercept_subtracted_twice_is_refused():
+    assert refusal(with_hu(bleeding().scan.hu - 1024)).code == "not-hu"
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_normalised_values_are_refused(alone):
+    hu = heads.alone(bleeding()).hu if alone else bleeding().scan.hu
+    assert refusal(with_hu(hu.clip(0, 80) / 80)).code == "not-hu"
+    assert refusal(with_hu((hu - hu.mean()) / hu.std())).code == "not-hu"
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 80), (-200, 300), (-1000, 2000)])
+def test_eight_bit_pictures_are_refused(low, high):
+    picture = np.round((bleeding().scan.hu.clip(low, high) - low) * 255 / (high - low))
+    assert refusal(with_hu(picture)).code == "eight-bit"
+
+
+def test_an_eight_bit_brain_is_refused():
+    picture = np.round(heads.alone(bleeding()).hu.clip(0, 80) * 255 / 80)
+    assert refusal(with_hu(picture)).code == "eight-bit"
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_mr_is_refused(alone):
+    hu = bleeding().scan.hu
+    signal = np.where(hu < -200, 0, np.where(hu > 140, 40, 300 + 9 * hu))
+    signal = np.abs(signal + np.random.default_rng(0).normal(0, 15, hu.shape))
+    assert refusal(with_hu(signal * bleeding().brain if alone else signal)).code in {"not-hu", "windowed"}
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 80), (0, 100), (-1024, 100), (0, 400)])
+def test_a_whole_head_clipped_to_a_window_is_refused(low, high):
+    assert refusal(with_hu(bleeding().scan.hu.clip(low, high))).code == "windowed"
+
+
+@pytest.mark.parametrize("ceiling", [60, 80])
+def test_a_clipped_brain_is_doubted(ceiling):
+    found = doubts(with_hu(heads.alone(bleeding()).hu.clip(0, ceiling)))
+    assert found["windowed"].measured == ceiling
+
+
+def test_little_brain_is_no_brain():
+    scan = heads.alone(bleeding())
+    mask = np.zeros(scan.hu.shape, bool)
+    mask[:20, :20, :10] = True
+    with pytest.raises(ScanError) as e:
+        check(scan, mask, USUAL, given=True)
+    assert (e.value.code, e.value.unit) == ("no-brain", "mL")
+
+
+@pytest.mark.parametrize(
+    ("cut", "side"),
+    [
+        ({"high": (95, 115, 45)}, "top"),
+        ({"low": (-95, -120, -10)}, "bottom"),
+        ({"high": (50, 115, 92)}, "left"),
+        ({"low": (-50, -120, -110)}, "right"),
+        ({"low": (-95, -70, -110)}, "front"),
+        ({"high": (95, 70, 92)}, "back"),
+    ],
+)
+def test_a_cut_brain_is_doubted(cut, side):
+    found = doubts(heads.alone(heads.head(blood="deep", **cut)), field_of_view_mm=(90.0, 350.0))
+    assert side in found["cropped-brain"].message
+    assert found["cropped-brain"].unit == "cm2"
+
+
+@pytest.mark.parametrize("lowest", [-65, -60])
+def test_a_scan_may_end_at_the_skull_base(lowest):
+    assert "cropped-brain" not in doubts(heads.head(blood="deep", low=(-95, -120, lowest)).scan)
+
+
+@pytest.mark.parametrize("noise", [0, 4, 12])
+def test_a_head_without_blood_is_doubted(noise):
+    found = doubts(heads.alone(heads.head(noise=noise)))
+    assert list(found) == ["no-blood"]
+    assert found["no-blood"].measured < 0.5
+
+
+@pytest.mark.parametrize("blood", [*heads.BLOOD, "subdural", ((25, 0, 10), 8.2), ((-30, 20, 30), 8.2)], ids=str)
+def test_blood_is_seen_from_two_millilitres_and_against_the_skull(blood):
+    assert "no-blood" not in doubts(heads.alone(heads.head(blood=blood, noise=8, blood_hu=62)))
+
+
+def test_blood_is_not_asked_for_where_none_is_needed():
+    assert doubts(heads.alone(heads.head()), blood_dense_ml=0.0) == {}
+
+
+def test_a_given_head_with_its_skull_is_doubted():
+    assert {"skull-present", "brain-volume"} <= set(doubts(bleeding().scan, mode="given"))
+
+
+def test_real_scans():
+    scans = [DATA / name for name in ("head_ct_ge_dicom.zip", "brain_ct_average_1mm.nii.gz")]
+    if not all(path.exists() for path in scans):
+        pytest.skip("the real scans are absent")
+    head, brain = (doubts(read(path)) for path in scans)
+    assert list(head) == ["no-blood"]
+    assert set(brain) == {"slices", "slice-spacing", "no-blood"}
