@@ -1,0 +1,69 @@
+"""Prognosis after intracranial haemorrhage (ICH) from one head CT: `load_model`, `predict`, `explain`.
+
+Names arrive when they are first used, so that importing the package costs next to nothing.
+
+For research only, not for patient care.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ichprog.errors import IchprogError as IchprogError
+    from ichprog.errors import PluginError as PluginError
+    from ichprog.errors import ScanError as ScanError
+    from ichprog.errors import ScanWarning as ScanWarning
+    from ichprog.errors import SpecError as SpecError
+    from ichprog.errors import UnknownName as UnknownName
+    from ichprog.errors import WeightsError as WeightsError
+    from ichprog.model import Model as Model
+    from ichprog.model import explain as explain
+    from ichprog.model import load_model as load_model
+    from ichprog.model import predict as predict
+    from ichprog.registry import register_backbone as register_backbone
+    from ichprog.registry import register_head as register_head
+    from ichprog.registry import register_saliency as register_saliency
+    from ichprog.results import Prediction as Prediction
+    from ichprog.results import Saliency as Saliency
+    from ichprog.scan import Scan as Scan
+    from ichprog.scan import brain_mask as brain_mask
+    from ichprog.spec import ModelSpec as ModelSpec
+    from ichprog.zoo import list_models as list_models
+    from ichprog.zoo import register_model as register_model
+
+_ROOM_OF = {
+    "list_models": "zoo",
+    "load_model": "model",
+    "predict": "model",
+    "explain": "model",
+    "brain_mask": "scan",
+    "register_backbone": "registry",
+    "register_head": "registry",
+    "register_saliency": "registry",
+    "register_model": "zoo",
+    "Model": "model",
+    "ModelSpec": "spec",
+    "Prediction": "results",
+    "Saliency": "results",
+    "Scan": "scan",
+    "IchprogError": "errors",
+    "PluginError": "errors",
+    "ScanError": "errors",
+    "ScanWarning": "errors",
+    "SpecError": "errors",
+    "UnknownName": "errors",
+    "WeightsError": "errors",
+}
+
+__all__ = list(_ROOM_OF)
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ROOM_OF:
+        raise AttributeError(f"module 'ichprog' has no attribute {name!r}")
+    return getattr(import_module(f"ichprog.{_ROOM_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_ROOM_OF])

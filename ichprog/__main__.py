@@ -1,0 +1,5 @@
+"""`python -m ichprog` is `ichprog`."""
+
+from ichprog.cli import main
+
+main()

@@ -1,0 +1,381 @@
+"""A model, where the three verbs meet: load it, have it predict, have it explain."""
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from platform import python_version
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, overload
+
+import numpy as np
+
+from ichprog import grid, hub, registry, zoo
+from ichprog import scan as scan_room
+from ichprog.errors import PluginError, ScanError, UnknownName
+from ichprog.hub import WeightFile
+from ichprog.results import Prediction, Saliency, TaskPrediction
+from ichprog.runtime import Answer, TorchRuntime, choose
+from ichprog.scan import Scan
+from ichprog.spec import ModelSpec, Task
+
+if TYPE_CHECKING:
+    import nibabel as nib
+    import torch
+
+    Source = str | Path | nib.spatialimages.SpatialImage | Scan
+
+OnError = Literal["raise", "record"]
+
+DEPENDENCIES = ("ichprog", "torch", "monai", "numpy", "scipy", "nibabel", "pydicom")
+
+
+class Model:
+    """A model with its weights loaded; `load_model` makes it, `predict` and `explain` take it.
+
+    Args:
+        spec: What the model is.
+        weights: One file for each fold.
+        runtime: The runtime, as `runtime.choose` gives it.
+        device: The device, likewise.
+        precision: One of `runtime.PRECISIONS`.
+
+    Raises:
+        WeightsError: The weights do not fit the network.
+        SpecError: The spec names options that its plugins refuse.
+        UnknownName: The spec names a plugin that is not installed.
+        PluginError: A plugin of the spec cannot be loaded or breaks its contract.
+    """
+
+    def __init__(
+        self, spec: ModelSpec, weights: Sequence[WeightFile], *, runtime: str, device: str, precision: str
+    ) -> None:
+        self.spec = spec
+        self.weights = tuple(weights)
+        self.runtime, self.device, self.precision = runtime, device, precision
+        self.members = tuple(TorchRuntime(spec, file.path, device, precision) for file in self.weights)
+
+    def __repr__(self) -> str:
+        folds = ", ".join(str(file.fold) for file in self.weights)
+        return f"<Model {self.spec.name}, folds {folds}, {self.runtime} on {self.device}, {self.precision}>"
+
+    def examine(self, source: "Source", *, brain: scan_room.BrainMode = "auto") -> Scan:
+        """A scan read, checked against what this model was made for, and left with its brain alone.
+
+        `predict` and `explain` do this first, and take what it gives as it is.
+
+        Args:
+            source: One scan, as `predict` takes it.
+            brain: As in `predict`.
+
+        Raises:
+            ScanError: The scan cannot be read, or the model cannot be asked about it.
+        """
+        contract = self.spec.input
+        return scan_room.examine(source, plausible=contract.plausible, brain=brain if contract.brain_only else "given")
+
+    def answers(self, grids: np.ndarray) -> list[dict[str, Answer]]:
+        """Each fold's answer to each task.
+
+        Args:
+            grids: `(B, D, H, W)` float32, as `grid.prepare` gives them.
+        """
+        return [member.run(np.ascontiguousarray(grids, np.float32)) for member in self.members]
+
+    def failure(self, source: "Source", error: ScanError) -> Prediction:
+        """The prediction that records why a scan has none."""
+        details = {"code": error.code, "message": str(error), "measured": error.measured}
+        details |= {"expected": error.expected, "unit": error.unit}
+        return Prediction(_name(source), self.spec.name, {}, (), self.provenance(), details)
+
+    def probe(self) -> dict[str, Any]:
+        """Runs the spec's golden input, where it has one, and compares.
+
+        Returns:
+            `state`, one of "none stored", "holds" and "differs", and `difference`, the largest one of any logit.
+        """
+        probe = self.spec.probe
+        if probe is None:
+            seeded = np.random.default_rng(0).random((1, *self.spec.input.shape), np.float32)
+            logits = [answer.logits for fold in self.answers(seeded) for answer in fold.values()]
+            finite = all(bool(np.isfinite(values).all()) for values in logits)
+            return {"state": "none stored" if finite else "differs", "difference": None if finite else float("nan")}
+        seeded = np.random.default_rng(probe.seed).random((1, *probe.shape), np.float32)
+        difference = max(
+            float(np.abs(answer.logits[0] - probe.logits[str(file.fold)][task]).max())
+            for file, fold in zip(self.weights, self.answers(seeded), strict=True)
+            for task, answer in fold.items()
+        )
+        tolerance = 1e-4 if self.precision == "float32" else 2e-2
+        return {"state": "holds" if difference <= tolerance else "differs", "difference": difference}
+
+    def provenance(self, examined: Scan | None = None) -> dict[str, Any]:
+        """Everything that goes into this model's answers, as plain data.
+
+        Args:
+            examined: The scan that is answered, where there is one.
+        """
+        spec = self.spec.to_dict()
+        return {
+            "model": self.spec.name,
+            "weights": [
+                {"fold": f.fold, "source": f.source, "source_sha256": f.source_sha256, "sha256": f.sha256}
+                for f in self.weights
+            ],
+            "preprocessing": {key: value for key, value in spec["input"].items() if key != "plausible"},
+            "scan": {} if examined is None else dict(examined.record),
+            "runtime": self.runtime,
+            "device": self.device,
+            "precision": self.precision,
+            "versions": {"python": python_version(), **{name: version(name) for name in DEPENDENCIES}},
+            "notice": self.spec.notice,
+        }
+
+
+def load_model(
+    name: str = zoo.DEFAULT,
+    *,
+    fold: int | None = None,
+    device: str = "auto",
+    runtime: str = "auto",
+    precision: str = "float32",
+    cache_dir: str | Path | None = None,
+    offline: bool = False,
+) -> Model:
+    """Loads a model; its weights are fetched where they are not in the cache.
+
+    Args:
+        name: A name of the zoo, "hf-hub:org/repo[/folder]@revision", or "local-dir:PATH".
+        fold: One member of a cross-validated set of weights; all there are where not given, averaged in probability.
+        device: "auto", "cpu", "cuda", "cuda:1", "mps".
+        runtime: "auto" or "torch".
+        precision: "float32" or "bfloat16".
+        cache_dir: Where weights are kept; `~/.cache/ichprog` or `$ICHPROG_CACHE` where not given.
+        offline: Whether the network is left alone, as with `HF_HUB_OFFLINE=1`.
+
+    Raises:
+        UnknownName: There is no such model, fold, device, runtime or precision.
+        SpecError: The model's description is not valid.
+        WeightsError: The weights cannot be had, are not the ones promised, or do not fit.
+        PluginError: A plugin that the model needs cannot be loaded.
+    """
+    chosen, where = choose(runtime, device, precision)
+    spec, files = hub.fetch(name, fold=fold, cache_dir=cache_dir, offline=offline)
+    return Model(spec, files, runtime=chosen, device=where, precision=precision)
+
+
+@overload
+def predict(  # type: ignore[overload-overlap]  # some sources are iterable too, but one is meant
+    model: Model | str, scans: "Source", *, brain: scan_room.BrainMode = ..., on_error: OnError = ...
+) -> Prediction: ...
+@overload
+def predict(  # type: ignore[overload-overlap]
+    model: Model | str,
+    scans: "list[Source] | tuple[Source, ...]",
+    *,
+    brain: scan_room.BrainMode = ...,
+    on_error: OnError = ...,
+) -> list[Prediction]: ...
+@overload
+def predict(
+    model: Model | str, scans: "Iterable[Source]", *, brain: scan_room.BrainMode = ..., on_error: OnError = ...
+) -> Iterator[Prediction]: ...
+def predict(
+    model: Model | str,
+    scans: "Source | Iterable[Source]",
+    *,
+    brain: scan_room.BrainMode = "auto",
+    on_error: OnError = "raise",
+) -> Prediction | list[Prediction] | Iterator[Prediction]:
+    """Predicts every task of a model for one scan or several.
+
+    Args:
+        model: A model, or a name that `load_model` takes.
+        scans: A NIfTI path, a DICOM folder or a .zip of one, or a nibabel image: one Prediction. A list or tuple of
+            these: a list. Any other iterable: an iterator, which reads one scan at a time.
+        brain: "auto" extracts the brain where a skull is seen, "extract" always, "given" never.
+        on_error: "raise" lets a scan's error through; "record" puts it into that scan's Prediction and goes on.
+
+    Raises:
+        ScanError: A scan cannot be read or is none that the model can be asked about.
+    """
+    loaded = load_model(model) if isinstance(model, str) else model
+    scan_room.refuse_unknown_mode(brain)
+    if on_error not in ("raise", "record"):
+        raise UnknownName("way to treat errors", on_error, ("raise", "record"))
+    if isinstance(scans, str | Path | Scan) or hasattr(scans, "dataobj"):
+        return _predict_one(loaded, cast("Source", scans), brain, on_error)
+    predictions = (_predict_one(loaded, source, brain, on_error) for source in scans)
+    return list(predictions) if isinstance(scans, list | tuple) else predictions
+
+
+def explain(
+    model: Model | str,
+    scan: "Source",
+    *,
+    task: str | Sequence[str] | None = None,
+    label: str | Mapping[str, str] | None = None,
+    method: str | Sequence[str] = "guided_backprop",
+    brain: scan_room.BrainMode = "auto",
+    **options: Any,
+) -> Saliency | dict[tuple[str, str], Saliency]:
+    """Explains what in a scan speaks for a label.
+
+    What is explained is the log-odds of the label's probability, which for a task of two labels is its logit. With
+    several folds the map is the mean of theirs.
+
+    Args:
+        model: A model, or a name that `load_model` takes.
+        scan: One scan, as `predict` takes it.
+        task: A task, or several; the model's first where not given.
+        label: The label that is explained, or one for each task by name; the last one, the most severe, where not
+            given.
+        method: A saliency method, or several; `ichprog plugins` lists them.
+        brain: As in `predict`.
+        **options: Options of the methods, such as `layer="features.transition3.conv"` of Grad-CAM; each method takes
+            those that are its own.
+
+    Returns:
+        A Saliency; where tasks or methods are several, a dict of them keyed (task, method), all from one forward pass
+        of each fold.
+
+    Raises:
+        ScanError: The scan cannot be read or is none that the model can be asked about.
+        UnknownName: There is no such task, label, method, layer or option.
+        PluginError: A method cannot be loaded, breaks its contract, or does not apply to the model's network.
+    """
+    loaded = load_model(model) if isinstance(model, str) else model
+    spec = loaded.spec
+    tasks = [spec.tasks[0]] if task is None else [spec.task(name) for name in _several(task)]
+    labels = {each.name: _label_of(each, label, sole=len(tasks) == 1) for each in tasks}
+    attributions = _attributions(_several(method), options)
+    examined = loaded.examine(scan, brain=brain)
+    prepared = grid.prepare(examined.hu, spec.input)
+    maps: dict[tuple[str, str], np.ndarray] = {}
+    for member in loaded.members:
+        for key, values in _maps_of(member, prepared, tasks, labels, attributions).items():
+            maps[key] = maps.get(key, np.float32(0)) + values / np.float32(len(loaded.members))
+    provenance = loaded.provenance(examined)
+    results = {
+        (name, how): Saliency(
+            scan=examined.name,
+            model=spec.name,
+            task=name,
+            label=labels[name],
+            method=how,
+            grid_map=values,
+            image=examined.image(grid.to_scan(values, examined.hu.shape, spec.input)),
+            empty=not values.any(),
+            warnings=examined.warnings,
+            provenance=provenance | {"options": attributions[how].options, "grid_shape": list(values.shape)},
+        )
+        for (name, how), values in maps.items()
+    }
+    one = (task is None or isinstance(task, str)) and isinstance(method, str)
+    return next(iter(results.values())) if one else results
+
+
+def _predict_one(model: Model, source: "Source", brain: scan_room.BrainMode, on_error: OnError) -> Prediction:
+    try:
+        examined = model.examine(source, brain=brain)
+    except ScanError as error:
+        if on_error == "raise":
+            raise
+        return model.failure(source, error)
+    folds = model.answers(grid.prepare(examined.hu, model.spec.input)[None])
+    tasks = {task.name: _over_folds(task, [fold[task.name] for fold in folds]) for task in model.spec.tasks}
+    return Prediction(examined.name, model.spec.name, tasks, examined.warnings, model.provenance(examined))
+
+
+def _name(source: "Source") -> str:
+    """A scan's name before it has been read."""
+    if isinstance(source, Scan):
+        return source.name
+    return str(source) if isinstance(source, str | Path) else source.get_filename() or "image in memory"
+
+
+def _several(names: str | Sequence[str]) -> list[str]:
+    return [names] if isinstance(names, str) else list(dict.fromkeys(names))
+
+
+def _over_folds(task: Task, answers: Sequence[Answer]) -> TaskPrediction:
+    """One scan's answers of several folds as one."""
+    each = np.stack([answer.probabilities[0] for answer in answers]).astype(float)
+    means = dict(zip(task.labels, each.mean(0).tolist(), strict=True))
+    spread = dict(zip(task.labels, each.std(0, ddof=1).tolist(), strict=True)) if len(answers) > 1 else None
+    logits = np.mean([answer.logits[0] for answer in answers], axis=0, dtype=float)
+    return TaskPrediction(task.decide(means), means, tuple(logits.tolist()), spread)
+
+
+def _label_of(task: Task, label: str | Mapping[str, str] | None, *, sole: bool) -> str:
+    """The label of a task that is to be explained."""
+    if isinstance(label, str) and not sole:
+        raise UnknownName("label of several tasks", label, [], hint="Give a label for each task, {task: label}.")
+    chosen = label if isinstance(label, str) else (label or {}).get(task.name, task.labels[-1])
+    if chosen not in task.labels:
+        raise UnknownName(f"label of {task.name}", chosen, task.labels)
+    return chosen
+
+
+class _Attribution(NamedTuple):
+    """A saliency method with the options that are its own."""
+
+    method: Callable[..., Any]
+    options: dict[str, Any]
+
+
+def _attributions(methods: Sequence[str], options: Mapping[str, Any]) -> dict[str, _Attribution]:
+    """The methods by name, each with its share of the options."""
+    found, taken = {}, set()
+    for name in methods:
+        attribute = registry.saliency.load(name)
+        if not callable(attribute):
+            raise PluginError(f"saliency method {name!r} breaks its contract: it is no function.")
+        own = {p.name for p in inspect.signature(attribute).parameters.values() if p.kind is p.KEYWORD_ONLY}
+        found[name] = _Attribution(attribute, {key: value for key, value in options.items() if key in own})
+        taken |= own
+    for unknown in options.keys() - taken:
+        raise UnknownName(f"option of {', '.join(methods)}", unknown, sorted(taken))
+    return found
+
+
+def _maps_of(
+    member: TorchRuntime,
+    prepared: np.ndarray,
+    tasks: Sequence[Task],
+    labels: Mapping[str, str],
+    attributions: Mapping[str, _Attribution],
+) -> dict[tuple[str, str], np.ndarray]:
+    """One fold's map for each task and method, all from one forward pass."""
+    import torch
+
+    from ichprog import saliency
+
+    network = member.network
+    layers = {saliency.layer_name(network, how.options.get("layer")) for how in attributions.values()}
+    maps = {}
+    with torch.inference_mode(mode=False), torch.enable_grad(), member.rounding():
+        values = torch.from_numpy(prepared).to(member.device)[None, None].requires_grad_()
+        known = saliency.ForwardPass(network, values, layers)
+        for task in tasks:
+            score = known.score(_log_odds(network, task.name, task.labels.index(labels[task.name])))
+            for name, how in attributions.items():
+                found = torch.as_tensor(how.method(score, values, network, **how.options)).detach()
+                if found.ndim != 3 or not bool(found.isfinite().all()):
+                    raise PluginError(
+                        f"saliency method {name!r} breaks its contract: a map is (D, H, W) of finite numbers, this one "
+                        f"has shape {tuple(found.shape)}{'' if found.ndim != 3 else ' and numbers that are not'}."
+                    )
+                maps[task.name, name] = found.float().cpu().numpy()
+    return maps
+
+
+def _log_odds(network: Any, task: str, label: int) -> "Callable[[dict[str, torch.Tensor]], torch.Tensor]":
+    """The log-odds of a label's probability, from a network's logits."""
+    import torch
+
+    def score(logits: "dict[str, torch.Tensor]") -> "torch.Tensor":
+        # in double precision a probability near one keeps its distance from one
+        probabilities = network.heads[task].probabilities(logits[task].to("cpu", torch.float64))
+        return cast("torch.Tensor", probabilities[:, label].logit(eps=1e-15))
+
+    return score

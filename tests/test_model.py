@@ -1,0 +1,337 @@
+"""The main job: a head CT in, answers and maps out, held against the published pipeline."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from multiprocessing import get_context
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+import ichprog
+from ichprog import PluginError, ScanError, UnknownName, WeightsError, registry
+
+import published
+from conftest import REPOSITORY, SHARED, brain_hu
+
+
+@pytest.mark.parametrize("name", published.PUBLISHED)
+def test_equals_the_published_pipeline(name, hub_server, scan_path):
+    """File to probability: the real Hub client and our chain here, MONAI's chain and the published network there."""
+    model = ichprog.load_model(name, fold=0)
+    got = ichprog.predict(model, scan_path)
+    theirs = published.network(name, seed=list(published.PUBLISHED).index(name))
+    with torch.no_grad():
+        logits = theirs(published.grid(scan_path)[None])
+    for task, expected in published.probabilities(name, logits).items():
+        found = list(got[task].probabilities.values())
+        assert np.abs(found - expected).max() < 1e-4
+        assert np.abs(expected - 1 / len(expected)).max() > 0.02, "seeded weights must not answer with a shrug"
+        assert sum(found) == pytest.approx(1)
+
+
+@pytest.fixture(scope="module")
+def orders():
+    """A small scan of no symmetry in every voxel order: 48 images of one head."""
+    hu = brain_hu((100, 110, 26), lesion=(350, 150, 20))
+    affine = np.diag([-2.0, -2.0, 5.0, 1.0])
+    affine[:3, 3] = (90, 120, -40)
+    base = nib.Nifti1Image(hu, affine)
+    images = []
+    for axes in itertools.permutations(range(3)):
+        for flips in itertools.product((1, -1), repeat=3):
+            images.append(base.as_reoriented(np.array(list(zip(axes, flips, strict=True)))))
+    return images
+
+
+def test_every_voxel_order_gives_the_same_answer_and_the_same_map(bright_model, orders):
+    model = ichprog.load_model(bright_model)
+    first, *others = orders
+    answer = ichprog.predict(model, first)
+    there = ichprog.explain(model, first).image
+    assert len(orders) == 48
+    for image in others:
+        assert ichprog.predict(model, image).tasks == answer.tasks
+    for image in others[::5]:
+        back = ichprog.explain(model, image).image
+        assert back.shape == image.shape
+        assert np.allclose(back.affine, image.affine)
+        to_first = nib.orientations.ornt_transform(
+            nib.io_orientation(image.affine), nib.io_orientation(first.affine)
+        )
+        assert np.array_equal(back.as_reoriented(to_first).get_fdata(), there.get_fdata())
+
+
+@pytest.mark.parametrize("method", registry.saliency.names())
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_lesion_is_explained_in_its_place_and_on_its_side(method, side, bright_model, tmp_path):
+    """The lesion is placed in mm, left is negative-to-positive x in RAS by definition, the file is in RAS order."""
+    lesion_lps = (360, 200, 20) if side == "left" else (152, 200, 20)
+    hu = brain_hu((128, 128, 30), lesion=lesion_lps)
+    image = nib.Nifti1Image(hu, np.diag([-1.9, -1.9, 5.0, 1.0])).as_reoriented(np.array([[0, -1], [1, -1], [2, 1]]))
+    assert nib.aff2axcodes(image.affine) == ("R", "A", "S")
+    image.to_filename(tmp_path / "scan.nii.gz")
+    saliency = ichprog.explain(bright_model, tmp_path / "scan.nii.gz", method=method)
+    assert not saliency.empty
+    values = np.asarray(saliency.image.dataobj)
+    peak = nib.affines.apply_affine(saliency.image.affine, np.unravel_index(values.argmax(), values.shape))
+    blood = nib.affines.apply_affine(image.affine, np.argwhere(np.asarray(image.dataobj) == 68))
+    assert np.linalg.norm(peak - blood.mean(0)) < np.ptp(blood, axis=0).max() / 2 + 6
+    middle = nib.affines.apply_affine(image.affine, (63.5, 63.5, 15))[0]
+    assert (peak[0] < middle) == (side == "left")
+    assert saliency.provenance["grid_shape"] == list(saliency.grid_map.shape)
+    assert saliency.grid_map.shape == ((20, 100, 100) if method == "grad_cam" else (40, 301, 301))
+
+
+def test_the_other_label_is_explained_with_the_other_sign(bright_model, scan_path):
+    model = ichprog.load_model(bright_model)
+    poor = ichprog.explain(model, scan_path, method="grad_cam")
+    good = ichprog.explain(model, scan_path, method="grad_cam", label="good")
+    assert (poor.label, good.label) == ("poor", "good")
+    assert np.allclose(poor.grid_map, -good.grid_map)
+
+
+def test_several_tasks_and_methods_come_from_one_forward_pass_a_fold(bright_model, scan_path):
+    model = ichprog.load_model(bright_model)
+    scan = model.examine(scan_path)
+    runs = []
+    hooks = [m.network.backbone.register_forward_hook(lambda *_: runs.append(1)) for m in model.members]
+    methods = ["guided_backprop", "grad_cam", "guided_grad_cam"]
+    found = ichprog.explain(model, scan, task=["prognosis", "gcs", "age"], method=methods, layer="features.1")
+    for hook in hooks:
+        hook.remove()
+    assert list(found) == list(itertools.product(["prognosis", "gcs", "age"], methods))
+    assert len(runs) == len(model.weights) == 2
+    alone = ichprog.explain(model, scan, task="gcs", method="grad_cam", layer="features.1")
+    assert np.allclose(alone.grid_map, found["gcs", "grad_cam"].grid_map)
+    assert all(not m._forward_hooks for member in model.members for m in member.network.modules())
+
+
+def test_a_list_of_one_is_answered_with_a_dict(bright_model, scan_path):
+    assert list(ichprog.explain(bright_model, scan_path, task=["age"])) == [("age", "guided_backprop")]
+
+
+def test_explaining_works_inside_no_grad_and_changes_no_switch(bright_model, scan_path):
+    model = ichprog.load_model(bright_model)
+    with torch.no_grad():
+        inside = ichprog.explain(model, scan_path)
+        assert not torch.is_grad_enabled()
+    with torch.inference_mode():
+        inference = ichprog.explain(model, scan_path)
+    assert np.array_equal(inside.grid_map, inference.grid_map)
+    assert not inside.empty
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"task": "prognosys"}, "no task of .* 'prognosys'.*nearest: prognosis"),
+        ({"label": "bad"}, "no label of prognosis 'bad'.*good, poor"),
+        ({"task": ["prognosis", "age"], "label": "poor"}, "a label for each task"),
+        ({"method": "gradcam"}, "no saliency method 'gradcam'.*nearest: grad_cam"),
+        ({"method": "grad_cam", "layers": "x"}, "no option of grad_cam 'layers'.*nearest: layer"),
+        ({"method": "grad_cam", "layer": "features.9"}, "no layer 'features.9'"),
+        ({"brain": "maybe"}, "no brain mode 'maybe'.*auto, extract, given"),
+    ],
+)
+def test_wrong_words_are_answered_with_the_right_ones(arguments, said, bright_model, scan_path):
+    with pytest.raises(UnknownName, match=said):
+        ichprog.explain(bright_model, scan_path, **arguments)
+
+
+def test_a_method_that_breaks_its_contract_is_named(bright_model, scan_path):
+    ichprog.register_saliency("flat", lambda score, grid, network: grid[0, 0, 0])
+    try:
+        with pytest.raises(PluginError, match=r"saliency method 'flat' breaks its contract.*shape \(301, 301\)"):
+            ichprog.explain(bright_model, scan_path, method="flat")
+    finally:
+        registry.saliency.unregister("flat")
+
+
+def test_an_empty_map_is_said_to_be_empty(bright_model):
+    image = nib.Nifti1Image(np.where(brain_hu((64, 64, 30)) > 0, 33, 0).astype(np.int16), np.diag([-3.8, -3.8, 5, 1]))
+    assert ichprog.explain(bright_model, image).empty
+
+
+def test_folds_are_averaged_in_probability_with_their_spread(hub_server, scan_path):
+    both = ichprog.predict(ichprog.load_model("perez2023.prognosis"), scan_path)["prognosis"]
+    each = [
+        ichprog.predict(ichprog.load_model("perez2023.prognosis", fold=fold), scan_path)["prognosis"]
+        for fold in (0, 1)
+    ]
+    poor = [p.probabilities["poor"] for p in each]
+    assert both.probabilities["poor"] == pytest.approx(np.mean(poor))
+    assert both.std["poor"] == pytest.approx(np.std(poor, ddof=1))
+    assert both.std["poor"] > 0
+    assert each[0].std is None
+    with pytest.raises(UnknownName, match="no fold of .*There is: 0, 1"):
+        ichprog.load_model("perez2023.prognosis", fold=7)
+
+
+def test_with_the_cache_filled_no_network_changes_nothing(hub_server, scan_path, monkeypatch):
+    online = ichprog.predict(ichprog.load_model("perez2023.prognosis"), scan_path).to_dict()
+    asked = len(hub_server.requests)
+    again = ichprog.predict(ichprog.load_model("perez2023.prognosis"), scan_path).to_dict()
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    offline = ichprog.predict(ichprog.load_model("perez2023.prognosis", offline=True), scan_path).to_dict()
+    assert online == again == offline
+    assert len(hub_server.requests) == asked
+
+
+def test_without_network_and_cache_the_command_is_said():
+    with pytest.raises(WeightsError, match=r"Baseline_Perez_et_al.*ichprog fetch perez2023\.prognosis"):
+        ichprog.load_model("perez2023.prognosis", offline=True)
+
+
+def load_and_predict(arguments):
+    model, scan = arguments
+    return ichprog.predict(model, scan).to_dict()
+
+
+def test_several_processes_load_one_model_at_once(hub_server, scan_path):
+    with get_context("spawn").Pool(3) as pool:
+        first, *others = pool.map(load_and_predict, [("perez2023.prognosis", str(scan_path))] * 3)
+    assert all(other == first for other in others)
+    assert len(hub_server.asked("GET /" + REPOSITORY.repo + "/resolve")) == 2  # one for each fold
+
+
+def test_lists_are_answered_with_lists_and_iterables_with_iterators(bright_model, scan_path):
+    model = ichprog.load_model(bright_model)
+    scan = model.examine(scan_path)
+    assert isinstance(ichprog.predict(model, scan), ichprog.Prediction)
+    assert [p.scan for p in ichprog.predict(model, [scan, scan])] == [scan.name] * 2
+    taken = []
+
+    def scans():
+        for number in itertools.count():
+            taken.append(number)
+            yield scan
+
+    answers = ichprog.predict(model, scans())
+    assert taken == []
+    next(answers)
+    next(answers)
+    assert taken == [0, 1]
+
+
+def test_memory_does_not_grow_with_the_number_of_scans(bright_model, tmp_path):
+    import tracemalloc
+
+    image = tmp_path / "scan.nii.gz"
+    nib.Nifti1Image(brain_hu((64, 64, 30)), np.diag([-3.8, -3.8, 5, 1])).to_filename(image)
+    model = ichprog.load_model(bright_model)
+    ichprog.predict(model, image)
+    peaks = []
+    for count in (2, 12):
+        tracemalloc.start()
+        for _ in ichprog.predict(model, (image for _ in range(count))):
+            pass
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < peaks[0] * 1.1
+
+
+def test_failures_are_recorded_and_the_rest_goes_on(bright_model, scan_path, tmp_path):
+    (tmp_path / "empty.nii.gz").touch()
+    sources = [tmp_path / "empty.nii.gz", scan_path, tmp_path / "none.nii.gz"]
+    empty, good, none = ichprog.predict(bright_model, sources, on_error="record")
+    assert (empty.error["code"], none.error["code"]) == ("unreadable", "not-found")
+    assert good.error is None
+    assert json.loads(json.dumps(empty.to_dict()))["error"]["message"].endswith("the file is empty.")
+    with pytest.raises(ScanError, match="there is no answer"):
+        empty["prognosis"]
+    with pytest.raises(ScanError):
+        ichprog.predict(bright_model, sources)
+    with pytest.raises(UnknownName, match="way to treat errors"):
+        ichprog.predict(bright_model, sources, on_error="ignore")
+
+
+def test_a_prediction_says_where_it_comes_from(hub_server, scan_path):
+    prediction = ichprog.predict("perez2023.prognosis", scan_path)
+    said = json.loads(json.dumps(prediction.to_dict()))
+    assert list(said) == ["scan", "model", "tasks", "warnings", "provenance"]
+    assert list(said["tasks"]["prognosis"]) == ["label", "probabilities", "logits", "std"]
+    provenance = said["provenance"]
+    assert provenance["model"] == "perez2023.prognosis"
+    for fold, weights in enumerate(provenance["weights"]):
+        assert weights["source"].startswith(f"hf-hub:{REPOSITORY.repo}/Baseline_Perez_et_al/")
+        assert weights["source"].endswith(f"_fold{fold}.pth@{REPOSITORY.revision}")
+        assert len(weights["sha256"]) == len(weights["source_sha256"]) == 64
+    assert provenance["preprocessing"]["window"] == {"low": 15.0, "high": 100.0, "above": "zero"}
+    assert provenance["scan"]["brain"] == "given"
+    assert provenance["scan"]["brain_ml"] > 500
+    assert provenance["versions"]["torch"] == torch.__version__
+    assert (provenance["runtime"], provenance["device"], provenance["precision"]) == ("torch", "cpu", "float32")
+    assert "research" in provenance["notice"]
+
+
+def test_bfloat16_is_near_float32(hub_server, scan_path):
+    exact = ichprog.predict(ichprog.load_model("densenet121.prognosis"), scan_path)
+    rounded = ichprog.predict(ichprog.load_model("densenet121.prognosis", precision="bfloat16"), scan_path)
+    difference = abs(exact["prognosis"].probabilities["poor"] - rounded["prognosis"].probabilities["poor"])
+    assert 0 < difference < 0.02
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"device": "gpu"}, "no device 'gpu'.*auto, cpu"),
+        ({"runtime": "onnx"}, "no runtime 'onnx'"),
+        ({"precision": "float16"}, "no precision 'float16'.*nearest: .*float"),
+        ({"name": "densenet121.prognosis_gcs4_age"}, "nearest: densenet121.prognosis_gcs3_age"),
+        ({"name": "weights/model"}, "local-dir:"),
+        ({"name": "./weights"}, "hf-hub:"),
+    ],
+)
+def test_wrong_choices_are_answered_with_the_right_ones(arguments, said):
+    with pytest.raises(UnknownName, match=said):
+        ichprog.load_model(**{"name": "perez2023.prognosis", **arguments})
+
+
+@pytest.mark.skipif(not (SHARED / "head_ct_ge_dicom.zip").exists(), reason="the real head CT is not here")
+def test_a_real_head_ct_is_answered_and_explained(hub_server, tmp_path):
+    """DICOM of a whole, tilted head: extraction, straightening and the map in the straightened scan's space."""
+    model = ichprog.load_model("densenet121.prognosis_gcs3_age")
+    scan = model.examine(SHARED / "head_ct_ge_dicom.zip")
+    prediction = ichprog.predict(model, scan)
+    assert prediction.provenance["scan"]["brain"] == "extracted"
+    assert 1000 < prediction.provenance["scan"]["brain_ml"] < 1700
+    assert {"gantry-tilt", "uneven-slices", "no-blood"} <= {warning.code for warning in prediction.warnings}
+    saliency = ichprog.explain(model, scan, method="grad_cam")
+    assert saliency.grid_map.shape == (1, 9, 9)
+    path = saliency.save(tmp_path / "map.nii.gz")
+    written = nib.load(path)
+    assert written.shape == scan.source_shape
+    assert np.allclose(written.affine, scan.source_affine, atol=1e-4)
+    mask = ichprog.brain_mask(SHARED / "head_ct_ge_dicom.zip")
+    assert mask.shape == written.shape
+    assert np.asarray(mask.dataobj).sum() * abs(np.linalg.det(mask.affine)) / 1000 == pytest.approx(
+        prediction.provenance["scan"]["brain_ml"], rel=0.01
+    )
+
+
+def test_a_dead_endpoint_answers_soon(tmp_path):
+    """As its user would see it: a fresh process, an empty cache, nobody at the other end."""
+    import time
+
+    environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "ICHPROG_CACHE": str(tmp_path)}
+    command = [sys.executable, "-c", "import time, ichprog.hub as h; t = time.time()\ntry: h.fetch('perez2023.prognosis')\n"
+               "except Exception as e: print(type(e).__name__, time.time() - t)"]
+    started = time.time()
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    kind, seconds = done.stdout.split()
+    assert kind == "WeightsError" or kind.endswith("NoNetworkError") or kind == "NoNetwork"
+    assert float(seconds) < 5
+    assert time.time() - started < 30
+
+
+def test_importing_costs_no_network_and_no_heavy_library():
+    code = "import sys, ichprog, ichprog.zoo; ichprog.list_models(); print(*sorted(sys.modules))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"torch", "monai", "openvino", "numpy", "nibabel", "huggingface_hub"} & set(loaded)
+    assert Path(ichprog.__file__).name == "__init__.py"

@@ -1,0 +1,133 @@
+"""Plugins by entry points: lazy, isolated, one owner a name. The distributions here are real metadata on the path."""
+
+import json
+import subprocess
+import sys
+from importlib.metadata import entry_points
+
+import pytest
+
+import ichprog
+from ichprog import PluginError, SpecError, UnknownName, registry, zoo
+
+
+@pytest.fixture
+def distribution(tmp_path, monkeypatch):
+    """Makes a distribution with one module and entry points, importable for one test."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def make(name, module, code, points, version="1.0"):
+        info = tmp_path / f"{name.replace('-', '_')}-{version}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        lines = [f"[{group}]\n" + "\n".join(f"{key} = {value}" for key, value in points[group].items()) for group in points]
+        (info / "entry_points.txt").write_text("\n".join(lines) + "\n")
+        (tmp_path / f"{module}.py").write_text(code)
+        return tmp_path
+
+    yield make
+    for module in [m for m in sys.modules if m.startswith("plug_")]:
+        del sys.modules[module]
+
+
+def test_the_built_ins_come_through_their_own_entry_points():
+    for kind in (registry.backbones, registry.heads, registry.saliency):
+        mine = {point.name for point in entry_points(group=kind.group) if point.dist.name == "ichprog"}
+        assert {entry.name for entry in kind.entries()} == mine
+    assert registry.backbones.names() == ["densenet121", "perez2023"]
+    assert registry.heads.names() == ["ordinal", "softmax"]
+    assert registry.saliency.names() == ["grad_cam", "guided_backprop", "guided_grad_cam"]
+
+
+def test_a_plugin_is_imported_on_first_use(distribution):
+    code = "loaded = True\ndef build(**options):\n    return options\n"
+    distribution("plug-good", "plug_good", code, {"ichprog.backbones": {"good": "plug_good:build"}})
+    assert "good" in registry.backbones.names()
+    assert "plug_good" not in sys.modules
+    assert registry.backbones.load("good")(a=1) == {"a": 1}
+    assert "plug_good" in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("code", "cause"),
+    [
+        ("raise RuntimeError('no luck')", "RuntimeError: no luck"),
+        ("import a_package_that_is_not_there", "ModuleNotFoundError: No module named 'a_package_that_is_not_there'"),
+        ("other = 1", "AttributeError: module 'plug_bad' has no attribute 'build'"),
+        ("def build(:", "SyntaxError"),
+    ],
+)
+def test_a_broken_plugin_spoils_its_own_name_only(distribution, code, cause):
+    distribution("plug-bad", "plug_bad", code, {"ichprog.backbones": {"bad": "plug_bad:build"}}, version="2.3")
+    with pytest.raises(PluginError, match=rf"backbone 'bad' of plug-bad 2\.3 cannot be loaded.*{cause}"):
+        registry.backbones.load("bad")
+    assert callable(registry.backbones.load("perez2023"))
+    assert len(ichprog.list_models()) >= 10
+
+
+def test_two_owners_of_a_name_are_both_named(distribution):
+    code = "def build():\n    return None\n"
+    distribution("plug-one", "plug_one", code, {"ichprog.heads": {"ordinal": "plug_one:build"}})
+    with pytest.raises(PluginError, match=r"head 'ordinal' is claimed by ichprog .* and plug-one 1\.0"):
+        registry.heads.load("ordinal")
+    assert callable(registry.heads.load("softmax"))
+
+
+def test_what_is_registered_by_hand_takes_no_name_that_is_taken():
+    with pytest.raises(PluginError, match="backbone 'densenet121' is claimed by ichprog .* and this session"):
+        ichprog.register_backbone("densenet121", lambda: None)
+    assert len([e for e in registry.backbones.entries() if e.name == "densenet121"]) == 1
+
+
+def test_an_unknown_name_says_what_there_is():
+    with pytest.raises(UnknownName, match=r"no saliency method 'x'. There is: grad_cam, guided_backprop, .*plugins"):
+        registry.saliency.load("x")
+
+
+def spec_of(name):
+    return zoo.find("perez2023.prognosis").to_dict() | {"name": name}
+
+
+def test_a_distribution_brings_models(distribution):
+    root = distribution("plug-models", "plug_unused", "", {"ichprog.models": {"mine": "plug_zoo"}})
+    (root / "plug_zoo").mkdir()
+    (root / "plug_zoo" / "__init__.py").touch()
+    (root / "plug_zoo" / "mine.prognosis.json").write_text(json.dumps(spec_of("mine.prognosis")))
+    (root / "plug_zoo" / "misnamed.json").write_text(json.dumps(spec_of("other")))
+    (root / "plug_zoo" / "broken.json").write_text("{")
+    assert [s.name for s in ichprog.list_models("m*")] == ["mine.prognosis"]
+    assert zoo.find("mine.prognosis").name == "mine.prognosis"
+    with pytest.raises(SpecError, match=r"misnamed.json: name: must be 'misnamed'"):
+        zoo.find("misnamed")
+    with pytest.raises(SpecError, match=r"broken.json: cannot be read as JSON"):
+        zoo.find("broken")
+
+
+def test_a_package_of_models_that_fails_takes_nothing_with_it(distribution):
+    distribution("plug-models", "plug_zoo", "1 / 0", {"ichprog.models": {"mine": "plug_zoo"}})
+    assert len(ichprog.list_models("densenet121.*")) == 9
+
+
+def test_a_model_is_registered_by_hand_once():
+    ichprog.register_model(spec_of("mine.prognosis"))
+    try:
+        assert zoo.find("mine.prognosis").summary
+        with pytest.raises(PluginError, match="claimed by this session and this session"):
+            ichprog.register_model(spec_of("mine.prognosis"))
+        with pytest.raises(PluginError, match="claimed by ichprog"):
+            ichprog.register_model(spec_of("perez2023.prognosis"))
+        with pytest.raises(SpecError):
+            ichprog.register_model({"name": "x"})
+    finally:
+        zoo._registered.pop("mine.prognosis")
+
+
+def test_the_listing_of_plugins_tells_who_is_broken(distribution, tmp_path):
+    distribution("plug-bad", "plug_bad", "1 / 0", {"ichprog.saliency": {"bad": "plug_bad:build"}})
+    command = [sys.executable, "-m", "ichprog", "plugins", "--json"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    states = {(p["kind"], p["name"]): p for p in json.loads(done.stdout)}
+    assert "ZeroDivisionError" in states["saliency method", "bad"]["problem"]
+    assert states["saliency method", "bad"]["distribution"] == "plug-bad"
+    assert all(p["problem"] is None for key, p in states.items() if key[1] != "bad")
+    assert ("model", "perez2023.prognosis") in states
