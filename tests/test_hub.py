@@ -18,8 +18,10 @@ import pytest
 import safetensors.torch
 import torch
 
-from ichprog import hub
+from ichprog import hub, zoo
 from ichprog.errors import SpecError, UnknownName, WeightsError
+from ichprog.hub import remote
+from ichprog.registry import Entry
 from ichprog.spec import ModelSpec
 
 from hub_server import COMMIT, HubServer
@@ -344,8 +346,8 @@ def test_a_dead_endpoint_is_told_within_five_seconds(monkeypatch: pytest.MonkeyP
 
 
 def test_an_endpoint_that_hangs_is_given_up_on(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub, "_KNOCK", 0.3)
-    monkeypatch.setattr(hub, "_PATIENCE", 0.3)
+    monkeypatch.setattr(remote, "_KNOCK", 0.3)
+    monkeypatch.setattr(remote, "_PATIENCE", 0.3)
     for part in ("HEAD /", "GET /api"):
         server.faults = {part: "hang"}
         with pytest.raises(WeightsError, match="did not answer in time"):
@@ -353,7 +355,7 @@ def test_an_endpoint_that_hangs_is_given_up_on(server: HubServer, monkeypatch: p
 
 
 def test_a_resolver_that_hangs_is_given_up_on(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub, "_KNOCK", 0.3)
+    monkeypatch.setattr(remote, "_KNOCK", 0.3)
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: server.closing.wait(60) and [])
     with pytest.raises(WeightsError, match="did not answer in time"):
         hub.weights(make_spec())
@@ -473,8 +475,10 @@ def test_pickles_in_a_folder_are_converted_once(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_folder_without_weights(tmp_path: Path) -> None:
-    with pytest.raises(SpecError, match=r"config\.json"):
+    with pytest.raises(SpecError, match=rf"{tmp_path} has no `config\.json`.*model\.safetensors.*fold<K>\.pth"):
         hub.resolve(f"local-dir:{tmp_path}")
+    with pytest.raises(SpecError, match=rf"{tmp_path}/nowhere is no folder.*`config\.json`.*model\.safetensors"):
+        hub.resolve(f"local-dir:{tmp_path}/nowhere")
     spec = make_spec(repo=None, revision=None, folder="")
     with pytest.raises(WeightsError, match="in which folder"):
         hub.weights(spec)
@@ -482,6 +486,90 @@ def test_a_folder_without_weights(tmp_path: Path) -> None:
         hub.weights(spec, directory=tmp_path)
     with pytest.raises(WeightsError, match="cannot be read"):
         hub.weights(spec, directory=tmp_path / "nowhere")
+
+
+# --- a model by any of its names
+
+
+@pytest.fixture
+def registered() -> Iterator[ModelSpec]:
+    spec = make_spec()
+    zoo.register_model(spec)
+    yield spec
+    zoo._registered.pop(spec.name)
+
+
+def test_a_model_of_the_zoo_is_fetched_by_its_name(server: HubServer, registered: ModelSpec, tmp_path: Path) -> None:
+    torch.save(STATE, published(server, "Net_fold3.pth"))
+    spec, files = hub.fetch(registered.name)
+    assert spec == registered
+    assert files == hub.weights(registered)
+    server.requests.clear()
+    assert hub.fetch(registered.name, fold=3, offline=True) == (registered, files[1:])
+    assert server.requests == []
+    with pytest.raises(WeightsError, match=r"`ichprog fetch tiny\.outcome`"):
+        hub.fetch(registered.name, cache_dir=tmp_path / "other", offline=True)
+    with pytest.raises(UnknownName, match=r"fold .* '1'.*0, 3"):
+        hub.fetch(registered.name, fold=1)
+    with pytest.raises(UnknownName, match=r"nearest: tiny\.outcome.*`ichprog models`"):
+        hub.fetch("tiny.outcomes")
+
+
+def test_weights_of_the_zoo_may_lie_beside_their_spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = make_spec(repo=None, revision=None, folder="tiny", format="safetensors", keys={})
+    (tmp_path / "tiny.outcome.json").write_text(json.dumps(spec.to_dict()))
+    (tmp_path / "tiny").mkdir()
+    safetensors.torch.save_file(STATE, tmp_path / "tiny" / "fold0.safetensors")
+    entry = Entry("model", spec.name, "made-up", "1", tmp_path / "tiny.outcome.json")
+    monkeypatch.setattr(zoo, "entries", lambda: [entry])
+    found, [file] = hub.fetch(spec.name)
+    assert found == spec
+    assert file.path == tmp_path / "tiny" / "fold0.safetensors"
+
+
+@pytest.mark.parametrize(
+    "name", ["weights/model", "./weights", "~/weights", "..", r"C:\weights", "here", "org/repo@main"]
+)
+def test_what_looks_like_a_path_is_refused_with_both_spellings(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    with pytest.raises(UnknownName, match=r"local-dir:PATH.*hf-hub:org/repo\[/folder\]@revision"):
+        hub.fetch(name)
+    with pytest.raises(UnknownName, match="`ichprog models`"):
+        hub.fetch("nowhere")
+
+
+@pytest.mark.usefixtures("server")
+def test_a_name_of_the_zoo_wins_over_a_folder_of_that_name(
+    registered: ModelSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / registered.name).mkdir()
+    assert hub.fetch(registered.name)[0] == registered
+
+
+def test_a_hub_name_is_fetched_with_its_spec(server: HubServer) -> None:
+    put_config(published(server).parent, repo=None, revision=None, folder="")
+    spec, [file] = hub.fetch(f"hf-hub:{REPO}/{FOLDER}@main")
+    assert (spec.weights.repo, spec.weights.revision, spec.weights.folder) == (REPO, COMMIT, FOLDER)
+    assert file.source == f"hf-hub:{REPO}/{FOLDER}/{FILE}@{COMMIT}"
+    server.requests.clear()
+    assert hub.fetch(f"hf-hub:{REPO}/{FOLDER}@main", offline=True) == (spec, [file])
+    assert server.requests == []
+    with pytest.raises(UnknownName, match="revision is needed"):
+        hub.fetch(f"hf-hub:{REPO}/{FOLDER}")
+
+
+def test_a_folder_is_fetched_where_it_is(tmp_path: Path) -> None:
+    safetensors.torch.save_file(STATE, tmp_path / "model.safetensors")
+    put_config(tmp_path, format="safetensors", keys={})
+    spec, [file] = hub.fetch(f"local-dir:{tmp_path}", offline=True)
+    assert spec.weights.repo is None
+    assert file.path == tmp_path / "model.safetensors"
+    with pytest.raises(SpecError, match="is no folder"):
+        hub.fetch(f"local-dir:{tmp_path}/nowhere")
 
 
 def test_importing_is_light() -> None:
