@@ -61,7 +61,8 @@ def _window(hu: np.ndarray, window: Window) -> np.ndarray:
     """HU to [0, 1], in the published order of operations so that values at the edges fall the same way."""
     values = (hu - np.float32(window.low)) / np.float32(window.high - window.low)
     values[values >= 1] = 0 if window.above == "zero" else 1
-    return np.maximum(values, 0, out=values)
+    values[values < 0] = 0
+    return values
 
 
 def _average(values: np.ndarray, axis: int, cells: int, before: int, padded: int) -> np.ndarray:
@@ -90,4 +91,5 @@ def _interpolate(values: np.ndarray, axis: int, positions: np.ndarray) -> np.nda
     column = [1] * values.ndim
     column[axis] = len(positions)
     share = (positions - left).astype(np.float32).reshape(column)
-    return values.take(left, axis) * (1 - share) + values.take(right, axis) * share
+    result: np.ndarray = values.take(left, axis) * (1 - share) + values.take(right, axis) * share
+    return result

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ichprog import registry
@@ -52,15 +51,15 @@ def build(spec: ModelSpec) -> Network:
     backbone = _built(registry.backbones, spec.backbone)
     channels, layer = getattr(backbone, "out_channels", None), getattr(backbone, "cam_layer", None)
     if not isinstance(channels, int) or not isinstance(layer, str):
-        _breaks(registry.backbones, spec.backbone, "needs the attributes out_channels (int) and cam_layer (str)")
-    elif layer not in dict(backbone.named_modules()):
-        _breaks(registry.backbones, spec.backbone, f"its cam_layer {layer!r} names none of its modules")
+        raise _broken(registry.backbones, spec.backbone, "needs the attributes out_channels (int) and cam_layer (str)")
+    if layer not in dict(backbone.named_modules()):
+        raise _broken(registry.backbones, spec.backbone, f"its cam_layer {layer!r} names none of its modules")
     heads = {}
     for task in spec.tasks:
         heads[task.name] = head = _built(registry.heads, task.head, channels, task.labels)
         for method in ("probabilities", "loss"):
             if not callable(getattr(head, method, None)):
-                _breaks(registry.heads, task.head, f"needs a method {method}")
+                raise _broken(registry.heads, task.head, f"needs a method {method}")
     return Network(backbone, heads)
 
 
@@ -111,11 +110,11 @@ def _built(plugins: Registry, part: Part, *args: Any) -> nn.Module:
         raise SpecError(f"{plugins.kind} {part.name!r} refuses its options {dict(part.options)}: {error}") from error
     except Exception as error:  # a plugin may fail in any way
         raise PluginError(f"{plugins.kind} {part.name!r} cannot be built: {type(error).__name__}: {error}") from error
-    if not isinstance(module, nn.Module):
-        _breaks(plugins, part, f"must build a torch.nn.Module, built a {type(module).__name__}")
-    return module
+    if isinstance(module, nn.Module):
+        return module
+    raise _broken(plugins, part, f"must build a torch.nn.Module, built a {type(module).__name__}")
 
 
-def _breaks(plugins: Registry, part: Part, how: str) -> None:
+def _broken(plugins: Registry, part: Part, how: str) -> PluginError:
     owner = next((entry.owner for entry in plugins.entries() if entry.name == part.name), "unknown")
-    raise PluginError(f"{plugins.kind} {part.name!r} of {owner} breaks its contract: {how}.")
+    return PluginError(f"{plugins.kind} {part.name!r} of {owner} breaks its contract: {how}.")

@@ -68,10 +68,7 @@ class Registry:
 
     def entries(self) -> list[Entry]:
         """Every claim to a name, by name, from metadata only: nothing is imported."""
-        found = [
-            Entry(self.kind, point.name, point.dist.name if point.dist else "unknown distribution", _version(point), point)
-            for point in entry_points(group=self.group)
-        ]
+        found = [_entry(self.kind, point) for point in entry_points(group=self.group)]
         return sorted([*found, *self._registered.values()], key=lambda entry: (entry.name, entry.owner))
 
     def names(self) -> list[str]:
@@ -121,8 +118,9 @@ def sole(claims: Iterable[Entry]) -> Entry:
     return first
 
 
-def _version(point: EntryPoint) -> str:
-    return point.dist.version if point.dist else ""
+def _entry(kind: str, point: EntryPoint) -> Entry:
+    name, version = (point.dist.name, point.dist.version) if point.dist else ("an unknown distribution", "")
+    return Entry(kind, point.name, name, version, point)
 
 
 backbones = Registry("backbone", "ichprog.backbones")

@@ -162,7 +162,7 @@ def _kept_outputs(network: nn.Module, layers: Iterable[str]) -> Iterator[dict[st
     outputs: dict[str, Tensor] = {}
 
     def keeper(name: str) -> Callable[..., Tensor]:
-        def keep(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        def keep(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
             outputs[name] = output
             return output.clone()  # what follows may work in place, and must not on what is kept
 

@@ -287,7 +287,9 @@ def _check(spec: ModelSpec) -> None:
         if not task.loss_weight > 0:
             raise SpecError(f"tasks.{task.name}.loss_weight: must be positive, is {task.loss_weight}")
     if not spec.input.window.low < spec.input.window.high:
-        raise SpecError(f"input.window: low must be below high, is {spec.input.window.low} and {spec.input.window.high}")
+        raise SpecError(
+            f"input.window: low must be below high, is {spec.input.window.low} and {spec.input.window.high}"
+        )
     if min(spec.input.shape) < 1:
         raise SpecError(f"input.shape: sizes must be positive, are {list(spec.input.shape)}")
     for field in dataclasses.fields(spec.input.plausible):
@@ -326,7 +328,8 @@ def _parse(kind: Any, value: Any, where: str) -> Any:
         for problem, names in (("missing", hints.keys() - value.keys()), ("unknown", value.keys() - hints.keys())):
             if names:
                 raise SpecError(f"{problem} field {', '.join(f'{where}.{n}'.lstrip('.') for n in sorted(names))}")
-        return kind(**{n: _parse(h, value[n], f"{where}.{n}".lstrip(".")) for n, h in hints.items()})
+        make = typing.cast("type[Any]", kind)
+        return make(**{n: _parse(h, value[n], f"{where}.{n}".lstrip(".")) for n, h in hints.items()})
     if origin is Mapping:
         return {str(k): _parse(args[1], v, f"{where}.{k}") for k, v in value.items()}
     if kind is float and isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):

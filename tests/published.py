@@ -91,7 +91,12 @@ PUBLISHED = {
         ("prognosis", "age"),
     ),
     "densenet121.prognosis": ("Baseline_DenseNet_PrognosisICH", lambda: Plain(1), "any_name", ("prognosis",)),
-    "densenet121.gcs3": ("Baseline_DenseNet_ThreeClassOrdinalGCS", lambda: Plain(2), "DenseNet_ThreeClassGCS", ("gcs",)),
+    "densenet121.gcs3": (
+        "Baseline_DenseNet_ThreeClassOrdinalGCS",
+        lambda: Plain(2),
+        "DenseNet_ThreeClassGCS",
+        ("gcs",),
+    ),
     "densenet121.gcs2": ("Baseline_DenseNet_BinaryGCS", lambda: Plain(1), "any_name", ("gcs",)),
     "densenet121.age": ("Baseline_DenseNet_BinaryAge", lambda: Plain(1), "any_name", ("age",)),
     "perez2023.prognosis": ("Baseline_Perez_et_al", Perez, "any_name", ("prognosis",)),

@@ -24,7 +24,8 @@ def random_hu(shape, seed=0):
 
 
 @pytest.mark.parametrize(
-    "shape", [(512, 512, 24), (512, 512, 40), (512, 512, 54), (301, 301, 40), (257, 199, 31), (200, 640, 7), (333, 90, 83)]
+    "shape",
+    [(512, 512, 24), (512, 512, 40), (512, 512, 54), (301, 301, 40), (257, 199, 31), (200, 640, 7), (333, 90, 83)],
 )
 @pytest.mark.parametrize("dtype", [np.int16, np.float32])
 def test_equals_the_published_chain(tmp_path, shape, dtype):

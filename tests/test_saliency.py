@@ -176,7 +176,9 @@ def state(network, grid):
         for module in network.modules()
         for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     ]
-    flags = [(module.training, getattr(module, "inplace", None), module.forward.__func__) for module in network.modules()]
+    flags = [
+        (module.training, getattr(module, "inplace", None), module.forward.__func__) for module in network.modules()
+    ]
     parameters = [(p.requires_grad, p.grad is None, p.clone()) for p in network.parameters()]
     return hooks, flags, [(a, b) for a, b, _ in parameters], [p for *_, p in parameters], grid.grad is None
 

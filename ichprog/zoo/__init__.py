@@ -14,6 +14,8 @@ from ichprog.errors import IchprogError, PluginError, SpecError, UnknownName
 from ichprog.registry import Entry
 from ichprog.spec import ModelSpec
 
+DEFAULT = "densenet121.prognosis_gcs3_age"
+
 _registered: dict[str, Entry] = {}
 
 
