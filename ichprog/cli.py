@@ -167,6 +167,7 @@ def doctor(ctx: click.Context, name: str | None, cache_dir: Path | None, as_json
     from ichprog import hub
     from ichprog.model import DEPENDENCIES
 
+    model = None if name is None else ichprog.load_model(name, cache_dir=cache_dir)
     report: dict[str, Any] = {
         "installed": {"python": sys.version.split()[0], **{d: version(d) for d in DEPENDENCIES}},
         "plugins": _plugin_states(),
@@ -174,12 +175,10 @@ def doctor(ctx: click.Context, name: str | None, cache_dir: Path | None, as_json
             "folder": str(cache_dir or hub.default_cache()),
             "files": [{"source": f.source, "path": str(f.path), "holds": holds} for f, holds in hub.cached(cache_dir)],
         },
+        "model": model and {"name": name, "weights": model.provenance()["weights"], "probe": model.probe()},
     }
     broken = any(p["problem"] for p in report["plugins"]) or any(not f["holds"] for f in report["cache"]["files"])
-    if name is not None:
-        model = ichprog.load_model(name, cache_dir=cache_dir)
-        report["model"] = {"name": name, "weights": model.provenance()["weights"], "probe": model.probe()}
-        broken |= report["model"]["probe"]["state"] == "differs"
+    broken |= model is not None and report["model"]["probe"]["state"] == "differs"
     if as_json:
         _print_json(report)
     else:
@@ -196,7 +195,7 @@ def _doctor_lines(report: dict[str, Any]) -> Iterator[str]:
     yield f"cache      {report['cache']['folder']}: {len(report['cache']['files'])} files of weights"
     for file in report["cache"]["files"]:
         yield f"           {'holds' if file['holds'] else 'BROKEN'}  {file['source']}"
-    if "model" in report:
+    if report["model"]:
         probe = report["model"]["probe"]
         difference = "" if probe["difference"] is None else f", largest difference {probe['difference']:.2g}"
         yield f"model      {report['model']['name']} loads; golden probe: {probe['state']}{difference}"
@@ -242,9 +241,7 @@ def predict(
         failed = False
         for source, stem, examined in _examined(model, scans, brain):
             prediction = (
-                model.failure(source, examined)
-                if isinstance(examined, ScanError)
-                else ichprog.predict(model, examined)
+                model.failure(source, examined) if isinstance(examined, ScanError) else ichprog.predict(model, examined)
             )
             if add:
                 add(prediction)
@@ -253,7 +250,7 @@ def predict(
                 failed = True
                 continue
             if not as_json:
-                _say_warnings(prediction)
+                _say_warnings(examined)
             if masks:
                 _save_mask(examined, masks / f"{stem}_brain.nii.gz")
             if maps:
@@ -302,6 +299,8 @@ def explain(
                 err=not as_json,
             )
             continue
+        if not as_json:
+            _say_warnings(examined)
         for path, saliency in _save_maps(model, examined, output, stem, tasks, methods, label, _parsed(options)):
             if as_json:
                 click.echo(json.dumps(saliency.to_dict() | {"map": str(path)}))
@@ -408,8 +407,8 @@ def _line(prediction: "Prediction") -> str:
     return f"{prediction.scan}  {'  '.join(said)}"
 
 
-def _say_warnings(prediction: "Prediction") -> None:
-    for warning in prediction.warnings:
+def _say_warnings(examined: "Scan") -> None:
+    for warning in examined.warnings:
         click.echo(f"  {warning.code}: {warning.message}", err=True)
 
 

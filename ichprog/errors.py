@@ -5,6 +5,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+_FEW = 12  # names that are shown all
+
 
 class IchprogError(Exception):
     """Any error this library raises on purpose."""
@@ -27,10 +29,8 @@ class UnknownName(IchprogError):
         message = f"there is no {kind} {str(name)!r}."
         if near:
             message += f" The nearest: {', '.join(near)}."
-        elif self.known:
+        if self.known and (not near or len(self.known) <= _FEW):
             message += f" There is: {', '.join(self.known)}."
-        else:
-            message += f" No {kind} is known here."
         super().__init__(f"{message} {hint}".rstrip())
 
 

@@ -1,5 +1,6 @@
 """A model, where the three verbs meet: load it, have it predict, have it explain."""
 
+import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
@@ -114,9 +115,12 @@ class Model:
         Args:
             examined: The scan that is answered, where there is one.
         """
-        spec = self.spec.to_dict()
+        spec, weights = self.spec.to_dict(), self.spec.weights
         return {
             "model": self.spec.name,
+            "resolved": "local"
+            if weights.repo is None
+            else f"hf-hub:{weights.repo}/{weights.folder}@{weights.revision}",
             "weights": [
                 {"fold": f.fold, "source": f.source, "source_sha256": f.source_sha256, "sha256": f.sha256}
                 for f in self.weights
@@ -126,7 +130,7 @@ class Model:
             "runtime": self.runtime,
             "device": self.device,
             "precision": self.precision,
-            "versions": {"python": python_version(), **{name: version(name) for name in DEPENDENCIES}},
+            "versions": dict(_versions()),
             "notice": self.spec.notice,
         }
 
@@ -148,7 +152,7 @@ def load_model(
         fold: One member of a cross-validated set of weights; all there are where not given, averaged in probability.
         device: "auto", "cpu", "cuda", "cuda:1", "mps".
         runtime: "auto" or "torch".
-        precision: "float32" or "bfloat16".
+        precision: "float32" or "bfloat16", which pays only where the processor computes in it.
         cache_dir: Where weights are kept; `~/.cache/ichprog` or `$ICHPROG_CACHE` where not given.
         offline: Whether the network is left alone, as with `HF_HUB_OFFLINE=1`.
 
@@ -284,6 +288,11 @@ def _predict_one(model: Model, source: "Source", brain: scan_room.BrainMode, on_
     folds = model.answers(grid.prepare(examined.hu, model.spec.input)[None])
     tasks = {task.name: _over_folds(task, [fold[task.name] for fold in folds]) for task in model.spec.tasks}
     return Prediction(examined.name, model.spec.name, tasks, examined.warnings, model.provenance(examined))
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+    return {"python": python_version(), **{name: version(name) for name in DEPENDENCIES}}
 
 
 def _name(source: "Source") -> str:

@@ -55,7 +55,7 @@ def brain_hu(shape=(512, 512, 30), lesion=(330, 220, 16), seed=0):
 
     brain = ball(middle, half)
     hu = np.where(brain, 33 + 4 * rng.standard_normal(shape), 0)
-    hu[ball(middle + (0, 20, 1), (25, 60, 4)) & brain] = 8
+    hu[ball(middle + np.array([0, 20, 1]), (25, 60, 4)) & brain] = 8
     scale = np.array(shape) / (512, 512, 30)
     hu[ball(np.array(lesion) * scale, (40 * scale[0], 40 * scale[1], 4 * scale[2]))] = 68
     return hu.round().astype(np.int16)
@@ -94,7 +94,10 @@ def bright_model(tmp_path):
     weights = dataclasses.replace(
         spec.weights, repo=None, revision=None, folder="", format="safetensors", keys={}, sha256={}
     )
-    spec = dataclasses.replace(spec, name="bright.prognosis_gcs3_age", backbone=Part("bright", {}), weights=weights)
+    contract = dataclasses.replace(spec.input, shape=(20, 96, 96), pad_slices=False)
+    spec = dataclasses.replace(
+        spec, name="bright.prognosis_gcs3_age", backbone=Part("bright", {}), weights=weights, input=contract
+    )
     folder = tmp_path / "bright"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(spec.to_dict()))
@@ -103,7 +106,7 @@ def bright_model(tmp_path):
         state = network.build(spec).state_dict()
         for key in state:
             if key.endswith("linear.weight"):
-                state[key] = state[key].abs() * 40 + 1
+                state[key] = state[key].abs() * 40 + 3000
         save_file(state, folder / f"fold{fold}.safetensors")
     yield f"local-dir:{folder}"
     registry.backbones.unregister("bright")

@@ -8,11 +8,10 @@ import nibabel as nib
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from conftest import REPOSITORY, brain_hu
 
 from ichprog import zoo
 from ichprog.cli import main
-
-from conftest import REPOSITORY, brain_hu
 
 
 @pytest.fixture
@@ -134,7 +133,9 @@ def test_a_folder_is_searched_for_scans(run, bright_model, small_scan, tmp_path)
         "--task", "prognosis", "--task", "gcs", "--masks", tmp_path / "masks")  # fmt: skip
     names = sorted(p.name for p in maps.iterdir())
     assert names == sorted(
-        f"{group}_PROGNOSIS_7_brain_{task}_grad_cam.nii.gz" for group in ("GOOD", "POOR") for task in ("prognosis", "gcs")
+        f"{group}_PROGNOSIS_7_brain_{task}_grad_cam.nii.gz"
+        for group in ("GOOD", "POOR")
+        for task in ("prognosis", "gcs")
     )
     written = nib.load(maps / names[0])
     assert written.shape == (96, 96, 30)
@@ -150,7 +151,7 @@ def test_explain_writes_maps(run, bright_model, small_scan, tmp_path):
     said = [json.loads(line) for line in result.stdout.splitlines()]
     assert [s["method"] for s in said] == ["guided_grad_cam", "grad_cam"]
     assert {s["label"] for s in said} == {"<80"}
-    assert said[1]["grid_shape"] == [40, 301, 301]
+    assert said[1]["grid_shape"] == [20, 96, 96]
     assert sorted(p.name for p in out.iterdir()) == ["small_age_grad_cam.nii.gz", "small_age_guided_grad_cam.nii.gz"]
 
 

@@ -73,7 +73,7 @@ def test_a_coarse_map_spreads_over_the_whole_scan():
     coarse = np.zeros((1, 9, 9), np.float32)
     coarse[0, 4, 1] = 1  # middle row, second column from the patient's right
     back = grid.to_scan(coarse, (512, 512, 30), CONTRACT)
-    i, j, k = np.unravel_index(back.argmax(), back.shape)
+    i, j, _ = np.unravel_index(back.argmax(), back.shape)
     assert abs(i - 512 * 1.5 / 9) < 2
     assert abs(j - 256) < 2
     assert np.ptp(back, axis=2).max() == 0

@@ -129,7 +129,7 @@ def test_an_unknown_backbone_names_the_nearest():
 
 
 def test_a_wrong_option_is_said():
-    with pytest.raises(SpecError, match="refuses its options .*colour"):
+    with pytest.raises(SpecError, match=r"refuses its options .*colour"):
         network.build(with_backbone("perez2023", colour="red"))
 
 

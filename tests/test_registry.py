@@ -20,7 +20,9 @@ def distribution(tmp_path, monkeypatch):
         info = tmp_path / f"{name.replace('-', '_')}-{version}.dist-info"
         info.mkdir()
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
-        lines = [f"[{group}]\n" + "\n".join(f"{key} = {value}" for key, value in points[group].items()) for group in points]
+        lines = [
+            f"[{group}]\n" + "\n".join(f"{key} = {value}" for key, value in points[group].items()) for group in points
+        ]
         (info / "entry_points.txt").write_text("\n".join(lines) + "\n")
         (tmp_path / f"{module}.py").write_text(code)
         return tmp_path
@@ -74,7 +76,7 @@ def test_two_owners_of_a_name_are_both_named(distribution):
 
 
 def test_what_is_registered_by_hand_takes_no_name_that_is_taken():
-    with pytest.raises(PluginError, match="backbone 'densenet121' is claimed by ichprog .* and this session"):
+    with pytest.raises(PluginError, match=r"backbone 'densenet121' is claimed by ichprog .* and this session"):
         ichprog.register_backbone("densenet121", lambda: None)
     assert len([e for e in registry.backbones.entries() if e.name == "densenet121"]) == 1
 

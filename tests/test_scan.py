@@ -3,11 +3,10 @@
 import nibabel as nib
 import numpy as np
 import pytest
+from conftest import brain_hu
 
 import ichprog
 from ichprog import ScanError, scan, zoo
-
-from conftest import brain_hu
 
 PLAUSIBLE = zoo.find(zoo.DEFAULT).input.plausible
 AFFINE = np.diag([-2.5, -2.5, 5.0, 1.0])
@@ -30,9 +29,7 @@ def hu():
 def test_hu_come_in_lps_order_with_a_true_affine(hu):
     image = nib.Nifti1Image(hu, AFFINE)
     for codes in ("LPS", "RAS", "SPR", "AIL"):
-        order = nib.orientations.ornt_transform(
-            nib.io_orientation(AFFINE), nib.orientations.axcodes2ornt(codes)
-        )
+        order = nib.orientations.ornt_transform(nib.io_orientation(AFFINE), nib.orientations.axcodes2ornt(codes))
         read = scan.read(image.as_reoriented(order))
         assert np.array_equal(read.hu, hu.astype(np.float32))
         assert np.allclose(read.affine, AFFINE)

@@ -1,7 +1,6 @@
 """A scan: HU in one fixed voxel order, and the way back to the order it came in."""
 
 import dataclasses
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,15 +84,17 @@ def read(source: Any) -> Scan:
             code="unreadable",
         )
     path = Path(source)
-    try:
-        if not path.exists():
-            raise ScanError(f"{path}: there is no such file or folder.", code="not-found")
-        if path.is_file() and path.stat().st_size == 0:
-            raise ScanError(f"{path}: the file is empty.", code="unreadable")
-        if path.name.endswith((".nii", ".nii.gz")):
+    if not path.exists():
+        raise ScanError(f"{path}: there is no such file or folder.", code="not-found")
+    if path.is_file() and path.stat().st_size == 0:
+        raise ScanError(f"{path}: the file is empty.", code="unreadable")
+    if path.name.endswith((".nii", ".nii.gz")):
+        try:
             return _from_image(nib.load(path), str(path), {"format": "NIfTI"})
-    except (OSError, EOFError, zlib.error, nib.filebasedimages.ImageFileError, nib.spatialimages.HeaderDataError) as e:
-        raise ScanError(f"{path}: cannot be read as NIfTI: {e}.", code="unreadable") from e
+        except ScanError:
+            raise
+        except Exception as error:  # a damaged file makes nibabel and zlib raise almost anything
+            raise ScanError(f"{path}: cannot be read as NIfTI: {error}.", code="unreadable") from error
     from ichprog.scan import dicom
 
     if not (path.is_dir() or path.suffix.lower() == ".zip" or dicom.is_dicom(path)):
