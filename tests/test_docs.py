@@ -1,0 +1,166 @@
+"""What the documentation says runs and is complete; its pages load nothing from outside."""
+
+import ast
+import doctest
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import nibabel as nib
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from conftest import REPOSITORY, brain_hu
+from test_architecture import FLOORS, HOUSE
+
+import ichprog
+from ichprog import registry, zoo
+from ichprog.cli import main
+
+import published
+from hub_server import HubServer
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+
+
+def run_commands(example):
+    """Runs each line `$ ichprog ...`; lines below it are what it prints, with `...` for anything."""
+    for block in re.split(r"^\$ ", example.parsed, flags=re.MULTILINE)[1:]:
+        command, _, shown = block.partition("\n")
+        program, *arguments = shlex.split(command)
+        if program != "ichprog":
+            continue
+        result = CliRunner().invoke(main, arguments)
+        assert result.exit_code == 0, f"{command}\n{result.output}"
+        if shown.strip():
+            shown = re.sub(r"^ +", "", shown, flags=re.MULTILINE)
+            same = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+            assert doctest.OutputChecker().check_output(shown, result.output, same), f"{command}\n{result.output}"
+
+
+@pytest.fixture(scope="session")
+def small_hub(tmp_path_factory):
+    """The two models that the pages use, in one fold as on the Hub, and a cache for all pages."""
+    root = tmp_path_factory.mktemp("docs-hub")
+    for name in (zoo.DEFAULT, "perez2023.prognosis"):
+        published.save(name, root / REPOSITORY.repo, seed=0)
+    with HubServer(root, REPOSITORY.revision) as server:
+        yield server.url, tmp_path_factory.mktemp("docs-cache")
+
+
+@pytest.fixture
+def reader(small_hub, tmp_path, monkeypatch):
+    """Whoever tries a page: in a folder with scans, with a Hub, and gone with what they registered afterwards."""
+    url, cache = small_hub
+    monkeypatch.setenv("HF_ENDPOINT", url)
+    monkeypatch.setenv("ICHPROG_CACHE", str(cache))
+    (tmp_path / "scans").mkdir()
+    scan = nib.Nifti1Image(brain_hu((256, 256, 30)), np.diag([-0.94, -0.94, 5, 1]))
+    for name in ("scan", "scans/1", "scans/2"):
+        scan.to_filename(tmp_path / f"{name}.nii.gz")
+    monkeypatch.chdir(tmp_path)
+    for plugins in (registry.backbones, registry.heads, registry.saliency):
+        monkeypatch.setattr(plugins, "_registered", {})
+    monkeypatch.setattr(zoo, "_registered", {})
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_examples_run(page, reader):
+    from sybil import Sybil
+    from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser
+
+    parsers = [PythonCodeBlockParser(), CodeBlockParser(language="console", evaluator=run_commands)]
+    for example in Sybil(parsers).parse(page).examples():
+        example.evaluate()
+
+
+def test_examples_are_there_and_none_is_passed_over():
+    """Python and console blocks are run; bash is for what sets a machine up, the rest is data."""
+    languages = [word for page in PAGES for word in re.findall(r"^ *```(\S*)$", page.read_text(), re.MULTILINE)]
+    assert set(languages) <= {"", "python", "console", "bash", "toml", "json", "text"}
+    assert languages.count("python") >= 10
+
+
+def test_the_model_pages_are_up_to_date():
+    """Else run `python docs/models.py`."""
+    pages = runpy.run_path(str(DOCS / "models.py"))["pages"]()
+    assert {path.name: path.read_text(encoding="utf-8") for path in (DOCS / "models").iterdir()} == pages
+    assert len(pages) == len([entry for entry in zoo.entries() if entry.distribution == "ichprog"]) + 1
+
+
+def codes_in_scans():
+    """Every code of a ScanError or ScanWarning; those that are handed on are told by their hyphen or their table."""
+    codes = set()
+    for path in (HOUSE / "scan").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            texts = []
+            if isinstance(node, ast.keyword) and node.arg == "code":
+                texts = [node.value]
+            elif isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("ScanWarning", "refusal"):
+                texts = node.args[:1]
+            elif isinstance(node, ast.Tuple) and len(node.elts) == 5:  # a row of what is measured
+                texts = node.elts[:1]
+            elif isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "code":
+                texts = [constant for constant in ast.walk(node.value) if isinstance(constant, ast.Constant)]
+            codes |= {text.value for text in texts if isinstance(text, ast.Constant)}
+    return codes
+
+
+def test_every_check_of_a_scan_is_explained():
+    _, _, doubts_and_errors = (DOCS / "scans.md").read_text().partition("\n## Warnings\n")
+    told = set(re.findall(r"^\| `([a-z0-9-]+)` \|", doubts_and_errors, re.MULTILINE))
+    assert told == codes_in_scans()
+
+
+def test_every_command_and_option_is_explained():
+    text = (DOCS / "command-line.md").read_text()
+    pages = dict(
+        zip(
+            re.findall(r"^## (\w+)$", text, re.MULTILINE),
+            re.split(r"^## \w+$", text, flags=re.MULTILINE)[1:],
+            strict=True,
+        )
+    )
+    assert set(pages) == set(main.commands)
+    pages["explain"] += pages["predict"]
+    for name, command in main.commands.items():
+        for option in command.params:
+            if isinstance(option, click.Option) and "--json" not in option.opts:
+                assert all(re.search(rf"`{spelling}[ `]", pages[name]) for spelling in option.opts), (name, option.opts)
+
+
+def test_the_reference_has_every_public_name():
+    text = (DOCS / "reference.md").read_text()
+    for name in ichprog.__all__:
+        assert f"::: ichprog.{name}\n" in text or f"`{name}(" in text, name
+
+
+def test_the_picture_and_the_page_have_every_room():
+    picture, page = (DOCS / "architecture.svg").read_text(), (DOCS / "architecture.md").read_text()
+    for number, rooms in enumerate(FLOORS, 1):
+        for room in rooms:
+            assert f">{room}<" in picture
+            assert re.search(rf"^\| {number} \| .*`{room}`.* \|", page, re.MULTILINE), room
+
+
+def test_the_site_builds_and_loads_nothing_from_outside(tmp_path):
+    for needed in ("mkdocs", "material", "mkdocstrings"):
+        pytest.importorskip(needed)
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    pages = list((tmp_path / "site").rglob("*.html"))
+    assert len(pages) > len(PAGES)
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        for tag in re.findall(r"<(?:script|link|img|iframe|source|object|embed)\b[^>]*>", text):
+            assert 'rel="canonical"' in tag or not re.search(r"""(?:src|href|data)=["']?(?:https?:)?//""", tag), tag
+        assert not re.search(r"<[^>]+class=\"mermaid", text), "the theme brings mermaid from outside"
+    for sheet in (tmp_path / "site").rglob("*.css"):
+        assert not re.search(r"(?:@import|url\()\s*[\"']?(?:https?:)?//", sheet.read_text(encoding="utf-8")), sheet
