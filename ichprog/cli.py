@@ -98,7 +98,7 @@ def plugins(as_json: bool) -> None:
         return
     for plugin in found:
         owner = f"{plugin['distribution']} {plugin['version']}".rstrip()
-        click.echo(f"{plugin['kind']:16}  {plugin['name']:36}  {owner:24}  {plugin['problem'] or 'loads'}")
+        click.echo(f"{plugin['kind']:18}  {plugin['name']:36}  {owner:24}  {plugin['problem'] or 'loads'}")
 
 
 def _plugin_states() -> list[dict[str, Any]]:
