@@ -326,14 +326,16 @@ def _examined(model: "Model", paths: Iterable[Path], brain: Any) -> "Iterator[tu
     sources = list(dict.fromkeys(source for path in paths for source in find(path)))
     stems = _stems(sources)
     shown = sys.stderr.isatty() and len(sources) > 1
-    with tqdm(total=len(sources), unit="scan", file=sys.stderr) if shown else nullcontext() as bar:
+    with tqdm(total=len(sources), unit="scan", mininterval=0, file=sys.stderr) if shown else nullcontext() as bar:
         for source, stem in zip(sources, stems, strict=True):
-            if bar is not None:
-                bar.clear()
+            found: Scan | ScanError
             try:
-                yield source, stem, model.examine(source, brain=brain)
+                found = model.examine(source, brain=brain)
             except ScanError as error:
-                yield source, stem, error
+                found = error
+            if bar is not None:
+                bar.clear()  # its line is wanted for what is said of this scan
+            yield source, stem, found
             if bar is not None:
                 bar.update()
 
