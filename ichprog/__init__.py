@@ -9,8 +9,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ichprog.cohort import Cohort as Cohort
+    from ichprog.errors import CohortError as CohortError
     from ichprog.errors import IchprogError as IchprogError
     from ichprog.errors import PluginError as PluginError
+    from ichprog.errors import RunError as RunError
     from ichprog.errors import ScanError as ScanError
     from ichprog.errors import ScanWarning as ScanWarning
     from ichprog.errors import SpecError as SpecError
@@ -41,13 +44,16 @@ _ROOM_OF = {
     "register_head": "registry",
     "register_saliency": "registry",
     "register_model": "zoo",
+    "Cohort": "cohort",
     "Model": "model",
     "ModelSpec": "spec",
     "Prediction": "results",
     "Saliency": "results",
     "Scan": "scan",
+    "CohortError": "errors",
     "IchprogError": "errors",
     "PluginError": "errors",
+    "RunError": "errors",
     "ScanError": "errors",
     "ScanWarning": "errors",
     "SpecError": "errors",

@@ -72,3 +72,23 @@ def perez2023(*, dropout: float = 0.5) -> Backbone:
         nn.BatchNorm3d(128),
     )
     return Backbone(features, out_channels=128, cam_layer="features.12")
+
+
+def compact(*, width: int = 16, dropout: float = 0.0) -> Backbone:
+    """A small convolutional network for a small grid; C is 4 x `width`.
+
+    A grid of 24 x 112 x 112 becomes features of 6 x 14 x 14. 0.14 M parameters at the width of 16.
+
+    Args:
+        width: Channels of the first layer; the others have twice, three and four times as many.
+        dropout: Rate at which whole channels of the features are dropped, in training.
+
+    Source: this project.
+    """
+    channels = [1, width, 2 * width, 3 * width, 4 * width]
+    strides = [(1, 2, 2), (2, 2, 2), (2, 2, 2), (1, 1, 1)]
+    layers: list[nn.Module] = []
+    for before, after, stride in zip(channels, channels[1:], strides, strict=False):
+        layers += [nn.Conv3d(before, after, 3, stride, 1, bias=False), nn.BatchNorm3d(after), nn.ReLU()]
+    features = nn.Sequential(*layers, nn.Dropout3d(dropout))
+    return Backbone(features, out_channels=channels[-1], cam_layer=f"features.{len(layers) - 2}")

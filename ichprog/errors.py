@@ -46,6 +46,14 @@ class PluginError(IchprogError):
     """A plugin cannot be imported, is claimed twice, or breaks its contract."""
 
 
+class CohortError(IchprogError):
+    """A table of patients that cannot be used as it is; every row that is wrong is named."""
+
+
+class RunError(IchprogError):
+    """A run of many steps, a training or a simulation, that cannot begin, cannot be resumed or had to stop."""
+
+
 class ScanError(IchprogError):
     """A scan that cannot be read, or that no model of this library can be asked about.
 

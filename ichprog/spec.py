@@ -32,6 +32,26 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Target:
+    """Where a task's true label comes from: a number that is known of each patient, cut into labels.
+
+    Attributes:
+        column: The column of a cohort that holds the number.
+        cuts: Where one label ends and the next begins, from the first label on: one fewer than labels. A number that
+            is exactly a cut belongs to its higher side.
+        severe: Whether "high" or "low" numbers stand for the later labels.
+    """
+
+    column: str
+    cuts: tuple[float, ...]
+    severe: Literal["high", "low"]
+
+    def index(self, value: float) -> int:
+        """The index of the label that a number stands for."""
+        return sum(value >= cut if self.severe == "high" else value < cut for cut in self.cuts)
+
+
+@dataclass(frozen=True)
 class Task:
     """One thing a model predicts.
 
@@ -39,6 +59,7 @@ class Task:
         name: The task's name, the key of its result.
         meaning: What is predicted, in words, with what is not known about it.
         labels: The labels in order; where the order means severity, the most severe last.
+        target: Where the true label comes from, for training and scoring.
         head: The head that turns features into this task's logits.
         threshold: The label is the last one for which P(this label or a later one) exceeds the threshold;
             null takes the most probable label, for labels that have no order.
@@ -48,6 +69,7 @@ class Task:
     name: str
     meaning: str
     labels: tuple[str, ...]
+    target: Target
     head: Part
     threshold: float | None
     loss_weight: float
@@ -282,6 +304,13 @@ def _check(spec: ModelSpec) -> None:
     for task in spec.tasks:
         if len(task.labels) < 2 or len(set(task.labels)) != len(task.labels):
             raise SpecError(f"tasks.{task.name}.labels: needs two or more different labels, has {list(task.labels)}")
+        cuts = sorted(task.target.cuts, reverse=task.target.severe == "low")
+        if len(cuts) != len(task.labels) - 1 or len(set(cuts)) != len(cuts) or list(task.target.cuts) != cuts:
+            order = "rising" if task.target.severe == "high" else "falling"
+            raise SpecError(
+                f"tasks.{task.name}.target.cuts: {len(task.labels)} labels need {len(task.labels) - 1} {order} cuts, "
+                f"has {list(task.target.cuts)}"
+            )
         if task.threshold is not None and not 0 < task.threshold < 1:
             raise SpecError(f"tasks.{task.name}.threshold: must lie between 0 and 1, is {task.threshold}")
         if not task.loss_weight > 0:

@@ -21,6 +21,9 @@ FLOORS = [
     {"network"},
     {"runtime"},
     {"model"},
+    {"cohort", "simulate"},
+    {"train", "release"},
+    {"report"},
     {"cli"},
 ]
 SIDEWAYS = {("spec", "errors")}
@@ -77,7 +80,12 @@ def test_no_file_is_two_ideas(path):
     assert len(path.read_text().splitlines()) <= 500
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(HOUSE)))
+KNOW_PATIENTS = {"cohort", "simulate"}  # a cohort has columns, and the simulation makes patients with them
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in FILES if room_of(p) not in KNOW_PATIENTS], ids=lambda p: str(p.relative_to(HOUSE))
+)
 def test_no_task_is_known_by_name(path):
     """Tasks are data: apart from the default model's name, only docstrings may speak of them."""
     tree = ast.parse(path.read_text())

@@ -1,60 +1,23 @@
-"""The command line: a thin skin over the library."""
+"""The two questions to a model: predict and explain."""
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, nullcontext
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 import ichprog
-from ichprog.errors import IchprogError, ScanError, SpecError, UnknownName
-from ichprog.zoo import DEFAULT
+from ichprog.cli.options import as_json, brain, loading, model_option, with_options
+from ichprog.errors import ScanError
 
 if TYPE_CHECKING:
     from ichprog.model import Model
     from ichprog.results import Prediction, Saliency
     from ichprog.scan import Scan
 
-_WRONG_USE = (UnknownName, SpecError)
-
-
-class _Group(click.Group):
-    """Says what went wrong instead of showing a traceback: exit code 2 for wrong use, 1 for what failed."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except (IchprogError, OSError) as error:
-            click.echo(f"Error: {error}", err=True)
-            ctx.exit(2 if isinstance(error, _WRONG_USE) else 1)
-
-
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="ichprog")
-def main() -> None:
-    """Prognosis after intracranial haemorrhage from one head CT. For research only, not for patient care."""
-
-
-_as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
-_model = click.option(
-    "-m", "--model", "name", default=DEFAULT, show_default=True,
-    help="A name of `ichprog models`, hf-hub:org/repo[/folder]@revision, or local-dir:PATH.",
-)  # fmt: skip
-_brain = click.option(
-    "--brain", default="auto", show_default=True, metavar="auto|extract|given",
-    help="Extract the brain where a skull is seen, always, or never.",
-)  # fmt: skip
-_loading = [
-    click.option("--fold", type=int, help="One fold instead of the mean over all there are."),
-    click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps."),
-    click.option("--precision", default="float32", show_default=True, metavar="float32|bfloat16"),
-    click.option("--cache-dir", type=click.Path(path_type=Path), help="Where weights are kept."),
-    click.option("--offline", is_flag=True, help="Leave the network alone."),
-]
 _scans = click.argument("scans", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="SCAN...")
 _tasks = click.option(
     "--task", "tasks", multiple=True, help="Task to explain, repeatable; the model's first if absent."
@@ -65,154 +28,18 @@ _options = click.option(
 )  # fmt: skip
 
 
-def _with(options: Iterable[Callable[..., Any]]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
-        for option in reversed(list(options)):
-            command = option(command)
-        return command
-
-    return decorate
-
-
-@main.command()
-@click.argument("pattern", default="*")
-@_as_json
-def models(pattern: str, as_json: bool) -> None:
-    """List the models whose names match PATTERN."""
-    found = ichprog.list_models(pattern)
-    if as_json:
-        _print_json([spec.to_dict() for spec in found])
-        return
-    width = max((len(spec.name) for spec in found), default=0)
-    for spec in found:
-        click.echo(f"{spec.name:{width}}  {spec.summary}")
-
-
-@main.command()
-@_as_json
-def plugins(as_json: bool) -> None:
-    """List the plugins there are, whose they are, and whether they load."""
-    found = _plugin_states()
-    if as_json:
-        _print_json(found)
-        return
-    for plugin in found:
-        owner = f"{plugin['distribution']} {plugin['version']}".rstrip()
-        click.echo(f"{plugin['kind']:18}  {plugin['name']:36}  {owner:24}  {plugin['problem'] or 'loads'}")
-
-
-def _plugin_states() -> list[dict[str, Any]]:
-    from ichprog import registry, zoo
-
-    found = []
-    kinds = [registry.backbones, registry.heads, registry.saliency, registry.models]
-    for entries, load in [*((kind.entries(), registry.Entry.load) for kind in kinds), (zoo.entries(), zoo.spec_of)]:
-        for entry in entries:
-            try:
-                registry.sole(other for other in entries if other.name == entry.name)
-                load(entry)
-                problem = None
-            except IchprogError as error:
-                problem = str(error)
-            found.append(
-                {
-                    "kind": entry.kind,
-                    "name": entry.name,
-                    "distribution": entry.distribution,
-                    "version": entry.version,
-                    "problem": problem,
-                }
-            )
-    return found
-
-
-@main.command()
-@click.argument("names", nargs=-1, metavar="[NAME]...")
-@click.option("--all", "everything", is_flag=True, help="Every model of the zoo.")
-@click.option("--cache-dir", type=click.Path(path_type=Path), help="Where weights are kept.")
-@_as_json
-@click.pass_context
-def fetch(ctx: click.Context, names: tuple[str, ...], everything: bool, cache_dir: Path | None, as_json: bool) -> None:
-    """Bring models' weights into the cache, so that they load without a network."""
-    from ichprog import hub
-
-    if everything == bool(names):
-        raise click.UsageError("Give names of models, or --all.")
-    failed = False
-    for name in names or [spec.name for spec in ichprog.list_models()]:
-        try:
-            _, files = hub.fetch(name, cache_dir=cache_dir)
-        except IchprogError as error:
-            if isinstance(error, _WRONG_USE):
-                raise
-            failed = True
-            click.echo(f"{name}: {error}", err=True)
-            continue
-        for file in files:
-            described = {"model": name, "fold": file.fold, "path": str(file.path), "sha256": file.sha256}
-            click.echo(json.dumps(described) if as_json else f"{name}  fold {file.fold}  {file.path}")
-    ctx.exit(1 if failed else 0)
-
-
-@main.command()
-@click.argument("name", required=False)
-@click.option("--cache-dir", type=click.Path(path_type=Path), help="Where weights are kept.")
-@_as_json
-@click.pass_context
-def doctor(ctx: click.Context, name: str | None, cache_dir: Path | None, as_json: bool) -> None:
-    """Say what is installed, which plugins load, what is cached and whether it is whole.
-
-    With NAME, load that model too and run its golden probe.
-    """
-    from ichprog import hub
-    from ichprog.model import DEPENDENCIES
-
-    model = None if name is None else ichprog.load_model(name, cache_dir=cache_dir)
-    report: dict[str, Any] = {
-        "installed": {"python": sys.version.split()[0], **{d: version(d) for d in DEPENDENCIES}},
-        "plugins": _plugin_states(),
-        "cache": {
-            "folder": str(cache_dir or hub.default_cache()),
-            "files": [{"source": f.source, "path": str(f.path), "holds": holds} for f, holds in hub.cached(cache_dir)],
-        },
-        "model": model and {"name": name, "weights": model.provenance()["weights"], "probe": model.probe()},
-    }
-    broken = any(p["problem"] for p in report["plugins"]) or any(not f["holds"] for f in report["cache"]["files"])
-    broken |= model is not None and report["model"]["probe"]["state"] == "differs"
-    if as_json:
-        _print_json(report)
-    else:
-        for line in _doctor_lines(report):
-            click.echo(line)
-    ctx.exit(1 if broken else 0)
-
-
-def _doctor_lines(report: dict[str, Any]) -> Iterator[str]:
-    yield "installed  " + ", ".join(f"{name} {number}" for name, number in report["installed"].items())
-    problems = [p for p in report["plugins"] if p["problem"]]
-    yield f"plugins    {len(report['plugins']) - len(problems)} load, {len(problems)} do not"
-    yield from (f"           {p['problem']}" for p in problems)
-    yield f"cache      {report['cache']['folder']}: {len(report['cache']['files'])} files of weights"
-    for file in report["cache"]["files"]:
-        yield f"           {'holds' if file['holds'] else 'BROKEN'}  {file['source']}"
-    if report["model"]:
-        probe = report["model"]["probe"]
-        difference = "" if probe["difference"] is None else f", largest difference {probe['difference']:.2g}"
-        yield f"model      {report['model']['name']} loads; golden probe: {probe['state']}{difference}"
-
-
-@main.command()
+@click.command()
 @_scans
-@_model
-@_with(_loading)
-@_brain
+@model_option
+@with_options(loading)
+@brain
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Results as .csv, .json or .jsonl.")
 @click.option("--explain", "methods", multiple=True, metavar="METHOD", help="Saliency method, repeatable; with --maps.")
 @_tasks
 @_options
 @click.option("--maps", type=click.Path(path_type=Path), metavar="DIR", help="Where maps of --explain are written.")
 @click.option("--masks", type=click.Path(path_type=Path), metavar="DIR", help="Where brain masks are written.")
-@_as_json
+@as_json
 @click.pass_context
 def predict(
     ctx: click.Context,
@@ -259,11 +86,11 @@ def predict(
     ctx.exit(1 if failed else 0)
 
 
-@main.command()
+@click.command()
 @_scans
-@_model
-@_with(_loading)
-@_brain
+@model_option
+@with_options(loading)
+@brain
 @_tasks
 @click.option("--label", help="Label to explain; the task's last, the most severe, if absent.")
 @click.option(
@@ -272,7 +99,7 @@ def predict(
 )  # fmt: skip
 @_options
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path(), help="Folder for the maps.")
-@_as_json
+@as_json
 @click.pass_context
 def explain(
     ctx: click.Context,
@@ -416,7 +243,3 @@ def _say_warnings(examined: "Scan") -> None:
 
 def _say_notice(model: "Model") -> None:
     click.echo(model.spec.notice, err=True)
-
-
-def _print_json(data: Any) -> None:
-    click.echo(json.dumps(data, indent=2, ensure_ascii=False))

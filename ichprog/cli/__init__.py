@@ -1,0 +1,30 @@
+"""The command line: a thin skin over the library, a file for each kind of command."""
+
+from typing import Any
+
+import click
+
+from ichprog.cli import ask, inventory
+from ichprog.cli.options import WRONG_USE
+from ichprog.errors import IchprogError
+
+
+class _Group(click.Group):
+    """Says what went wrong instead of showing a traceback: exit code 2 for wrong use, 1 for what failed."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (IchprogError, OSError) as error:
+            click.echo(f"Error: {error}", err=True)
+            ctx.exit(2 if isinstance(error, WRONG_USE) else 1)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="ichprog")
+def main() -> None:
+    """Prognosis after intracranial haemorrhage from one head CT. For research only, not for patient care."""
+
+
+for command in (inventory.models, inventory.plugins, inventory.fetch, inventory.doctor, ask.predict, ask.explain):
+    main.add_command(command)
