@@ -56,17 +56,18 @@ def predict(
     as_json: bool,
     **loading: Any,
 ) -> None:
-    """Predict for every SCAN: a NIfTI file, a DICOM folder or .zip, or a folder of these."""
+    """Predict for every SCAN: a NIfTI file, a DICOM folder or .zip, a folder of these, or a cohort.csv."""
     from ichprog.results import results_file
 
     if bool(methods) != (maps is not None):
         raise click.UsageError("--explain and --maps go together: which method, and where its maps are written.")
+    sources = _sources(scans)
     model = _load(name, brain, loading)
     chosen = _parsed(options)
     with ExitStack() as stack:
         add = stack.enter_context(results_file(output, model.spec)) if output else None
         failed = False
-        for source, stem, examined in _examined(model, scans, brain):
+        for source, stem, examined in _examined(model, sources, brain):
             prediction = (
                 model.failure(source, examined) if isinstance(examined, ScanError) else ichprog.predict(model, examined)
             )
@@ -116,9 +117,10 @@ def explain(
     **loading: Any,
 ) -> None:
     """Write saliency maps of every SCAN as NIfTI in the scan's own space."""
+    sources = _sources(scans)
     model = _load(name, brain, loading)
     failed = False
-    for source, stem, examined in _examined(model, scans, brain):
+    for source, stem, examined in _examined(model, sources, brain):
         if isinstance(examined, ScanError):
             failed = True
             click.echo(
@@ -144,13 +146,24 @@ def _load(name: str, brain: str, loading: dict[str, Any]) -> "Model":
     return ichprog.load_model(name, **loading)
 
 
-def _examined(model: "Model", paths: Iterable[Path], brain: Any) -> "Iterator[tuple[Path, str, Scan | ScanError]]":
-    """Each scan behind the paths with a name for its files, read and checked, or what is wrong with it."""
-    from tqdm import tqdm
-
+def _sources(paths: Iterable[Path]) -> list[Path]:
+    """Every scan behind the paths, once: a cohort's in the order of its rows, whether they are there or not."""
+    from ichprog.cohort import Cohort
     from ichprog.scan import find
 
-    sources = list(dict.fromkeys(source for path in paths for source in find(path)))
+    sources: list[Path] = []
+    for path in paths:
+        if path.suffix.lower() == ".csv":
+            sources += [patient.scan for patient in Cohort.read(path, scans=False).patients]
+        else:
+            sources += find(path)
+    return list(dict.fromkeys(sources))
+
+
+def _examined(model: "Model", sources: list[Path], brain: Any) -> "Iterator[tuple[Path, str, Scan | ScanError]]":
+    """Each scan with a name for its files, read and checked, or what is wrong with it."""
+    from tqdm import tqdm
+
     stems = _stems(sources)
     shown = sys.stderr.isatty() and len(sources) > 1
     with tqdm(total=len(sources), unit="scan", mininterval=0, file=sys.stderr) if shown else nullcontext() as bar:

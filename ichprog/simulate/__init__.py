@@ -1,0 +1,227 @@
+"""Simulated patients with an intracranial haemorrhage: scans, masks, labels and the truth behind them.
+
+`population` says who they are and why their outcome is what it is, `anatomy` bends a head out of a template,
+`haemorrhage` puts blood into it, `scanner` takes the picture, `dicom` writes it as a series. No patient stands behind
+any of it, and nothing that is shown on simulated patients is shown on real ones.
+"""
+
+import csv
+import json
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ichprog.errors import RunError
+from ichprog.results import whole_file
+from ichprog.simulate.anatomy import Individual
+from ichprog.simulate.haemorrhage import Shape, shape_of
+from ichprog.simulate.population import Person, draw
+from ichprog.simulate.scanner import Exposure, expose
+
+__all__ = ["Exposure", "Patient", "Person", "simulate"]
+
+_VERSION = 1  # of what a seed stands for: raised whenever any patient would come out differently
+
+
+@dataclass(frozen=True)
+class Patient:
+    """One simulated patient; the same seed and number give the same one, in any cohort.
+
+    Attributes:
+        seed: The cohort's seed.
+        number: The patient's number, from 0.
+    """
+
+    seed: int
+    number: int
+
+    @property
+    def name(self) -> str:
+        """The patient's name in tables and of files."""
+        return f"sim{self.seed}-{self.number:05d}"
+
+    @cached_property
+    def person(self) -> Person:
+        """Who it is."""
+        return draw(self._random[0])
+
+    @cached_property
+    def shape(self) -> Shape:
+        """The haemorrhage in its head."""
+        return self._head[1]
+
+    def scan(self, *, skull: bool = False) -> Exposure:
+        """Takes the picture.
+
+        Args:
+            skull: Whether all of the head is seen; else what is not inside the skull is 0.
+
+        Raises:
+            RunError: nilearn, which brings the anatomy, is not installed.
+        """
+        individual, shape = self._head
+        return expose(individual, shape, np.random.default_rng([self.seed, self.number, 2]), skull=skull)
+
+    @property
+    def _random(self) -> list[np.random.Generator]:
+        return [np.random.default_rng([self.seed, self.number, part]) for part in range(2)]
+
+    @cached_property
+    def _head(self) -> tuple[Individual, Shape]:
+        person, random = self.person, self._random[1]
+        individual = Individual(person.marks, random)
+        return individual, shape_of(person, individual, random)
+
+
+def simulate(
+    out: str | Path,
+    *,
+    patients: int = 200,
+    seed: int = 0,
+    skull: bool = False,
+    dicom: bool = False,
+    workers: int = 1,
+    progress: Callable[[int], Any] | None = None,
+) -> Path:
+    """Simulates a cohort into a folder; what is there already is kept, so that an interrupted run goes on.
+
+    The folder gets `cohort.csv` (patient, scan, labels and clinical columns), `truth.csv` (what the labels were drawn
+    from, and the probabilities), `scans/` and `masks/` (1 in the haemorrhage, 2 in blood that entered the ventricles).
+
+    Args:
+        out: The folder.
+        patients: How many.
+        seed: Which ones. A larger cohort of one seed begins with the smaller one.
+        skull: Whole heads instead of the brain alone.
+        dicom: A DICOM series each instead of a NIfTI file.
+        workers: Processes that share the work; the files are the same for any number.
+        progress: Called with the number of patients done, each time one is.
+
+    Returns:
+        The path of `cohort.csv`.
+
+    Raises:
+        RunError: The folder holds a cohort of another seed or kind, or nilearn is not installed.
+        OSError: The folder cannot be written.
+    """
+    if patients < 1 or seed < 0 or workers < 1:
+        raise RunError(
+            f"simulate takes 1 patient or more, a seed of 0 or more and 1 worker or more; got {patients}, {seed} and "
+            f"{workers}."
+        )
+    folder = Path(out)
+    kind = {"simulation": _VERSION, "seed": seed, "skull": skull, "dicom": dicom}
+    _claim(folder, kind)
+    everyone = [Patient(seed, number) for number in range(patients)]
+    missing = [each for each in everyone if not all(path.exists() for path in _paths(folder, each, dicom))]
+    done = patients - len(missing)
+    for _ in _written(folder, missing, skull, dicom, workers):
+        done += 1
+        if progress:
+            progress(done)
+    _table(folder / "truth.csv", [_truth(each) for each in everyone])
+    _table(folder / "cohort.csv", [_row(each, dicom) for each in everyone])
+    return folder / "cohort.csv"
+
+
+def _claim(folder: Path, kind: dict[str, Any]) -> None:
+    """Makes the folder this cohort's, or refuses where it is another's."""
+    stamp = folder / "simulation.json"
+    for name in ("scans", "masks"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    if not stamp.exists():
+        if (folder / "cohort.csv").exists():
+            raise RunError(f"{folder}: holds a cohort that was not simulated here. Give another folder.")
+        with whole_file(stamp) as partial:
+            partial.write_text(json.dumps(kind), encoding="utf-8")
+    try:
+        found = json.loads(stamp.read_text(encoding="utf-8"))
+    except ValueError:
+        found = {}
+    if found != kind:
+        raise RunError(f"{folder}: holds simulated patients of {found}, asked for are {kind}. Give another folder.")
+
+
+def _paths(folder: Path, patient: Patient, dicom: bool) -> tuple[Path, Path]:
+    """Where a patient's scan and mask are."""
+    scan = folder / "scans" / (patient.name if dicom else f"{patient.name}.nii.gz")
+    return scan, folder / "masks" / f"{patient.name}.nii.gz"
+
+
+def _written(folder: Path, missing: list[Patient], skull: bool, dicom: bool, workers: int) -> Iterator[None]:
+    """Writes scans and masks, one after another or by several processes."""
+    if workers == 1 or len(missing) < 2:
+        for each in missing:
+            _write(folder, each, skull, dicom)
+            yield
+        return
+    with ProcessPoolExecutor(min(workers, len(missing)), mp_context=get_context("spawn")) as pool:
+        jobs = [pool.submit(_write, folder, each, skull, dicom) for each in missing]
+        try:
+            for job in jobs:
+                yield job.result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _write(folder: Path, patient: Patient, skull: bool, dicom: bool) -> None:
+    import nibabel as nib
+
+    from ichprog.simulate.dicom import save_series
+
+    exposure = patient.scan(skull=skull)
+    scan, mask = _paths(folder, patient, dicom)
+    with whole_file(mask) as partial:
+        nib.save(_image(exposure.blood, exposure.affine), partial)
+    if dicom:
+        save_series(exposure, scan, patient.name, patient.person.age, patient.person.sex)
+        return
+    with whole_file(scan) as partial:
+        nib.save(_image(exposure.hu, exposure.affine), partial)
+
+
+def _image(values: np.ndarray, affine: np.ndarray) -> Any:
+    import nibabel as nib
+
+    image = nib.Nifti1Image(values, affine)
+    image.header.set_xyzt_units("mm")
+    image.header["descrip"] = b"simulated, no patient"
+    return image
+
+
+def _row(patient: Patient, dicom: bool) -> dict[str, Any]:
+    person, (scan, _) = patient.person, _paths(Path(), patient, dicom)
+    return {
+        "patient": patient.name,
+        "scan": scan.as_posix(),
+        "poor_outcome": int(person.poor),
+        "gcs": person.gcs,
+        "age": person.age,
+        "sex": person.sex,
+        "location": person.site,
+        "dead_30_days": int(person.dead),
+        "cognitive_impairment": int(person.impaired),
+        "ich_score": person.ich_score(),
+        "func_score": person.func_score(),
+    }
+
+
+def _truth(patient: Patient) -> dict[str, Any]:
+    person = patient.person
+    truth: dict[str, Any] = {"patient": patient.name, "location": person.site, "side": person.side}
+    truth |= {"volume_ml": person.volume_ml, "ventricular": person.ventricular}
+    truth |= {"midline_shift_mm": round(patient.shape.midline_shift_mm(), 2), **person.marks}
+    return truth | {name: round(value, 5) for name, value in person.truth().items()}
+
+
+def _table(path: Path, rows: list[dict[str, Any]]) -> None:
+    with whole_file(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
+        table = csv.DictWriter(file, list(rows[0]))
+        table.writeheader()
+        table.writerows(rows)

@@ -1,0 +1,193 @@
+"""A head to bleed into: the MNI152 template, and the individual that is bent out of it.
+
+Coordinates are mm from the template's origin, the anterior commissure: x to the right, y to anterior, z to superior
+(RAS, as nibabel has it). An individual is a map from its own space to the template's, so that every tissue is where
+the map says.
+
+Source of the template: Fonov et al., NeuroImage 2011 (ICBM 152 nonlinear symmetric 2009a), as nilearn brings it.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ichprog.errors import RunError
+
+_COARSE_MM = 2.0
+_MARGIN = 16  # coarse cells of nothing around the template, room for bone and scalp
+_FISSURE_MM = 13.0  # half the width of what is bridged from gyrus to gyrus to make the inside of the skull smooth
+_FLUID_MM = 1.5  # least fluid between brain and skull
+CENTRE = np.array([0.0, -18.0, 5.0])  # of the inside of the skull
+
+
+@dataclass(frozen=True, eq=False)
+class Template:
+    """The template's tissues and shapes.
+
+    Attributes:
+        grey: `(i, j, k)` share of grey matter, 1 mm.
+        white: Share of white matter, 1 mm.
+        fine: `(3,)` mm of the first voxel of these.
+        depth: `(i, j, k)` mm under the inside of the skull, negative outside of it, 2 mm.
+        ventricle: mm from the ventricles, negative inside of them, 2 mm.
+        outward: `(3, i, j, k)` unit vectors away from the ventricles, 2 mm.
+        upward: Unit vectors towards the skull, 2 mm.
+        coarse: mm of the first voxel of these.
+        inside_ml: Volume inside the skull, in mL.
+    """
+
+    grey: np.ndarray
+    white: np.ndarray
+    fine: np.ndarray
+    depth: np.ndarray
+    ventricle: np.ndarray
+    outward: np.ndarray
+    upward: np.ndarray
+    coarse: np.ndarray
+    inside_ml: float
+
+    def at(self, values: np.ndarray, points: np.ndarray) -> np.ndarray:
+        """Values of a map at points in mm, linearly between its voxels.
+
+        Args:
+            values: A map of this template, fine or coarse.
+            points: `(3, ...)` mm.
+        """
+        from scipy import ndimage
+
+        first, mm = (self.fine, 1.0) if values.shape == self.grey.shape else (self.coarse, _COARSE_MM)
+        index = (points - first.astype(np.float32).reshape(3, *[1] * (points.ndim - 1))) / np.float32(mm)
+        found: np.ndarray = ndimage.map_coordinates(values, index, order=1, mode="nearest", output=np.float32)
+        return found
+
+
+@functools.cache
+def template() -> Template:
+    """The template, read once in a process.
+
+    Raises:
+        RunError: nilearn, which brings it, is not installed.
+    """
+    from scipy import ndimage
+
+    try:
+        from nilearn.datasets import load_mni152_gm_template, load_mni152_template, load_mni152_wm_template
+    except ImportError as error:
+        raise RunError(
+            f"simulated patients need nilearn ({error}). Install it by `pip install 'ichprog[simulate]'`."
+        ) from error
+    image = load_mni152_template(resolution=1)
+    t1, grey, white = (
+        np.asarray(each.dataobj, np.float32)
+        for each in (image, load_mni152_gm_template(resolution=1), load_mni152_wm_template(resolution=1))
+    )
+    fine = image.affine[:3, 3]
+    brain = _halved(t1) > 0.15
+    csf = 1 - _halved(grey) - _halved(white)
+    coarse = fine + 0.5 - _COARSE_MM * _MARGIN
+    bridged = ndimage.distance_transform_edt(~brain) * _COARSE_MM < _FISSURE_MM
+    inside = ndimage.distance_transform_edt(bridged) * _COARSE_MM > _FISSURE_MM - _FLUID_MM
+    inside = ndimage.binary_fill_holes(inside)
+    depth = ndimage.gaussian_filter(_signed(inside), 1.5)
+    x, y, z = (c + _COARSE_MM * np.arange(n) for c, n in zip(coarse, inside.shape, strict=True))
+    x, y, z = np.meshgrid(np.abs(x), y, z, indexing="ij", sparse=True)
+    third = (x < 4) & (y > -25) & (y < 8) & (z > -12) & (z < 10)
+    bodies = (x < 36) & (y > -45) & (y < 36) & (z > -3) & (z < 34) & ((x > 7) | (y > -22))
+    atria = (x > 9) & (x < 40) & (y > -72) & (y < -22) & (z > -4) & (z < 26)
+    fourth = (x < 12) & (y > -52) & (y < -33) & (z > -46) & (z < -22)
+    ventricle = _signed((csf > 0.5) & (depth > 20) & (third | bodies | atria | fourth))
+    return Template(
+        grey,
+        white,
+        fine,
+        depth.astype(np.float32),
+        -ventricle,
+        _slope(-ventricle),
+        -_slope(depth),
+        coarse,
+        float(inside.sum()) * _COARSE_MM**3 / 1000,
+    )
+
+
+class Individual:
+    """One head: its size and shape, its age, and what its haemorrhage pushes aside.
+
+    Args:
+        marks: Atrophy and the other marks of age, in standard deviations.
+        random: Where chance comes from.
+    """
+
+    def __init__(self, marks: dict[str, float], random: np.random.Generator) -> None:
+        self.template = template()
+        inside_ml = float(np.clip(random.normal(1420, 120), 1120, 1750))
+        scale = (inside_ml / self.template.inside_ml) ** (1 / 3)
+        self.scale = scale * np.exp(random.normal(0, 0.025, 3))
+        self._bends = [
+            (random.normal(0, 1, 3) * 2.2, random.uniform(-1, 1, 3) * 2 * np.pi / 110, random.uniform(0, 2 * np.pi))
+            for _ in range(6)
+        ]
+        atrophy = marks["atrophy"]
+        self.widening_mm = float(np.clip(2.4 + 2.1 * atrophy, -1.0, 9.0))
+        self.shrinkage_mm = float(np.clip(2.4 + 1.9 * atrophy, 0.0, 8.0))
+        self.sulci = float(np.clip(0.65 - 0.22 * atrophy, 0.2, 1.3))  # the exponent of the share of fluid
+        self.pallor_hu = float(np.clip(4.0 + 3.5 * marks["white_matter"], 0.0, 14.0))
+        self.calcified_mm = float(np.clip(2.0 + 1.1 * marks["calcification"], 0.0, 4.5))
+
+    def own(self, points: np.ndarray) -> np.ndarray:
+        """Points of this head in the template's skull: size and bend taken off.
+
+        Args:
+            points: `(3, ...)` mm in this head.
+        """
+        shape = (3, *[1] * (points.ndim - 1))
+        scaled = points / self.scale.reshape(shape)
+        bent = scaled.copy()
+        for amplitude, wave, phase in self._bends:
+            bent += amplitude.reshape(shape) * np.sin(np.tensordot(wave, scaled, 1) + phase) * 0.5
+        found: np.ndarray = bent
+        return found
+
+    def source(self, own: np.ndarray, push: np.ndarray) -> np.ndarray:
+        """Where in the template the tissue at a point comes from.
+
+        Args:
+            own: `(3, ...)` mm, as `own` gives them.
+            push: `(3, ...)` mm by which a haemorrhage has pushed what is there.
+        """
+        form = self.template
+        before = own - push
+        distance = form.at(form.ventricle, before)
+        widened = self.widening_mm * np.exp(-np.maximum(distance, 0) / 14)
+        shrunk = self.shrinkage_mm * np.exp(-np.maximum(form.at(form.depth, before), 0) / 18)
+        found: np.ndarray = before + np.stack(
+            [
+                -widened * form.at(form.outward[axis], before) + shrunk * form.at(form.upward[axis], before)
+                for axis in range(3)
+            ]
+        )
+        return found
+
+
+def _halved(values: np.ndarray) -> np.ndarray:
+    """A map at half the resolution with the coarse margin around it."""
+    even = np.pad(values, [(0, n % 2) for n in values.shape])
+    i, j, k = (n // 2 for n in even.shape)
+    return np.pad(even.reshape(i, 2, j, 2, k, 2).mean((1, 3, 5)), _MARGIN)
+
+
+def _signed(mask: np.ndarray) -> np.ndarray:
+    """How far inside a mask, in mm; negative outside."""
+    from scipy import ndimage
+
+    signed: np.ndarray = ndimage.distance_transform_edt(mask) - ndimage.distance_transform_edt(~mask)
+    return (signed * _COARSE_MM).astype(np.float32)
+
+
+def _slope(distance: np.ndarray) -> Any:
+    """Unit vectors along which a distance grows, `(3, ...)`, smooth where it has ridges."""
+    from scipy import ndimage
+
+    slope = np.stack(np.gradient(ndimage.gaussian_filter(distance, 2)))
+    return (slope / np.maximum(np.linalg.norm(slope, axis=0), 0.5)).astype(np.float32)

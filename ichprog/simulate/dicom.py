@@ -1,0 +1,69 @@
+"""A simulated scan as a DICOM series, one file a slice, as a scanner would send it."""
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ichprog.simulate.scanner import Exposure
+
+if TYPE_CHECKING:
+    from pydicom.dataset import FileDataset
+
+_OFFSET = 1024
+
+
+def save_series(exposure: Exposure, folder: Path, name: str, age: int, sex: str) -> None:
+    """Writes a series of CT images; the folder appears whole or not at all.
+
+    Args:
+        exposure: The scan.
+        folder: The folder to be.
+        name: The patient's name, which every identifier is made from.
+        age: Years.
+        sex: "F" or "M".
+    """
+    from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
+
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    study, series = (generate_uid(entropy_srcs=[name, part]) for part in ("study", "series"))
+    mm, spacing = float(-exposure.affine[0, 0]), float(exposure.affine[2, 2])
+    first = exposure.affine[:3, 3] * (-1, -1, 1)  # DICOM says LPS where nibabel says RAS
+    for k in range(exposure.hu.shape[2]):
+        image = _image(exposure.hu[:, :, k])
+        image.SOPClassUID = CTImageStorage
+        image.SOPInstanceUID = generate_uid(entropy_srcs=[name, str(k)])
+        image.StudyInstanceUID, image.SeriesInstanceUID = study, series
+        image.PatientName, image.PatientID = f"Simulated^{name}", name
+        image.PatientAge, image.PatientSex = f"{age:03d}Y", sex
+        image.StudyDescription, image.SeriesDescription = "Simulated head CT, no patient", "HEAD 5mm simulated"
+        image.Manufacturer, image.Modality, image.BodyPartExamined = "ichprog simulation", "CT", "HEAD"
+        image.ImageType = ["DERIVED", "PRIMARY", "AXIAL"]
+        image.SeriesNumber, image.InstanceNumber = 2, k + 1
+        image.ConvolutionKernel, image.KVP, image.GantryDetectorTilt = "H31s", "120", "0"
+        image.PixelSpacing = [f"{mm:.8g}"] * 2
+        image.SliceThickness = f"{spacing:g}"
+        image.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
+        image.ImagePositionPatient = [f"{value:.8g}" for value in first + np.array([0, 0, k * spacing])]
+        image.FrameOfReferenceUID = generate_uid(entropy_srcs=[name, "frame"])
+        image.file_meta.MediaStorageSOPClassUID = CTImageStorage
+        image.file_meta.MediaStorageSOPInstanceUID = image.SOPInstanceUID
+        image.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        image.save_as(partial / f"{k + 1:03d}.dcm", enforce_file_format=True)
+    partial.replace(folder)
+
+
+def _image(hu: np.ndarray) -> "FileDataset":
+    from pydicom.dataset import FileDataset, FileMetaDataset
+
+    image = FileDataset("", {}, file_meta=FileMetaDataset(), preamble=b"\0" * 128)
+    image.Rows, image.Columns = hu.shape[1], hu.shape[0]
+    image.SamplesPerPixel, image.PhotometricInterpretation = 1, "MONOCHROME2"
+    image.BitsAllocated, image.BitsStored, image.HighBit, image.PixelRepresentation = 16, 16, 15, 1
+    image.RescaleSlope, image.RescaleIntercept, image.RescaleType = "1", f"-{_OFFSET}", "HU"
+    image.WindowCenter, image.WindowWidth = "40", "80"
+    image.PixelData = np.ascontiguousarray((hu + _OFFSET).T.astype("<i2")).tobytes()
+    return image

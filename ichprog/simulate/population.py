@@ -1,0 +1,228 @@
+"""Who the simulated patients are: a causal model of age, haemorrhage, Glasgow Coma Scale (GCS) and outcome.
+
+The arrows, and nothing else:
+
+    age -> atrophy, white matter, calcification            (the image shows these, not the age)
+    location -> volume, intraventricular extension
+    location, volume, extension -> GCS
+    age, location, volume, extension, GCS -> death within 30 days            by the ICH score
+    age, location, volume, GCS, cognition before -> independence if alive    by the FUNC score
+    age -> cognition before
+
+The probability of independence also falls with age within the steps of the score.
+
+The image shows location, volume, extension and the three marks of age. GCS, cognition and chance are behind it, so a
+part of the outcome can be seen and a part cannot.
+
+Sources. Death by score: Hemphill et al., Stroke 2001 (doi 10.1161/01.STR.32.4.891), 0, 13, 26, 72, 97, 100, 100 %.
+Independence of survivors by score: Rost et al., Stroke 2008 (doi 10.1161/STROKEAHA.107.512202), 0, 29, 48, 75, 95 %.
+Proportions inside the brain, 49 % deep, 35 % lobar, 10 % cerebellar, 6 % brainstem: Flaherty et al., Neurology 2006
+(doi 10.1212/01.wnl.0000208408.98482.99). Assumed, with no source of their own: the share of subdural and subarachnoid
+haemorrhage; how deep ones divide into putamen and thalamus; the volumes; how often blood enters the ventricles; how
+strongly age marks a brain; and that both scores hold outside the brain's tissue too. The effects on the GCS are set so
+that the correlations of age and GCS with the outcome come near those of the 261 patients of Cobo et al. 2024.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Site(NamedTuple):
+    """Where blood comes from.
+
+    Attributes:
+        share: Proportion of patients.
+        median_ml: Median volume, in mL.
+        most_ml: Largest volume that there is room for, in mL.
+        ventricular: Probability that blood enters the ventricles, at the median volume.
+        infratentorial: Whether it lies below the tentorium.
+        func_points: Points of the FUNC score: lobar 2, deep 1, infratentorial 0.
+    """
+
+    share: float
+    median_ml: float
+    most_ml: float
+    ventricular: float
+    infratentorial: bool
+    func_points: int
+
+
+SITES = {
+    "putamen": Site(0.25, 18, 110, 0.30, False, 1),
+    "thalamus": Site(0.12, 10, 50, 0.60, False, 1),
+    "lobar": Site(0.27, 28, 120, 0.20, False, 2),
+    "cerebellum": Site(0.08, 13, 45, 0.35, True, 0),
+    "pons": Site(0.05, 6, 16, 0.35, True, 0),
+    "subdural": Site(0.15, 45, 140, 0.03, False, 2),
+    "subarachnoid": Site(0.08, 22, 60, 0.35, False, 2),
+}
+VOLUME_SD = 0.85  # of the logarithm of the volume
+LEAST_ML = 2.0
+AGE = (73.0, 15.0)  # mean and standard deviation, years
+AGE_RANGE = (20.0, 98.0)
+MARKS = {"atrophy": 0.85, "white_matter": 0.70, "calcification": 0.50}  # correlation of each with age
+DEATH = np.array([0.0, 0.13, 0.26, 0.72, 0.97, 1.0, 1.0])  # by ICH score, 0 to 6
+INDEPENDENCE = np.array([0.0] * 5 + [0.29] * 3 + [0.48] + [0.75] * 2 + [0.95])  # of survivors by FUNC score, 0 to 11
+GCS = np.arange(3, 16)
+# log-odds of a GCS of at least 4, 5, ..., 15, for a supratentorial haemorrhage of 20 mL outside the ventricles
+_GCS_AT_LEAST = np.linspace(3.7, 0.0, 12)
+_GCS_BY_LOG_VOLUME, _GCS_BY_EXTENSION, _GCS_BY_PONS = -0.8, -1.0, -2.0
+_INDEPENDENCE_BY_AGE = -0.9  # log-odds for each standard deviation of age, within the score's three steps of age
+_COGNITION = (-1.9, 1.2)  # log-odds of impairment before, at the mean age, and for each standard deviation of age
+
+
+@dataclass(frozen=True)
+class Person:
+    """One simulated patient.
+
+    Attributes:
+        age: Years.
+        sex: "F" or "M"; causes nothing.
+        site: A name in `SITES`.
+        side: -1 right, 1 left; of both where the site lies in the middle, it only tilts.
+        volume_ml: Volume of the haemorrhage outside the ventricles, in mL.
+        ventricular: Share of the ventricles that is filled with blood, 0 where none is.
+        marks: Each of `MARKS` in standard deviations.
+        gcs: 3 to 15.
+        impaired: Whether cognition was impaired before.
+        dead: Whether dead within 30 days.
+        poor: Whether dead or dependent.
+    """
+
+    age: int
+    sex: str
+    site: str
+    side: int
+    volume_ml: float
+    ventricular: float
+    marks: dict[str, float]
+    gcs: int
+    impaired: bool
+    dead: bool
+    poor: bool
+
+    def truth(self) -> dict[str, float]:
+        """The probabilities this patient's labels were drawn with, and those given what the image shows.
+
+        Returns:
+            `p_poor`: of a poor outcome given all that causes it. `p_gcs_13_15`, `p_gcs_9_12`, `p_gcs_3_8`: of each
+            class of GCS given its causes, all of which the image shows. `seen_poor`, `seen_age_80`: of a poor outcome
+            and of an age of 80 or more given the image alone, by Bayes' rule over age, GCS and cognition: no reader of
+            the image can do better.
+        """
+        gcs = self._of_gcs()
+        ages, weights = self._ages_seen()
+        impaired = _impairment(ages)
+        seen = (1 - impaired) * (gcs @ self._poor(GCS[:, None], ages, False))
+        seen += impaired * (gcs @ self._poor(GCS[:, None], ages, True))
+        return {
+            "p_poor": float(self._poor(np.array(self.gcs), np.array(self.age), self.impaired)),
+            "p_gcs_13_15": float(gcs[GCS >= 13].sum()),
+            "p_gcs_9_12": float(gcs[(GCS >= 9) & (GCS <= 12)].sum()),
+            "p_gcs_3_8": float(gcs[GCS <= 8].sum()),
+            "seen_poor": float(weights @ seen),
+            "seen_age_80": float(weights[ages >= 80].sum()),
+        }
+
+    def ich_score(self) -> int:
+        """The ICH score (Hemphill et al. 2001), 0 to 6."""
+        return int(self._ich(np.array(self.gcs), np.array(self.age)))
+
+    def func_score(self) -> int:
+        """The FUNC score (Rost et al. 2008), 0 to 11."""
+        return int(self._func(np.array(self.gcs), np.array(self.age), self.impaired))
+
+    def _ich(self, gcs: np.ndarray, age: np.ndarray) -> np.ndarray:
+        points = np.where(gcs <= 4, 2, np.where(gcs <= 12, 1, 0)) + (age >= 80)
+        return points + (self.volume_ml >= 30) + (self.ventricular > 0) + SITES[self.site].infratentorial
+
+    def _func(self, gcs: np.ndarray, age: np.ndarray, impaired: bool) -> np.ndarray:
+        points = np.where(age < 70, 2, np.where(age < 80, 1, 0)) + np.where(gcs >= 9, 2, 0)
+        points = points + (4 if self.volume_ml < 30 else 2 if self.volume_ml <= 60 else 0)
+        return points + SITES[self.site].func_points + (not impaired)
+
+    def _poor(self, gcs: np.ndarray, age: np.ndarray, impaired: bool) -> np.ndarray:
+        found: np.ndarray = 1 - (1 - DEATH[self._ich(gcs, age)]) * self._independent(gcs, age, impaired)
+        return found
+
+    def _independent(self, gcs: np.ndarray, age: np.ndarray, impaired: bool) -> np.ndarray:
+        """Probability that a survivor is independent."""
+        by_score = INDEPENDENCE[self._func(gcs, age, impaired)]
+        odds = by_score / (1 - by_score) * np.exp(_INDEPENDENCE_BY_AGE * _standard(age))
+        found: np.ndarray = odds / (1 + odds)
+        return found
+
+    def _of_gcs(self) -> np.ndarray:
+        """Probability of each value of `GCS`."""
+        effect = _GCS_BY_LOG_VOLUME * np.log(self.volume_ml / 20)
+        effect += _GCS_BY_EXTENSION * (self.ventricular > 0) + _GCS_BY_PONS * (self.site == "pons")
+        at_least = 1 / (1 + np.exp(-(_GCS_AT_LEAST + effect)))
+        return -np.diff(np.concatenate([[1.0], at_least, [0.0]]))
+
+    def _ages_seen(self) -> tuple[np.ndarray, np.ndarray]:
+        """Ages in years and the probability of each, given the marks."""
+        ages = np.arange(AGE_RANGE[0], AGE_RANGE[1] + 1)
+        standard = _standard(ages)
+        log = -(standard**2) / 2
+        for name, correlation in MARKS.items():
+            log -= (self.marks[name] - correlation * standard) ** 2 / (2 * (1 - correlation**2))
+        weights = np.exp(log - log.max())
+        return ages, weights / weights.sum()
+
+
+def draw(random: np.random.Generator) -> Person:
+    """Draws one patient.
+
+    Args:
+        random: Where chance comes from.
+    """
+    age = _between(lambda: random.normal(*AGE), *AGE_RANGE)
+    standard = float(_standard(np.array(age)))
+    marks = {name: r * standard + np.sqrt(1 - r**2) * random.normal() for name, r in MARKS.items()}
+    site = str(random.choice(list(SITES), p=[s.share for s in SITES.values()]))
+    place = SITES[site]
+    log_ml = _between(
+        lambda: random.normal(np.log(place.median_ml), VOLUME_SD), np.log(LEAST_ML), np.log(place.most_ml)
+    )
+    odds = np.log(place.ventricular / (1 - place.ventricular)) + 0.8 * (log_ml - np.log(place.median_ml))
+    extends = random.random() < 1 / (1 + np.exp(-odds))
+    known = Person(
+        age=int(age),
+        sex=str(random.choice(["F", "M"])),
+        site=site,
+        side=int(random.choice([-1, 1])),
+        volume_ml=round(float(np.exp(log_ml)), 2),
+        ventricular=round(float(random.uniform(0.15, 0.8)), 3) if extends else 0.0,
+        marks={name: round(float(value), 3) for name, value in marks.items()},
+        gcs=15,
+        impaired=bool(random.random() < _impairment(np.array(age))),
+        dead=False,
+        poor=False,
+    )
+    gcs = np.array(random.choice(GCS, p=known._of_gcs()))
+    years = np.array(known.age)
+    dead = random.random() < DEATH[known._ich(gcs, years)]
+    independent = random.random() < known._independent(gcs, years, known.impaired)
+    return Person(**{**vars(known), "gcs": int(gcs), "dead": bool(dead), "poor": bool(dead or not independent)})
+
+
+def _impairment(age: np.ndarray) -> np.ndarray:
+    """Probability of impaired cognition before, by age."""
+    at_mean, slope = _COGNITION
+    probability: np.ndarray = 1 / (1 + np.exp(-(at_mean + slope * _standard(age))))
+    return probability
+
+
+def _standard(age: np.ndarray) -> np.ndarray:
+    """Age in standard deviations from the mean."""
+    return (age - AGE[0]) / AGE[1]
+
+
+def _between(draw_one: Callable[[], float], low: float, high: float) -> float:
+    """Draws until a number lies within bounds."""
+    while not low <= (value := float(draw_one())) <= high:
+        pass
+    return value

@@ -1,0 +1,390 @@
+"""Tables of patients: what is read, what is refused and how it is said, and the published data set's layout."""
+
+import csv
+import json
+import math
+import tempfile
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from conftest import brain_hu
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ichprog import UnknownName, zoo
+from ichprog.cli import main
+from ichprog.cohort import Cohort, Patient, from_csic
+from ichprog.errors import CohortError
+
+HEADER = """PatientID, Label (poor_prognosis), Gender, Age, Antihypertensive_drugs,
+  Smoker, Alcohol, HT, DM, Dyslipidemia, MH_ICH, MH_CVD, MH_neuro, MH_dementia, MH_cancer, MH_hematho, MH_others,
+  Anticoagulant, Antiaggregant, Calcium_antag, Alpha_blockers, Systolic_AP, Dyastolic_AP, OxSat, Tº, HR, RF,
+  PE_neuro, GCS, Glucose, Creatinine, Urea, Sodium, Potassium, WBC, Hgb, Platelets, MCV, RCDW, CMHC, MPV, INR,
+  Fibrinogen, Cause_head_trauma""".replace("\n ", "").split(", ")  # as published
+
+
+@pytest.fixture
+def table(tmp_path):
+    """Writes a table beside two scans and returns its path."""
+    for name in ("a.nii.gz", "b.zip"):
+        (tmp_path / name).touch()
+    (tmp_path / "dicom").mkdir()
+
+    def write(text, name="cohort.csv", encoding="utf-8"):
+        path = tmp_path / name
+        path.write_bytes(text.encode(encoding))
+        return path
+
+    return write
+
+
+def run(*arguments, code=0):
+    result = CliRunner().invoke(main, [str(a) for a in arguments])
+    assert result.exit_code == code, result.output
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+    return result
+
+
+def task(model, name):
+    return zoo.find(model).task(name)
+
+
+def test_a_table_is_read(table, tmp_path):
+    path = table(
+        "site,patient, scan ,gcs,age,poor_outcome,note\n"
+        "X, 1 ,a.nii.gz,15,80.5,0,\n\n"
+        f'Y,two,dicom,,,,"one, two"\nX,3,{tmp_path / "b.zip"},3.0,0,1,\n'
+    )
+    cohort = Cohort.read(path)
+    assert len(cohort) == 3
+    assert cohort.source == str(path)
+    assert [p.name for p in cohort.patients] == ["1", "two", "3"]
+    assert [p.scan for p in cohort.patients] == [tmp_path / "a.nii.gz", tmp_path / "dicom", tmp_path / "b.zip"]
+    assert cohort.patients[1].columns == {
+        "site": "Y", "gcs": "", "age": "", "poor_outcome": "", "note": "one, two"
+    }  # fmt: skip
+    np.testing.assert_array_equal(cohort.numbers("gcs"), [15, np.nan, 3])
+    np.testing.assert_array_equal(cohort.numbers("age"), [80.5, np.nan, 0])
+    assert cohort.numbers("age").dtype == np.float64
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding"),
+    [
+        ("patient,scan,gcs\n1,a.nii.gz,7\n", "utf-8"),
+        ("patient,scan,gcs\r\n1,a.nii.gz,7\r\n,,\r\n", "utf-8-sig"),
+        ("patient;scan;gcs\n1;a.nii.gz;7", "utf-8"),
+        (",patient,scan,gcs,\n0,1,a.nii.gz,7,\n", "utf-8"),
+    ],
+    ids=["plain", "spreadsheet", "semicolons", "unnamed columns"],
+)
+def test_one_table_in_several_spellings(table, text, encoding):
+    (patient,) = Cohort.read(table(text, encoding=encoding)).patients
+    assert (patient.name, patient.scan.name, patient.columns) == ("1", "a.nii.gz", {"gcs": "7"})
+
+
+@pytest.mark.parametrize("scan", ["a.nii.gz", "gone.nii.gz"])
+def test_scans_are_asked_for_only_where_wanted(table, scan):
+    path = table(f"patient,scan\n1,{scan}\n")
+    assert len(Cohort.read(path, scans=False)) == 1
+    if scan == "gone.nii.gz":
+        with pytest.raises(CohortError, match=r"row 2 \(patient 1\): there is no scan .*gone\.nii\.gz"):
+            Cohort.read(path)
+
+
+GOOD = "1,a.nii.gz,15,70,0\n"
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ("2,b.zip,2,,\n", "row 3 (patient 2): column gcs is 2; whole numbers from 3 to 15 are allowed, or blank"),
+        ("2,b.zip,16,,\n", "row 3 (patient 2): column gcs is 16; whole numbers"),
+        ("2,b.zip,7.5,,\n", "row 3 (patient 2): column gcs is 7.5; whole numbers"),
+        ("2,b.zip,nan,,\n", "row 3 (patient 2): column gcs is nan; whole numbers"),
+        ("2,b.zip,1_0,,\n", "row 3 (patient 2): column gcs is 1_0; whole numbers"),
+        ("2,b.zip,,-1,\n", "row 3 (patient 2): column age is -1; years from 0 to 120 are allowed, or blank"),
+        ("2,b.zip,,121,\n", "row 3 (patient 2): column age is 121; years"),
+        ("2,b.zip,,inf,\n", "row 3 (patient 2): column age is inf; years"),
+        ("2,b.zip,,old,\n", "row 3 (patient 2): column age is old; years"),
+        ("2,b.zip,,,2\n", "row 3 (patient 2): column poor_outcome is 2; 0 and 1 are allowed, or blank"),
+        ("2,b.zip,,,0.5\n", "row 3 (patient 2): column poor_outcome is 0.5; 0 and 1"),
+        ("2,b.zip,,,yes\n", "row 3 (patient 2): column poor_outcome is yes; 0 and 1"),
+        ("\n2,b.zip,,,yes\n", "row 4 (patient 2): column poor_outcome is yes"),
+        ('2,b.zip,,,\n"3\n",b.zip,,,yes\n', "row 4 (patient 3): column poor_outcome is yes"),
+        ("2,b.zip,,,\n1,b.zip,,,\n", "row 4 (patient 1): the patient is in row 2 already"),
+        (",b.zip,,,\n", "row 3: column patient is blank"),
+        ("2,,,,\n", "row 3 (patient 2): column scan is blank"),
+        ("2,c.nii,,,\n", "row 3 (patient 2): there is no scan"),
+        ("2,b.zip,,\n", "row 3: 4 cells, where the first row has 5"),
+        ("2,b.zip,,,,\n", "row 3: 6 cells, where the first row has 5"),
+        ('2,"b.zip,,,\n', "cannot be read as a table"),
+    ],
+)
+def test_a_wrong_row_is_named(table, rows, said):
+    path = table("patient,scan,gcs,age,poor_outcome\n" + GOOD + rows)
+    with pytest.raises(CohortError) as error:
+        Cohort.read(path)
+    assert said in str(error.value)
+    assert str(error.value).startswith(str(path))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "there is no column patient; there is no column scan. The first row is blank"),
+        ("patient,gcs\n1,15\n", "there is no column scan. The first row is patient, gcs"),
+        ("Patient,scan\n1,a.nii.gz\n", "there is no column patient. The first row is Patient, scan"),
+        ("patient,scan,x,x\n1,a.nii.gz,1,2\n", "column x is there 2 times"),
+        ("patient,scan,GCS\n1,a.nii.gz,7\n", "column GCS must be written gcs"),
+        ("patient,scan\n", "there is no patient below the first row"),
+        ("patient,scan\n,\n\n", "there is no patient below the first row"),
+    ],
+)
+def test_a_wrong_table_is_refused(table, text, said):
+    with pytest.raises(CohortError) as error:
+        Cohort.read(table(text))
+    assert said in str(error.value)
+
+
+def test_a_file_that_is_no_table_is_refused(table, tmp_path):
+    with pytest.raises(CohortError, match=r"none\.csv: cannot be read as a table: No such file"):
+        Cohort.read(tmp_path / "none.csv")
+    with pytest.raises(CohortError, match="cannot be read as a table"):
+        Cohort.read(tmp_path)
+    with pytest.raises(CohortError, match="no text in UTF-8"):
+        Cohort.read(table("patient,scan,Tº\n1,a.nii.gz,37\n", encoding="latin-1"))
+
+
+def test_a_wrong_table_is_wrong_use(table):
+    path = table("patient,scan,gcs\n1,a.nii.gz,16\n")
+    for command in ("predict", "explain"):
+        result = run(command, path, code=2)
+        assert "row 2 (patient 1): column gcs is 16" in result.stderr
+        assert result.stdout == ""
+
+
+def test_all_wrong_rows_are_said_together(table):
+    rows = [f"p{i},a.nii.gz,{16 + i}" for i in range(46)]
+    rows[3] = "p3,a.nii.gz"  # a row of another kind keeps its place
+    rows[4] = "p4,gone,99"
+    with pytest.raises(CohortError) as error:
+        Cohort.read(table("\n".join(["patient,scan,gcs", *rows])))
+    _, *lines, last = str(error.value).splitlines()
+    assert [line.split()[1].rstrip(":") for line in lines] == ["2", "3", "4", "5", "6", "6", "7", "8", "9", "10"]
+    assert last.strip() == "and 37 more"
+
+
+def by_hand(name, column, value):
+    """The published definitions, read once more."""
+    if column == "poor_outcome":
+        return "poor" if value == 1 else "good"
+    if column == "age":
+        return ">=80" if value >= 80 else "<80"
+    if name == "gcs2":
+        return "3-8" if value <= 8 else "9-15"
+    return "13-15" if value > 12 else "9-12" if value >= 9 else "3-8"
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "kind"),
+    [
+        ("densenet121.prognosis_gcs3_age", "gcs", "gcs3"),
+        ("densenet121.prognosis_gcs2_age", "gcs", "gcs2"),
+        ("densenet121.prognosis_gcs3_age", "age", "age"),
+        ("densenet121.prognosis_gcs3_age", "prognosis", "prognosis"),
+    ],
+)
+def test_labels_are_the_published_ones(table, model, name, kind):
+    wanted = task(model, name)
+    column = wanted.target.column
+    values = {
+        "gcs": list(range(3, 16)),
+        "age": [0, 79, 79.9, 79.999, 80, 80.0001, 81, 120],
+        "poor_outcome": [0, 1],
+    }[column]
+    cells = [*(str(v) for v in values), ""]
+    cohort = Cohort.read(
+        table(f"patient,scan,{column}\n" + "".join(f"{i},a.nii.gz,{cell}\n" for i, cell in enumerate(cells)))
+    )
+    labels = cohort.labels(wanted)
+    assert labels.dtype == np.int64
+    assert [wanted.labels[i] for i in labels[:-1]] == [by_hand(kind, column, v) for v in values]
+    assert labels[-1] == -1
+
+
+def test_a_column_that_is_not_there_or_holds_words(table):
+    cohort = Cohort.read(table("patient,scan,dose\n1,a.nii.gz,2e3\n2,b.zip,much\n3,b.zip,\n4,b.zip,nan\n"))
+    with pytest.raises(UnknownName, match=r"no column of .*cohort\.csv 'dosis'. The nearest: dose"):
+        cohort.numbers("dosis")
+    with pytest.raises(UnknownName, match="'gcs'"):
+        cohort.labels(task("densenet121.gcs3", "gcs"))
+    with pytest.raises(CohortError, match="patient 2: column dose is much; numbers are allowed, or blank") as error:
+        cohort.numbers("dose")
+    assert "patient 4: column dose is nan" in str(error.value)
+
+
+def test_cohorts_are_joined(table, tmp_path):
+    (tmp_path / "north").mkdir()
+    (tmp_path / "south").mkdir()
+    north = Cohort.read(table("patient,scan,gcs\n1,../a.nii.gz,7\n2,../b.zip,\n", "north/cohort.csv"))
+    south = Cohort.read(table("patient,scan,age\n1,../dicom,81\n5,../b.zip,30\n", "south/cohort.csv"))
+    both = Cohort.join([north, south])
+    assert [p.name for p in both.patients] == ["north_cohort_1", "2", "south_cohort_1", "5"]
+    assert [p.scan for p in both.patients] == [p.scan for p in (*north.patients, *south.patients)]
+    np.testing.assert_array_equal(both.numbers("gcs"), [7, np.nan, np.nan, np.nan])
+    np.testing.assert_array_equal(both.numbers("age"), [np.nan, np.nan, 81, 30])
+    assert list(both.labels(task("densenet121.gcs3", "gcs"))) == [2, -1, -1, -1]
+    assert all(set(p.columns) == {"gcs", "age"} for p in both.patients)
+    again = Cohort.read(both.write(tmp_path / "both.csv"))
+    assert [(p.name, p.columns) for p in again.patients] == [(p.name, p.columns) for p in both.patients]
+    assert Cohort.join([north]).patients == north.patients
+    with pytest.raises(CohortError, match=r"patient 1 has the same scan in .*; keep one of the rows"):
+        Cohort.join([north, north])
+    with pytest.raises(CohortError, match="no cohort to join"):
+        Cohort.join([])
+
+
+def test_names_that_stay_alike_are_refused():
+    def one(source, *names):
+        return Cohort(tuple(Patient(n, Path(source) / n, {}) for n in names), source)
+
+    with pytest.raises(CohortError, match="2 patients would be called a_1"):
+        Cohort.join([one("a.csv", "1", "a_1"), one("b.csv", "1")])
+
+
+CELL = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=8).map(str.strip)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.lists(
+        st.tuples(CELL.filter(bool), CELL, st.sampled_from(["", "3", "15.0"])),
+        min_size=1, unique_by=lambda row: row[0],
+    )
+)  # fmt: skip
+def test_what_is_written_is_read_again(rows):
+    with tempfile.TemporaryDirectory() as folder:
+        scan = Path(folder) / "in" / "here.nii"
+        patients = tuple(Patient(name, scan, {"note, Tº": note, "gcs": gcs}) for name, note, gcs in rows)
+        again = Cohort.read(Cohort(patients, "made").write(Path(folder) / "cohort.csv"), scans=False)
+        assert [(p.name, p.columns) for p in again.patients] == [(p.name, p.columns) for p in patients]
+        assert {p.scan for p in again.patients} == {scan}
+
+
+def test_scans_are_written_relative_to_the_table_and_links_stay(tmp_path):
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "x1f").touch()
+    (tmp_path / "scans").mkdir()
+    (tmp_path / "scans" / "1.nii").symlink_to(tmp_path / "store" / "x1f")
+    (tmp_path / "tables").mkdir()
+    path = Cohort((Patient("1", tmp_path / "scans" / "1.nii", {}),), "made").write(tmp_path / "tables" / "c.csv")
+    assert path.read_text().splitlines() == ["patient,scan", "1,../scans/1.nii"]
+    assert len(Cohort.read(path)) == 1
+
+
+def test_a_table_appears_whole_or_not_at_all(table, tmp_path):
+    kept = table("kept")
+    before = sorted(tmp_path.iterdir())
+    unwritable = Patient("\ud800", tmp_path / "a.nii.gz", {})
+    with pytest.raises(UnicodeEncodeError):
+        Cohort((Patient("1", tmp_path / "a.nii.gz", {}), unwritable), "made").write(kept)
+    assert kept.read_text() == "kept"
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def csic(folder, patients, where=None):
+    """The published layout: (id, label, age, gcs) of each patient, and which images are where."""
+    images = folder / "ICH_nii_StrippedSkull"
+    for group in ("GOOD_PROGNOSIS", "POOR_PROGNOSIS"):
+        (images / group).mkdir(parents=True)
+    (folder / "ICH_tabular_data").mkdir()
+    with (folder / "ICH_tabular_data" / "CLINICAL_DATA_ICH.csv").open("w", encoding="utf-8", newline="") as file:
+        rows = csv.DictWriter(file, HEADER, restval="0")
+        rows.writeheader()
+        for name, label, age, gcs in patients:
+            cells = {"PatientID": name, "Label (poor_prognosis)": label, "Age": age, "GCS": gcs, "Tº": "36.5"}
+            rows.writerow(cells)
+            default = [] if name == "213" else ["POOR_PROGNOSIS" if label == "1" else "GOOD_PROGNOSIS"]
+            for group in (where or {}).get(name, default):
+                (images / group / f"{name}_brain.nii.gz").touch()
+    return folder
+
+
+PUBLISHED = [("30", "1", "84", "6"), ("7", "0", "55", "15"), ("213", "1", "60", "9"), ("9", "1", "79", "")]
+
+
+def test_the_published_data_set_becomes_a_table(tmp_path):
+    folder = csic(tmp_path / "data", PUBLISHED)
+    result = run("cohort", "csic", folder)
+    assert result.stdout == f"{folder / 'cohort.csv'}  3 patients\n"
+    assert "Patient 213 is left out" in result.stderr
+    cohort = Cohort.read(folder / "cohort.csv")
+    assert [p.name for p in cohort.patients] == ["30", "7", "9"]
+    assert list(cohort.numbers("poor_outcome")) == [1, 0, 1]
+    assert list(cohort.numbers("age")) == [84, 55, 79]
+    assert list(cohort.labels(task("densenet121.gcs3", "gcs"))) == [2, 0, -1]
+    renamed = {"PatientID": "patient", "Label (poor_prognosis)": "poor_outcome", "Age": "age", "GCS": "gcs"}
+    with (folder / "cohort.csv").open(encoding="utf-8", newline="") as file:
+        header, first, *_ = csv.reader(file)
+    assert header == ["patient", "scan", *(renamed.get(c, c) for c in HEADER[1:])]
+    assert first[1] == "ICH_nii_StrippedSkull/POOR_PROGNOSIS/30_brain.nii.gz"
+    assert cohort.patients[0].columns["Tº"] == "36.5"
+
+
+def test_the_table_may_lie_elsewhere(tmp_path):
+    folder = csic(tmp_path / "data", PUBLISHED)
+    out = tmp_path / "mine.csv"
+    described = json.loads(run("cohort", "csic", folder, "-o", out, "--json").stdout)
+    assert described == {"path": str(out), "patients": 3, "left_out": ["213"]}
+    assert Cohort.read(out).patients == from_csic(folder).patients
+    assert not (folder / "cohort.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("patient", "where", "said"),
+    [
+        (("9", "1", "70", "9"), ["GOOD_PROGNOSIS"], "row 3 (patient 9): Label (poor_prognosis) is 1, but 9_brain"),
+        (("9", "0", "70", "9"), ["POOR_PROGNOSIS"], "row 3 (patient 9): Label (poor_prognosis) is 0, but 9_brain"),
+        (("9", "0", "70", "9"), [], "row 3 (patient 9): 9_brain.nii.gz is in neither of"),
+        (("9", "0", "70", "9"), ["GOOD_PROGNOSIS", "POOR_PROGNOSIS"], "row 3 (patient 9): 9_brain.nii.gz is in both"),
+        (("9", "2", "70", "9"), ["POOR_PROGNOSIS"], "row 3 (patient 9): column poor_outcome is 2"),
+        (("9", "0", "70", "16"), ["GOOD_PROGNOSIS"], "row 3 (patient 9): column gcs is 16"),
+        (("7", "0", "70", "9"), ["GOOD_PROGNOSIS"], "row 3 (patient 7): the patient is in row 2 already"),
+    ],
+)
+def test_a_contradiction_in_the_data_set_is_named_and_nothing_is_written(tmp_path, patient, where, said):
+    folder = csic(tmp_path / "data", [PUBLISHED[1], patient], {patient[0]: where})
+    (folder / "cohort.csv").write_text("kept")
+    assert said in run("cohort", "csic", folder, code=2).stderr
+    assert (folder / "cohort.csv").read_text() == "kept"
+
+
+def test_a_folder_that_is_not_the_data_set_is_refused(tmp_path):
+    assert "needs one CLINICAL_DATA_ICH.csv, found none" in run("cohort", "csic", tmp_path, code=2).stderr
+    folder = csic(tmp_path / "data", PUBLISHED)
+    (folder / "ICH_nii_StrippedSkull").rename(folder / "elsewhere")
+    assert "there is no folder" in run("cohort", "csic", folder, code=2).stderr
+
+
+def test_a_cohort_is_predicted_in_its_order_and_missing_scans_are_recorded(bright_model, tmp_path):
+    scan = nib.Nifti1Image(brain_hu((96, 96, 30)), np.diag([-2.5, -2.5, 5, 1]))
+    for name in ("north", "south"):
+        (tmp_path / name).mkdir()
+        scan.to_filename(tmp_path / name / "1.nii.gz")
+    path = tmp_path / "cohort.csv"
+    path.write_text("patient,scan,gcs\nz,south/1.nii.gz,3\ny,gone.nii.gz,\nx,north/1.nii.gz,\n")
+    out = tmp_path / "out.csv"
+    result = run("predict", path, "-m", bright_model, "-o", out, "--masks", tmp_path / "masks", code=1)
+    with out.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["scan"] for row in rows] == [str(p.scan) for p in Cohort.read(path, scans=False).patients]
+    assert [math.isfinite(float(row["prognosis_poor"] or "nan")) for row in rows] == [True, False, True]
+    assert "no such file" in rows[1]["warnings"]
+    assert result.stdout.count("FAILED") == 1
+    assert sorted(p.name for p in (tmp_path / "masks").iterdir()) == ["north_1_brain.nii.gz", "south_1_brain.nii.gz"]
+    run("explain", path, "-m", bright_model, "--method", "grad_cam", "-o", tmp_path / "maps", code=1)
+    assert len(list((tmp_path / "maps").iterdir())) == 2
