@@ -68,6 +68,61 @@ class Patient:
         individual, shape = self._head
         return expose(individual, shape, np.random.default_rng([self.seed, self.number, 2]), skull=skull)
 
+    def save(self, folder: Path, *, skull: bool = False, dicom: bool = False) -> tuple[Path, Path]:
+        """Takes the picture and writes it, with the mask of the blood; files appear whole or not at all.
+
+        Args:
+            folder: Where `scans/` and `masks/` are to be.
+            skull: Whether all of the head is seen.
+            dicom: A folder with a DICOM series instead of a NIfTI file.
+
+        Returns:
+            The paths of the scan and of the mask.
+        """
+        import nibabel as nib
+
+        from ichprog.simulate.dicom import save_series
+
+        exposure = self.scan(skull=skull)
+        scan, mask = self.paths(folder, dicom=dicom)
+        for path in (scan, mask):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(mask) as partial:
+            nib.save(_image(exposure.blood, exposure.affine), partial)
+        if dicom:
+            save_series(exposure, scan, self.name, self.person.age, self.person.sex)
+        else:
+            with whole_file(scan) as partial:
+                nib.save(_image(exposure.hu, exposure.affine), partial)
+        return scan, mask
+
+    def paths(self, folder: Path, *, dicom: bool = False) -> tuple[Path, Path]:
+        """Where `save` puts the scan and the mask."""
+        scan = folder / "scans" / (self.name if dicom else f"{self.name}.nii.gz")
+        return scan, folder / "masks" / f"{self.name}.nii.gz"
+
+    def columns(self) -> dict[str, Any]:
+        """What a clinic would know: the labels, and clinical columns beside them."""
+        person = self.person
+        return {
+            "poor_outcome": int(person.poor),
+            "gcs": person.gcs,
+            "age": person.age,
+            "sex": person.sex,
+            "location": person.site,
+            "dead_30_days": int(person.dead),
+            "cognitive_impairment": int(person.impaired),
+            "ich_score": person.ich_score(),
+            "func_score": person.func_score(),
+        }
+
+    def truth(self) -> dict[str, Any]:
+        """What nobody would know: what the picture was drawn from, and the probabilities of `Person.truth`."""
+        person = self.person
+        known = {"location": person.site, "side": person.side, "volume_ml": person.volume_ml}
+        known |= {"ventricular": person.ventricular, "midline_shift_mm": round(self.shape.midline_shift_mm(), 2)}
+        return {**known, **person.marks, **{name: round(value, 5) for name, value in person.truth().items()}}
+
     @property
     def _random(self) -> list[np.random.Generator]:
         return [np.random.default_rng([self.seed, self.number, part]) for part in range(2)]
@@ -119,22 +174,23 @@ def simulate(
     kind = {"simulation": _VERSION, "seed": seed, "skull": skull, "dicom": dicom}
     _claim(folder, kind)
     everyone = [Patient(seed, number) for number in range(patients)]
-    missing = [each for each in everyone if not all(path.exists() for path in _paths(folder, each, dicom))]
+    missing = [each for each in everyone if not all(path.exists() for path in each.paths(folder, dicom=dicom))]
     done = patients - len(missing)
     for _ in _written(folder, missing, skull, dicom, workers):
         done += 1
         if progress:
             progress(done)
-    _table(folder / "truth.csv", [_truth(each) for each in everyone])
-    _table(folder / "cohort.csv", [_row(each, dicom) for each in everyone])
+    _table(folder / "truth.csv", [{"patient": each.name, **each.truth()} for each in everyone])
+    scans = (each.paths(Path(), dicom=dicom)[0].as_posix() for each in everyone)
+    rows = [{"patient": e.name, "scan": scan, **e.columns()} for e, scan in zip(everyone, scans, strict=True)]
+    _table(folder / "cohort.csv", rows)
     return folder / "cohort.csv"
 
 
 def _claim(folder: Path, kind: dict[str, Any]) -> None:
     """Makes the folder this cohort's, or refuses where it is another's."""
     stamp = folder / "simulation.json"
-    for name in ("scans", "masks"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     if not stamp.exists():
         if (folder / "cohort.csv").exists():
             raise RunError(f"{folder}: holds a cohort that was not simulated here. Give another folder.")
@@ -148,42 +204,21 @@ def _claim(folder: Path, kind: dict[str, Any]) -> None:
         raise RunError(f"{folder}: holds simulated patients of {found}, asked for are {kind}. Give another folder.")
 
 
-def _paths(folder: Path, patient: Patient, dicom: bool) -> tuple[Path, Path]:
-    """Where a patient's scan and mask are."""
-    scan = folder / "scans" / (patient.name if dicom else f"{patient.name}.nii.gz")
-    return scan, folder / "masks" / f"{patient.name}.nii.gz"
-
-
 def _written(folder: Path, missing: list[Patient], skull: bool, dicom: bool, workers: int) -> Iterator[None]:
     """Writes scans and masks, one after another or by several processes."""
     if workers == 1 or len(missing) < 2:
         for each in missing:
-            _write(folder, each, skull, dicom)
+            each.save(folder, skull=skull, dicom=dicom)
             yield
         return
     with ProcessPoolExecutor(min(workers, len(missing)), mp_context=get_context("spawn")) as pool:
-        jobs = [pool.submit(_write, folder, each, skull, dicom) for each in missing]
+        jobs = [pool.submit(each.save, folder, skull=skull, dicom=dicom) for each in missing]
         try:
             for job in jobs:
-                yield job.result()
+                job.result()
+                yield
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _write(folder: Path, patient: Patient, skull: bool, dicom: bool) -> None:
-    import nibabel as nib
-
-    from ichprog.simulate.dicom import save_series
-
-    exposure = patient.scan(skull=skull)
-    scan, mask = _paths(folder, patient, dicom)
-    with whole_file(mask) as partial:
-        nib.save(_image(exposure.blood, exposure.affine), partial)
-    if dicom:
-        save_series(exposure, scan, patient.name, patient.person.age, patient.person.sex)
-        return
-    with whole_file(scan) as partial:
-        nib.save(_image(exposure.hu, exposure.affine), partial)
 
 
 def _image(values: np.ndarray, affine: np.ndarray) -> Any:
@@ -193,31 +228,6 @@ def _image(values: np.ndarray, affine: np.ndarray) -> Any:
     image.header.set_xyzt_units("mm")
     image.header["descrip"] = b"simulated, no patient"
     return image
-
-
-def _row(patient: Patient, dicom: bool) -> dict[str, Any]:
-    person, (scan, _) = patient.person, _paths(Path(), patient, dicom)
-    return {
-        "patient": patient.name,
-        "scan": scan.as_posix(),
-        "poor_outcome": int(person.poor),
-        "gcs": person.gcs,
-        "age": person.age,
-        "sex": person.sex,
-        "location": person.site,
-        "dead_30_days": int(person.dead),
-        "cognitive_impairment": int(person.impaired),
-        "ich_score": person.ich_score(),
-        "func_score": person.func_score(),
-    }
-
-
-def _truth(patient: Patient) -> dict[str, Any]:
-    person = patient.person
-    truth: dict[str, Any] = {"patient": patient.name, "location": person.site, "side": person.side}
-    truth |= {"volume_ml": person.volume_ml, "ventricular": person.ventricular}
-    truth |= {"midline_shift_mm": round(patient.shape.midline_shift_mm(), 2), **person.marks}
-    return truth | {name: round(value, 5) for name, value in person.truth().items()}
 
 
 def _table(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -130,9 +130,9 @@ class Individual:
         ]
         atrophy = marks["atrophy"]
         self.widening_mm = float(np.clip(2.4 + 2.1 * atrophy, -1.0, 9.0))
-        self.shrinkage_mm = float(np.clip(2.4 + 1.9 * atrophy, 0.0, 8.0))
-        self.sulci = float(np.clip(0.65 - 0.22 * atrophy, 0.2, 1.3))  # the exponent of the share of fluid
-        self.pallor_hu = float(np.clip(4.0 + 3.5 * marks["white_matter"], 0.0, 14.0))
+        self.shrinkage_mm = float(np.clip(2.0 + 1.6 * atrophy, 0.0, 7.0))
+        self.sulci = float(np.clip(0.85 - 0.26 * atrophy, 0.25, 1.4))  # the exponent of the share of fluid
+        self.pallor_hu = float(np.clip(3.0 + 3.5 * marks["white_matter"], 0.0, 14.0))
         self.calcified_mm = float(np.clip(2.0 + 1.1 * marks["calcification"], 0.0, 4.5))
 
     def own(self, points: np.ndarray) -> np.ndarray:

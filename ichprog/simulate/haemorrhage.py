@@ -21,6 +21,7 @@ _MIDDLES = {  # mm in the template, on the left for side 1; several are drawn fr
     "subdural": [(60, 5, 36), (58, -25, 44), (52, 35, 30)],
     "subarachnoid": [(4, 6, -18)],
 }
+_GIVES = 0.7  # of the push, what tissue does not take up by being torn and squeezed
 _ROOM_MM = 10.0  # over which the push of a haemorrhage fades towards the skull
 _FAR_MM = 130.0  # where the push of a subdural haemorrhage has faded
 
@@ -85,8 +86,8 @@ class Shape:
     def push(self, own: np.ndarray, depth: np.ndarray) -> np.ndarray:
         """How far the haemorrhage has pushed what is at a point, `(3, ...)` mm.
 
-        Tissue does not shrink: what lay at a distance r from the middle of a ball of radius R lies at the cube root of
-        r^3 + R^3. The push fades towards the skull, where fluid gives way.
+        If tissue did not shrink, what lay at a distance r from the middle of a ball of radius R would lie at the cube
+        root of r^3 + R^3; it moves a part of that. The push fades towards the skull, where fluid gives way.
 
         Args:
             own: `(3, ...)` mm in the template's skull.
@@ -105,7 +106,7 @@ class Shape:
         away = own - self.middle.reshape(shape)
         distance = np.maximum(np.sqrt((away**2).sum(0)), 1e-3)
         before = np.cbrt(np.maximum(distance**3 - self.radius_mm**3, 0))
-        room = np.clip(depth / _ROOM_MM, 0, 1) if self.person.site not in ("pons", "cerebellum") else 0.6
+        room = _GIVES * np.clip(depth / _ROOM_MM, 0, 1)
         found = away / distance * (distance - before) * room
         return found
 

@@ -16,7 +16,7 @@ from ichprog.simulate.haemorrhage import Shape
 _PIXELS = 512
 _FINE_MM, _LATTICE_MM = 1.0, 4.0
 _THIN = 2  # points over the depth of a slice
-_FLUID, _GREY, _WHITE, _CALCIUM, _DURA = 7.0, 38.5, 28.5, 260.0, 55.0
+_FLUID, _GREY, _WHITE, _CALCIUM, _DURA = 7.0, 40.0, 31.0, 260.0, 55.0
 _BONE, _MARROW, _FAT, _SKIN, _AIR = 1250.0, 700.0, -95.0, 45.0, -1000.0
 _CALCIFIED = ((23, -40, 12), (-23, -40, 12), (0, -27, 4))  # plexus in both atria, pineal gland
 
