@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ichprog.registry import register_backbone as register_backbone
     from ichprog.registry import register_head as register_head
     from ichprog.registry import register_saliency as register_saliency
+    from ichprog.report import plot as plot
     from ichprog.results import Prediction as Prediction
     from ichprog.results import Saliency as Saliency
     from ichprog.scan import Scan as Scan
@@ -40,6 +41,7 @@ _ROOM_OF = {
     "predict": "model",
     "explain": "model",
     "brain_mask": "scan",
+    "plot": "report",
     "register_backbone": "registry",
     "register_head": "registry",
     "register_saliency": "registry",

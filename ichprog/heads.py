@@ -2,10 +2,15 @@
 
 A head plugin is a function `build(in_channels, labels, **options)` that returns a module which turns features
 `(B, C, d, h, w)` into logits `(B, K)` and has two methods: `probabilities(logits)`, `(B, K)` to `(B, len(labels))`
-adding to one, and `loss(logits, target)`, a scalar, with `target` the `(B,)` index of the true label.
+adding to one, and `loss(logits, target)`, a scalar, with `target` the `(B,)` index of the true label. `loss` is a mean
+over the batch.
+
+A head may have a third, `rescale_(scale, shift)`, after which its logits are scale x logits + shift, with `scale` a
+positive number and `shift` `(K,)`. Training sets probabilities right by it; a head without it is left as it is.
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -31,6 +36,12 @@ class _PooledLinear(nn.Module):
         logits: Tensor = self.linear(pooled)
         return logits
 
+    @torch.no_grad()
+    def rescale_(self, scale: Tensor, shift: Tensor) -> None:
+        """Makes the logits `scale` times what they were, plus `shift` `(K,)`."""
+        self.linear.weight.mul_(scale)
+        self.linear.bias.mul_(scale).add_(shift)
+
 
 class Ordinal(_PooledLinear):
     """Labels in order: logit k is that of P(label > k), and there is one fewer than labels."""
@@ -41,9 +52,10 @@ class Ordinal(_PooledLinear):
         P(label > k) is made to fall with k by its running minimum before the differences are taken, so that no
         probability is negative.
         """
-        beyond = logits.sigmoid().cummin(dim=1).values
-        ends = beyond.new_ones(len(beyond), 1)
-        return torch.cat([ends, beyond], dim=1) - torch.cat([beyond, torch.zeros_like(ends)], dim=1)
+        # The running minimum column by column, as ONNX has no operator for it.
+        beyond = torch.stack(list(accumulate(logits.sigmoid().unbind(dim=1), torch.minimum)), dim=1)
+        one = torch.ones_like(beyond[:, :1])
+        return torch.cat([one, beyond], dim=1) - torch.cat([beyond, torch.zeros_like(one)], dim=1)
 
     def loss(self, logits: Tensor, target: Tensor) -> Tensor:
         """Mean binary cross-entropy of every P(label > k), for `target` `(B,)` of label indices."""

@@ -1,5 +1,10 @@
-"""A Hub on the loopback, for the real client: folders of files served as repositories, with faults on demand."""
+"""A Hub on the loopback, for the real client: folders of files served as repositories, with faults on demand.
 
+It takes uploads too, as the Hub takes them from a client without Xet: small files in the commit itself, those of LFS
+beforehand and by their checksum.
+"""
+
+import base64
 import hashlib
 import json
 import re
@@ -26,6 +31,9 @@ class HubServer:
         refs: The commits that branches and tags are at.
         lfs: File endings that are kept in LFS, with a SHA-256; others have git's checksum.
         states_checksums: Whether a repository's info has sizes and checksums; its tree has them always.
+        token: What a client must show before it may write.
+        commits: The message of every commit that was taken, with the paths in it.
+        objects: What was uploaded to LFS, by checksum.
     """
 
     def __init__(self, root: Path, commit: str = COMMIT) -> None:
@@ -35,6 +43,9 @@ class HubServer:
         self.refs = {"main": commit}
         self.lfs: tuple[str, ...] = (".pth", ".safetensors")
         self.states_checksums = True
+        self.token = "hf_writer"
+        self.commits: list[tuple[str, list[str]]] = []
+        self.objects: dict[str, bytes] = {}
         self.closing = threading.Event()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self._server.daemon_threads = True
@@ -73,6 +84,12 @@ class _Handler(BaseHTTPRequestHandler):
     def do_HEAD(self) -> None:
         self.answer()
 
+    def do_POST(self) -> None:
+        self.answer()
+
+    def do_PUT(self) -> None:
+        self.answer()
+
     def log_message(self, *_: object) -> None:
         pass
 
@@ -87,7 +104,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.refuse(*fault.split(":"))
         else:
             time.sleep(1 if fault == "slow" else 0)
-            self.route(path, fault)
+            if self.command in ("POST", "PUT"):
+                self.take(path, self.body())
+            else:
+                self.route(path, fault)
 
     def route(self, path: str, fault: str) -> None:
         match = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+)(?:/(.+))?)?", path)
@@ -117,6 +137,80 @@ class _Handler(BaseHTTPRequestHandler):
         info = {"id": repo, "sha": commit, "private": False, "tags": [], "downloads": 0, "siblings": siblings}
         return self.send(json.dumps(info).encode(), fault)
 
+    def body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        body = b""
+        while size := int(self.rfile.readline(), 16):
+            body += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return body
+
+    def take(self, path: str, body: bytes) -> None:
+        """What a client writes, by the steps it does it in."""
+        hub = self.hub
+        if match := re.fullmatch(r"/lfs/([0-9a-f]{64})(/verify)?", path):  # a signed address: no token is shown there
+            if not match[2]:
+                hub.objects[match[1]] = body
+            held = hub.objects.get(match[1])
+            good = held is not None and hashlib.sha256(held).hexdigest() == match[1]
+            return self.send(b"{}", "") if good else self.refuse("400")
+        if path == "/api/validate-yaml":
+            good = json.loads(body)["content"].startswith("---\n")
+            return self.tell({"errors": [], "warnings": [] if good else [{"message": "no metadata"}]})
+        if self.headers.get("Authorization") != f"Bearer {hub.token}":
+            return self.refuse("403" if "Authorization" in self.headers else "401")
+        if path == "/api/repos/create":
+            asked = json.loads(body)
+            place = hub.root / asked["organization"] / asked["name"]
+            there = place.is_dir()
+            place.mkdir(parents=True, exist_ok=True)
+            return self.tell({"url": f"{hub.url}/{asked['organization']}/{asked['name']}"}, 409 if there else 200)
+        if match := re.fullmatch(r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", path):
+            return self.tell({"transfer": "basic", "objects": list(map(self.lfs_action, json.loads(body)["objects"]))})
+        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/(preupload|commit)/main", path):
+            held = {file["path"]: file for file in hub.files(match[1])}
+            if match[2] == "preupload":
+                return self.tell({"files": [self.mode(file["path"], held) for file in json.loads(body)["files"]]})
+            return self.commit(match[1], [json.loads(line) for line in body.splitlines()])
+        return self.refuse("404")
+
+    def mode(self, path: str, held: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        """How a file is to be uploaded, and which content it has now."""
+        mode = "lfs" if path.endswith(self.hub.lfs) else "regular"
+        now = held[path].get("lfs", held[path])["oid"] if path in held else None
+        return {"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": now}
+
+    def lfs_action(self, wanted: dict[str, Any]) -> dict[str, Any]:
+        """Where an object goes, unless it is here."""
+        if wanted["oid"] in self.hub.objects:
+            return wanted
+        href = f"{self.hub.url}/lfs/{wanted['oid']}"
+        return wanted | {"actions": {"upload": {"href": href}, "verify": {"href": f"{href}/verify"}}}
+
+    def commit(self, repo: str, lines: list[dict[str, Any]]) -> None:
+        header, *operations = lines
+        parent = header["value"].get("parentCommit", self.hub.refs["main"])
+        if parent != self.hub.refs["main"]:
+            return self.refuse("412")
+        for operation in operations:
+            value = operation["value"]
+            path = self.hub.root / repo / value["path"]
+            if operation["key"] == "deletedFile":
+                path.unlink()
+            elif operation["key"] == "lfsFile":
+                path.write_bytes(self.hub.objects[value["oid"]])
+            else:
+                path.write_bytes(base64.b64decode(value["content"]))
+        self.hub.commits.append((header["value"]["summary"], sorted(o["value"]["path"] for o in operations)))
+        commit = hashlib.sha1(f"{parent} {repo}".encode()).hexdigest()
+        self.hub.refs["main"] = commit
+        return self.tell({"success": True, "commitOid": commit, "commitUrl": f"{self.hub.url}/{repo}/commit/{commit}"})
+
+    def tell(self, data: Any, status: int = 200) -> None:
+        self.send(json.dumps(data).encode(), "", status=status)
+
     def file(self, repo: str, commit: str, name: str, fault: str) -> None:
         found = next((f for f in self.hub.files(repo) if f["path"] == name), None)
         if found is None:
@@ -127,8 +221,8 @@ class _Handler(BaseHTTPRequestHandler):
             headers |= {"X-Linked-Size": str(found["size"]), "X-Linked-ETag": f'"{etag}"'}
         return self.send((self.hub.root / repo / name).read_bytes(), fault, headers)
 
-    def send(self, body: bytes, fault: str, headers: dict[str, str] | None = None) -> None:
-        headers, status, total = headers or {}, 200, len(body)
+    def send(self, body: bytes, fault: str, headers: dict[str, str] | None = None, status: int = 200) -> None:
+        headers, total = headers or {}, len(body)
         if fault == "flip":
             body = body[:-1] + bytes([body[-1] ^ 1])
         elif fault == "wrong":
@@ -142,7 +236,7 @@ class _Handler(BaseHTTPRequestHandler):
         for key, value in {**headers, "Content-Length": str(length)}.items():
             self.send_header(key, value)
         self.end_headers()
-        if self.command == "GET":
+        if self.command != "HEAD":
             self.wfile.write(body[: len(body) // 2] if fault == "half" else body)
 
     def refuse(self, status: str, code: str = "") -> None:

@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from ichprog.cli import ask, inventory
+from ichprog.cli import ask, cohorts, demo, inventory, release, simulate, train
 from ichprog.cli.options import WRONG_USE
 from ichprog.errors import IchprogError
 
@@ -26,5 +26,8 @@ def main() -> None:
     """Prognosis after intracranial haemorrhage from one head CT. For research only, not for patient care."""
 
 
-for command in (inventory.models, inventory.plugins, inventory.fetch, inventory.doctor, ask.predict, ask.explain):
+for command in (
+    inventory.models, inventory.plugins, inventory.fetch, inventory.doctor, ask.predict, ask.explain, cohorts.cohort,
+    demo.demo, simulate.simulate, train.train, release.export, release.publish,
+):  # fmt: skip
     main.add_command(command)

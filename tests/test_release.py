@@ -1,0 +1,393 @@
+"""A model as a file that other runtimes read, and as a folder on the Hub, there and back through the real client."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import ichprog
+from ichprog import network, registry, release, zoo
+from ichprog.cli import main
+from ichprog.errors import IchprogError, PluginError, SpecError, UnknownName, WeightsError
+from ichprog.spec import ModelSpec, Part
+
+import published
+from hub_server import HubServer
+
+REPO = "org/bright"
+# The Hub's client uploads to LFS in a way that its own HTTP client gives up.
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload:DeprecationWarning")
+
+
+def shares(model, grids):
+    """Each task's label probabilities, the mean over folds, as the library itself answers."""
+    answers = model.answers(grids)
+    return {task: np.mean([fold[task].probabilities for fold in answers], axis=0) for task in answers[0]}
+
+
+def read_by_openvino(path, grids):
+    import openvino
+
+    core = openvino.Core()
+    compiled = core.compile_model(core.read_model(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    assert compiled.inputs[0].get_any_name() == "grid"
+    found = compiled(grids[:, None])
+    return {output.get_any_name(): found[output] for output in compiled.outputs}
+
+
+def read_by_reference(path, grids):
+    from onnx.reference import ReferenceEvaluator
+
+    session = ReferenceEvaluator(str(path))
+    return dict(zip(session.output_names, session.run(None, {"grid": grids[:, None]}), strict=True))
+
+
+def agree(found, expected, tolerance=1e-5):
+    assert list(found) == list(expected)
+    for task, values in expected.items():
+        assert np.abs(found[task] - values).max() < tolerance
+        assert np.ptp(values) > 0.01
+
+
+@pytest.fixture
+def telling(bright_model):
+    """The bright model, with folds that answer differently to noise, and ordered labels whose order one turns round."""
+    folder = Path(bright_model.removeprefix("local-dir:"))
+    for fold in (0, 1):
+        state = load_file(folder / f"fold{fold}.safetensors")
+        for key in state:
+            if key.endswith("linear.weight"):
+                state[key] = torch.linspace(2, 9, len(state[key]))[:, None] * (fold + 1)
+        if fold == 1:
+            state["heads.gcs.linear.bias"] = torch.tensor([-1.0, 2.0])
+        save_file(state, folder / f"fold{fold}.safetensors")
+    return bright_model
+
+
+# --- export
+
+
+def test_the_file_answers_as_the_library_does_whatever_the_batch(telling, tmp_path):
+    model = ichprog.load_model(telling)
+    path = release.export(model, tmp_path / "out" / "onnx")
+    other = release.export(telling, tmp_path / "out" / "ir", format="openvino")
+    assert sorted(p.name for p in path.parent.iterdir()) == ["config.json", "model.onnx"]
+    assert sorted(p.name for p in other.parent.iterdir()) == ["config.json", "model.bin", "model.xml"]
+    assert sorted(p.name for p in path.parent.parent.iterdir()) == ["ir", "onnx"]
+    assert ModelSpec.read(path.parent / "config.json") == model.spec
+    for batch in (1, 3):
+        grids = np.random.default_rng(batch).random((batch, *model.spec.input.shape), np.float32)
+        expected = shares(model, grids)
+        assert (model.answers(grids)[1]["gcs"].probabilities[:, 1] == 0).all()
+        for found in (read_by_openvino(path, grids), read_by_openvino(other, grids), read_by_reference(path, grids)):
+            agree(found, expected)
+
+
+@pytest.mark.parametrize(
+    "name", ["perez2023.prognosis", pytest.param("densenet121.prognosis_gcs3_age", marks=pytest.mark.slow)]
+)
+def test_published_networks_export(name, tmp_path):
+    folder = published.save(name, tmp_path, seed=0).parent
+    spec = zoo.find(name)
+    weights = dataclasses.replace(spec.weights, repo=None, revision=None, folder="")
+    contract = dataclasses.replace(spec.input, shape=(40, 64, 64), pad_slices=False)
+    (folder / "config.json").write_text(
+        json.dumps(dataclasses.replace(spec, weights=weights, input=contract).to_dict())
+    )
+    model = ichprog.load_model(f"local-dir:{folder}")
+    grids = np.random.default_rng(0).random((3, 40, 64, 64), np.float32)
+    expected = shares(model, grids)
+    found = read_by_openvino(release.export(model, tmp_path / "out"), grids)
+    for task, values in expected.items():
+        assert np.abs(found[task] - values).max() < 1e-5
+
+
+def test_the_file_says_what_it_is_and_not_where_it_was_made(bright_model, tmp_path):
+    import onnx
+
+    model = ichprog.load_model(bright_model, fold=1)
+    path = release.export(model, tmp_path / "out")
+    loaded = onnx.load(path)
+    onnx.checker.check_model(loaded, full_check=True)
+    assert {entry.key: entry.value for entry in loaded.metadata_props} == {
+        "ichprog.model": model.spec.name,
+        "ichprog.notice": model.spec.notice,
+        "ichprog.fold1.sha256": model.weights[0].sha256,
+    }
+    assert loaded.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
+    content = path.read_bytes()
+    for place in (str(tmp_path), str(Path(ichprog.__file__).parent), "site-packages", str(Path.home())):
+        assert place.encode() not in content
+
+
+class Peculiar(nn.Module):
+    """A head that computes with something ONNX has not, or for one size of batch."""
+
+    def __init__(self, in_channels, labels, *, how):
+        super().__init__()
+        self.how, self.linear = how, nn.Linear(in_channels, len(labels))
+
+    def forward(self, features):
+        return self.linear(features.mean((2, 3, 4)))
+
+    def probabilities(self, logits):
+        if self.how == "operator":
+            return logits.cummin(1).values.softmax(1)
+        if self.how == "branch":
+            return logits.softmax(1) if logits.sum() > 0 else logits.sigmoid()
+        return logits.softmax(1) + torch.zeros(len(logits), 1)
+
+    def loss(self, logits, target):
+        return nn.functional.cross_entropy(logits, target)
+
+
+@pytest.mark.parametrize("how", ["operator", "branch", "batch"])
+def test_a_head_that_cannot_be_exported_is_named(how, bright_model, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(registry.heads, "_registered", {})
+    ichprog.register_head("peculiar", Peculiar)
+    first, second, third = (spec := ichprog.load_model(bright_model, fold=0).spec).tasks
+    tasks = (first, dataclasses.replace(second, head=Part("peculiar", {"how": how})), third)
+    spec = dataclasses.replace(spec, tasks=tasks)
+    save_file(network.build(spec).state_dict(), tmp_path / "fold0.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(spec.to_dict()))
+    with pytest.raises(PluginError, match="head 'peculiar' of 'gcs' cannot be exported"):
+        release.export(f"local-dir:{tmp_path}", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob(".export-*"))
+    assert tuple(capfd.readouterr()) == ("", "")
+
+
+def test_what_is_missing_or_unknown_is_said(bright_model, tmp_path, monkeypatch):
+    with pytest.raises(UnknownName, match=r"'tflite'.*onnx, openvino"):
+        release.export(bright_model, tmp_path / "out", format="tflite")
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(IchprogError, match=r"onnxscript: pip install 'ichprog\[export\]'"):
+        release.export(bright_model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_openvino_sends_no_word_to_its_makers(tmp_path):
+    code = (
+        "import sys; from ichprog.release.program import _openvino; tools = _openvino().tools.ovc;"
+        "print('openvino_telemetry' in sys.modules, tools.telemetry.__class__.__module__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "openvino.tools.ovc.telemetry_stub"]
+
+
+# --- the model card
+
+
+def test_the_card_says_what_there_is_to_say(bright_model):
+    spec = ichprog.load_model(bright_model).spec
+    text = release.card(spec, REPO)
+    front, _, body = text.removeprefix("---\n").partition("\n---\n")
+    assert front.splitlines()[:2] == ["license: other", "library_name: ichprog"]
+    assert {"- ichprog", "- medical", "- intracranial-haemorrhage"} <= set(front.splitlines())
+    assert body.index(spec.notice) < body.index(spec.summary)
+    for said in ("`9-12` below 13, `3-8` below 9", spec.licence.data, spec.citation.doi, *spec.limits):
+        assert said in body
+    assert "## Training" not in body
+    free = dataclasses.replace(spec, licence=dataclasses.replace(spec.licence, weights="Apache-2.0"))
+    assert "\nlicense: apache-2.0\n" in release.card(free, REPO)
+
+
+def test_the_cards_python_runs(on_the_hub, scan_path):
+    server, _ = on_the_hub
+    text = (server.root / REPO / "README.md").read_text()
+    [code] = [block.split("```")[0] for block in text.split("```python\n")[1:]]
+    exec(code.replace("scan.nii.gz", str(scan_path)), {})
+
+
+# --- the Hub
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    import huggingface_hub.constants
+
+    (tmp_path / "hub").mkdir()
+    monkeypatch.setenv("HF_TOKEN", "hf_writer")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)  # a loopback Hub has no store for Xet
+    with HubServer(tmp_path / "hub") as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        yield server
+
+
+@pytest.fixture
+def run(telling):
+    """A run's folder, with files that name patients."""
+    folder = Path(telling.removeprefix("local-dir:"))
+    sums = {f"fold{k}.safetensors": ichprog.load_model(telling).weights[k].sha256 for k in (0, 1)}
+    record = {
+        "source": "/hospital/smith/cohort.csv",
+        "command": ["ichprog", "train", "/hospital/smith/cohort.csv"],
+        "versions": {"torch": "2.9"},
+        "membership": {"0": {"train": ["smith"]}},
+        "protocol": {"epochs": 60, "schedule": "cosine"},
+        "cohort": {"patients": 261, "sha256": "0"},
+        "folds": 10,
+        "results": {
+            str(k): {"sha256": sums[f"fold{k}.safetensors"], "best": {"val_auc_prognosis": 0.6 + 0.1 * k}}
+            for k in (0, 1)
+        },
+    }
+    (folder / "run.json").write_text(json.dumps(record))
+    (folder / "out_of_fold.csv").write_text("patient\nsmith\n")
+    (folder / "folds").mkdir()
+    return folder
+
+
+@pytest.fixture
+def on_the_hub(hub, run):
+    return hub, release.publish(run, REPO)
+
+
+def test_what_was_published_loads_from_an_empty_cache_and_answers_the_same(on_the_hub, run):
+    server, name = on_the_hub
+    assert name == f"hf-hub:{REPO}@{server.refs['main']}"
+    assert sorted(p.name for p in (server.root / REPO).iterdir()) == [
+        "README.md", "config.json", "fold0.safetensors", "fold1.safetensors",
+    ]  # fmt: skip
+    model, own = ichprog.load_model(name), ichprog.load_model(f"local-dir:{run}")
+    assert set(model.spec.weights.sha256) == {"fold0.safetensors", "fold1.safetensors"}
+    grids = np.random.default_rng(0).random((2, *own.spec.input.shape), np.float32)
+    for task, values in shares(own, grids).items():
+        assert np.array_equal(shares(model, grids)[task], values)
+    assert len(server.asked("PUT /lfs/")) == 2
+    assert len(server.asked("POST /lfs/")) == 2
+    [(message, files)] = server.commits
+    assert message == "bright.prognosis_gcs3_age, 2 folds, by ichprog 0.1.0"
+    assert len(files) == 4
+
+
+def test_nothing_that_names_patients_is_sent(on_the_hub):
+    server, _ = on_the_hub
+    for path in (server.root / REPO).rglob("*"):
+        assert b"smith" not in path.read_bytes()
+    text = (server.root / REPO / "README.md").read_text()
+    for said in ("| patients | 261 |", "2 of 10 are here", "epochs 60, schedule cosine", "torch 2.9", "0.650 | 0.071"):
+        assert said in text
+
+
+def test_figures_of_other_weights_are_not_told(run):
+    state = load_file(run / "fold1.safetensors")
+    save_file({key: value + 1 for key, value in state.items()}, run / "fold1.safetensors")
+    text = release.pack(run, REPO).card
+    assert "1 of 10 are here" in text
+    assert "0.650" not in text
+
+
+def test_publishing_again(on_the_hub, run, capfd):
+    server, first = on_the_hub
+    assert release.publish(run, REPO) == first  # nothing changed, so there is no new commit
+    (run / "fold1.safetensors").unlink()
+    second = release.publish(run, REPO, message="one fold")
+    assert second != first
+    assert server.commits[-1] == ("one fold", ["README.md", "config.json", "fold1.safetensors"])
+    assert len(ichprog.load_model(second).members) == 1
+    assert tuple(capfd.readouterr()) == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("faults", "said"),
+    [
+        ({"POST /api/repos/create": 401, "GET /api/models": 401}, r"HTTP 401.*`hf auth login`.*HF_TOKEN"),
+        ({"POST /api/repos/create": 403, "GET /api/models": 403}, r"HTTP 403.*may not write.*`hf auth login`"),
+        ({"/commit/": 403}, "HTTP 403.*may not write"),
+        ({"/commit/": 412}, "HTTP 412.*meanwhile"),
+        ({"PUT /lfs": 403}, "HTTP 403"),
+        ({"/preupload/": "404:RepoNotFound"}, "no such repository"),
+    ],
+)
+def test_refusals_say_what_to_do(faults, said, hub, run):
+    hub.faults.update(faults)
+    with pytest.raises(WeightsError, match=f"^{REPO}: nothing was published: .*{said}"):
+        release.publish(run, REPO)
+    assert hub.commits == []
+
+
+def test_a_wrong_token_none_and_no_network(hub, run, monkeypatch, tmp_path):
+    with pytest.raises(WeightsError, match=r"HTTP 403.*may not write.*HF_TOKEN"):
+        release.publish(run, REPO, token="hf_reader")
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "none"))
+    hub.requests.clear()
+    with pytest.raises(WeightsError, match=r"without a token.*`hf auth login`"):
+        release.publish(run, REPO)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(WeightsError, match="HF_HUB_OFFLINE is set"):
+        release.publish(run, REPO, token="hf_writer")
+    assert hub.requests == []
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(WeightsError, match=r"nothing was published.*cannot be reached"):
+        release.publish(run, REPO, token="hf_writer")
+
+
+def change(run, **weights):
+    data = json.loads((run / "config.json").read_text())
+    data["weights"].update(weights)
+    (run / "config.json").write_text(json.dumps(data))
+
+
+def test_a_folder_that_is_no_whole_model_is_not_sent(hub, run):
+    for repo in ("bright", "org/bright/more", "org/a b", "org/a..b"):
+        with pytest.raises(UnknownName, match="org/name"):
+            release.publish(run, repo)
+    with pytest.raises(SpecError, match=r"config\.json"):
+        release.publish(run.parent / "nowhere", REPO)
+    change(run, sha256={"fold7.safetensors": "0" * 64})
+    with pytest.raises(WeightsError, match=r"fold7\.safetensors.*missing"):
+        release.publish(run, REPO)
+    change(run, sha256={"fold1.safetensors": "0" * 64})
+    with pytest.raises(WeightsError, match="SHA-256"):
+        release.publish(run, REPO)
+    change(run, sha256={})
+    save_file({"a": torch.ones(1)}, run / "fold1.safetensors")
+    with pytest.raises(WeightsError, match="keys do not fit"):
+        release.publish(run, REPO)
+    change(run, keys={"backbone.": "backbone.", "heads.": "heads."})
+    (run / "fold1.safetensors").unlink()
+    with pytest.raises(WeightsError, match="another project's form"):
+        release.publish(run, REPO)
+    assert hub.requests == []
+
+
+# --- the command line
+
+
+def test_export_and_publish_by_command(hub, run, tmp_path):
+    def call(*arguments):
+        return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+    done = call("export", f"local-dir:{run}", "-o", tmp_path / "out", "--fold", 1, "--json")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["folds"] == [1]
+    assert Path(json.loads(done.stdout)["path"]).is_file()
+    assert "For research only" in done.stderr
+    assert call("export", f"local-dir:{run}", "-o", tmp_path / "out", "--format", "tflite").exit_code == 2
+
+    done = call("publish", run, REPO, "--dry-run")
+    assert "fold1.safetensors" in done.stdout
+    assert done.stdout.endswith(release.pack(run, REPO).card)
+    done = call("publish", f"local-dir:{run}", REPO, "--dry-run", "--json")
+    assert list(json.loads(done.stdout)["files"]) == [
+        "README.md", "config.json", "fold0.safetensors", "fold1.safetensors",
+    ]  # fmt: skip
+    assert hub.requests == []
+    done = call("publish", run, REPO, "--private", "--message", "first", "--json")
+    assert json.loads(done.stdout) == {"model": f"hf-hub:{REPO}@{hub.refs['main']}"}
+    assert hub.commits[0][0] == "first"
+    hub.token = "another"
+    done = call("publish", run, REPO)
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert "hf auth login" in done.stderr

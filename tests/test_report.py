@@ -1,0 +1,89 @@
+"""Pictures: what is drawn is what the maps say."""
+
+import dataclasses
+import sys
+
+import nibabel as nib
+import numpy as np
+import pytest
+from conftest import brain_hu
+
+import ichprog
+from ichprog import PluginError, ScanError
+
+
+@pytest.fixture
+def explained(bright_model, tmp_path):
+    """A scan in an order that is not LPS, its maps and its answers."""
+    path = tmp_path / "scan.nii.gz"
+    turned = nib.Nifti1Image(brain_hu((96, 96, 30))[::-1, ::-1], np.diag([2.5, 2.5, 5, 1]))  # RAS
+    turned.to_filename(path)
+    model = ichprog.load_model(bright_model)
+    maps = ichprog.explain(model, path, task=["prognosis", "gcs"], method=["guided_backprop"])
+    return path, maps, ichprog.predict(model, path)
+
+
+def drawn(figure, width):
+    """The arrays of each row of slices."""
+    axes = figure.get_axes()
+    return [[a.images for a in axes[i : i + width]] for i in range(0, len(axes), width)]
+
+
+def test_a_row_for_the_scan_and_one_for_each_map(explained):
+    path, maps, prediction = explained
+    figure = ichprog.plot(maps, path, prediction=prediction, slices=3)
+    scan_row, *map_rows = drawn(figure, 3)
+    assert [len(images) for images in scan_row] == [1, 1, 1]
+    assert len(map_rows) == 2
+    assert all(len(images) == 2 for row in map_rows for images in row)
+    title = figure.get_suptitle()
+    assert f"poor {prediction['prognosis'].probabilities['poor']:.2f}" in title
+    assert "research only" in title
+
+
+def test_the_patients_left_is_on_the_right_and_blood_under_its_map(explained):
+    """The haematoma of the simulated brain lies to the patient's left, column 330 of 512."""
+    path, maps, _ = explained
+    saliency = maps["prognosis", "guided_backprop"]
+    figure = ichprog.plot(saliency, path, slices=1)
+    background, overlay = drawn(figure, 1)[1][0]
+    picture, colours = np.asarray(background.get_array()), np.asarray(overlay.get_array())
+    assert picture.shape == colours.shape
+    blood = np.argwhere(picture > 60).mean(0)
+    brain = np.argwhere(picture > 0).mean(0)
+    assert blood[1] > brain[1] + 5
+    assert np.abs(colours).max() <= 1
+    strongest = np.argwhere(np.abs(colours) > 0.5 * np.abs(colours).max()).mean(0)
+    assert np.hypot(*(strongest - blood)) < 12
+
+
+def test_an_outline_is_drawn_where_there_is_one(explained):
+    path, maps, _ = explained
+    mask = nib.Nifti1Image((np.asarray(nib.load(path).dataobj) == 68).astype(np.uint8), nib.load(path).affine)
+    plain, lined = (ichprog.plot(maps, path, outline=o, slices=2) for o in (None, mask))
+    assert not any(a.collections for a in plain.get_axes())
+    assert any(a.collections for a in lined.get_axes())
+
+
+def test_an_empty_map_is_said_not_drawn(explained):
+    path, maps, _ = explained
+    saliency = next(iter(maps.values()))
+    image = nib.Nifti1Image(np.zeros(saliency.image.shape, np.float32), saliency.image.affine)
+    figure = ichprog.plot(dataclasses.replace(saliency, image=image, empty=True), path, slices=2)
+    assert "empty map" in [text.get_text() for axis in figure.get_axes() for text in axis.texts]
+    assert all(len(images) == 1 for images in drawn(figure, len(figure.get_axes()) // 2)[1])
+
+
+def test_a_map_of_another_scan_is_refused(explained):
+    _, maps, _ = explained
+    other = nib.Nifti1Image(brain_hu((64, 64, 20)), np.diag([-3.8, -3.8, 5, 1]))
+    with pytest.raises(ScanError, match="belongs to another scan") as error:
+        ichprog.plot(maps, other)
+    assert error.value.code == "other-scan"
+
+
+def test_without_matplotlib_it_says_what_to_install(explained, monkeypatch):
+    path, maps, _ = explained
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(PluginError, match=r"pip install 'ichprog\[report\]'"):
+        ichprog.plot(maps, path)
