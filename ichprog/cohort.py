@@ -4,15 +4,19 @@ import csv
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from ichprog.errors import CohortError, UnknownName
 from ichprog.results import whole_file
 from ichprog.spec import Task
+
+_In = TypeVar("_In")
+_Out = TypeVar("_Out")
 
 NEEDED = ("patient", "scan")
 KNOWN: Mapping[str, tuple[Callable[[float], bool], str]] = {
@@ -249,6 +253,43 @@ def from_csic(folder: str | Path) -> Cohort:
         scan = images.resolve() / (found_in or CSIC_GROUPS)[0] / file
         rows[number] = {CSIC_COLUMNS.get(column, column): cell for column, cell in row.items()} | {"scan": str(scan)}
     return Cohort._checked(rows, problems, tables[0], scans=False)
+
+
+def each(work: Callable[[_In], _Out], items: Sequence[_In], *, workers: int = 1) -> Iterator[_Out]:
+    """Does the same for every patient, in their order, in this process or in several that end with it.
+
+    Args:
+        work: What is done; several processes need a function that can be pickled.
+        items: What it is done to.
+        workers: The number of processes.
+    """
+    if workers <= 1 or len(items) < 2:
+        yield from map(work, items)
+        return
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+
+    spawn = get_context("spawn")
+    with ProcessPoolExecutor(min(workers, len(items)), mp_context=spawn, initializer=_end_with_parent) as pool:
+        jobs = [pool.submit(work, item) for item in items]
+        try:
+            for job in jobs:
+                yield job.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent is killed would wait for ever; this one goes too."""
+    import threading
+    from multiprocessing import parent_process
+
+    def wait() -> None:
+        if parent := parent_process():
+            parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _table(path: Path, needed: Sequence[str]) -> tuple[dict[int, dict[str, str]], list[tuple[int, str]]]:

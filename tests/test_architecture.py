@@ -26,7 +26,7 @@ FLOORS = [
     {"report"},
     {"cli"},
 ]
-SIDEWAYS = {("spec", "errors")}
+SIDEWAYS = {("spec", "errors"), ("simulate", "cohort")}
 # Plugins know only the contracts, scan and grid nothing of networks, spec nothing of anything.
 NEVER = {
     "spec": {"registry"},

@@ -7,16 +7,15 @@ any of it, and nothing that is shown on simulated patients is shown on real ones
 
 import csv
 import json
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
-from multiprocessing import get_context
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ichprog.cohort import each
 from ichprog.errors import RunError
 from ichprog.results import whole_file
 from ichprog.simulate.anatomy import Individual
@@ -87,13 +86,13 @@ class Patient:
         scan, mask = self.paths(folder, dicom=dicom)
         for path in (scan, mask):
             path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(mask) as partial:
-            nib.save(_image(exposure.blood, exposure.affine), partial)
+        with whole_file(mask) as part:
+            nib.save(_image(exposure.blood, exposure.affine), part)
         if dicom:
             save_series(exposure, scan, self.name, self.person.age, self.person.sex)
         else:
-            with whole_file(scan) as partial:
-                nib.save(_image(exposure.hu, exposure.affine), partial)
+            with whole_file(scan) as part:
+                nib.save(_image(exposure.hu, exposure.affine), part)
         return scan, mask
 
     def paths(self, folder: Path, *, dicom: bool = False) -> tuple[Path, Path]:
@@ -174,14 +173,14 @@ def simulate(
     kind = {"simulation": _VERSION, "seed": seed, "skull": skull, "dicom": dicom}
     _claim(folder, kind)
     everyone = [Patient(seed, number) for number in range(patients)]
-    missing = [each for each in everyone if not all(path.exists() for path in each.paths(folder, dicom=dicom))]
+    missing = [p for p in everyone if not all(path.exists() for path in p.paths(folder, dicom=dicom))]
     done = patients - len(missing)
-    for _ in _written(folder, missing, skull, dicom, workers):
+    for _ in each(partial(Patient.save, folder=folder, skull=skull, dicom=dicom), missing, workers=workers):
         done += 1
         if progress:
             progress(done)
-    _table(folder / "truth.csv", [{"patient": each.name, **each.truth()} for each in everyone])
-    scans = (each.paths(Path(), dicom=dicom)[0].as_posix() for each in everyone)
+    _table(folder / "truth.csv", [{"patient": p.name, **p.truth()} for p in everyone])
+    scans = (p.paths(Path(), dicom=dicom)[0].as_posix() for p in everyone)
     rows = [{"patient": e.name, "scan": scan, **e.columns()} for e, scan in zip(everyone, scans, strict=True)]
     _table(folder / "cohort.csv", rows)
     return folder / "cohort.csv"
@@ -194,31 +193,14 @@ def _claim(folder: Path, kind: dict[str, Any]) -> None:
     if not stamp.exists():
         if (folder / "cohort.csv").exists():
             raise RunError(f"{folder}: holds a cohort that was not simulated here. Give another folder.")
-        with whole_file(stamp) as partial:
-            partial.write_text(json.dumps(kind), encoding="utf-8")
+        with whole_file(stamp) as part:
+            part.write_text(json.dumps(kind), encoding="utf-8")
     try:
         found = json.loads(stamp.read_text(encoding="utf-8"))
     except ValueError:
         found = {}
     if found != kind:
         raise RunError(f"{folder}: holds simulated patients of {found}, asked for are {kind}. Give another folder.")
-
-
-def _written(folder: Path, missing: list[Patient], skull: bool, dicom: bool, workers: int) -> Iterator[None]:
-    """Writes scans and masks, one after another or by several processes."""
-    if workers == 1 or len(missing) < 2:
-        for each in missing:
-            each.save(folder, skull=skull, dicom=dicom)
-            yield
-        return
-    with ProcessPoolExecutor(min(workers, len(missing)), mp_context=get_context("spawn")) as pool:
-        jobs = [pool.submit(each.save, folder, skull=skull, dicom=dicom) for each in missing]
-        try:
-            for job in jobs:
-                job.result()
-                yield
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _image(values: np.ndarray, affine: np.ndarray) -> Any:
@@ -231,7 +213,7 @@ def _image(values: np.ndarray, affine: np.ndarray) -> Any:
 
 
 def _table(path: Path, rows: list[dict[str, Any]]) -> None:
-    with whole_file(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
+    with whole_file(path) as part, part.open("w", encoding="utf-8", newline="") as file:
         table = csv.DictWriter(file, list(rows[0]))
         table.writeheader()
         table.writerows(rows)

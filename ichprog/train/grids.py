@@ -5,7 +5,7 @@ import hashlib
 import json
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ import numpy as np
 
 from ichprog import grid
 from ichprog import scan as scan_room
+from ichprog.cohort import each
 from ichprog.errors import CohortError, RunError, ScanError
 from ichprog.results import whole_file
 from ichprog.scan import BrainMode
@@ -92,7 +93,7 @@ def _make(
     work = partial(_prepared, contract=contract, mode=mode)
     with tqdm(total=len(missing), desc="grids", unit="scan", file=sys.stderr, disable=not progress) as bar:
         problems = []
-        for problem in _outcomes(work, missing, workers):
+        for problem in each(work, list(missing.items()), workers=workers):
             bar.update()
             if problem:
                 problems.append(problem)
@@ -101,17 +102,6 @@ def _make(
             f"{len(problems)} of {len(missing)} scans cannot be used; repair them or take their patients out of the "
             "cohort:\n" + "\n".join(problems)
         )
-
-
-def _outcomes(work: "partial[str | None]", missing: dict[Path, Path], workers: int) -> Iterator[str | None]:
-    if workers <= 1 or len(missing) == 1:
-        yield from map(work, missing.items())
-        return
-    from concurrent.futures import ProcessPoolExecutor
-    from multiprocessing import get_context
-
-    with ProcessPoolExecutor(min(workers, len(missing)), mp_context=get_context("spawn")) as pool:
-        yield from pool.map(work, missing.items())
 
 
 def _prepared(item: tuple[Path, Path], *, contract: Input, mode: BrainMode) -> str | None:
