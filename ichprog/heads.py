@@ -11,29 +11,35 @@ positive number and `shift` `(K,)`. Training sets probabilities right by it; a h
 
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+Pool = Literal["average", "max", "both"]
+
 
 class _PooledLinear(nn.Module):
     """Features pooled over space, then one linear layer."""
 
-    def __init__(self, in_channels: int, outputs: int, pool: Literal["average", "max"], activation: bool) -> None:
+    def __init__(self, in_channels: int, outputs: int, pool: Pool, activation: bool) -> None:
         super().__init__()
-        if pool not in ("average", "max"):
-            raise ValueError(f'pool must be "average" or "max", is {pool!r}')
+        if pool not in get_args(Pool):
+            raise ValueError(f"pool must be one of {get_args(Pool)}, is {pool!r}")
         self.pool, self.activation = pool, activation
-        self.linear = nn.Linear(in_channels, outputs)
+        self.linear = nn.Linear(2 * in_channels if pool == "both" else in_channels, outputs)
 
     def forward(self, features: Tensor) -> Tensor:
         """Logits `(B, K)` of features `(B, C, d, h, w)`."""
         if self.activation:
             features = functional.relu(features)
-        pooled = features.mean((2, 3, 4)) if self.pool == "average" else features.amax((2, 3, 4))
-        logits: Tensor = self.linear(pooled)
+        pooled = []
+        if self.pool != "max":
+            pooled.append(features.mean((2, 3, 4)))
+        if self.pool != "average":
+            pooled.append(features.amax((2, 3, 4)))
+        logits: Tensor = self.linear(torch.cat(pooled, dim=1))
         return logits
 
     @torch.no_grad()
@@ -75,15 +81,14 @@ class Softmax(_PooledLinear):
         return functional.cross_entropy(logits, target)
 
 
-def ordinal(
-    in_channels: int, labels: Sequence[str], *, pool: Literal["average", "max"] = "average", activation: bool = True
-) -> Ordinal:
+def ordinal(in_channels: int, labels: Sequence[str], *, pool: Pool = "average", activation: bool = True) -> Ordinal:
     """A head for labels in order; for two labels it is the ordinary binary one.
 
     Args:
         in_channels: C of the features.
         labels: The labels in order.
-        pool: How features are pooled over space.
+        pool: How features are pooled over space: their "average", which small things hardly move; their "max", which
+            does not tell how much there is; or "both", side by side.
         activation: Whether a ReLU comes before the pooling.
 
     Source: Cobo et al. 2024; the label coding is that of Cheng et al. 2008 (arXiv 0704.1028).
@@ -91,15 +96,14 @@ def ordinal(
     return Ordinal(in_channels, len(labels) - 1, pool, activation)
 
 
-def softmax(
-    in_channels: int, labels: Sequence[str], *, pool: Literal["average", "max"] = "average", activation: bool = True
-) -> Softmax:
+def softmax(in_channels: int, labels: Sequence[str], *, pool: Pool = "average", activation: bool = True) -> Softmax:
     """A head for labels without order.
 
     Args:
         in_channels: C of the features.
         labels: The labels.
-        pool: How features are pooled over space.
+        pool: How features are pooled over space: their "average", which small things hardly move; their "max", which
+            does not tell how much there is; or "both", side by side.
         activation: Whether a ReLU comes before the pooling.
     """
     return Softmax(in_channels, len(labels), pool, activation)

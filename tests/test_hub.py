@@ -43,7 +43,7 @@ def make_spec(**weights: Any) -> ModelSpec:
     }  # fmt: skip
     task = {
         "name": "outcome", "meaning": "made up", "labels": ["good", "poor"], "threshold": 0.5, "loss_weight": 1.0,
-        "head": {"name": "ordinal", "options": {}},
+        "target": {"column": "outcome", "cuts": [1], "severe": "high"}, "head": {"name": "ordinal", "options": {}},
     }  # fmt: skip
     return ModelSpec.from_dict(
         {

@@ -115,6 +115,7 @@ def sections(spec: ModelSpec, *, warning: str = "warning") -> dict[str, str]:
     ]
     heads = ["task", "meaning", "labels in order", "true label", "head", "threshold", "loss weight"]
     cited = spec.citation
+    doi = f"doi [{cited.doi}](https://doi.org/{cited.doi})." if cited.doi else ""
     return {
         "Intended use": spec.intended_use,
         "What it predicts": f"""\
@@ -133,9 +134,9 @@ What scans for this model look like; outside of it a scan is answered with a {wa
         "Licences": f"""\
 {table(["what", "terms"], terms)}
 
-The library, ichprog, is under the MIT licence; that covers neither the weights nor the data.""",
+The library, ichprog, is under the MIT licence; it covers weights or data only where they say so here.""",
         "Limits": "\n".join(f"- {limit}" for limit in spec.limits),
-        "To cite": f"{cited.text} doi [{cited.doi}](https://doi.org/{cited.doi}). {cited.url}",
+        "To cite": " ".join(part for part in (cited.text, doi, cited.url) if part),
     }
 
 

@@ -239,7 +239,7 @@ def own_spec(spec: ModelSpec, name: str | None, patients: int) -> ModelSpec:
         patients: The number of patients.
     """
     limits, licence = spec.limits, spec.licence
-    if spec.weights.repo is not None:  # what is said of other weights is not true of these
+    if spec.weights.repo is not None or spec.weights.sha256:  # what is said of other weights is not true of these
         said = (
             f"These weights were trained anew, on {patients} patients. What is said here of patients and results of "
             f"training is said of the weights of {spec.name}, whose description these were trained by."
