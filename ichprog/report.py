@@ -8,6 +8,7 @@ import numpy as np
 from ichprog.errors import PluginError, ScanError
 from ichprog.results import Prediction, Saliency
 from ichprog.scan import read
+from ichprog.scan.brain import AIR_HU, background
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -109,7 +110,8 @@ def _slices(maps: list[np.ndarray], outline: np.ndarray | None, count: int) -> l
 
 def _box(hu: np.ndarray, spacing: tuple[float, ...]) -> tuple[slice, slice]:
     """Where the head is in the slices."""
-    there = hu > max(-200.0, float(hu.min()) + 1)
+    empty, _ = background(hu)
+    there = (np.abs(hu - empty) > 0.5) & (hu > AIR_HU)
     box = []
     for axis in range(2):
         seen = np.flatnonzero(there.any((1 - axis, 2)))
