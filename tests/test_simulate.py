@@ -88,7 +88,7 @@ def test_an_interrupted_run_goes_on(cohort, tmp_path):
 
 
 def test_a_folder_holds_one_cohort(cohort, tmp_path):
-    with pytest.raises(RunError, match="'seed': 5.*'seed': 6"):
+    with pytest.raises(RunError, match=r"'seed': 5.*'seed': 6"):
         simulate(cohort, patients=4, seed=6)
     with pytest.raises(RunError, match="skull"):
         simulate(cohort, patients=4, seed=5, skull=True)
