@@ -3,7 +3,9 @@
 import csv
 import dataclasses
 import json
+import subprocess
 import sys
+import time
 
 import nibabel as nib
 import numpy as np
@@ -84,6 +86,19 @@ def test_an_interrupted_run_goes_on(cohort, tmp_path):
     simulate(tmp_path, patients=4, seed=5, progress=seen.append)
     assert seen == [3, 4]
     assert {path: path.stat().st_mtime_ns for path in written} == written
+    assert contents(tmp_path) == contents(cohort)
+
+
+def test_a_run_that_was_killed_leaves_nothing_behind(cohort, tmp_path):
+    command = [sys.executable, "-m", "ichprog", "simulate", str(tmp_path), "--patients", "4", "--seed", "5"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as running:
+        while not list(tmp_path.glob("masks/*.nii.gz")):
+            assert running.poll() is None
+            time.sleep(0.01)
+        with pytest.raises(RunError, match="another process"):
+            simulate(tmp_path, patients=4, seed=5)
+        running.kill()
+    simulate(tmp_path, patients=4, seed=5)
     assert contents(tmp_path) == contents(cohort)
 
 

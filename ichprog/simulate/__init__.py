@@ -7,7 +7,9 @@ any of it, and nothing that is shown on simulated patients is shown on real ones
 
 import csv
 import json
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -161,7 +163,8 @@ def simulate(
         The path of `cohort.csv`.
 
     Raises:
-        RunError: The folder holds a cohort of another seed or kind, or nilearn is not installed.
+        RunError: The folder holds a cohort of another seed or kind, another process is at work in it, or nilearn is not
+            installed.
         OSError: The folder cannot be written.
     """
     if patients < 1 or seed < 0 or workers < 1:
@@ -171,14 +174,14 @@ def simulate(
         )
     folder = Path(out)
     kind = {"simulation": _VERSION, "seed": seed, "skull": skull, "dicom": dicom}
-    _claim(folder, kind)
     everyone = [Patient(seed, number) for number in range(patients)]
-    missing = [p for p in everyone if not all(path.exists() for path in p.paths(folder, dicom=dicom))]
-    done = patients - len(missing)
-    for _ in each(partial(Patient.save, folder=folder, skull=skull, dicom=dicom), missing, workers=workers):
-        done += 1
-        if progress:
-            progress(done)
+    with _claimed(folder, kind):
+        missing = [p for p in everyone if not all(path.exists() for path in p.paths(folder, dicom=dicom))]
+        done = patients - len(missing)
+        for _ in each(partial(Patient.save, folder=folder, skull=skull, dicom=dicom), missing, workers=workers):
+            done += 1
+            if progress:
+                progress(done)
     _table(folder / "truth.csv", [{"patient": p.name, **p.truth()} for p in everyone])
     scans = (p.paths(Path(), dicom=dicom)[0].as_posix() for p in everyone)
     rows = [{"patient": e.name, "scan": scan, **e.columns()} for e, scan in zip(everyone, scans, strict=True)]
@@ -186,21 +189,33 @@ def simulate(
     return folder / "cohort.csv"
 
 
-def _claim(folder: Path, kind: dict[str, Any]) -> None:
-    """Makes the folder this cohort's, or refuses where it is another's."""
-    stamp = folder / "simulation.json"
+@contextmanager
+def _claimed(folder: Path, kind: dict[str, Any]) -> Iterator[None]:
+    """Makes the folder this cohort's while the block runs, or refuses where it is another's."""
+    from filelock import FileLock, Timeout
+
     folder.mkdir(parents=True, exist_ok=True)
-    if not stamp.exists():
-        if (folder / "cohort.csv").exists():
-            raise RunError(f"{folder}: holds a cohort that was not simulated here. Give another folder.")
-        with whole_file(stamp) as part:
-            part.write_text(json.dumps(kind), encoding="utf-8")
     try:
-        found = json.loads(stamp.read_text(encoding="utf-8"))
-    except ValueError:
-        found = {}
-    if found != kind:
-        raise RunError(f"{folder}: holds simulated patients of {found}, asked for are {kind}. Give another folder.")
+        with FileLock(folder / ".lock", blocking=False):
+            stamp = folder / "simulation.json"
+            if not stamp.exists():
+                if (folder / "cohort.csv").exists():
+                    raise RunError(f"{folder}: holds a cohort that was not simulated here. Give another folder.")
+                with whole_file(stamp) as part:
+                    part.write_text(json.dumps(kind), encoding="utf-8")
+            try:
+                found = json.loads(stamp.read_text(encoding="utf-8"))
+            except ValueError:
+                found = {}
+            if found != kind:
+                raise RunError(
+                    f"{folder}: holds simulated patients of {found}, asked for are {kind}. Give another folder."
+                )
+            for left in folder.glob("*/.*"):  # what a process that was killed had begun
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+            yield
+    except Timeout:
+        raise RunError(f"{folder}: another process simulates into it. Wait for it, or give another folder.") from None
 
 
 def _image(values: np.ndarray, affine: np.ndarray) -> Any:
