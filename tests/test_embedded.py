@@ -91,7 +91,8 @@ def test_the_demo_needs_no_network_and_no_cache(tmp_path):
     lines = done.stdout.splitlines()
     assert [line.split()[0] for line in lines[1:4]] == ["prognosis", "gcs", "age"]
     out = tmp_path / "out"
-    (row,) = csv.DictReader((out / "results.csv").open(newline=""))
+    with (out / "results.csv").open(newline="") as file:
+        (row,) = csv.DictReader(file)
     assert float(row["prognosis_good"]) + float(row["prognosis_poor"]) == pytest.approx(1)
     assert "simulated" in row["warnings"]
     (scan,) = (out / "scans").iterdir()
@@ -102,4 +103,4 @@ def test_the_demo_needs_no_network_and_no_cache(tmp_path):
         assert nib.load(path).shape == nib.load(scan).shape
         np.testing.assert_allclose(nib.load(path).affine, nib.load(scan).affine)
     assert (out / "picture.png").read_bytes().startswith(b"\x89PNG")
-    assert not (tmp_path / "none").exists()
+    assert not (tmp_path / "none" / "ichprog").exists()

@@ -129,7 +129,8 @@ def publish(
         raise WeightsError(f"{repo}: the Hub takes nothing without a token. {_LOG_IN}")
     said = message or f"{parcel.spec.name}, {len(parcel.weights)} folds, by ichprog {ichprog.__version__}"
     with _sending(place, repo), _bars(progress), quiet("huggingface_hub"):
-        place.client.create_repo(repo, private=private or None, exist_ok=True, token=token)
+        if not place.client.repo_exists(repo, token=token):
+            place.client.create_repo(repo, private=private or None, exist_ok=True, token=token)
         there = place.client.model_info(repo, token=token)
         names = [file.rfilename for file in there.siblings or []]
         # A fold that this run has not would answer together with those it has.
