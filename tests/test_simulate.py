@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-import json
 import subprocess
 import sys
 import time
@@ -14,7 +13,6 @@ from click.testing import CliRunner
 from conftest import SHARED
 from scipy import stats
 
-import ichprog
 from ichprog import Cohort, RunError, zoo
 from ichprog.cli import main
 from ichprog.scan import examine, read
@@ -299,9 +297,3 @@ def test_what_the_image_shows_is_not_all(people):
     poor = [p.poor for p in people]
     known, seen = ([p.truth()[name] for p in people] for name in ("p_poor", "seen_poor"))
     assert 0.7 < roc_auc_score(poor, seen) < roc_auc_score(poor, known) - 0.03 < 0.95
-
-
-def test_a_patient_is_data(tmp_path):
-    assert json.loads(json.dumps(Patient(1, 2).truth())) == Patient(1, 2).truth()
-    assert Patient(1, 2).columns() != Patient(1, 3).columns()
-    assert ichprog.Cohort is Cohort

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import ichprog
-from ichprog.cli.options import as_json, brain, loading, model_option, with_options
+from ichprog.cli.options import as_json, brain, loading, model_option, parsed, with_options
 from ichprog.errors import ScanError
 
 if TYPE_CHECKING:
@@ -18,13 +18,15 @@ if TYPE_CHECKING:
     from ichprog.results import Prediction, Saliency
     from ichprog.scan import Scan
 
+_LAYER = "layer=features.transition3.conv"
+
 _scans = click.argument("scans", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="SCAN...")
 _tasks = click.option(
     "--task", "tasks", multiple=True, help="Task to explain, repeatable; the model's first if absent."
 )
 _options = click.option(
     "--option", "options", multiple=True, metavar="NAME=VALUE",
-    help="Option of a saliency method, repeatable, such as layer=features.transition3.conv.",
+    help=f"Option of a saliency method, repeatable, such as {_LAYER}.",
 )  # fmt: skip
 
 
@@ -63,7 +65,7 @@ def predict(
         raise click.UsageError("--explain and --maps go together: which method, and where its maps are written.")
     sources = _sources(scans)
     model = _load(name, brain, loading)
-    chosen = _parsed(options)
+    chosen = parsed("--option", options, _LAYER)
     with ExitStack() as stack:
         add = stack.enter_context(results_file(output, model.spec)) if output else None
         failed = False
@@ -119,6 +121,7 @@ def explain(
     """Write saliency maps of every SCAN as NIfTI in the scan's own space."""
     sources = _sources(scans)
     model = _load(name, brain, loading)
+    chosen = parsed("--option", options, _LAYER)
     failed = False
     for source, stem, examined in _examined(model, sources, brain):
         if isinstance(examined, ScanError):
@@ -130,7 +133,7 @@ def explain(
             continue
         if not as_json:
             _say_warnings(examined)
-        for path, saliency in _save_maps(model, examined, output, stem, tasks, methods, label, _parsed(options)):
+        for path, saliency in _save_maps(model, examined, output, stem, tasks, methods, label, chosen):
             if as_json:
                 click.echo(json.dumps(saliency.to_dict() | {"map": str(path)}))
             else:
@@ -220,22 +223,6 @@ def _save_maps(
         (saliency.save(folder / f"{stem}_{task}_{method}.nii.gz"), saliency)
         for (task, method), saliency in found.items()  # type: ignore[union-attr]  # several tasks give a dict
     ]
-
-
-def _parsed(options: tuple[str, ...]) -> dict[str, Any]:
-    """NAME=VALUE as given; a value is JSON where it can be read as such and text where not."""
-    parsed = {}
-    for option in options:
-        key, equals, value = option.partition("=")
-        if not equals:
-            raise click.UsageError(
-                f"--option takes NAME=VALUE, such as layer=features.transition3.conv; got {option!r}."
-            )
-        try:
-            parsed[key] = json.loads(value)
-        except ValueError:
-            parsed[key] = value
-    return parsed
 
 
 def _line(prediction: "Prediction") -> str:

@@ -41,6 +41,26 @@ def with_options(options: Iterable[Callable[..., Any]]) -> Callable[[Callable[..
     return decorate
 
 
+def parsed(option: str, given: Iterable[str], example: str) -> dict[str, Any]:
+    """NAME=VALUE as given; a value is JSON where it can be read as such and text where not.
+
+    Args:
+        option: The option that was given, for messages.
+        given: Its values.
+        example: One that would do, for messages.
+    """
+    found = {}
+    for one in given:
+        name, equals, value = one.partition("=")
+        if not equals:
+            raise click.UsageError(f"{option} takes NAME=VALUE, such as {example}; got {one!r}.")
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value
+    return found
+
+
 def print_json(data: Any) -> None:
     """Prints data as JSON for people to read too."""
     click.echo(json.dumps(data, indent=2, ensure_ascii=False))

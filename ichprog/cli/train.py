@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from ichprog.cli.options import brain
+from ichprog.cli.options import brain, parsed
 from ichprog.errors import RunError, UnknownName
 from ichprog.zoo import DEFAULT
 
@@ -56,7 +56,7 @@ def train(
     if preset not in PRESETS:
         raise UnknownName("preset", preset, PRESETS)
     short = {name: options.pop(name) for name in ("epochs", "seed", "loss_weighting")}
-    fields = _parsed(changes) | {name: value for name, value in short.items() if value is not None}
+    fields = parsed("--set", changes, "lr=0.0005") | {name: value for name, value in short.items() if value is not None}
     try:
         protocol = PRESETS[preset].but(**fields)
     except RunError as error:
@@ -77,20 +77,6 @@ def train(
             _say(run)
     finally:
         _leave()
-
-
-def _parsed(changes: tuple[str, ...]) -> dict[str, Any]:
-    """NAME=VALUE as given; a value is JSON where it can be read as such and text where not."""
-    parsed = {}
-    for change in changes:
-        name, equals, value = change.partition("=")
-        if not equals:
-            raise click.UsageError(f"--set takes NAME=VALUE, such as lr=0.0005; got {change!r}.")
-        try:
-            parsed[name] = json.loads(value)
-        except ValueError:
-            parsed[name] = value
-    return parsed
 
 
 def _say(run: Path) -> None:

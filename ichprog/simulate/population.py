@@ -24,7 +24,7 @@ that the correlations of age and GCS with the outcome come near those of the 261
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -206,7 +206,7 @@ def draw(random: np.random.Generator) -> Person:
     years = np.array(known.age)
     dead = random.random() < DEATH[known._ich(gcs, years)]
     independent = random.random() < known._independent(gcs, years, known.impaired)
-    return Person(**{**vars(known), "gcs": int(gcs), "dead": bool(dead), "poor": bool(dead or not independent)})
+    return replace(known, gcs=int(gcs), dead=bool(dead), poor=bool(dead or not independent))
 
 
 def _impairment(age: np.ndarray) -> np.ndarray:
