@@ -6,6 +6,7 @@ extent with the grid's cells.
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,11 +24,20 @@ def prepare(hu: np.ndarray, contract: Input) -> np.ndarray:
         `(D, H, W)` float32: slices from inferior to superior, rows from anterior to posterior, columns from the
         patient's right to left, values in [0, 1].
     """
-    grid = _window(np.asarray(hu, np.float32), contract.window).transpose(2, 1, 0)
-    # Averaging the slice axis first would touch every pixel of the scan; in the plane first shrinks it early.
-    for axis, (cells, before, padded) in reversed(list(enumerate(_layout(grid.shape, contract)))):
-        grid = _average(grid, axis, cells, before, padded)
-    return np.ascontiguousarray(grid)
+    planes = np.asarray(hu, np.float32, order="F").transpose(2, 1, 0)
+    (count, before, padded), *in_plane = _layout(planes.shape, contract)
+    slices, (rows, columns) = _cells(count, padded), (_cells(cells, voxels) for cells, _, voxels in in_plane)
+    grid = np.zeros(contract.shape, np.float32)
+    for place, plane in enumerate(planes, before):  # one at a time stays in the processor's cache
+        seen = _seen(plane, contract.window)
+        if not seen.any():
+            continue
+        high, wide = rows.reached(np.flatnonzero(seen.any(1))), columns.reached(np.flatnonzero(seen.any(0)))
+        values = _window(plane[rows.voxels(high), columns.voxels(wide)], contract.window)
+        means = columns.average(rows.average(values, high).T, wide).T
+        for cell in np.flatnonzero((slices.first <= place) & (place < slices.beyond)):
+            grid[cell, high, wide] += means / np.float32(slices.beyond[cell] - slices.first[cell])
+    return grid
 
 
 def to_scan(values: np.ndarray, shape: tuple[int, int, int], contract: Input) -> np.ndarray:
@@ -47,7 +57,7 @@ def to_scan(values: np.ndarray, shape: tuple[int, int, int], contract: Input) ->
     for axis, (_, before, padded) in enumerate(_layout(shape[::-1], contract)):
         voxels = np.arange(shape[::-1][axis]) + before + 0.5
         result = _interpolate(result, axis, voxels * (result.shape[axis] / padded) - 0.5)
-    return np.ascontiguousarray(result.transpose(2, 1, 0))
+    return result.transpose(2, 1, 0)
 
 
 def _layout(shape: tuple[int, ...], contract: Input) -> Iterator[tuple[int, int, int]]:
@@ -55,6 +65,12 @@ def _layout(shape: tuple[int, ...], contract: Input) -> Iterator[tuple[int, int,
     for axis, (voxels, cells) in enumerate(zip(shape, contract.shape, strict=True)):
         padded = max(voxels, cells) if axis == 0 and contract.pad_slices else voxels
         yield cells, (padded - voxels) // 2, padded
+
+
+def _seen(hu: np.ndarray, window: Window) -> np.ndarray:
+    """Where a window may leave anything but 0."""
+    above = hu > np.float32(window.low)
+    return above & (hu < np.float32(window.high)) if window.above == "zero" else above
 
 
 def _window(hu: np.ndarray, window: Window) -> np.ndarray:
@@ -65,22 +81,48 @@ def _window(hu: np.ndarray, window: Window) -> np.ndarray:
     return values
 
 
-def _average(values: np.ndarray, axis: int, cells: int, before: int, padded: int) -> np.ndarray:
-    """Adaptive average pooling of one axis: cell c is the mean of voxels floor(c n / m) to ceil((c + 1) n / m)."""
-    voxels = values.shape[axis]
-    if cells == padded == voxels:
-        return values
-    first = np.arange(cells) * padded // cells
-    beyond = -(-(np.arange(cells) + 1) * padded // cells)
-    column = [1] * values.ndim
-    column[axis] = cells
-    total = np.zeros([cells if a == axis else n for a, n in enumerate(values.shape)], np.float32)
-    for step in range(int((beyond - first).max())):
-        source = first + step - before
-        inside = (first + step < beyond) & (source >= 0) & (source < voxels)
-        share = np.where(inside, 1 / (beyond - first), 0).astype(np.float32)
-        total += values.take(source.clip(0, voxels - 1), axis) * share.reshape(column)
-    return total
+class _Cells(NamedTuple):
+    """The cells along one axis, as adaptive average pooling has them: cell c is the mean of some of n voxels.
+
+    Attributes:
+        first: The first voxel of each cell, floor(c n / m).
+        beyond: The first voxel after each cell, ceil((c + 1) n / m).
+    """
+
+    first: np.ndarray
+    beyond: np.ndarray
+
+    def reached(self, voxels: np.ndarray) -> slice:
+        """The cells that have voxels between the first and the last of some."""
+        start = np.searchsorted(self.beyond, voxels[0], "right")
+        return slice(int(start), int(np.searchsorted(self.first, voxels[-1], "right")))
+
+    def voxels(self, cells: slice) -> slice:
+        """All voxels of neighbouring cells."""
+        return slice(int(self.first[cells.start]), int(self.beyond[cells.stop - 1]))
+
+    def average(self, values: np.ndarray, cells: slice) -> np.ndarray:
+        """The means of neighbouring cells.
+
+        Args:
+            values: `(voxels, others)`, all voxels of the cells.
+            cells: Which cells.
+
+        Returns:
+            `(cells, others)`.
+        """
+        first, size = self.first[cells] - self.first[cells.start], (self.beyond - self.first)[cells]
+        total: np.ndarray = values.take(first, 0)
+        for step in range(1, int(size.max())):
+            larger = np.flatnonzero(size > step)
+            total[larger] += values.take(first[larger] + step, 0)
+        total /= size.astype(np.float32)[:, None]
+        return total
+
+
+def _cells(count: int, voxels: int) -> _Cells:
+    cell = np.arange(count)
+    return _Cells(cell * voxels // count, -(-(cell + 1) * voxels // count))
 
 
 def _interpolate(values: np.ndarray, axis: int, positions: np.ndarray) -> np.ndarray:

@@ -3,10 +3,11 @@
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from platform import python_version
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, cast, overload
 
 import numpy as np
 
@@ -15,7 +16,7 @@ from ichprog import scan as scan_room
 from ichprog.errors import PluginError, ScanError, UnknownName
 from ichprog.hub import WeightFile
 from ichprog.results import Prediction, Saliency, TaskPrediction
-from ichprog.runtime import Answer, TorchRuntime, choose
+from ichprog.runtime import Answer, Choice, Runtime, choose, members
 from ichprog.scan import Scan
 from ichprog.spec import ModelSpec, Task
 
@@ -26,8 +27,10 @@ if TYPE_CHECKING:
     Source = str | Path | nib.spatialimages.SpatialImage | Scan
 
 OnError = Literal["raise", "record"]
+_Item = TypeVar("_Item")
+_Done = TypeVar("_Done")
 
-DEPENDENCIES = ("ichprog", "torch", "monai", "numpy", "scipy", "nibabel", "pydicom")
+DEPENDENCIES = ("ichprog", "torch", "monai", "openvino", "numpy", "scipy", "nibabel", "pydicom")
 
 
 class Model:
@@ -36,9 +39,14 @@ class Model:
     Args:
         spec: What the model is.
         weights: One file for each fold.
-        runtime: The runtime, as `runtime.choose` gives it.
-        device: The device, likewise.
-        precision: One of `runtime.PRECISIONS`.
+        choice: How its networks are to be run, as `runtime.choose` gives it.
+        cache: The cache folder, where compiled networks are kept.
+
+    Attributes:
+        runtime: What runs its networks, "openvino" or "torch".
+        device: On which device.
+        precision: In which precision, "float32" or "bfloat16".
+        note: Why that is not what was asked for, or None.
 
     Raises:
         WeightsError: The weights do not fit the network.
@@ -47,13 +55,11 @@ class Model:
         PluginError: A plugin of the spec cannot be loaded or breaks its contract.
     """
 
-    def __init__(
-        self, spec: ModelSpec, weights: Sequence[WeightFile], *, runtime: str, device: str, precision: str
-    ) -> None:
+    def __init__(self, spec: ModelSpec, weights: Sequence[WeightFile], choice: Choice, cache: Path) -> None:
         self.spec = spec
         self.weights = tuple(weights)
-        self.runtime, self.device, self.precision = runtime, device, precision
-        self.members = tuple(TorchRuntime(spec, file.path, device, precision) for file in self.weights)
+        self.members, done = members(spec, self.weights, choice, cache)
+        self.runtime, self.device, self.precision, self.note = done.runtime, done.device, done.precision, done.note
 
     def __repr__(self) -> str:
         folds = ", ".join(str(file.fold) for file in self.weights)
@@ -80,7 +86,52 @@ class Model:
         Args:
             grids: `(B, D, H, W)` float32, as `grid.prepare` gives them.
         """
-        return [member.run(np.ascontiguousarray(grids, np.float32)) for member in self.members]
+        return [member.start(np.ascontiguousarray(grids, np.float32))() for member in self.members]
+
+    def stream(
+        self, sources: "Iterable[Source]", *, brain: scan_room.BrainMode = "auto"
+    ) -> "Iterator[tuple[Prediction, Scan | ScanError]]":
+        """A prediction for each scan, with the scan as it was examined, or what is wrong with it.
+
+        While a scan is answered the next one is read already.
+
+        Args:
+            sources: Scans, as `predict` takes them.
+            brain: As in `predict`.
+        """
+        for source, begun in _ahead(functools.partial(self._begin, brain=brain), sources):
+            if isinstance(begun, ScanError):
+                yield self.failure(source, begun), begun
+                continue
+            prepared, finish = begun
+            first, *others = self.members
+            wait = first.start(prepared[None])  # what is left to check changes nothing about the grid
+            wrong = None
+            try:
+                examined = finish()
+                provenance = self.provenance(examined)
+            except ScanError as error:
+                wrong = error
+            finally:
+                folds = [wait()]
+            if wrong is not None:
+                yield self.failure(source, wrong), wrong
+                continue
+            folds += [member.start(prepared[None])() for member in others]
+            tasks = {task.name: _over_folds(task, [fold[task.name] for fold in folds]) for task in self.spec.tasks}
+            yield Prediction(examined.name, self.spec.name, tasks, examined.warnings, provenance), examined
+
+    def _begin(
+        self, source: "Source", *, brain: scan_room.BrainMode
+    ) -> tuple[np.ndarray, Callable[[], Scan]] | ScanError:
+        """A scan's grid, and what finishes its examination."""
+        contract = self.spec.input
+        mode = brain if contract.brain_only else "given"
+        try:
+            hu, finish = scan_room.begin(source, plausible=contract.plausible, brain=mode)
+        except ScanError as error:
+            return error
+        return grid.prepare(hu, contract), finish
 
     def failure(self, source: "Source", error: ScanError) -> Prediction:
         """The prediction that records why a scan has none."""
@@ -130,6 +181,7 @@ class Model:
             "runtime": self.runtime,
             "device": self.device,
             "precision": self.precision,
+            "note": self.note,
             "versions": dict(_versions()),
             "notice": self.spec.notice,
         }
@@ -151,8 +203,10 @@ def load_model(
         name: A name of the zoo, "hf-hub:org/repo[/folder]@revision", or "local-dir:PATH".
         fold: One member of a cross-validated set of weights; all there are where not given, averaged in probability.
         device: "auto", "cpu", "cuda", "cuda:1", "mps".
-        runtime: "auto" or "torch".
-        precision: "float32" or "bfloat16", which pays only where the processor computes in it.
+        runtime: "openvino", for the processor; "torch", for any device; or "auto", the first of these that can run the
+            model on the device. A network that was compiled for OpenVINO once is kept in the cache.
+        precision: "float32", or "bfloat16" where the processor computes in it; where not, the model says so in its
+            `note` and computes in float32.
         cache_dir: Where weights are kept; `~/.cache/ichprog` or `$ICHPROG_CACHE` where not given.
         offline: Whether the network is left alone, as with `HF_HUB_OFFLINE=1`.
 
@@ -162,9 +216,9 @@ def load_model(
         WeightsError: The weights cannot be had, are not the ones promised, or do not fit.
         PluginError: A plugin that the model needs cannot be loaded.
     """
-    chosen, where = choose(runtime, device, precision)
+    choice = choose(runtime, device, precision)
     spec, files = hub.fetch(name, fold=fold, cache_dir=cache_dir, offline=offline)
-    return Model(spec, files, runtime=chosen, device=where, precision=precision)
+    return Model(spec, files, choice, Path(cache_dir).expanduser() if cache_dir else hub.default_cache())
 
 
 @overload
@@ -195,7 +249,7 @@ def predict(
     Args:
         model: A model, or a name that `load_model` takes.
         scans: A NIfTI path, a DICOM folder or a .zip of one, or a nibabel image: one Prediction. A list or tuple of
-            these: a list. Any other iterable: an iterator, which reads one scan at a time.
+            these: a list. Any other iterable: an iterator, which reads one scan ahead.
         brain: "auto" extracts the brain where a skull is seen, "extract" always, "given" never.
         on_error: "raise" lets a scan's error through; "record" puts it into that scan's Prediction and goes on.
 
@@ -206,9 +260,10 @@ def predict(
     scan_room.refuse_unknown_mode(brain)
     if on_error not in ("raise", "record"):
         raise UnknownName("way to treat errors", on_error, ("raise", "record"))
-    if isinstance(scans, str | Path | Scan) or hasattr(scans, "dataobj"):
-        return _predict_one(loaded, cast("Source", scans), brain, on_error)
-    predictions = (_predict_one(loaded, source, brain, on_error) for source in scans)
+    single = isinstance(scans, str | Path | Scan) or hasattr(scans, "dataobj")
+    predictions = _predictions(loaded, cast("Iterable[Source]", [scans] if single else scans), brain, on_error)
+    if single:
+        return next(predictions)
     return list(predictions) if isinstance(scans, list | tuple) else predictions
 
 
@@ -255,10 +310,12 @@ def explain(
     examined = loaded.examine(scan, brain=brain)
     prepared = grid.prepare(examined.hu, spec.input)
     maps: dict[tuple[str, str], np.ndarray] = {}
+    ran: dict[str, Any] = {}
     for member in loaded.members:
-        for key, values in _maps_of(member, prepared, tasks, labels, attributions).items():
+        found, ran = _maps_of(member, prepared, tasks, labels, attributions)
+        for key, values in found.items():
             maps[key] = maps.get(key, np.float32(0)) + values / np.float32(len(loaded.members))
-    provenance = loaded.provenance(examined)
+    provenance = loaded.provenance(examined) | ran
     results = {
         (name, how): Saliency(
             scan=examined.name,
@@ -278,16 +335,26 @@ def explain(
     return next(iter(results.values())) if one else results
 
 
-def _predict_one(model: Model, source: "Source", brain: scan_room.BrainMode, on_error: OnError) -> Prediction:
-    try:
-        examined = model.examine(source, brain=brain)
-    except ScanError as error:
-        if on_error == "raise":
-            raise
-        return model.failure(source, error)
-    folds = model.answers(grid.prepare(examined.hu, model.spec.input)[None])
-    tasks = {task.name: _over_folds(task, [fold[task.name] for fold in folds]) for task in model.spec.tasks}
-    return Prediction(examined.name, model.spec.name, tasks, examined.warnings, model.provenance(examined))
+def _predictions(
+    model: Model, sources: "Iterable[Source]", brain: scan_room.BrainMode, on_error: OnError
+) -> Iterator[Prediction]:
+    for prediction, examined in model.stream(sources, brain=brain):
+        if isinstance(examined, ScanError) and on_error == "raise":
+            raise examined
+        yield prediction
+
+
+def _ahead(work: Callable[[_Item], _Done], items: Iterable[_Item]) -> Iterator[tuple[_Item, _Done]]:
+    """Items with what was done for each, in their order, the next one under way already."""
+    with ThreadPoolExecutor(1, thread_name_prefix="ichprog-read") as pool:
+        begun: list[tuple[_Item, Future[_Done]]] = []
+        for item in items:
+            begun.append((item, pool.submit(work, item)))
+            if len(begun) > 1:
+                last, done = begun.pop(0)
+                yield last, done.result()
+        for last, done in begun:
+            yield last, done.result()
 
 
 @functools.cache
@@ -330,6 +397,7 @@ class _Attribution(NamedTuple):
 
     method: Callable[..., Any]
     options: dict[str, Any]
+    has_layer: bool
 
 
 def _attributions(methods: Sequence[str], options: Mapping[str, Any]) -> dict[str, _Attribution]:
@@ -340,7 +408,8 @@ def _attributions(methods: Sequence[str], options: Mapping[str, Any]) -> dict[st
         if not callable(attribute):
             raise PluginError(f"saliency method {name!r} breaks its contract: it is no function.")
         own = {p.name for p in inspect.signature(attribute).parameters.values() if p.kind is p.KEYWORD_ONLY}
-        found[name] = _Attribution(attribute, {key: value for key, value in options.items() if key in own})
+        chosen = {key: value for key, value in options.items() if key in own}
+        found[name] = _Attribution(attribute, chosen, "layer" in own)
         taken |= own
     for unknown in options.keys() - taken:
         raise UnknownName(f"option of {', '.join(methods)}", unknown, sorted(taken))
@@ -348,34 +417,32 @@ def _attributions(methods: Sequence[str], options: Mapping[str, Any]) -> dict[st
 
 
 def _maps_of(
-    member: TorchRuntime,
+    member: Runtime,
     prepared: np.ndarray,
     tasks: Sequence[Task],
     labels: Mapping[str, str],
     attributions: Mapping[str, _Attribution],
-) -> dict[tuple[str, str], np.ndarray]:
-    """One fold's map for each task and method, all from one forward pass."""
+) -> tuple[dict[tuple[str, str], np.ndarray], dict[str, Any]]:
+    """One fold's map for each task and method, all from one forward pass, and what ran it."""
     import torch
 
     from ichprog import saliency
 
-    network = member.network
-    layers = {saliency.layer_name(network, how.options.get("layer")) for how in attributions.values()}
-    maps = {}
-    with torch.inference_mode(mode=False), torch.enable_grad(), member.rounding():
-        values = torch.from_numpy(prepared).to(member.device)[None, None].requires_grad_()
-        known = saliency.ForwardPass(network, values, layers)
+    maps: dict[tuple[str, str], np.ndarray] = {}
+    layers = {how.options.get("layer") for how in attributions.values() if how.has_layer}
+    with member.forward_pass(prepared, [how.method for how in attributions.values()], layers) as known:
         for task in tasks:
-            score = known.score(_log_odds(network, task.name, task.labels.index(labels[task.name])))
+            score = saliency.Score(known, _log_odds(known.network, task.name, task.labels.index(labels[task.name])))
             for name, how in attributions.items():
-                found = torch.as_tensor(how.method(score, values, network, **how.options)).detach()
+                with known.rounding():
+                    found = torch.as_tensor(how.method(score, known.grid, known.network, **how.options)).detach()
                 if found.ndim != 3 or not bool(found.isfinite().all()):
                     raise PluginError(
                         f"saliency method {name!r} breaks its contract: a map is (D, H, W) of finite numbers, this one "
                         f"has shape {tuple(found.shape)}{'' if found.ndim != 3 else ' and numbers that are not'}."
                     )
                 maps[task.name, name] = found.float().cpu().numpy()
-    return maps
+        return maps, {"runtime": known.runtime, **({} if known.note is None else {"note": known.note})}
 
 
 def _log_odds(network: Any, task: str, label: int) -> "Callable[[dict[str, torch.Tensor]], torch.Tensor]":

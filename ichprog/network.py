@@ -73,15 +73,41 @@ def load(spec: ModelSpec, path: Path) -> Network:
     Raises:
         WeightsError: The file cannot be read, or a key is missing, unknown or of another shape.
     """
+    network = build(spec)
+    _fill(network, _state(path), path, spec)
+    return network.eval().requires_grad_(False)
+
+
+def load_heads(spec: ModelSpec, path: Path, channels: int) -> dict[str, nn.Module]:
+    """Each task's head alone, filled with weights and ready to answer.
+
+    Args:
+        spec: The model.
+        path: A safetensors file with the network's keys.
+        channels: C of the features `(B, C, d, h, w)` that the heads read.
+
+    Raises:
+        WeightsError: The file cannot be read, or a key of the heads is missing, unknown or of another shape.
+    """
+    heads = nn.ModuleDict({task.name: _built(registry.heads, task.head, channels, task.labels) for task in spec.tasks})
+    own = {key.removeprefix("heads."): v for key, v in _state(path).items() if key.startswith("heads.")}
+    _fill(heads, own, path, spec)
+    return dict(heads.eval().requires_grad_(False).items())
+
+
+def _state(path: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    network = build(spec)
     try:
-        state = load_file(path)
+        return load_file(path)
     except (OSError, SafetensorError) as error:
         raise WeightsError(f"{path}: cannot be read as safetensors: {error}") from error
-    own = network.state_dict()
+
+
+def _fill(module: nn.Module, state: dict[str, Tensor], path: Path, spec: ModelSpec) -> None:
+    """Puts a state into a module, whose keys and shapes must be the same."""
+    own = module.state_dict()
     problems = [f"{key} is missing" for key in own.keys() - state.keys()]
     problems += [f"{key} is not part of the network" for key in state.keys() - own.keys()]
     problems += [
@@ -95,8 +121,7 @@ def load(spec: ModelSpec, path: Path) -> Network:
             f"{path}: {len(problems)} of {len(own)} keys do not fit {spec.name}: {shown}. "
             "The weights belong to another network than the spec describes."
         )
-    network.load_state_dict(state)
-    return network.eval().requires_grad_(False)
+    module.load_state_dict(state)
 
 
 def _built(plugins: Registry, part: Part, *args: Any) -> nn.Module:

@@ -1,15 +1,19 @@
 """What several tests stand on: a loopback Hub with the published layout, and scans."""
 
+import dataclasses
+import json
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import ichprog
-from ichprog import registry, zoo
+from ichprog import network, registry, zoo
 from ichprog.backbones import Backbone
+from ichprog.spec import Part
 
 import published
 from hub_server import HubServer
@@ -81,32 +85,33 @@ def bright_backbone():
 @pytest.fixture
 def bright_model(tmp_path):
     """The name of a model in a folder, with two folds and a network that answers to blood; it runs in no time."""
-    import dataclasses
-    import json
-
-    from safetensors.torch import save_file
-
-    from ichprog import network
-    from ichprog.spec import Part
-
     ichprog.register_backbone("bright", bright_backbone)
+    yield local_model(tmp_path / "bright", "bright", shape=(20, 96, 96), folds=2, adjust=_decided)
+    registry.backbones.unregister("bright")
+
+
+def _decided(state):
+    """Heads that follow the features, and strongly."""
+    return {k: v.abs() * 40 + 3000 if k.endswith("linear.weight") else v for k, v in state.items()}
+
+
+def local_model(folder, backbone, *, shape, folds=1, adjust=lambda state: state, options=None):
+    """Writes a model of three tasks with a registered backbone and seeded weights, and tells its name."""
     spec = zoo.find("densenet121.prognosis_gcs3_age")
     weights = dataclasses.replace(
         spec.weights, repo=None, revision=None, folder="", format="safetensors", keys={}, sha256={}
     )
-    contract = dataclasses.replace(spec.input, shape=(20, 96, 96), pad_slices=False)
+    contract = dataclasses.replace(spec.input, shape=shape, pad_slices=False)
     spec = dataclasses.replace(
-        spec, name="bright.prognosis_gcs3_age", backbone=Part("bright", {}), weights=weights, input=contract
+        spec,
+        name=f"{backbone}.prognosis_gcs3_age",
+        backbone=Part(backbone, options or {}),
+        weights=weights,
+        input=contract,
     )
-    folder = tmp_path / "bright"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(spec.to_dict()))
     torch.manual_seed(0)
-    for fold in (0, 1):
-        state = network.build(spec).state_dict()
-        for key in state:
-            if key.endswith("linear.weight"):
-                state[key] = state[key].abs() * 40 + 3000
-        save_file(state, folder / f"fold{fold}.safetensors")
-    yield f"local-dir:{folder}"
-    registry.backbones.unregister("bright")
+    for fold in range(folds):
+        save_file(adjust(network.build(spec).state_dict()), folder / f"fold{fold}.safetensors")
+    return f"local-dir:{folder}"

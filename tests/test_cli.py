@@ -8,10 +8,11 @@ import nibabel as nib
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from conftest import REPOSITORY, brain_hu
 
 from ichprog import zoo
 from ichprog.cli import main
+
+from conftest import REPOSITORY, brain_hu
 
 
 @pytest.fixture

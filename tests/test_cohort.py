@@ -10,7 +10,6 @@ import nibabel as nib
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from conftest import brain_hu
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,6 +17,8 @@ from ichprog import UnknownName, zoo
 from ichprog.cli import main
 from ichprog.cohort import Cohort, Patient, from_csic
 from ichprog.errors import CohortError
+
+from conftest import brain_hu
 
 HEADER = """PatientID, Label (poor_prognosis), Gender, Age, Antihypertensive_drugs,
   Smoker, Alcohol, HT, DM, Dyslipidemia, MH_ICH, MH_CVD, MH_neuro, MH_dementia, MH_cancer, MH_hematho, MH_others,

@@ -14,7 +14,6 @@ import nibabel as nib
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from conftest import REPOSITORY, brain_hu
 from test_architecture import FLOORS, HOUSE
 
 import ichprog
@@ -22,6 +21,7 @@ from ichprog import registry, zoo
 from ichprog.cli import main
 
 import published
+from conftest import REPOSITORY, brain_hu
 from hub_server import HubServer
 
 ROOT = Path(__file__).parents[1]

@@ -6,10 +6,11 @@ import sys
 import nibabel as nib
 import numpy as np
 import pytest
-from conftest import brain_hu
 
 import ichprog
 from ichprog import PluginError, ScanError
+
+from conftest import brain_hu
 
 
 @pytest.fixture

@@ -3,10 +3,11 @@
 import nibabel as nib
 import numpy as np
 import pytest
-from conftest import brain_hu
 
 import ichprog
 from ichprog import ScanError, scan, zoo
+
+from conftest import brain_hu
 
 PLAUSIBLE = zoo.find(zoo.DEFAULT).input.plausible
 AFFINE = np.diag([-2.5, -2.5, 5.0, 1.0])

@@ -10,7 +10,6 @@ import nibabel as nib
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from conftest import SHARED
 from scipy import stats
 
 from ichprog import Cohort, RunError, zoo
@@ -21,6 +20,8 @@ from ichprog.simulate.anatomy import Individual
 from ichprog.simulate.haemorrhage import shape_of
 from ichprog.simulate.population import draw
 from ichprog.simulate.scanner import expose
+
+from conftest import SHARED
 
 PLAUSIBLE = zoo.find(zoo.DEFAULT).input.plausible
 

@@ -1,11 +1,12 @@
 """The two questions to a model: predict and explain."""
 
+import importlib
 import json
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from ichprog.results import Prediction, Saliency
     from ichprog.scan import Scan
 
+_Result = TypeVar("_Result")
 _LAYER = "layer=features.transition3.conv"
 
 _scans = click.argument("scans", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="SCAN...")
@@ -48,7 +50,7 @@ def predict(
     /,
     scans: tuple[Path, ...],
     name: str,
-    brain: str,
+    brain: Any,
     output: Path | None,
     methods: tuple[str, ...],
     tasks: tuple[str, ...],
@@ -69,10 +71,7 @@ def predict(
     with ExitStack() as stack:
         add = stack.enter_context(results_file(output, model.spec)) if output else None
         failed = False
-        for source, stem, examined in _examined(model, sources, brain):
-            prediction = (
-                model.failure(source, examined) if isinstance(examined, ScanError) else ichprog.predict(model, examined)
-            )
+        for _, stem, (prediction, examined) in _each(sources, model.stream(sources, brain=brain)):
             if add:
                 add(prediction)
             click.echo(json.dumps(prediction.to_dict()) if as_json else _line(prediction))
@@ -123,7 +122,7 @@ def explain(
     model = _load(name, brain, loading)
     chosen = parsed("--option", options, _LAYER)
     failed = False
-    for source, stem, examined in _examined(model, sources, brain):
+    for source, stem, examined in _each(sources, _examined(model, sources, brain)):
         if isinstance(examined, ScanError):
             failed = True
             click.echo(
@@ -146,7 +145,22 @@ def _load(name: str, brain: str, loading: dict[str, Any]) -> "Model":
     from ichprog.scan import refuse_unknown_mode
 
     refuse_unknown_mode(brain)
-    return ichprog.load_model(name, **loading)
+    model = ichprog.load_model(name, **loading)
+    _import_nibabel()
+    return model
+
+
+def _import_nibabel() -> None:
+    """Imports nibabel without pydicom, which it looks for in case a header holds DICOM, at more than its own cost.
+
+    Nothing here reads such headers, and DICOM is read by pydicom itself.
+    """
+    if not {"nibabel", "pydicom"} & sys.modules.keys():
+        sys.modules["pydicom"] = None  # type: ignore[assignment]  # is not found then, which nibabel allows for
+        try:
+            importlib.import_module("nibabel")
+        finally:
+            del sys.modules["pydicom"]
 
 
 def _sources(paths: Iterable[Path]) -> list[Path]:
@@ -163,24 +177,31 @@ def _sources(paths: Iterable[Path]) -> list[Path]:
     return list(dict.fromkeys(sources))
 
 
-def _examined(model: "Model", sources: list[Path], brain: Any) -> "Iterator[tuple[Path, str, Scan | ScanError]]":
-    """Each scan with a name for its files, read and checked, or what is wrong with it."""
-    from tqdm import tqdm
+def _examined(model: "Model", sources: list[Path], brain: Any) -> "Iterator[Scan | ScanError]":
+    """Each scan read and checked, or what is wrong with it."""
+    for source in sources:
+        try:
+            yield model.examine(source, brain=brain)
+        except ScanError as error:
+            yield error
 
-    stems = _stems(sources)
+
+def _each(sources: list[Path], results: Iterable[_Result]) -> Iterator[tuple[Path, str, _Result]]:
+    """Each scan with a name for its files and its result, under a bar where there is somebody to see it."""
     shown = sys.stderr.isatty() and len(sources) > 1
-    with tqdm(total=len(sources), unit="scan", mininterval=0, file=sys.stderr) if shown else nullcontext() as bar:
-        for source, stem in zip(sources, stems, strict=True):
-            found: Scan | ScanError
-            try:
-                found = model.examine(source, brain=brain)
-            except ScanError as error:
-                found = error
+    with _bar(len(sources)) if shown else nullcontext() as bar:
+        for source, stem, result in zip(sources, _stems(sources), results, strict=True):
             if bar is not None:
                 bar.clear()  # its line is wanted for what is said of this scan
-            yield source, stem, found
+            yield source, stem, result
             if bar is not None:
                 bar.update()
+
+
+def _bar(total: int) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(total=total, unit="scan", mininterval=0, file=sys.stderr)
 
 
 def _stems(sources: list[Path]) -> list[str]:
@@ -242,4 +263,6 @@ def _say_warnings(examined: "Scan") -> None:
 
 
 def _say_notice(model: "Model") -> None:
+    if model.note is not None:
+        click.echo(f"Run by {model.runtime} in {model.precision}: {model.note}.", err=True)
     click.echo(model.spec.notice, err=True)

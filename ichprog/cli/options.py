@@ -24,6 +24,7 @@ brain = click.option(
 loading = [
     click.option("--fold", type=int, help="One fold instead of the mean over all there are."),
     click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps."),
+    click.option("--runtime", default="auto", show_default=True, metavar="auto|openvino|torch"),
     click.option("--precision", default="float32", show_default=True, metavar="float32|bfloat16"),
     click.option("--cache-dir", type=click.Path(path_type=Path), help="Where weights are kept."),
     click.option("--offline", is_flag=True, help="Leave the network alone."),

@@ -1,5 +1,6 @@
 """A run as a folder on the Hub."""
 
+import logging
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -12,7 +13,6 @@ from ichprog.errors import UnknownName, WeightsError
 from ichprog.hub import WeightFile
 from ichprog.hub.remote import NoNetworkError, Repository
 from ichprog.release.card import card, config, record
-from ichprog.release.program import quiet
 from ichprog.spec import ModelSpec
 
 _LOG_IN = "Run `hf auth login` with a token that may write there, or set HF_TOKEN to one."
@@ -128,7 +128,7 @@ def publish(
     if not (token := token or get_token()):
         raise WeightsError(f"{repo}: the Hub takes nothing without a token. {_LOG_IN}")
     said = message or f"{parcel.spec.name}, {len(parcel.weights)} folds, by ichprog {ichprog.__version__}"
-    with _sending(place, repo), _bars(progress), quiet("huggingface_hub"):
+    with _sending(place, repo), _bars(progress), _quiet("huggingface_hub"):
         if not place.client.repo_exists(repo, token=token):
             place.client.create_repo(repo, private=private or None, exist_ok=True, token=token)
         there = place.client.model_info(repo, token=token)
@@ -194,3 +194,15 @@ def _bars(shown: bool) -> Iterator[None]:
             disable_progress_bars()
             after.callback(enable_progress_bars)
         yield
+
+
+@contextmanager
+def _quiet(logger: str) -> Iterator[None]:
+    """Has a library's logger say errors alone."""
+    its = logging.getLogger(logger)
+    level = its.level
+    its.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        its.setLevel(level)

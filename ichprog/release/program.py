@@ -1,14 +1,8 @@
 """A model as one file that other runtimes read."""
 
-import importlib
 import importlib.util
-import io
-import logging
-import sys
 import tempfile
-import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,9 +15,10 @@ from ichprog.hub import WeightFile
 from ichprog.model import Model
 from ichprog.network import Network
 from ichprog.release.card import config
+from ichprog.runtime.compiled import openvino, quiet
 from ichprog.spec import ModelSpec
 
-FORMATS = {"onnx": ("onnx", "onnxscript"), "openvino": ("onnx", "onnxscript", "openvino")}  # and what they need
+FORMATS = {"onnx": ("onnx", "onnxscript"), "openvino": ("onnx", "onnxscript")}  # and what they need
 
 
 def export(model: Model | str, out: str | Path, *, format: str = "onnx") -> Path:  # noqa: A002  # what it is
@@ -60,9 +55,8 @@ def export(model: Model | str, out: str | Path, *, format: str = "onnx") -> Path
         made.parent.mkdir()
         program.save(made)
         if format == "openvino":
-            openvino, read = _openvino(), made
-            made = Path(scratch, "openvino", "model.xml")
-            openvino.save_model(openvino.Core().read_model(read), made, compress_to_fp16=False)
+            read, made = made, Path(scratch, "openvino", "model.xml")
+            openvino().save_model(openvino().Core().read_model(read), made, compress_to_fp16=False)
         Path(made.parent, "config.json").write_text(config(spec), encoding="utf-8")
         folder.mkdir(exist_ok=True)
         for file in sorted(made.parent.iterdir(), key=lambda file: file.name == made.name):  # the model comes last
@@ -138,9 +132,7 @@ def _culprit(spec: ModelSpec, member: Network, grids: Tensor) -> str:
 def _onnx(module: nn.Module, example: Tensor, outputs: Sequence[str]) -> Any:
     """A module as an ONNX program for batches of any size, with nothing in it of where it was made."""
     shapes = ({0: torch.export.Dim("batch")},)
-    # What torch prints of a graph that it cannot trace is in the error too.
-    with warnings.catch_warnings(), quiet("torch.onnx"), redirect_stderr(io.StringIO()):
-        warnings.simplefilter("ignore", FutureWarning)  # torch's exporter uses what torch gives up
+    with quiet():
         # Traced first by itself: the exporter would fix the size of the batch rather than say that it cannot vary.
         traced = torch.export.export(module, (example,), dynamic_shapes=shapes)
         program = torch.onnx.export(
@@ -154,32 +146,8 @@ def _onnx(module: nn.Module, example: Tensor, outputs: Sequence[str]) -> Any:
     return program
 
 
-@contextmanager
-def quiet(logger: str) -> Iterator[None]:
-    """Has a library's logger say errors alone."""
-    its = logging.getLogger(logger)
-    level = its.level
-    its.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        its.setLevel(level)
-
-
 def _installed(name: str) -> bool:
     try:
         return importlib.util.find_spec(name) is not None
     except ValueError:  # what stands for a module that is kept from being imported
         return False
-
-
-def _openvino() -> Any:
-    """OpenVINO, which sends word to its makers when it is imported, kept from that where it was not imported before."""
-    absent = "openvino" not in sys.modules and "openvino_telemetry" not in sys.modules
-    if absent:
-        sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # is not found then
-    try:
-        return importlib.import_module("openvino")
-    finally:
-        if absent:
-            del sys.modules["openvino_telemetry"]

@@ -5,20 +5,21 @@ finds the brain, `checks` says what is impossible and what is doubtful. Nothing 
 """
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ichprog.scan.brain import BrainMode, brain_only, extract, refuse_unknown_mode
-from ichprog.scan.checks import check, refuse_unless_ct
+from ichprog.scan.brain import BrainMode, brain_only, extract, holds_brain_alone, refuse_unknown_mode
+from ichprog.scan.checks import check, refuse_geometry, refuse_unless_ct
 from ichprog.scan.volume import Scan, read
 from ichprog.spec import Plausible
 
 if TYPE_CHECKING:
     import nibabel as nib
 
-__all__ = ["BrainMode", "Scan", "brain_mask", "examine", "find", "read", "refuse_unknown_mode"]
+__all__ = ["BrainMode", "Scan", "begin", "brain_mask", "examine", "find", "read", "refuse_unknown_mode"]
 
 
 def examine(source: Any, *, plausible: Plausible, brain: BrainMode = "auto") -> Scan:
@@ -33,13 +34,48 @@ def examine(source: Any, *, plausible: Plausible, brain: BrainMode = "auto") -> 
         ScanError: The scan cannot be read, or nothing can be said about it.
         UnknownName: There is no such way to treat the brain.
     """
+    return begin(source, plausible=plausible, brain=brain)[1]()
+
+
+def begin(source: Any, *, plausible: Plausible, brain: BrainMode = "auto") -> tuple[np.ndarray, Callable[[], Scan]]:
+    """Reads a scan as far as a network needs it, and leaves the rest of the examination for later.
+
+    Where the brain is given, nothing that is checked changes what the network sees, so that it can start at once.
+
+    Args:
+        source: As in `examine`.
+        plausible: As in `examine`.
+        brain: As in `examine`.
+
+    Returns:
+        `(i, j, k)` HU with nothing but the brain in them, and what ends the examination: it returns and raises what
+        `examine` does, and until it has, nothing may be said about the scan.
+
+    Raises:
+        ScanError: The scan cannot be read, or no brain can be extracted from it.
+        UnknownName: There is no such way to treat the brain.
+    """
     scan = read(source)
     if scan.brain is not None:
-        return scan
+        return scan.hu, lambda: scan
+    refuse_unknown_mode(brain)
+    refuse_geometry(scan)
+
+    def examined(kept: Scan, mask: np.ndarray, done: dict[str, Any]) -> Scan:
+        doubts = check(scan, mask, plausible, given=done["brain"] == "given")
+        warnings = (*scan.warnings, *doubts)
+        return dataclasses.replace(kept, brain=mask, record={**scan.record, **done}, warnings=warnings)
+
+    if holds_brain_alone(scan, brain):
+
+        def end() -> Scan:
+            refuse_unless_ct(scan)
+            return examined(*brain_only(scan, "given"))
+
+        return scan.hu, end
     refuse_unless_ct(scan)
-    kept, mask, record = brain_only(scan, brain)
-    doubts = check(scan, mask, plausible, given=record["brain"] == "given")
-    return dataclasses.replace(kept, brain=mask, record={**scan.record, **record}, warnings=(*scan.warnings, *doubts))
+    found = brain_only(scan, "extract")
+    return found[0].hu, lambda: examined(*found)
 
 
 def brain_mask(scan: Any) -> "nib.Nifti1Image":

@@ -12,15 +12,19 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from ichprog.errors import ScanError, UnknownName
+from ichprog.scan.morphology import Box, banded, bounds, distance, filled, largest, pieces, weigh, weights, within
+from ichprog.scan.morphology import resample as resample
+from ichprog.scan.volume import AIR_HU as AIR_HU
 from ichprog.scan.volume import Scan
+from ichprog.scan.volume import background as background
 
 BrainMode = Literal["auto", "extract", "given"]
 
-AIR_HU = -200.0  # fat and all that is softer is above
 LEAST_ML = 100.0
+SKULL_ML = 60.0  # less bone than this is calcification, metal or a crumb of skull
+_SKULL_MM = 80.0  # and so is what is narrower
 _STEP_MM = 2.0
 _SOFT_HU = (-20.0, 140.0)  # cerebrospinal fluid with noise; above the densest clot, below bone mixed with brain
-_SKULL_ML, _SKULL_MM = 60.0, 80.0  # less bone than this, or narrower, is calcification, metal or a crumb of skull
 _CLIP_ML = 5.0  # what is dense and smaller lies inside the brain: calcification, clip, coil
 _OPEN_MM = 6.0  # half the width of nostrils and ear canals: air behind them is not outside
 _SCALP_MM = 5.0
@@ -51,8 +55,27 @@ def sees_skull(scan: Scan) -> bool:
     Args:
         scan: The scan, in HU.
     """
-    coarse, spacing = coarsen(scan.hu, scan.spacing)
-    return is_skull(coarse > _SOFT_HU[1], spacing)
+    if scan.hu.max() <= _SOFT_HU[1]:
+        return False
+    return skull_in(scan.coarse > _SOFT_HU[1], scan.coarse_form[1]) is not None
+
+
+def skull_in(dense: np.ndarray, spacing: tuple[float, ...]) -> Box | None:
+    """Where a mask's largest piece lies, if it has the volume and the extent of a skull.
+
+    Args:
+        dense: `(i, j, k)` bool.
+        spacing: Distance of voxels along i, j and k, in mm.
+    """
+
+    def enough(mask: np.ndarray) -> bool:
+        return bool(np.count_nonzero(mask) * np.prod(spacing) / 1000 >= SKULL_ML)
+
+    if not enough(dense) or not enough(piece := largest(dense)):
+        return None
+    box = bounds(piece)
+    wide = all((at.stop - 1 - at.start) * mm >= _SKULL_MM for at, mm in zip(box[:2], spacing[:2], strict=True))
+    return box if wide else None
 
 
 def extract(scan: Scan) -> np.ndarray:
@@ -78,34 +101,57 @@ def extract(scan: Scan) -> np.ndarray:
     Raises:
         ScanError: `no-brain`: there is no skull, or nothing of at least 100 mL inside of it.
     """
-    from scipy import ndimage
-
-    coarse, spacing = coarsen(scan.hu, scan.spacing)
+    coarse, (_, spacing) = scan.coarse, scan.coarse_form
     dense = coarse > _SOFT_HU[1]
-    if not is_skull(dense, spacing):
+    around = skull_in(dense, spacing)
+    if around is None:
         raise _no_brain(scan, "no skull is seen. Give brain='given' if the scan holds the brain alone")
     # little of a scan is head, and no brain lies beyond the skull
     margin = [int(_SCALP_MM * 2 / mm) for mm in spacing]
-    around = ndimage.find_objects(largest(dense).astype(np.int8))[0]
     box = tuple(slice(max(0, s.start - m), s.stop + m) for s, m in zip(around, margin, strict=True))
     whole, coarse, dense = coarse.shape, coarse[box], dense[box]
 
-    labels, _ = ndimage.label(dense)
-    skull = dense & (np.bincount(labels.ravel())[labels] >= _CLIP_ML * 1000 / np.prod(spacing))
+    skull = pieces(dense, lambda sizes: sizes >= _CLIP_ML * 1000 / np.prod(spacing))
     soft = (coarse > _SOFT_HU[0]) & ~skull & _below_scalp(coarse, spacing)
-    core = largest(depth(soft, spacing) > _CORE_MM, among=_ringed(skull))
-    brain = soft & (depth(~core, spacing) < _CORE_MM + _STEP_MM)
+    core = largest(~within(~soft, _CORE_MM, spacing), among=_ringed(skull))
+    brain = soft & within(core, np.nextafter(_CORE_MM + _STEP_MM, 0), spacing)
     area_cm2 = brain.sum((0, 1)) * spacing[0] * spacing[1] / 100
     brain[..., : np.argmax(area_cm2 >= _CANAL_CM2)] = False
-    brain = ndimage.binary_fill_holes(brain)
+    brain = filled(brain)
     if brain.sum() * np.prod(spacing) / 1000 < LEAST_ML:
         raise _no_brain(scan, "nothing large and soft lies inside the bone")
+    everywhere = np.zeros(whole, bool)
+    everywhere[box] = brain
+    return _to_the_bone(everywhere, scan)
 
-    outward = np.full(whole, 2 * _RIM_MM, np.float32)
-    outward[box] = depth(~brain, spacing) - depth(brain, spacing)
-    outward = resample(outward, scan.hu.shape)
-    is_soft = (scan.hu > _SOFT_HU[0]) & (scan.hu < _SOFT_HU[1])
-    return largest((outward <= -_RIM_MM) | ((outward < _RIM_MM) & is_soft))
+
+def _to_the_bone(brain: np.ndarray, scan: Scan) -> np.ndarray:
+    """A brain on the coarse grid as one in full resolution that ends where soft tissue does.
+
+    Args:
+        brain: Bool on the coarse grid.
+        scan: The scan, in HU.
+    """
+    _, spacing = scan.coarse_form
+    matrices = [weights(m, n) for m, n in zip(brain.shape, scan.hu.shape, strict=True)]
+    fine, box = [], []  # the voxels that can be within the rim, and the coarse ones that these are made of
+    for matrix, at, mm in zip(matrices, bounds(brain), spacing, strict=True):
+        rim = int(_RIM_MM / mm) + 1
+        voxels = np.flatnonzero(matrix[:, max(0, at.start - rim) : at.stop + rim].any(1))
+        fine.append(slice(voxels[0], voxels[-1] + 1))
+        cells = np.flatnonzero(matrix[fine[-1]].any(0))
+        box.append(slice(cells[0], cells[-1] + 1))
+    # a voxel's value is mixed from cells no further apart than this: where one is beyond it, none is in the rim
+    mixed = 2 * float(np.linalg.norm(np.maximum(spacing, scan.spacing)))
+    inside, most = brain[tuple(box)], _RIM_MM + mixed + _STEP_MM
+    beyond = np.minimum(distance(inside, spacing, most), most) - np.minimum(distance(~inside, spacing, most), most)
+    outward = weigh(beyond.T, [banded(m[f, b]) for m, f, b in zip(matrices, fine, box, strict=True)][::-1]).T
+    hu = scan.hu[tuple(fine)]
+    found = np.zeros_like(scan.hu, bool)
+    found[tuple(fine)] = largest(
+        (outward <= -_RIM_MM) | ((outward < _RIM_MM) & (hu > _SOFT_HU[0]) & (hu < _SOFT_HU[1]))
+    )
+    return found
 
 
 def brain_only(scan: Scan, mode: BrainMode) -> tuple[Scan, np.ndarray, dict[str, Any]]:
@@ -123,123 +169,37 @@ def brain_only(scan: Scan, mode: BrainMode) -> tuple[Scan, np.ndarray, dict[str,
         UnknownName: There is no such mode.
         ScanError: `no-brain`: no brain is found.
     """
+    if holds_brain_alone(scan, mode):
+        kept, mask, done = scan, filled(scan.matter), "given"
+    else:
+        mask, done = extract(scan), "extracted"
+        hu, box = np.zeros_like(scan.hu), bounds(mask)
+        hu[box] = np.where(mask[box], scan.hu[box], np.float32(0))
+        kept = dataclasses.replace(scan, hu=hu)
+    ml = round(float(np.count_nonzero(mask) * np.prod(scan.spacing) / 1000), 1)
+    return kept, mask, {"brain": done, "brain_ml": ml}
+
+
+def holds_brain_alone(scan: Scan, mode: BrainMode) -> bool:
+    """Whether a scan is taken as it is, without extraction.
+
+    Args:
+        scan: The scan, in HU.
+        mode: As in `brain_only`.
+
+    Raises:
+        UnknownName: There is no such mode.
+    """
     refuse_unknown_mode(mode)
-    found = mode == "extract" or (mode == "auto" and sees_skull(scan))
-    mask = extract(scan) if found else _given(scan)
-    record = {
-        "brain": "extracted" if found else "given",
-        "brain_ml": round(float(np.count_nonzero(mask) * np.prod(scan.spacing) / 1000), 1),
-    }
-    return (dataclasses.replace(scan, hu=np.where(mask, scan.hu, np.float32(0))) if found else scan), mask, record
-
-
-def coarsen(values: np.ndarray, spacing: tuple[float, ...]) -> tuple[np.ndarray, tuple[float, ...]]:
-    """HU on a grid of about 2 mm, clipped so that air and dense bone do not outweigh what they are mixed with.
-
-    Args:
-        values: `(i, j, k)` HU.
-        spacing: Distance of voxels along i, j and k, in mm.
-
-    Returns:
-        HU on the coarse grid, and that grid's spacing in mm.
-    """
-    shape = tuple(max(2, round(n * mm / _STEP_MM)) for n, mm in zip(values.shape, spacing, strict=True))
-    coarse = resample(np.clip(values, 2 * AIR_HU, 500), shape)
-    return coarse, tuple(n * mm / m for n, mm, m in zip(values.shape, spacing, shape, strict=True))
-
-
-def resample(values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Values on another grid over the same extent: linear towards a finer grid, averaged towards a coarser one.
-
-    Each axis is multiplied with a matrix of triangular weights as wide as the coarser of both grids, which a BLAS
-    does in a fraction of the time of a general interpolation.
-
-    Args:
-        values: An array of numbers.
-        shape: Its shape on the other grid.
-
-    Returns:
-        float32 array of that shape.
-    """
-    values = np.asarray(values, np.float32)
-    for axis in sorted(range(values.ndim), key=lambda a: shape[a] / values.shape[a]):  # shrink first, grow last
-        n, m = values.shape[axis], shape[axis]
-        far = np.abs((np.arange(m)[:, None] + 0.5) / m - (np.arange(n) + 0.5) / n)
-        weights = np.maximum(0, 1 - far * min(n, m)).astype(np.float32)
-        weights /= weights.sum(1, keepdims=True)
-        values = np.moveaxis(np.tensordot(weights, values, (1, axis)), 0, axis)
-    return np.ascontiguousarray(values)
-
-
-def largest(mask: np.ndarray, among: np.ndarray | None = None) -> np.ndarray:
-    """The largest connected piece of a mask.
-
-    Args:
-        mask: Bool array.
-        among: Where voxels count towards a piece's size; everywhere if not given.
-    """
-    from scipy import ndimage
-
-    labels, _ = ndimage.label(mask)
-    sizes = np.bincount(labels.ravel() if among is None else labels[among], minlength=2)
-    sizes[0] = 0
-    piece: np.ndarray = (labels == np.argmax(sizes)) & mask
-    return piece
-
-
-def depth(mask: np.ndarray, spacing: tuple[float, ...]) -> np.ndarray:
-    """How far inside a mask each voxel lies; the edge of the scan is no end of the mask.
-
-    Args:
-        mask: Bool array.
-        spacing: Distance of voxels along each axis, in mm.
-
-    Returns:
-        Distance to the nearest voxel outside the mask in mm, 0 outside.
-    """
-    from scipy import ndimage
-
-    if mask.all():
-        return np.full(mask.shape, np.inf, np.float32)
-    inside: np.ndarray = ndimage.distance_transform_edt(mask, sampling=spacing)
-    return inside
-
-
-def background(hu: np.ndarray) -> tuple[float, float]:
-    """The commonest value on the four sides of a scan, and the share of the sides that has it.
-
-    Args:
-        hu: `(i, j, k)` HU.
-    """
-    sides = np.concatenate([hu[[0, -1]].ravel(), hu[:, [0, -1]].ravel()])
-    values, counts = np.unique(sides, return_counts=True)
-    return float(values[np.argmax(counts)]), float(counts.max() / sides.size)
-
-
-def is_skull(dense: np.ndarray, spacing: tuple[float, ...]) -> bool:
-    """Whether the largest piece of a mask has the volume and the extent of a skull.
-
-    Args:
-        dense: `(i, j, k)` bool.
-        spacing: Distance of voxels along i, j and k, in mm.
-    """
-    piece = np.argwhere(largest(dense))
-    if not len(piece):
-        return False
-    extent = np.ptp(piece, axis=0) * spacing
-    return bool(len(piece) * np.prod(spacing) / 1000 >= _SKULL_ML and min(extent[:2]) >= _SKULL_MM)
+    return mode == "given" or (mode == "auto" and not sees_skull(scan))
 
 
 def _below_scalp(coarse: np.ndarray, spacing: tuple[float, ...]) -> np.ndarray:
     """Where a brain can be: deeper than a scalp under the outside air; air in sinuses and wounds is not outside."""
-    from scipy import ndimage
-
-    wide = depth(coarse < AIR_HU, spacing) > _OPEN_MM  # cuts nostrils and ear canals off
-    labels, _ = ndimage.label(wide)
-    faces = [labels[[0, -1]], labels[:, [0, -1]]]
-    outside = wide & np.isin(labels, np.unique(np.concatenate([f.ravel() for f in faces])))
-    below: np.ndarray = depth(~outside, spacing) > _OPEN_MM + _SCALP_MM
-    return below
+    wide = ~within(coarse >= AIR_HU, _OPEN_MM, spacing)  # cuts nostrils and ear canals off
+    sides = np.zeros_like(wide)
+    sides[[0, -1]] = sides[:, [0, -1]] = True
+    return ~within(pieces(wide, lambda sizes: sizes > 0, among=sides), _OPEN_MM + _SCALP_MM, spacing)
 
 
 def _ringed(skull: np.ndarray) -> np.ndarray:
@@ -250,16 +210,6 @@ def _ringed(skull: np.ndarray) -> np.ndarray:
             np.logical_or.accumulate(np.flip(skull, axis), axis), axis
         )
     return ringed
-
-
-def _given(scan: Scan) -> np.ndarray:
-    """Where a scan that is said to hold the brain alone has something."""
-    from scipy import ndimage
-
-    empty, _ = background(scan.hu)
-    mask = (np.abs(scan.hu - empty) > 0.5) & (scan.hu > AIR_HU)
-    filled: np.ndarray = ndimage.binary_fill_holes(mask)
-    return filled
 
 
 def _no_brain(scan: Scan, why: str) -> ScanError:

@@ -4,13 +4,15 @@
 is and not a head without a brain. `check` comes after it.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
 from ichprog.errors import ScanError, ScanWarning
-from ichprog.scan.brain import AIR_HU, LEAST_ML, background, coarsen, depth, is_skull, largest, resample, sees_skull
-from ichprog.scan.volume import Scan
+from ichprog.scan.brain import LEAST_ML, SKULL_ML, sees_skull, skull_in
+from ichprog.scan.morphology import Box, banded, bounds, largest, weigh_slices, weights, within
+from ichprog.scan.volume import AIR_HU, Scan
 from ichprog.spec import Plausible
 
 _FEWEST_SLICES = 8
@@ -42,7 +44,7 @@ def refuse_unless_ct(scan: Scan) -> None:
             everywhere. `windowed`: a whole head clipped so low that bone and soft tissue are one. `eight-bit`: a
             picture of 0 to 255. `not-hu`: any other values that are not HU, among them HU with an offset of 1024.
     """
-    _refuse_geometry(scan)
+    refuse_geometry(scan)
     low, high = float(scan.hu.min()), float(scan.hu.max())
     seen = [round(low, 3), round(high, 3)]
     if low == high:
@@ -54,28 +56,29 @@ def refuse_unless_ct(scan: Scan) -> None:
 
     if high - low < 20:
         raise refusal("not-hu", f"all values lie between {low:g} and {high:g}, rescaled or normalised", seen, "HU")
-    empty, share = background(scan.hu)
-    filled = np.abs(scan.hu - empty) > 0.5
-    offset = (scan.hu > _OFFSET_HU[0]) & (scan.hu < _OFFSET_HU[1])
-    if _ml(offset, scan) > _OFFSET_ML and (offset & filled).any():
-        near = round(float(np.median(scan.hu[offset & filled])))
-        found = f"soft tissue has a value near {near}: an offset of about 1024 was not subtracted (RescaleIntercept)"
-        raise refusal("not-hu", found, near, "20 to 45 in brain")
+    empty, share = scan.background
+    if high > _OFFSET_HU[0]:
+        offset = (scan.hu > _OFFSET_HU[0]) & (scan.hu < _OFFSET_HU[1])
+        shifted = _values(scan, offset & scan.matter)
+        if _ml(offset, scan) > _OFFSET_ML and shifted.size:
+            near = round(_median(shifted))
+            found = (
+                f"soft tissue has a value near {near}: an offset of about 1024 was not subtracted (RescaleIntercept)"
+            )
+            raise refusal("not-hu", found, near, "20 to 45 in brain")
 
-    tissue = scan.hu[filled & (scan.hu > AIR_HU)]
-    middle = float(np.median(tissue)) if tissue.size else empty
-    coarse, spacing = coarsen(scan.hu, scan.spacing)
-    saturated = is_skull(resample(scan.hu >= high - 1e-3 * (high - low), coarse.shape) > 0.5, spacing)
-    if saturated and high < _CEILING_HU:
+    tissue = _values(scan, scan.matter)
+    middle = _median(tissue) if tissue.size else empty
+    if high < _CEILING_HU and _is_clipped_skull(scan, high - 1e-3 * (high - low)):
         found = f"a skull's worth of voxels has the highest value, {high:g}: clipped to a window, bone cannot be seen"
         raise refusal("windowed", found, seen, f"a highest value of at least {_CEILING_HU:g}")
-    skull = is_skull(coarse > _SKULL_HU, spacing)
+    skull = sees_skull(scan)
     in_hu = _TISSUE_HU[0] <= middle <= _TISSUE_HU[1]
     if skull and in_hu and low < _FAT_HU:
         return
     # a brain alone lies in one constant value: 0 mostly, -1024 or the like sometimes
-    strange = np.count_nonzero(filled & (scan.hu <= AIR_HU)) / max(1, tissue.size)
-    if not skull and share > 0.5 and strange < 0.1 and _BRAIN_HU[0] <= middle <= _BRAIN_HU[1]:
+    strange = 0 if low > AIR_HU else np.count_nonzero((scan.hu <= AIR_HU) & (np.abs(scan.hu - empty) > 0.5))
+    if not skull and share > 0.5 and strange < 0.1 * tissue.size and _BRAIN_HU[0] <= middle <= _BRAIN_HU[1]:
         return
     if low >= 0 and 100 < high <= 255 and bool((scan.hu == np.round(scan.hu)).all()):
         found = f"whole numbers from {low:g} to {high:g} with a median of {middle:g}: an 8-bit picture, its HU are lost"
@@ -131,7 +134,15 @@ def check(scan: Scan, mask: np.ndarray, plausible: Plausible, *, given: bool) ->
     return tuple(doubt for doubt in doubts if doubt is not None)
 
 
-def _refuse_geometry(scan: Scan) -> None:
+def refuse_geometry(scan: Scan) -> None:
+    """Refuses a scan with voxels, slices or an extent that no head CT has.
+
+    Args:
+        scan: The scan as it was read.
+
+    Raises:
+        ScanError: `spacing` or `too-few-slices`, as in `refuse_unless_ct`.
+    """
     extent = [round(float(n * mm), 2) for n, mm in zip(scan.hu.shape, scan.spacing, strict=True)]
     measured: list[float]
     if min(scan.spacing) < _VOXEL_MM[0] or max(scan.spacing) > _VOXEL_MM[1]:
@@ -207,18 +218,21 @@ def _bloodless(scan: Scan, mask: np.ndarray, least_ml: float) -> ScanWarning | N
     """
     if least_ml <= 0:
         return None
-    coarse, spacing = coarsen(np.where(mask, scan.hu, (_BLOOD_HU[0] - 20)).clip(None, 1.2 * _BLOOD_HU[1]), scan.spacing)
-    brain = resample(mask, coarse.shape) > 0.5
-    box = tuple(
-        slice(max(0, where.min() - 1), where.max() + 2) for where in np.nonzero(brain)
-    )  # one voxel more, so that the brain ends in it
-    coarse, below = coarse[box], depth(brain[box], spacing)
+    box = bounds(mask)
+    _, spacing = scan.coarse_form
+    floor, ceiling = np.float32(_BLOOD_HU[0] - 20), np.float32(1.2 * _BLOOD_HU[1])
+    slices = zip(np.moveaxis(scan.hu[box], 2, 0), np.moveaxis(mask[box], 2, 0), strict=True)
+    above = (np.where(inside, np.minimum(hu, ceiling) - floor, 0) for hu, inside in slices)
+    coarse = _averaged(above, box, scan) + floor
+    brain = _averaged(np.moveaxis(mask[box], 2, 0), box, scan) > 0.5
+    near = tuple(slice(max(0, at.start - 1), at.stop + 1) for at in bounds(brain))  # so that the brain ends in it
+    coarse, around = coarse[near], ~brain[near]
     dense = (coarse > _BLOOD_HU[0]) & (coarse < _BLOOD_HU[1])
 
     def thickest_ml(deeper_than: float) -> float:
-        there = dense & (below >= deeper_than)
-        core = depth(there, spacing) > _BLOOD_THICK_MM
-        piece = largest(there & (depth(~core, spacing) <= _BLOOD_THICK_MM))
+        there = dense & ~within(around, np.nextafter(deeper_than, 0), spacing)
+        core = ~within(~there, _BLOOD_THICK_MM, spacing)
+        piece = largest(there & within(core, _BLOOD_THICK_MM, spacing))
         return float(np.count_nonzero(piece) * np.prod(spacing) / 1000)
 
     blood_ml = max(thickest_ml(_BLOOD_DEEP_MM), thickest_ml(_BLOOD_SHALLOW_MM) - _SINUS_ML, 0.0)
@@ -248,7 +262,7 @@ def _skull_present(scan: Scan) -> ScanWarning | None:
 
 def _clipped(scan: Scan, mask: np.ndarray) -> ScanWarning | None:
     """Doubts a brain whose highest value is shared by far more voxels than the values just under it."""
-    values = scan.hu[mask]
+    values = _values(scan, mask)
     high = float(values.max())
     at, under = np.count_nonzero(values == high), np.count_nonzero((values < high) & (values >= high - 3))
     if high >= _CEILING_HU or at < 20 or at < under:
@@ -260,6 +274,43 @@ def _clipped(scan: Scan, mask: np.ndarray) -> ScanWarning | None:
         expected=f">= {_CEILING_HU:g}",
         unit="HU",
     )
+
+
+def _is_clipped_skull(scan: Scan, value: float) -> bool:
+    """Whether the voxels of a value and above form a skull."""
+    top = scan.hu >= value
+    if _ml(top, scan) < SKULL_ML / 8:  # too little for a skull, however averaging spreads it
+        return False
+    box = bounds(top)
+    averaged = _averaged(np.moveaxis(top[box], 2, 0), box, scan)
+    return skull_in(averaged > 0.5, scan.coarse_form[1]) is not None
+
+
+def _averaged(slices: Iterable[np.ndarray], box: Box, scan: Scan) -> np.ndarray:
+    """Values in a box of a scan, `(i, j)` for each k, which are 0 around it, on the scan's coarse grid."""
+    shape, _ = scan.coarse_form
+    return weigh_slices(
+        slices, [banded(weights(n, m)[:, at]) for n, m, at in zip(scan.hu.shape, shape, box, strict=True)]
+    )
+
+
+def _values(scan: Scan, mask: np.ndarray) -> np.ndarray:
+    """HU where a mask is true, in the order of memory."""
+    values: np.ndarray = scan.hu.T[mask.T]
+    return values
+
+
+def _median(values: np.ndarray) -> float:
+    """The median, counted where all values are whole numbers."""
+    whole = values.astype(np.int16)
+    if not np.array_equal(whole, values):
+        return float(np.median(values))
+    lowest = int(whole.min())
+    counts = np.zeros(int(whole.max()) - lowest + 1, int)
+    for part in np.array_split(whole, whole.size // 2**16 + 1):  # numpy counts in integers of four times the size
+        counts += np.bincount(part.astype(int) - lowest, minlength=counts.size)
+    middle = np.searchsorted(np.cumsum(counts), [(whole.size - 1) // 2, whole.size // 2], "right") + lowest
+    return float(middle.mean())
 
 
 def _ml(mask: np.ndarray, scan: Scan) -> float:

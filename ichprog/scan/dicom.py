@@ -189,14 +189,12 @@ def _resampled(
     Returns:
         The planes of the grid, and the row and column at which they begin.
     """
-    from scipy import ndimage
-
     corner = across.min(axis=0)
     shape = tuple(planes.shape[1:] + np.ceil(np.ptp(across, axis=0)).astype(int))
 
     @functools.lru_cache(maxsize=2)
-    def moved(n: int) -> Any:
-        return ndimage.affine_transform(planes[n], np.eye(2), corner - across[n], shape, order=1, cval=AIR_HU)
+    def moved(n: int) -> np.ndarray:
+        return _moved(planes[n], across[n] - corner, shape)
 
     grid = np.empty((len(wanted), *shape), np.float32)
     for plane, depth in zip(grid, wanted, strict=True):
@@ -204,6 +202,23 @@ def _resampled(
         weight = round(float((depth - depths[below]) / (depths[below + 1] - depths[below])), 3)
         plane[:] = (1 - weight) * moved(below) + weight * moved(below + 1)
     return grid, corner
+
+
+def _moved(plane: np.ndarray, by: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """A plane moved down and to the right by some rows and columns, with linear interpolation and air around it."""
+    values, box = plane.astype(np.float64), []
+    for axis, far in enumerate(by):
+        start = int(np.ceil(far))
+        if share := start - far:
+            first, last = (
+                values.take(range(values.shape[axis] - 1), axis),
+                values.take(range(1, values.shape[axis]), axis),
+            )
+            values = (1 - share) * first + share * last
+        box.append(slice(start, start + values.shape[axis]))
+    whole = np.full(shape, AIR_HU, np.float32)
+    whole[tuple(box)] = values
+    return whole
 
 
 def _upright(planes: np.ndarray, steps: np.ndarray, origin: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -6,6 +6,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -369,7 +370,7 @@ def values_of(images: Iterable[Image]) -> Iterator[np.ndarray]:
         try:
             if image.name != name:  # the frames of one file come from one reading
                 with image.open() as file:
-                    name, data = image.name, dcmread(file, force=True)
+                    name, data = image.name, dcmread(BytesIO(file.read()), force=True)
             if not data.file_meta.get("TransferSyntaxUID"):
                 implicit = data.original_encoding[0]
                 data.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian
@@ -395,7 +396,7 @@ def _hu(stored: np.ndarray, image: Image) -> np.ndarray:
     if padding is not None and padding.value:
         # Compared as 16 bits without sign, because exporters write it with the wrong one.
         bits = int.from_bytes(padding.value[:2], "little" if padding.is_little_endian else "big")
-        padded = (stored.astype(np.int64) & 0xFFFF) == bits
+        padded = stored.astype(np.uint16) == bits
         if padded.any() and abs(hu[padded][0]) > _TISSUE_HU:  # else it is also the value of water or brain
             hu[padded] = AIR_HU
     return cast(np.ndarray, np.maximum(hu, np.float32(AIR_HU)))

@@ -1,0 +1,387 @@
+"""A network run by OpenVINO, compiled for this processor."""
+
+import functools
+import importlib
+import io
+import logging
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager, redirect_stderr
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+from ichprog.errors import PluginError
+from ichprog.hub import WeightFile
+from ichprog.runtime import Answer, guided
+from ichprog.runtime.kept import Kept
+from ichprog.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ichprog import saliency
+    from ichprog.network import Network
+    from ichprog.runtime.eager import TorchRuntime
+
+_TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}  # of a probability, between torch and what was compiled
+Shape = tuple[int, int, int]
+_Done = TypeVar("_Done")
+
+
+class NotCompiledError(PluginError):
+    """OpenVINO cannot run a network; the text says why."""
+
+
+class OpenVinoRuntime:
+    """One fold's network on the processor.
+
+    A network that is kept in the cache is loaded beside whatever the caller does next. Another is made from torch
+    first, held against it, and kept.
+
+    Args:
+        spec: The model.
+        file: The fold's weights.
+        precision: "float32" or "bfloat16".
+        cache: The cache folder.
+
+    Raises:
+        NotCompiledError: OpenVINO cannot run the network, or not rightly.
+        WeightsError: The weights do not fit the network.
+    """
+
+    def __init__(self, spec: ModelSpec, file: WeightFile, precision: str, cache: Path) -> None:
+        self.spec, self.file, self.precision = spec, file, precision
+        self._kept = Kept(spec, file, cache, processor(), precision)
+        self._programs: dict[tuple[str, Shape], _Program] = {}
+        self._lock = threading.Lock()
+        self._awaited: Callable[[], object] = lambda: None
+        shape = spec.input.shape
+        noted = self._kept.note("answers", shape)
+        if noted is not None and "refused" in noted:
+            raise NotCompiledError(noted["refused"])
+        if noted is not None:
+            self._awaited = _aside(lambda: self._program("answers", shape))
+        else:
+            self._program("answers", shape)
+
+    def start(self, grids: np.ndarray) -> Callable[[], dict[str, Answer]]:
+        """Begins to answer.
+
+        Args:
+            grids: `(B, D, H, W)` float32.
+
+        Returns:
+            A function that waits for each task's answer. It must be called before the next start.
+
+        Raises:
+            NotCompiledError: OpenVINO cannot run the network on grids of this shape.
+        """
+        self._awaited()
+        program = self._program("answers", grids.shape[1:])
+        wait = program.start(grids[0])
+
+        def answers() -> dict[str, Answer]:
+            found = [wait(), *(program.start(grid)() for grid in grids[1:])]
+            outputs = [np.concatenate(each) for each in zip(*found, strict=True)]
+            names = [task.name for task in self.spec.tasks]
+            return {
+                name: Answer(*pair)
+                for name, *pair in zip(names, outputs[: len(names)], outputs[len(names) :], strict=True)
+            }
+
+        return answers
+
+    @contextmanager
+    def forward_pass(
+        self, grid: np.ndarray, methods: Collection[Callable[..., Any]], layers: Collection[str | None]
+    ) -> "Iterator[saliency.Pass]":
+        """One forward pass, kept while the block runs: of compiled graphs where those serve the methods, or of torch.
+
+        Args:
+            grid: `(D, H, W)` float32.
+            methods: The methods that will ask.
+            layers: The layers they ask for; None is the backbone's own choice.
+
+        Raises:
+            UnknownName: The network has no such layer.
+        """
+        import torch
+
+        from ichprog import network, saliency
+
+        why = None
+        if not all(method in saliency.FROM_FEATURES for method in methods):
+            why = "a method asked for needs the network itself"
+        else:
+            try:
+                forward = self._program("forward", grid.shape)
+                backward = self._program("backward", grid.shape)
+            except NotCompiledError as error:
+                why = str(error)
+            else:
+                names = forward.about["features_are"]
+                if not set(layers) <= ({None, *names} if names else set()):
+                    why = "a layer asked for does not put out the features"
+        if why is not None:
+            with self._eager.forward_pass(grid, methods, layers) as known:
+                known.note = why
+                yield known
+            return
+        with forward.turn, backward.turn, torch.inference_mode(mode=False), torch.enable_grad():
+            features, *kept = forward.infer([grid[None, None]])
+            heads = network.load_heads(self.spec, self.file.path, features.shape[1])
+            yield saliency.CompiledPass(
+                heads,
+                grid,
+                features,
+                lambda gradient: backward.infer([gradient, *kept])[0],
+                forward.about["features_are"],
+            )
+
+    @functools.cached_property
+    def _eager(self) -> "TorchRuntime":
+        from ichprog.runtime.eager import TorchRuntime
+
+        return TorchRuntime(self.spec, self.file.path, "cpu", self.precision)
+
+    def _program(self, graph: str, shape: Sequence[int]) -> "_Program":
+        """A graph ready to run on grids of a shape: in memory, or in the cache, or made now."""
+        shape = (shape[0], shape[1], shape[2])
+        with self._lock:
+            if (graph, shape) not in self._programs:
+                self._programs[graph, shape] = self._found(graph, shape) or self._kept.once(
+                    graph, shape, lambda: self._found(graph, shape) or self._made(graph, shape)
+                )
+            return self._programs[graph, shape]
+
+    def _found(self, graph: str, shape: Shape) -> "_Program | None":
+        if (held := self._kept.find(graph, shape)) is None:
+            return None
+        exported, about = held
+        if "refused" in about:
+            raise NotCompiledError(about["refused"])
+        try:
+            compiled = _core().import_model(openvino().Tensor(exported, shared_memory=True), "CPU", self._settings)
+        except RuntimeError:  # whole and of this version, and still not to be read
+            return None
+        return _Program(compiled, about, exported)
+
+    def _made(self, graph: str, shape: Shape) -> "_Program":
+        """Makes a graph from torch, and what goes with it, and keeps them."""
+        from ichprog import network
+
+        whole = network.load(self.spec, self.file.path)
+        try:
+            made = self._answering(whole, shape) if graph == "answers" else self._explaining(whole, shape)
+        except NotCompiledError as error:
+            for name in ("answers",) if graph == "answers" else ("forward", "backward"):
+                self._kept.put(name, shape, b"", {"refused": str(error)})
+            raise
+        for name, program in made.items():
+            self._kept.put(name, shape, program.compiled.export_model().getvalue(), program.about)
+            self._programs[name, shape] = program
+        return made[graph]
+
+    def _answering(self, whole: "Network", shape: Shape) -> "dict[str, _Program]":
+        """A grid to each task's logits, then each task's probabilities."""
+        import torch
+
+        module = _answers(whole)
+        program = self._compiled(_converted(module, shape, self.spec.name))
+        seeded = np.random.default_rng(0).random((1, 1, *shape), np.float32)
+        with torch.inference_mode():
+            expected = [values.numpy() for values in module(torch.from_numpy(seeded))]
+        half = len(expected) // 2
+        pairs = list(zip(program.infer([seeded]), expected, strict=True))[half:]
+        difference = max(float(np.abs(got - right).max()) for got, right in pairs)
+        if not difference <= _TOLERANCE[self.precision]:
+            raise NotCompiledError(
+                f"{self.spec.name}: OpenVINO's probabilities differ by {difference:.2g} from torch's"
+            )
+        return {"answers": program}
+
+    def _explaining(self, whole: "Network", shape: Shape) -> "dict[str, _Program]":
+        """A grid to features and what is kept of the way; and back."""
+        import torch
+
+        from ichprog import saliency
+
+        model = _converted(whole.backbone, shape, self.spec.name)
+        try:
+            forward, backward = guided.reverse(openvino(), model)
+        except guided.NotCoveredError as error:
+            raise NotCompiledError(f"there is no compiled way back through {self.spec.name} ({error})") from error
+        names: list[str] = []  # of the layer whose output the features are, where that is the backbone's choice
+        layer = whole.cam_layer
+        with torch.inference_mode(), saliency.kept_outputs(whole, [layer]) as outputs:
+            features = whole.backbone(torch.rand(1, 1, *shape))
+            if outputs[layer].shape == features.shape and torch.equal(outputs[layer], features):
+                names = [layer, layer.removeprefix("backbone.")]
+        return {
+            "forward": self._compiled(forward, {"features_are": names}),
+            "backward": self._compiled(backward),
+        }
+
+    def _compiled(self, model: Any, about: dict[str, Any] | None = None) -> "_Program":
+        return _Program(_core().compile_model(model, "CPU", self._settings), about or {})
+
+    @property
+    def _settings(self) -> dict[str, str]:
+        # The precision is said at every load: left to itself, OpenVINO takes bfloat16 where the processor has it.
+        return {
+            "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[self.precision],
+            "PERFORMANCE_HINT": "LATENCY",
+        }
+
+
+class _Program:
+    """A compiled graph with the memory it runs in; one run at a time."""
+
+    def __init__(self, compiled: Any, about: dict[str, Any], exported: np.ndarray | None = None) -> None:
+        self.compiled, self.about = compiled, about
+        self.turn = threading.Lock()
+        self._exported = exported  # its weights may lie in there
+        self._request = compiled.create_infer_request()
+
+    def start(self, grid: np.ndarray) -> Callable[[], list[np.ndarray]]:
+        """Begins to run on a grid `(D, H, W)`; what comes back waits for copies of the outputs."""
+        self.turn.acquire()
+        tensor = openvino().Tensor(np.ascontiguousarray(grid[None, None]), shared_memory=True)
+        self._request.set_input_tensor(tensor)
+        self._request.start_async()
+
+        def wait() -> list[np.ndarray]:
+            try:
+                self._request.wait()
+                return [self._request.get_output_tensor(i).data.copy() for i in range(len(self.compiled.outputs))]
+            finally:
+                self.turn.release()
+
+        return wait
+
+    def infer(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Runs; the outputs lie in the program's own memory until it runs again."""
+        for position, values in enumerate(inputs):
+            self._request.set_input_tensor(position, openvino().Tensor(values, shared_memory=True))
+        self._request.infer()
+        return [self._request.get_output_tensor(i).data for i in range(len(self.compiled.outputs))]
+
+
+def openvino() -> Any:
+    """OpenVINO without the tools that it imports by itself, which take as long as the rest and send word to its makers.
+
+    Who imports OpenVINO for himself, before or after, finds it whole.
+    """
+    return wake()()
+
+
+@functools.cache
+def wake() -> Callable[[], Any]:
+    """Begins to import OpenVINO beside whatever the caller does next; what comes back waits for it."""
+    return _aside(_imported)
+
+
+def _imported() -> Any:
+    if "openvino" in sys.modules:
+        return sys.modules["openvino"]
+    tools = "openvino.tools.ovc"
+    sys.modules[tools] = None  # type: ignore[assignment]  # is not found then, which OpenVINO allows for
+    try:
+        module: Any = importlib.import_module("openvino")
+    finally:
+        del sys.modules[tools]
+    module.convert_model = lambda *args, **options: importlib.import_module(tools).convert_model(*args, **options)
+    return module
+
+
+def processor() -> str:
+    """The processor and what it computes in, as OpenVINO tells them."""
+    core = _core()
+    capabilities = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return " ".join([core.get_property("CPU", "FULL_DEVICE_NAME").strip(), *sorted(capabilities)])
+
+
+def computes_in_bfloat16() -> bool:
+    """Whether the processor multiplies in bfloat16."""
+    return "BF16" in _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+@functools.cache
+def _core() -> Any:
+    return openvino().Core()
+
+
+def _answers(network: "Network") -> "nn.Module":
+    """A network that gives its logits and then its label probabilities, task by task."""
+    from torch import Tensor, nn
+
+    class Answers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = network
+
+        def forward(self, grid: Tensor) -> tuple[Tensor, ...]:
+            logits = self.network(grid)
+            return (*logits.values(), *self.network.probabilities(logits).values())
+
+    return Answers().eval()
+
+
+def _converted(module: "nn.Module", shape: Shape, name: str) -> Any:
+    """A torch module as a graph of OpenVINO, for one grid at a time."""
+    import torch
+    from openvino._offline_transformations import apply_moc_transformations
+    from openvino.frontend import FrontEndManager
+    from openvino.frontend.pytorch.fx_decoder import TorchFXPythonDecoder
+
+    size = (1, 1, *shape)
+    try:
+        with quiet(), torch.no_grad():
+            program = torch.export.export(module, (torch.zeros(size),))
+            frontend = FrontEndManager().load_by_framework("pytorch")
+            decoder = TorchFXPythonDecoder.from_exported_program(program)  # has to live as long as it is read
+            model = frontend.convert(frontend.load(decoder))
+        model.reshape(list(size))
+        apply_moc_transformations(model, cf=False)  # joins what belongs together: normalisation with convolution
+    except MemoryError:
+        raise
+    except Exception as error:  # a plugin may compute in any way
+        said = " ".join(str(error).split())[:200]
+        raise NotCompiledError(f"{name}: OpenVINO cannot run its network ({type(error).__name__}: {said})") from error
+    return model
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps from users what torch and OpenVINO say to their developers of a graph, and leaves logging as it was."""
+    root, silent = logging.getLogger(), logging.NullHandler()
+    disabled = root.manager.disable
+    root.addHandler(silent)  # without any, the first word to the root logger would set one up for good
+    logging.disable(logging.CRITICAL)
+    try:
+        # What torch prints of a graph that it cannot trace is in the error too.
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+        root.removeHandler(silent)
+
+
+def _aside(work: Callable[[], _Done]) -> Callable[[], _Done]:
+    """Begins work in a thread; what comes back waits for it, and raises what it raised."""
+    done: Future[_Done] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(work())
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=run, name="ichprog-load").start()
+    return done.result

@@ -1,0 +1,73 @@
+"""A network run in torch, as it stands."""
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ichprog import network, saliency
+from ichprog.runtime import Answer
+from ichprog.spec import ModelSpec
+
+
+class TorchRuntime:
+    """One fold's network on one device.
+
+    Args:
+        spec: The model.
+        path: The fold's weights, as safetensors.
+        device: A device of torch.
+        precision: "float32" or "bfloat16", with which matrix products are rounded.
+
+    Raises:
+        WeightsError: The weights do not fit the network.
+    """
+
+    def __init__(self, spec: ModelSpec, path: Path, device: str, precision: str) -> None:
+        self.device, self.precision = device, precision
+        self.network = network.load(spec, path).to(device)
+        if device.startswith("cuda"):
+            self.network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+
+    def start(self, grids: np.ndarray) -> Callable[[], dict[str, Answer]]:
+        """Answers; what comes back has the answer already.
+
+        Args:
+            grids: `(B, D, H, W)` float32.
+        """
+        with torch.inference_mode(), self._rounding():
+            logits = self.network(torch.from_numpy(grids).to(self.device)[:, None])
+        logits = {task: values.float() for task, values in logits.items()}
+        probabilities = self.network.probabilities(logits)
+        answer = {task: Answer(logits[task].cpu().numpy(), probabilities[task].cpu().numpy()) for task in logits}
+        return lambda: answer
+
+    @contextmanager
+    def forward_pass(
+        self,
+        grid: np.ndarray,
+        methods: Collection[Callable[..., Any]],  # noqa: ARG002  # any can ask
+        layers: Collection[str | None],
+    ) -> Iterator[saliency.Pass]:
+        """One forward pass with its graph, kept while the block runs.
+
+        Args:
+            grid: `(D, H, W)` float32.
+            methods: The methods that will ask; any can.
+            layers: The layers they ask for; None is the backbone's own choice.
+
+        Raises:
+            UnknownName: The network has no such layer.
+        """
+        names = {saliency.layer_name(self.network, layer) for layer in layers}
+        with torch.inference_mode(mode=False), torch.enable_grad():
+            values = torch.from_numpy(grid).to(self.device)[None, None].requires_grad_()
+            yield saliency.ForwardPass(self.network, values, names, self._rounding)
+
+    def _rounding(self) -> AbstractContextManager[Any]:
+        if self.precision == "float32":
+            return nullcontext()
+        return torch.autocast(torch.device(self.device).type, dtype=torch.bfloat16)

@@ -1,0 +1,269 @@
+"""Guided backpropagation as an inference graph, made from a network's own graph with one rule for each operation.
+
+An inference engine has no gradients, but the gradient of a network that computes with convolutions, ReLUs and pooling
+is such a network itself, run from its features back to its grid. Each operation met on the way back has its adjoint,
+made of operations that run as fast as those of the forward pass. What has no rule here is left to autograd.
+
+Source of the guided rule: Springenberg et al., 2015 (arXiv 1412.6806): at a ReLU only positive gradients pass, and only
+where the ReLU let its input through.
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+
+_LANES = 16  # output channels that one vector instruction computes; fewer take as long
+
+
+class NotCoveredError(Exception):
+    """The network computes something that no rule here covers; the text says what."""
+
+
+def reverse(openvino: Any, model: Any) -> tuple[Any, Any]:
+    """Two graphs: one that goes from a grid to the features and keeps what the other needs on the way back.
+
+    Args:
+        openvino: The module.
+        model: An OpenVINO model, grid `(1, 1, D, H, W)` to features `(1, C, d, h, w)`, all shapes known.
+
+    Returns:
+        The forward graph: the grid to the features and all that is kept. The backward graph: the gradient of a score by
+        the features `(1, C, d, h, w)` and all that was kept, to the guided gradient by the grid `(1, 1, D, H, W)`.
+
+    Raises:
+        NotCoveredError: The model holds an operation without a rule.
+    """
+    way = _WayBack(openvino.opset15)
+    grid, features = model.inputs[0].node, model.outputs[0].node.input_value(0)
+    seed = way.op.parameter(_shape(features), np.float32)
+    gradients = {_key(features): seed.output(0)}
+    for node in reversed(model.get_ordered_ops()):
+        kind = node.get_type_name()
+        if kind in ("Parameter", "Constant", "Result"):
+            continue
+        gradient = gradients.pop(_key(node.output(0)), None)
+        if gradient is None or kind not in way.rules:
+            raise NotCoveredError(kind)
+        for position, share in way.rules[kind](way, node, gradient).items():
+            source = _key(node.input_value(position))
+            gradients[source] = way.op.add(gradients[source], share).output(0) if source in gradients else share
+    forward = openvino.Model([features, *way.kept], [grid], "forward")
+    return forward, openvino.Model([gradients[_key(grid.output(0))]], [seed, *way.inputs], "backward")
+
+
+class _WayBack:
+    """A gradient on its way from the features to the grid, an operation of the forward graph at a time.
+
+    A rule takes an operation and the gradient by its output, and gives the gradient by each input that depends on the
+    grid, by the input's position.
+    """
+
+    def __init__(self, op: Any) -> None:
+        self.op = op
+        self.kept: list[Any] = []
+        self.inputs: list[Any] = []
+
+    def keep(self, output: Any) -> Any:
+        """Has the forward graph give an output, and the backward graph take it.
+
+        It goes over with its channels last, as engines hold it: turning it round and back would take as long as what is
+        done with it.
+        """
+        last, rank = _shape(output), len(_shape(output))
+        last.append(last.pop(1))
+        self.kept.append(self.op.transpose(output, self.op.constant(np.array([0, *range(2, rank), 1]))).output(0))
+        self.inputs.append(self.op.parameter(last, output.get_element_type()))
+        back = self.op.constant(np.array([0, rank - 1, *range(1, rank - 1)]))
+        return self.op.transpose(self.inputs[-1], back).output(0)
+
+    def relu(self, node: Any, gradient: Any) -> dict[int, Any]:
+        passed = self.keep(
+            self.op.convert(self.op.greater(node.output(0), self.op.constant(np.float32(0))), "u8").output(0)
+        )
+        return {0: self.op.multiply(self.op.relu(gradient), self.op.convert(passed, "f32")).output(0)}
+
+    def add(self, node: Any, gradient: Any) -> dict[int, Any]:
+        return dict.fromkeys(_varying(node), gradient)
+
+    def multiply(self, node: Any, gradient: Any) -> dict[int, Any]:
+        position, *others = _varying(node)
+        if others:
+            raise NotCoveredError("a product of two things that depend on the grid")
+        return {position: self.op.multiply(gradient, node.input_value(1 - position)).output(0)}
+
+    def concat(self, node: Any, gradient: Any) -> dict[int, Any]:
+        axis = node.get_attributes()["axis"]
+        ends = np.cumsum([_shape(value)[axis] for value in node.input_values()])
+        shares, start = {}, 0
+        for position, end in enumerate(ends.tolist()):
+            if position in _varying(node):
+                shares[position] = self._slice(gradient, axis, start, end)
+            start = end
+        return shares
+
+    def convolution(self, node: Any, gradient: Any) -> dict[int, Any]:
+        """The transposed convolution, written as an ordinary one, which engines run several times as fast."""
+        kernel = _constant(node, 1)
+        about = _window(node, _shape(node.output(0))[2:])
+        sizes, pads, strides, dilations = kernel.shape[2:], about["pads_begin"], about["strides"], about["dilations"]
+        spans = [d * (k - 1) for d, k in zip(dilations, sizes, strict=True)]
+        if any(p > s for p, s in zip((*pads, *about["pads_end"]), 2 * spans, strict=True)):
+            raise NotCoveredError("Convolution with more padding than kernel")
+        if set(strides) == {1}:
+            flipped = np.ascontiguousarray(np.flip(kernel.swapaxes(0, 1), tuple(range(2, kernel.ndim))))
+            begin, end = ([s - p for s, p in zip(spans, given, strict=True)] for given in (pads, about["pads_end"]))
+            found = self.op.convolution(gradient, self.op.constant(flipped), strides, begin, end, dilations)
+            return {0: found.output(0)}
+        if set(dilations) != {1}:
+            raise NotCoveredError("Convolution with stride and dilation")
+        return {0: self._strided(gradient, kernel, strides, pads, _shape(node.input_value(0)))}
+
+    def _strided(
+        self, gradient: Any, kernel: np.ndarray, strides: Sequence[int], pads: Sequence[int], shape: Sequence[int]
+    ) -> Any:
+        """The adjoint of a convolution with a stride: a block of cells of the grid at a time, its cells as channels.
+
+        Cell y = block x o + r of the grid takes part in output i by the kernel's element t = y + pad - stride x i. With
+        i = (block / stride) x o + q this is t = r + pad - stride x q, the same for every o: a convolution over q.
+        """
+        channels, dimensions, extent = kernel.shape[1], len(strides), shape[2:]
+        block = list(strides)
+        block[-1] *= max(1, -(-_LANES // (channels * int(np.prod(strides)))))
+        steps = [b // s for b, s in zip(block, strides, strict=True)]
+        low = [-((k - 1 - p) // s) for k, p, s in zip(kernel.shape[2:], pads, strides, strict=True)]
+        high = [(b - 1 + p) // s for b, p, s in zip(block, pads, strides, strict=True)]
+        wide = [h - w + 1 for w, h in zip(low, high, strict=True)]
+        taps: Any = np.zeros((channels, *block, kernel.shape[0], *wide), np.float32)
+        for r in itertools.product(*map(range, block)):
+            for q in itertools.product(*map(range, wide)):
+                t = [i + p - s * (j + w) for i, p, s, j, w in zip(r, pads, strides, q, low, strict=True)]
+                if all(0 <= each < k for each, k in zip(t, kernel.shape[2:], strict=True)):
+                    taps[np.s_[:, *r, :, *q]] = kernel[np.s_[:, :, *t]].T
+        blocks = [-(-n // b) for n, b in zip(extent, block, strict=True)]
+        begin = [-w for w in low]
+        end = [
+            max(0, (n - 1) * f + w - have - p)
+            for n, f, w, have, p in zip(blocks, steps, wide, _shape(gradient)[2:], begin, strict=True)
+        ]
+        weights = self.op.constant(taps.reshape(-1, kernel.shape[0], *wide))
+        found = self.op.convolution(gradient, weights, steps, begin, end, [1] * dimensions).output(0)
+        for axis, n in enumerate(blocks):
+            found = self._slice(found, axis + 2, 0, n)
+        apart = self._reshape(found, [shape[0], channels, *block, *blocks])
+        order = [0, 1, *(axis for d in range(dimensions) for axis in (2 + dimensions + d, 2 + d))]
+        together = self.op.transpose(apart, self.op.constant(np.array(order)))
+        cells = self._reshape(together, [shape[0], channels, *(n * b for n, b in zip(blocks, block, strict=True))])
+        for axis, n in enumerate(extent):
+            cells = self._slice(cells, axis + 2, 0, n)
+        return cells
+
+    def max_pool(self, node: Any, gradient: Any) -> dict[int, Any]:
+        """Each gradient goes to the first of the highest values in its window, as in torch; found axis by axis."""
+        values = node.input_value(0)
+        shape, count = _shape(values), _shape(node.output(0))[2:]
+        about = _window(node, count)
+        if set(about["dilations"]) != {1}:
+            raise NotCoveredError("MaxPool with dilation")
+        sizes, strides, pads = about["kernel"], about["strides"], about["pads_begin"]
+        beyond = [
+            max(0, (n - 1) * s + k - p - m)
+            for n, s, k, p, m in zip(count, strides, sizes, pads, shape[2:], strict=True)
+        ]
+        lowest = self.op.constant(np.float32(-np.inf))
+        best = self.op.pad(values, np.array([0, 0, *pads]), np.array([0, 0, *beyond]), "constant", lowest).output(0)
+        place = self.op.constant(np.zeros([1] * len(shape), np.int32)).output(0)  # in the volume, its axes made one
+        for axis in reversed(range(2, len(shape))):
+            size, stride, pad, n = (each[axis - 2] for each in (sizes, strides, pads, count))
+            step = int(np.prod(shape[axis + 1 :]))
+            value, where = best, place
+            for t in range(size):
+                stop = t + (n - 1) * stride + 1
+                candidate = self._slice(value, axis, t, stop, stride)
+                along = ((np.arange(n) * stride + t - pad) * step).astype(np.int32)
+                there = where if axis == len(shape) - 1 else self._slice(where, axis, t, stop, stride)
+                there = self.op.add(there, self.op.constant(along.reshape(-1, *[1] * (len(shape) - 1 - axis)))).output(
+                    0
+                )
+                if t == 0:
+                    best, place = candidate, there
+                    continue
+                higher = self.op.greater(candidate, best)
+                best = self.op.maximum(candidate, best).output(0)
+                place = self.op.select(higher, there, place).output(0)
+        place = self.keep(self._reshape(place, [*shape[:2], -1]))
+        empty = self.op.broadcast(
+            self.op.constant(np.float32(0)), self.op.constant(np.array([*shape[:2], int(np.prod(shape[2:]))]))
+        )
+        flat = self._reshape(gradient, [*shape[:2], -1])
+        spread = self.op.scatter_elements_update(empty, place, flat, self.op.constant(2), reduction="sum")
+        return {0: self._reshape(spread, shape)}
+
+    def average_pool(self, node: Any, gradient: Any) -> dict[int, Any]:
+        shape, count = _shape(node.input_value(0)), _shape(node.output(0))[2:]
+        about = _window(node, count)
+        sizes = about["kernel"]
+        whole = all(n * k <= m for n, k, m in zip(count, sizes, shape[2:], strict=True))
+        if about["strides"] != sizes or any((*about["pads_begin"], *about["pads_end"])) or not whole:
+            raise NotCoveredError("AvgPool whose windows overlap or reach beyond the edge")
+        found = self.op.multiply(gradient, self.op.constant(np.float32(1 / np.prod(sizes)))).output(0)
+        found = self._reshape(found, [*shape[:2], *(each for n in count for each in (n, 1))])
+        cells = [each for n, k in zip(count, sizes, strict=True) for each in (n, k)]
+        found = self.op.broadcast(found, self.op.constant(np.array([*shape[:2], *cells]))).output(0)
+        found = self._reshape(found, [*shape[:2], *(n * k for n, k in zip(count, sizes, strict=True))])
+        left = [m - n * k for n, k, m in zip(count, sizes, shape[2:], strict=True)]
+        nothing = self.op.constant(np.float32(0))
+        return {
+            0: self.op.pad(found, np.zeros(len(shape), int), np.array([0, 0, *left]), "constant", nothing).output(0)
+        }
+
+    def _slice(self, value: Any, axis: int, start: int, stop: int, step: int = 1) -> Any:
+        if (start, step) == (0, 1) and stop >= _shape(value)[axis]:
+            return value
+        ends = (self.op.constant(np.array([each])) for each in (start, stop, step, axis))
+        return self.op.slice(value, *ends).output(0)
+
+    def _reshape(self, value: Any, shape: Sequence[int]) -> Any:
+        return self.op.reshape(value, self.op.constant(np.array(shape)), special_zero=False).output(0)
+
+    rules: ClassVar[dict[str, Callable[["_WayBack", Any, Any], dict[int, Any]]]] = {
+        "Add": add,
+        "AvgPool": average_pool,
+        "Concat": concat,
+        "Convolution": convolution,
+        "MaxPool": max_pool,
+        "Multiply": multiply,
+        "Relu": relu,
+    }
+
+
+def _varying(node: Any) -> list[int]:
+    """Inputs that depend on the grid; each must have the shape of the output, or be joined to it."""
+    found = [i for i, value in enumerate(node.input_values()) if value.get_node().get_type_name() != "Constant"]
+    if node.get_type_name() != "Concat" and any(_shape(node.input_value(i)) != _shape(node.output(0)) for i in found):
+        raise NotCoveredError(f"{node.get_type_name()} that widens what depends on the grid")
+    return found
+
+
+def _window(node: Any, count: Sequence[int]) -> dict[str, Any]:
+    """Where a convolution or a pooling looks, in whole cells."""
+    about: dict[str, Any] = {"dilations": [1] * len(count), **node.get_attributes()}
+    if about.get("auto_pad", "explicit") not in ("explicit", "valid"):
+        raise NotCoveredError(f"{node.get_type_name()} with padding {about['auto_pad']!r}")
+    return about
+
+
+def _constant(node: Any, position: int) -> np.ndarray:
+    source = node.input_value(position).get_node()
+    if source.get_type_name() != "Constant":
+        raise NotCoveredError(f"{node.get_type_name()} whose weights are computed")
+    return np.asarray(source.data, np.float32)
+
+
+def _shape(output: Any) -> list[int]:
+    return [int(n) for n in output.get_shape()]
+
+
+def _key(output: Any) -> tuple[str, int]:
+    return output.get_node().get_name(), output.get_index()

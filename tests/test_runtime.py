@@ -1,0 +1,432 @@
+"""What runs a network: both runtimes agree, what was compiled is kept and made anew, and there always is an answer."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+import ichprog
+from ichprog import registry
+from ichprog.backbones import Backbone
+from ichprog.errors import PluginError, UnknownName
+
+from conftest import brain_hu, local_model
+
+COMPACT = "compact.prognosis_gcs3_age"
+SHAPE = (16, 48, 44)
+
+
+class Dense(nn.Module):
+    """Concatenates, adds, and pools both ways, with functional ReLUs."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv3d(1, 4, (3, 7, 7), (1, 2, 2), (1, 3, 3), bias=False)
+        self.norm = nn.BatchNorm3d(4)
+        self.inner = nn.Conv3d(4, 4, 3, padding=1)
+        self.last = nn.Conv3d(8, 6, 1)
+        nn.init.uniform_(self.norm.running_mean, -0.1, 0.1)
+        nn.init.uniform_(self.norm.running_var, 0.5, 1.5)
+
+    def forward(self, grid):
+        x = functional.max_pool3d(self.norm(self.first(grid)).relu(), 3, 2, 1)
+        x = torch.cat([x, self.inner(x).relu() + x], 1)
+        return functional.avg_pool3d(self.last(functional.relu(x)), 2)
+
+
+def layers(*modules, channels):
+    """A backbone whose class activation maps are taken at its last layer."""
+    return lambda: Backbone(nn.Sequential(*modules), channels, f"features.{len(modules) - 1}")
+
+
+BACKBONES = {
+    "dense": layers(Dense(), channels=6),
+    "dilated": layers(nn.Conv3d(1, 4, 3, dilation=2, padding=1), nn.ReLU(), nn.Conv3d(4, 2, (1, 3, 5)), channels=2),
+    "strides": layers(nn.Conv3d(1, 3, (4, 5, 3), (3, 2, 4), (1, 0, 2)), nn.ReLU(), nn.Conv3d(3, 40, 2, 2), channels=40),
+    "pools": layers(
+        nn.Conv3d(1, 3, 3), nn.MaxPool3d((2, 3, 2), (2, 2, 1)), nn.ReLU(), nn.AvgPool3d((2, 1, 3)), channels=3
+    ),
+    "ceil": layers(nn.Conv3d(1, 2, 3), nn.ReLU(), nn.MaxPool3d(3, 2, 1, ceil_mode=True), channels=2),
+}
+UNCOVERED = {
+    "gelu": layers(nn.Conv3d(1, 2, 3), nn.ReLU(), nn.GELU(), nn.Conv3d(2, 2, 3), channels=2),
+    "overlap": layers(nn.Conv3d(1, 2, 3), nn.ReLU(), nn.AvgPool3d(3, 2), channels=2),
+    "product": layers(
+        nn.Conv3d(1, 2, 3), nn.ReLU(), type("Square", (nn.Module,), {"forward": lambda _, x: x * x})(), channels=2
+    ),
+}
+
+
+class Choosy(nn.Module):
+    """Goes one way or another by what it sees, which no graph can say."""
+
+    def __init__(self):
+        super().__init__()
+        self.convolution = nn.Conv3d(1, 2, 3)
+
+    def forward(self, grid):
+        return self.convolution(grid) if float(grid.mean()) > 0.4 else -self.convolution(grid)
+
+
+@pytest.fixture
+def model_of(tmp_path):
+    """Makes a local model of a backbone by name."""
+    torch.manual_seed(3)
+    made = {**BACKBONES, **UNCOVERED, "choosy": layers(Choosy(), channels=2)}
+    for name, build in made.items():
+        ichprog.register_backbone(name, build)
+    yield lambda name: local_model(tmp_path / name, name, shape=SHAPE)
+    for name in made:
+        registry.backbones.unregister(name)
+
+
+@pytest.fixture(scope="session")
+def image():
+    """A simulated brain, small."""
+    return nib.Nifti1Image(brain_hu((96, 96, 24)), np.diag([-2.3, -2.3, 6.0, 1.0]))
+
+
+@pytest.fixture
+def grids():
+    return np.random.default_rng(1).random((2, *SHAPE), np.float32)
+
+
+def logits(model, grids):
+    return np.concatenate([answer.logits for answer in model.answers(grids)[0].values()], 1)
+
+
+def probabilities(model, grids):
+    return np.concatenate([answer.probabilities for answer in model.answers(grids)[0].values()], 1)
+
+
+@pytest.mark.parametrize("backbone", [*BACKBONES, *UNCOVERED])
+def test_both_runtimes_give_the_same_answers(backbone, model_of, grids):
+    name = model_of(backbone)
+    fast, slow = (ichprog.load_model(name, runtime=runtime) for runtime in ("auto", "torch"))
+    assert (fast.runtime, slow.runtime) == ("openvino", "torch")
+    assert np.abs(logits(fast, grids) - logits(slow, grids)).max() < 1e-4
+    assert np.abs(probabilities(fast, grids) - probabilities(slow, grids)).max() < 1e-5
+
+
+METHODS = ["guided_backprop", "grad_cam", "guided_grad_cam"]
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_the_compiled_way_back_is_autograds(backbone, model_of, image):
+    name = model_of(backbone)
+    asked = {"task": ["prognosis", "gcs", "age"], "method": METHODS}
+    fast, slow = (
+        ichprog.explain(ichprog.load_model(name, runtime=runtime), image, **asked) for runtime in ("auto", "torch")
+    )
+    for key, found in fast.items():
+        assert (found.provenance["runtime"], found.provenance["note"]) == ("openvino", None)
+        right = slow[key].grid_map
+        assert found.grid_map.shape == right.shape
+        assert np.abs(found.grid_map - right).max() <= 1e-4 * np.abs(right).max(), key
+    assert any(found.grid_map.any() for (_, method), found in fast.items() if method == "guided_backprop")
+
+
+@pytest.mark.parametrize("backbone", UNCOVERED)
+def test_autograd_explains_what_has_no_rule(backbone, model_of, image):
+    name = model_of(backbone)
+    found, right = (
+        ichprog.explain(ichprog.load_model(name, runtime=runtime), image) for runtime in ("openvino", "torch")
+    )
+    assert found.provenance["runtime"] == "torch"
+    assert "no compiled way back" in found.provenance["note"]
+    assert right.provenance["note"] is None
+    assert np.array_equal(found.grid_map, right.grid_map)
+
+
+def test_autograd_explains_at_another_layer_and_for_other_methods(model_of, image):
+    model = ichprog.load_model(model_of("dense"))
+    assert ichprog.explain(model, image, method="grad_cam").provenance["runtime"] == "openvino"
+    inner = ichprog.explain(model, image, method="grad_cam", layer="features.0.inner")
+    assert (inner.provenance["runtime"], inner.grid_map.shape) == ("torch", (8, 12, 11))
+    assert "layer" in inner.provenance["note"]
+    with pytest.raises(UnknownName, match="no layer 'nothing'"):
+        ichprog.explain(model, image, method="grad_cam", layer="nothing")
+    ichprog.register_saliency("itself", lambda score, grid, network: grid[0, 0])
+    try:
+        plain = ichprog.explain(model, image, method="itself")
+    finally:
+        registry.saliency.unregister("itself")
+    assert plain.provenance["runtime"] == "torch"
+    assert "needs the network" in plain.provenance["note"]
+
+
+def test_torch_stands_in_for_a_network_that_cannot_be_compiled(model_of, grids, image):
+    name = model_of("choosy")
+    model = ichprog.load_model(name)
+    assert model.runtime == "torch"
+    assert "OpenVINO cannot run its network" in model.note
+    assert ichprog.predict(model, image).provenance["note"] == model.note
+    assert np.array_equal(logits(model, grids), logits(ichprog.load_model(name, runtime="torch"), grids))
+    with pytest.raises(PluginError, match=r"cannot run its network.*runtime='torch'"):
+        ichprog.load_model(name, runtime="openvino")
+
+
+def test_a_compiled_network_that_answers_otherwise_is_not_used(model_of, monkeypatch, grids):
+    from ichprog.runtime import compiled
+
+    converted = compiled._converted
+
+    def spoilt(module, *args):
+        for parameter in module.parameters():
+            parameter.data += 0.1
+        graph = converted(module, *args)
+        for parameter in module.parameters():
+            parameter.data -= 0.1
+        return graph
+
+    monkeypatch.setattr(compiled, "_converted", spoilt)
+    model = ichprog.load_model(model_of("dense"))
+    assert model.runtime == "torch"
+    assert "differ" in model.note
+
+
+def test_other_shapes_than_the_models_own_are_answered(model_of):
+    fast, slow = (
+        ichprog.load_model(model_of_name, runtime=r) for r in ("auto", "torch") for model_of_name in [COMPACT]
+    )
+    other = np.random.default_rng(0).random((3, 16, 64, 80), np.float32)
+    assert np.abs(logits(fast, other) - logits(slow, other)).max() < 1e-4
+
+
+# What is kept in the cache
+
+
+def compiled_files():
+    return sorted(Path(os.environ["ICHPROG_CACHE"], "compiled").rglob("*.blob"))
+
+
+CODE = f"""
+import sys, numpy as np, ichprog
+model = ichprog.load_model({COMPACT!r}, fold=0, precision=sys.argv[1])
+grids = np.random.default_rng(1).random((1, 24, 112, 112), np.float32)
+print(model.runtime, *["torch" in sys.modules, "monai" in sys.modules, "openvino_telemetry" in sys.modules])
+print(*np.concatenate([a.logits for a in model.answers(grids)[0].values()], 1)[0])
+"""
+
+
+def in_a_process(precision="float32", code=CODE, **options):
+    done = subprocess.run(
+        [sys.executable, "-c", code, precision], capture_output=True, text=True, check=True, timeout=300, **options
+    )
+    assert done.stderr == ""
+    said, numbers = done.stdout.splitlines()
+    return said.split(), np.array(numbers.split(), float)
+
+
+@pytest.fixture(scope="session")
+def right():
+    """Logits of the first fold of the embedded model, by torch."""
+    grids = np.random.default_rng(1).random((1, 24, 112, 112), np.float32)
+    return logits(ichprog.load_model(COMPACT, fold=0, runtime="torch"), grids)[0]
+
+
+@pytest.fixture
+def filled(right):
+    """The cache once the embedded model's first fold was used."""
+    assert (
+        np.abs(
+            logits(ichprog.load_model(COMPACT, fold=0), np.random.default_rng(1).random((1, 24, 112, 112), np.float32))[
+                0
+            ]
+            - right
+        ).max()
+        < 1e-4
+    )
+    (file,) = compiled_files()
+    return file
+
+
+def test_the_second_use_needs_no_torch(filled, right):
+    before = filled.read_bytes()
+    said, found = in_a_process()
+    assert said == ["openvino", "False", "False", "False"]
+    # in float32 to the last digits, though the processor may have bfloat16
+    assert np.abs(found - right).max() < 2e-5
+    assert filled.read_bytes() == before
+
+
+def test_a_precision_has_a_network_of_its_own(filled, right):
+    model = ichprog.load_model(COMPACT, fold=0, precision="bfloat16")
+    if model.note is not None:
+        pytest.skip("this processor does not compute in bfloat16")
+    assert len(compiled_files()) == 2
+    _, found = in_a_process("bfloat16")
+    assert 1e-4 < np.abs(found - right).max() < 0.2
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda b: b[:-1000],
+        lambda b: b[:50],
+        lambda b: b"",
+        lambda b: b[:-5000] + bytes([b[-5000] ^ 1]) + b[-4999:],
+        lambda b: b"0" * 64 + b[64:],
+        lambda b: b[:64] + b"{}\n" + b[64:],
+        lambda b: b[:64] + b[64:].replace(b'"recipe": ', b'"recipe": 1'),
+        lambda b: b"\n" * 2000,
+    ],
+    ids=["cut", "cut short", "empty", "a bit", "checksum", "no stamp", "stale", "lines"],
+)
+def test_what_is_damaged_or_stale_is_made_anew(damage, filled, right):
+    whole = filled.read_bytes()
+    filled.write_bytes(damage(whole))
+    grids = np.random.default_rng(1).random((1, 24, 112, 112), np.float32)
+    assert np.abs(logits(ichprog.load_model(COMPACT, fold=0), grids)[0] - right).max() < 1e-4
+    assert in_a_process()[0] == ["openvino", "False", "False", "False"]
+
+
+def test_a_whole_file_of_another_time_is_made_anew(filled, right):
+    """The checksum is right, but it was made with another version of OpenVINO, and holds what is none."""
+    import hashlib
+
+    content = filled.read_bytes()[64:]
+    line, _ = content.split(b"\n", 1)
+    for stamp in (line.replace(b'"openvino": "', b'"openvino": "9'), line):
+        other = stamp + b"\nno graph"
+        filled.write_bytes(hashlib.sha256(other).hexdigest().encode() + other)
+        model = ichprog.load_model(COMPACT, fold=0)
+        grids = np.random.default_rng(1).random((1, 24, 112, 112), np.float32)
+        assert np.abs(logits(model, grids)[0] - right).max() < 1e-4
+        assert in_a_process()[0] == ["openvino", "False", "False", "False"]
+
+
+def test_other_weights_have_another_network(tmp_path, filled):
+    ichprog.load_model(COMPACT, fold=1)
+    assert len({file.parent for file in compiled_files()}) == 2
+
+
+def test_what_was_registered_by_hand_is_not_kept(model_of):
+    ichprog.load_model(model_of("dense"))
+    assert compiled_files() == []
+
+
+def test_a_cache_that_cannot_be_written_costs_time_only(monkeypatch, tmp_path, right):
+    grids = np.random.default_rng(1).random((1, 24, 112, 112), np.float32)
+    (tmp_path / "compiled").write_text("a file where the folder should be")
+    monkeypatch.setenv("ICHPROG_CACHE", str(tmp_path))
+    model = ichprog.load_model(COMPACT, fold=0)
+    assert model.runtime == "openvino"
+    assert np.abs(logits(model, grids)[0] - right).max() < 1e-4
+
+
+def test_a_full_disk_costs_time_only(right):
+    full = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+    said, found = in_a_process(code=full + CODE)
+    assert said[0] == "openvino"
+    assert np.abs(found - right).max() < 2e-5
+    assert compiled_files() == []
+    assert [
+        p for p in Path(os.environ["ICHPROG_CACHE"], "compiled").rglob("*") if p.is_file() and p.stat().st_size
+    ] == []
+
+
+def test_two_processes_at_once(right):
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", CODE, "float32"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
+    for process in running:
+        out, err = process.communicate(timeout=300)
+        assert (process.returncode, err) == (0, "")
+        said, numbers = out.splitlines()
+        assert said.startswith("openvino")
+        assert np.abs(np.array(numbers.split(), float) - right).max() < 2e-5
+    assert len(compiled_files()) == 1
+    assert in_a_process()[0] == ["openvino", "False", "False", "False"]
+
+
+# What is chosen
+
+
+def test_a_processor_without_bfloat16_answers_in_float32(monkeypatch, image):
+    from ichprog.runtime import compiled
+
+    monkeypatch.setattr(compiled, "computes_in_bfloat16", lambda: False)
+    model = ichprog.load_model(COMPACT, fold=0, precision="bfloat16")
+    assert (model.runtime, model.precision) == ("openvino", "float32")
+    provenance = ichprog.predict(model, image).provenance
+    assert provenance["precision"] == "float32"
+    assert "does not compute in bfloat16" in provenance["note"]
+
+
+def test_openvino_is_for_the_processor():
+    with pytest.raises(UnknownName, match=r"device of the runtime openvino.*runtime='torch'"):
+        ichprog.load_model(COMPACT, runtime="openvino", device="cuda")
+    assert ichprog.load_model(COMPACT, fold=0, runtime="torch", device="cpu").runtime == "torch"
+
+
+def test_openvino_is_left_whole_for_others(right):
+    code = f"""
+import sys, ichprog
+ichprog.load_model({COMPACT!r}, fold=0)
+import openvino
+print(callable(openvino.convert_model), "openvino.tools.ovc" in sys.modules, "openvino_telemetry" in sys.modules)
+import openvino.tools.ovc
+print(0)
+"""
+    assert in_a_process(code=code)[0] == ["True", "False", "False"]
+
+
+def test_logging_and_warnings_are_left_alone():
+    code = f"""
+import logging, warnings, torch, monai.networks.nets, ichprog
+before = list(warnings.filters)
+ichprog.load_model({COMPACT!r}, fold=0)
+print(logging.getLogger().handlers == [], logging.getLogger().level, before == warnings.filters)
+print(0)
+"""
+    assert in_a_process(code=code)[0] == ["True", "30", "True"]
+
+
+def test_tasks_and_methods_share_one_forward_pass_and_one_way_back_a_task(model_of, image, monkeypatch):
+    """Nine maps of a fold are one run of the forward graph and three of the backward one."""
+    from ichprog.runtime import compiled
+
+    runs = []
+    infer = compiled._Program.infer
+    monkeypatch.setattr(
+        compiled._Program, "infer", lambda self, given: (runs.append(len(given)), infer(self, given))[1]
+    )
+    model = ichprog.load_model(model_of("dense"))
+    ichprog.explain(model, image)
+    runs.clear()
+    assert len(ichprog.explain(model, image, task=["prognosis", "gcs", "age"], method=METHODS)) == 9
+    assert sorted(map(bool, (n - 1 for n in runs))) == [False, True, True, True]
+
+
+def test_scans_are_read_one_ahead_and_answered_in_order(model_of, image, tmp_path):
+    """What is wrong with one scan is said at its place, and costs no other its answer."""
+    paths = [tmp_path / f"{number}.nii.gz" for number in range(5)]
+    for path in paths:
+        nib.save(image, path)
+    paths[2].write_bytes(b"nothing")
+    model = ichprog.load_model(model_of("dense"))
+    found = ichprog.predict(model, paths, on_error="record")
+    assert [prediction.scan for prediction in found] == [str(path) for path in paths]
+    assert [prediction.error is not None for prediction in found] == [False, False, True, False, False]
+    assert len({prediction["gcs"].logits for prediction in found if prediction.error is None}) == 1
+    answers = ichprog.predict(model, iter(paths))
+    assert [next(answers).scan, next(answers).scan] == [str(path) for path in paths[:2]]
+    with pytest.raises(ichprog.errors.ScanError, match=r"2\.nii\.gz"):
+        next(answers)
+    # what a check finds only while the network runs already is raised too, and leaves the model in order
+    empty = nib.Nifti1Image(np.zeros((96, 96, 24), np.int16), image.affine)
+    for _ in range(2):
+        with pytest.raises(ichprog.errors.ScanError, match="empty"):
+            ichprog.predict(model, empty, brain="given")
+    assert ichprog.predict(model, image)["gcs"].logits == found[0]["gcs"].logits
