@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import version
@@ -104,8 +105,7 @@ class Model:
                 yield self.failure(source, begun), begun
                 continue
             prepared, finish = begun
-            first, *others = self.members
-            wait = first.start(prepared[None])  # what is left to check changes nothing about the grid
+            wait = self.members[0].start(prepared[None])  # what is left to check changes nothing about the grid
             wrong = None
             try:
                 examined = finish()
@@ -117,7 +117,9 @@ class Model:
             if wrong is not None:
                 yield self.failure(source, wrong), wrong
                 continue
-            folds += [member.start(prepared[None])() for member in others]
+            for last, member in itertools.pairwise(self.members):
+                last.rest()  # many folds take no more memory to run than one
+                folds.append(member.start(prepared[None])())
             tasks = {task.name: _over_folds(task, [fold[task.name] for fold in folds]) for task in self.spec.tasks}
             yield Prediction(examined.name, self.spec.name, tasks, examined.warnings, provenance), examined
 
@@ -313,6 +315,8 @@ def explain(
     ran: dict[str, Any] = {}
     for member in loaded.members:
         found, ran = _maps_of(member, prepared, tasks, labels, attributions)
+        if len(loaded.members) > 1:
+            member.rest()
         for key, values in found.items():
             maps[key] = maps.get(key, np.float32(0)) + values / np.float32(len(loaded.members))
     provenance = loaded.provenance(examined) | ran

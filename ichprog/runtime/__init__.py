@@ -52,6 +52,9 @@ class Runtime(Protocol):
             A function that waits for each task's answer. It must be called before the next start.
         """
 
+    def rest(self) -> None:
+        """Gives back the memory that runs take, until the next."""
+
     def forward_pass(
         self, grid: np.ndarray, methods: Collection[Callable[..., Any]], layers: Collection[str | None]
     ) -> "AbstractContextManager[Pass]":

@@ -96,6 +96,11 @@ class OpenVinoRuntime:
 
         return answers
 
+    def rest(self) -> None:
+        """Gives back the memory that runs take, until the next."""
+        for program in list(self._programs.values()):
+            program.rest()
+
     @contextmanager
     def forward_pass(
         self, grid: np.ndarray, methods: Collection[Callable[..., Any]], layers: Collection[str | None]
@@ -133,6 +138,7 @@ class OpenVinoRuntime:
                 yield known
             return
         with forward.turn, backward.turn, torch.inference_mode(mode=False), torch.enable_grad():
+            self.rest()
             features, *kept = forward.infer([grid[None, None]])
             heads = network.load_heads(self.spec, self.file.path, features.shape[1])
             yield saliency.CompiledPass(
@@ -251,11 +257,11 @@ class _Program:
     def start(self, grid: np.ndarray) -> Callable[[], list[np.ndarray]]:
         """Begins to run on a grid `(D, H, W)`; what comes back waits for copies of the outputs."""
         self.turn.acquire()
-        tensor = openvino().Tensor(np.ascontiguousarray(grid[None, None]), shared_memory=True)
-        self._request.set_input_tensor(tensor)
+        values = np.ascontiguousarray(grid[None, None])
+        self._request.set_input_tensor(openvino().Tensor(values, shared_memory=True))
         self._request.start_async()
 
-        def wait() -> list[np.ndarray]:
+        def wait(_read: np.ndarray = values) -> list[np.ndarray]:  # which must live until it was
             try:
                 self._request.wait()
                 return [self._request.get_output_tensor(i).data.copy() for i in range(len(self.compiled.outputs))]
@@ -263,6 +269,14 @@ class _Program:
                 self.turn.release()
 
         return wait
+
+    def rest(self) -> None:
+        """Gives back the memory of runs, where none is under way; the next takes it again."""
+        if self.turn.acquire(blocking=False):
+            try:
+                self.compiled.release_memory()
+            finally:
+                self.turn.release()
 
     def infer(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Runs; the outputs lie in the program's own memory until it runs again."""

@@ -45,6 +45,9 @@ class TorchRuntime:
         answer = {task: Answer(logits[task].cpu().numpy(), probabilities[task].cpu().numpy()) for task in logits}
         return lambda: answer
 
+    def rest(self) -> None:
+        """Has nothing to give back."""
+
     @contextmanager
     def forward_pass(
         self,

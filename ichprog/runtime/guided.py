@@ -173,29 +173,40 @@ class _WayBack:
         ]
         lowest = self.op.constant(np.float32(-np.inf))
         best = self.op.pad(values, np.array([0, 0, *pads]), np.array([0, 0, *beyond]), "constant", lowest).output(0)
-        place = self.op.constant(np.zeros([1] * len(shape), np.int32)).output(0)  # in the volume, its axes made one
+        # Which element of its window each maximum is, counted as in memory: a byte says it, an index would take four.
+        window = int(np.prod(sizes))
+        number = np.uint8 if window <= 256 else np.int32
+        element, weight = self.op.constant(np.zeros([1] * len(shape), number)).output(0), 1
         for axis in reversed(range(2, len(shape))):
-            size, stride, pad, n = (each[axis - 2] for each in (sizes, strides, pads, count))
-            step = int(np.prod(shape[axis + 1 :]))
-            value, where = best, place
+            size, stride, n = (each[axis - 2] for each in (sizes, strides, count))
+            before, known = best, element
             for t in range(size):
-                stop = t + (n - 1) * stride + 1
-                candidate = self._slice(value, axis, t, stop, stride)
-                along = ((np.arange(n) * stride + t - pad) * step).astype(np.int32)
-                there = where if axis == len(shape) - 1 else self._slice(where, axis, t, stop, stride)
-                there = self.op.add(there, self.op.constant(along.reshape(-1, *[1] * (len(shape) - 1 - axis)))).output(
-                    0
-                )
+                reach = (axis, t, t + (n - 1) * stride + 1, stride)
+                candidate = self._slice(before, *reach)
+                which = known if _shape(known)[axis] == 1 else self._slice(known, *reach)
                 if t == 0:
-                    best, place = candidate, there
+                    best, element = candidate, which
                     continue
-                higher = self.op.greater(candidate, best)
+                which = self.op.add(which, self.op.constant(number(t * weight)))
+                element = self.op.select(self.op.greater(candidate, best), which, element).output(0)
                 best = self.op.maximum(candidate, best).output(0)
-                place = self.op.select(higher, there, place).output(0)
-        place = self.keep(self._reshape(place, [*shape[:2], -1]))
-        empty = self.op.broadcast(
-            self.op.constant(np.float32(0)), self.op.constant(np.array([*shape[:2], int(np.prod(shape[2:]))]))
+            weight *= size
+        wide = self.op.broadcast(element, self.op.constant(np.array(_shape(best)))).output(0)
+        element = self.op.convert(self.keep(self._reshape(wide, [*shape[:2], -1])), "i32")
+
+        steps = [int(np.prod(shape[axis + 1 :])) for axis in range(2, len(shape))]
+        offsets = sum(np.ix_(*(np.arange(k) * step for k, step in zip(sizes, steps, strict=True))), np.int32(0))
+        corners = sum(
+            np.ix_(*((np.arange(n) * s - p) * step for n, s, p, step in zip(count, strides, pads, steps, strict=True))),
+            np.int32(0),
         )
+        within = self.op.gather(self.op.constant(np.ravel(offsets).astype(np.int32)), element, self.op.constant(0))
+        place = self.op.add(within, self.op.constant(np.reshape(corners, (1, 1, -1)).astype(np.int32))).output(0)
+        # Zeros that are computed: as a constant they would be kept with the graph, and loaded.
+        nothing = self.op.convert(
+            self.op.less(self._slice(place, 2, 0, 1), self.op.constant(np.int32(-(2**31)))), "f32"
+        )
+        empty = self.op.broadcast(nothing, self.op.constant(np.array([*shape[:2], int(np.prod(shape[2:]))])))
         flat = self._reshape(gradient, [*shape[:2], -1])
         spread = self.op.scatter_elements_update(empty, place, flat, self.op.constant(2), reduction="sum")
         return {0: self._reshape(spread, shape)}
