@@ -3,10 +3,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import ndimage
 
 from ichprog.errors import ScanError, UnknownName
-from ichprog.scan import read
-from ichprog.scan.brain import brain_only, extract, resample, sees_skull
+from ichprog.scan import morphology, read
+from ichprog.scan.brain import brain_only, extract, sees_skull
+from ichprog.scan.morphology import resample
 
 import heads
 
@@ -159,12 +163,57 @@ def test_a_skull_without_a_brain_is_no_brain():
 
 
 @pytest.mark.parametrize("shape", [(4, 6, 5), (8, 12, 3), (3, 20, 9)])
-def test_resampling_keeps_constants_and_slopes(shape):
-    assert resample(np.full((6, 9, 7), 3.0), shape) == pytest.approx(3)
-    slope = resample((np.arange(24) + 0.5) / 24, (12,))
-    np.testing.assert_allclose(slope[1:-1], ((np.arange(12) + 0.5) / 12)[1:-1], atol=1e-6)
-    slope = resample((np.arange(12) + 0.5) / 12, (24,))
-    np.testing.assert_allclose(slope[1:-1], ((np.arange(24) + 0.5) / 24)[1:-1], atol=1e-6)
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_resampling_keeps_constants_and_slopes(shape, order):
+    assert resample(np.full((6, 9, 7), 3.0, order=order), shape) == pytest.approx(3)
+    for n, m in ((24, 12), (12, 24)):
+        known, wanted = ((np.arange(cells) + 0.5) / cells for cells in (n, m))
+        for axis in range(3):
+            sides, final = [6, 5, 4], [3, 7, 8]
+            sides[axis], final[axis] = n, m
+            along = np.asarray(np.moveaxis(np.broadcast_to(known, (*np.delete(sides, axis), n)), -1, axis), order=order)
+            slope = np.moveaxis(resample(along, final), axis, -1)[..., 1:-1]
+            np.testing.assert_allclose(slope, np.broadcast_to(wanted[1:-1], slope.shape), atol=1e-6)
+
+
+def masks():
+    """Masks of any density, with holes and pieces, in both orders of memory and as parts of larger ones."""
+    shapes = st.tuples(*[st.integers(2, 9)] * 3)
+    return st.builds(random_mask, shapes, st.integers(0, 999), st.floats(0, 1), st.sampled_from("CF"), st.booleans())
+
+
+def random_mask(shape, seed, density, order, part):
+    mask = np.asarray(np.random.default_rng(seed).random(shape) < density, order=order)
+    return mask[1:] if part else mask
+
+
+@given(masks(), masks())
+@settings(max_examples=200, deadline=None)
+def test_pieces_and_holes_are_those_of_scipy(mask, among):
+    labels, _ = ndimage.label(mask)
+    sizes = np.bincount(labels.ravel())
+    sizes[0] = 0
+    np.testing.assert_array_equal(morphology.pieces(mask, lambda sizes: sizes >= 3), (sizes >= 3)[labels])
+    piece = morphology.largest(mask)
+    assert piece.sum() == sizes.max()
+    assert (labels[piece] == labels[piece][:1]).all()
+    np.testing.assert_array_equal(morphology.filled(mask), ndimage.binary_fill_holes(mask))
+    if among.shape == mask.shape:
+        touched = np.unique(labels[among & mask])
+        kept = morphology.pieces(mask, lambda sizes: sizes > 0, among=among)
+        np.testing.assert_array_equal(kept, np.isin(labels, touched) & mask)
+        counts = np.bincount(labels[among & mask], minlength=1)
+        assert (morphology.largest(mask, among=among) & among).sum() == counts.max()
+
+
+@given(masks(), st.tuples(*[st.sampled_from([0.5, 1.9973, 2.0, 5.0])] * 3), st.sampled_from([2.0, 2.5, 6.0, 9.7]))
+@settings(max_examples=200, deadline=None)
+def test_distances_are_those_of_scipy(mask, spacing, most):
+    far = ndimage.distance_transform_edt(~mask, sampling=spacing) if mask.any() else np.full(mask.shape, np.inf)
+    np.testing.assert_array_equal(morphology.within(mask, most, spacing), far <= most)
+    found = morphology.distance(mask, spacing, most)
+    np.testing.assert_allclose(found[far <= most], far[far <= most], rtol=1e-6)
+    assert (found[far > most] > most - 1e-5).all()
 
 
 def test_a_real_head():

@@ -38,11 +38,17 @@ def test_equals_the_published_chain(tmp_path, shape, dtype):
     assert np.abs(got - expected).max() <= 1e-6
 
 
-@given(st.tuples(*[st.integers(2, 60)] * 3), st.integers(0, 99))
-@settings(max_examples=40, deadline=None)
-def test_equals_monai_at_any_size(shape, seed):
+@given(st.tuples(*[st.integers(2, 60)] * 3), st.integers(0, 99), st.sampled_from("CF"), st.booleans())
+@settings(max_examples=80, deadline=None)
+def test_equals_monai_at_any_size(shape, seed, order, small):
+    """Whether a brain fills the scan or lies somewhere in it, and in whatever order in memory."""
     contract = type(CONTRACT)(**{**vars(CONTRACT), "shape": (9, 17, 13)})
-    hu = random_hu(shape, seed)
+    hu = np.asarray(random_hu(shape, seed), order=order)
+    if small:
+        low, high = (np.array(shape) // 3, np.array(shape) // 3 + 1 + seed % 9)
+        outside = np.ones(shape, bool)
+        outside[tuple(slice(a, b) for a, b in zip(low, high, strict=True))] = False
+        hu[outside] = -1024
     y = (hu - 15) / 85
     y = np.where((y <= 0) | (y >= 1), 0, y).astype(np.float32)[None]
     y = transforms.Resize((13, 17, 9), mode="area")(transforms.SpatialPad((-1, -1, 9))(y)).numpy()

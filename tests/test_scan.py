@@ -1,12 +1,17 @@
 """Scans from files and images: orientation, refusals, folders."""
 
+import gzip
+import subprocess
+import sys
+
 import nibabel as nib
 import numpy as np
 import pytest
 
 import ichprog
-from ichprog import ScanError, scan, zoo
+from ichprog import ScanError, UnknownName, scan, zoo
 
+import heads
 from conftest import brain_hu
 
 PLAUSIBLE = zoo.find(zoo.DEFAULT).input.plausible
@@ -46,6 +51,27 @@ def test_scaled_integers_are_read_as_hu(hu, tmp_path):
     body[112:120] = np.array([1, -1024], "<f4").tobytes()  # scl_slope and scl_inter
     path.write_bytes(body)
     assert np.array_equal(scan.read(path).hu, hu)
+
+
+@pytest.mark.parametrize("endianness", ["<", ">"])
+@pytest.mark.parametrize("dtype", ["i2", "u1", "i4", "f4", "f8"])
+def test_a_compressed_file_holds_what_the_image_does(hu, tmp_path, dtype, endianness):
+    header = nib.Nifti1Header(endianness=endianness)
+    header.set_data_dtype(np.dtype(dtype))
+    nib.Nifti1Image(hu.clip(0).astype(dtype), AFFINE, header).to_filename(tmp_path / "scan.nii.gz")
+    stored = nib.load(tmp_path / "scan.nii.gz")
+    assert stored.get_data_dtype() == np.dtype(endianness + dtype)
+    read = scan.read(tmp_path / "scan.nii.gz")
+    np.testing.assert_array_equal(read.hu, stored.get_fdata())
+    assert read.hu.dtype == np.float32
+
+
+def test_a_compressed_file_of_scaled_integers_is_read_as_hu(hu, tmp_path):
+    image = nib.Nifti1Image((hu.astype(int) + 1024) * 2, AFFINE, dtype=np.int32)
+    body = bytearray(image.to_bytes())
+    body[112:120] = np.array([0.5, -1024], "<f4").tobytes()  # scl_slope and scl_inter
+    (tmp_path / "scaled.nii.gz").write_bytes(gzip.compress(body))
+    np.testing.assert_array_equal(scan.read(tmp_path / "scaled.nii.gz").hu, hu)
 
 
 def test_a_single_volume_of_four_axes_is_a_scan(hu):
@@ -137,7 +163,62 @@ def test_what_is_no_scan_at_all_is_refused():
         scan.read(np.zeros((3, 3, 3)))
 
 
+@pytest.mark.parametrize("mode", ["auto", "given"])
+def test_what_a_network_needs_comes_before_the_examination_of_a_brain(hu, mode):
+    image = nib.Nifti1Image(hu, AFFINE)
+    early, end = scan.begin(image, plausible=PLAUSIBLE, brain=mode)
+    late = end()
+    np.testing.assert_array_equal(early, late.hu)
+    np.testing.assert_array_equal(early, scan.read(image).hu)
+    whole = scan.examine(image, plausible=PLAUSIBLE, brain=mode)
+    np.testing.assert_array_equal(late.brain, whole.brain)
+    assert late.record == whole.record
+    assert [w.code for w in late.warnings] == [w.code for w in whole.warnings]
+
+
+def test_a_brain_that_cannot_be_told_from_a_picture_is_refused_at_the_end(hu):
+    picture = nib.Nifti1Image(np.where(hu == 0, 0, hu * 3 + 40).clip(0, 255).astype(np.uint8), AFFINE)
+    _, end = scan.begin(picture, plausible=PLAUSIBLE, brain="given")
+    with pytest.raises(ScanError) as caught:
+        end()
+    assert caught.value.code == "eight-bit"
+
+
+def test_what_is_no_ct_is_refused_before_a_brain_is_looked_for(hu):
+    with pytest.raises(ScanError) as caught:
+        scan.begin(nib.Nifti1Image((hu / 100).astype(np.float32), AFFINE), plausible=PLAUSIBLE, brain="extract")
+    assert caught.value.code == "not-hu"
+
+
+@pytest.mark.parametrize("mode", ["auto", "given", "extract"])
+def test_a_scan_of_no_possible_size_is_refused_at_once(hu, mode):
+    with pytest.raises(ScanError) as caught:
+        scan.begin(nib.Nifti1Image(hu, AFFINE * 1000), plausible=PLAUSIBLE, brain=mode)
+    assert caught.value.code == "spacing"
+
+
+def test_an_unknown_mode_is_refused_at_once(hu):
+    with pytest.raises(UnknownName, match="given"):
+        scan.begin(nib.Nifti1Image(hu, AFFINE), plausible=PLAUSIBLE, brain="givn")
+
+
+def test_examining_a_head_needs_no_scipy(tmp_path):
+    """Its import alone takes longer than the whole examination."""
+    head = heads.head(blood="deep").scan
+    nib.Nifti1Image(head.hu, head.affine).to_filename(tmp_path / "head.nii.gz")
+    code = "import sys, nibabel; before = set(sys.modules)\nfrom ichprog import scan, zoo\n"
+    code += "done = scan.examine(sys.argv[1], plausible=zoo.find(zoo.DEFAULT).input.plausible)\n"
+    code += "print(done.record['brain'], *{m for m in set(sys.modules) - before if m.startswith('scipy')})"
+    said = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "head.nii.gz"], capture_output=True, text=True, check=True
+    )
+    assert said.stdout.splitlines()[-1] == "extracted"
+
+
 def test_an_examined_scan_is_taken_as_it_is(hu):
     examined = scan.examine(nib.Nifti1Image(hu, AFFINE), plausible=PLAUSIBLE)
     assert scan.examine(examined, plausible=PLAUSIBLE) is examined
+    early, end = scan.begin(examined, plausible=PLAUSIBLE)
+    assert early is examined.hu
+    assert end() is examined
     assert np.array_equal(np.asarray(ichprog.brain_mask(examined).dataobj) > 0, examined.brain)

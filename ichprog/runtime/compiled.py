@@ -291,13 +291,18 @@ def openvino() -> Any:
 
     Who imports OpenVINO for himself, before or after, finds it whole.
     """
-    return wake()()
+    return wake()()[0]
 
 
 @functools.cache
-def wake() -> Callable[[], Any]:
-    """Begins to import OpenVINO beside whatever the caller does next; what comes back waits for it."""
-    return _aside(_imported)
+def wake() -> Callable[[], tuple[Any, Any]]:
+    """Begins to import OpenVINO beside whatever the caller does next; what comes back waits for it and its core."""
+    return _aside(_woken)
+
+
+def _woken() -> tuple[Any, Any]:
+    module = _imported()
+    return module, module.Core()
 
 
 def _imported() -> Any:
@@ -325,9 +330,8 @@ def computes_in_bfloat16() -> bool:
     return "BF16" in _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
-@functools.cache
 def _core() -> Any:
-    return openvino().Core()
+    return wake()()[1]
 
 
 def _answers(network: "Network") -> "nn.Module":

@@ -1,7 +1,7 @@
 """Training: a cohort and a model's description become weights, fold by fold, in a folder that is a model.
 
 `protocol` says how, `folds` who, `grids` keeps prepared scans, `augment` alters them, `objective` is what is minimised,
-`loop` trains one fold, `team` is the processes that do so together, `run` the folder.
+`rounding` is its precision, `loop` trains one fold, `team` is the processes that do so together, `run` the folder.
 """
 
 from collections.abc import Collection
@@ -60,7 +60,8 @@ def train(
 
     Raises:
         CohortError: The patients are too few or of one label, or scans cannot be used.
-        RunError: The folder is of another run, the disk is full, or a loss is no number.
+        RunError: The folder is of another run, the disk is full, a loss is no number, or bfloat16 was asked for where
+            it does not serve.
         SpecError: The description is not valid.
         UnknownName: There is no such model, plugin, fold or device.
         PluginError: A plugin of the model cannot be loaded or breaks its contract.
@@ -70,7 +71,7 @@ def train(
     from ichprog import hub, network
     from ichprog.cohort import Cohort
     from ichprog.train import folds as folds_room
-    from ichprog.train import grids, loop
+    from ichprog.train import grids, loop, rounding
     from ichprog.train.run import Run, bytes_needed, identity, own_spec, surroundings
     from ichprog.train.team import Team
     from ichprog.train.watch import Onlooker
@@ -95,11 +96,8 @@ def train(
             f"{protocol.batch} patients a batch are too few for {team.size} processes: each needs 2 or more. Raise the "
             f"protocol's `batch` to {2 * team.size} at least."
         )
-    if protocol.precision == "bfloat16" and team.device.type == "cpu":
-        raise RunError(
-            "precision 'bfloat16' is for training on a GPU: on CPUs PyTorch's gradients of convolutions over few cells "
-            "were found wrong in it. Choose 'auto' or 'float32'."
-        )
+    if protocol.precision == "bfloat16" and team.device.type == "cpu" and (why := rounding.lack(team.device)):
+        raise RunError(f"precision 'bfloat16': {why}. Choose 'auto' or 'float32'.")
     membership = {
         str(fold): {kind: [names[int(p)] for p in part] for kind, part in fold_parts._asdict().items()}
         for fold, fold_parts in enumerate(parts)

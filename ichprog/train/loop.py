@@ -7,7 +7,7 @@ needs no state of any generator, and a run that was killed goes on to the same r
 import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from ichprog.errors import RunError
 from ichprog.network import Network
 from ichprog.results import whole_file
 from ichprog.spec import ModelSpec, Task
+from ichprog.train import rounding
 from ichprog.train.augment import augment
 from ichprog.train.folds import Fold, oversample
 from ichprog.train.objective import Objective, label_weights, mean_loss, recalibrate
@@ -78,6 +79,7 @@ class Outcome:
         history: The log, a row a pass.
         best: The row of the best pass.
         calibration: For each task the scale and shifts that its logits got, or None.
+        precision: In what it was trained, and why where "auto" did not take bfloat16.
     """
 
     network: Network
@@ -85,6 +87,7 @@ class Outcome:
     history: list[Row]
     best: Row
     calibration: dict[str, tuple[float, list[float]] | None]
+    precision: str
 
 
 def fit(job: Job, team: Team, watch: "Watch") -> Outcome:
@@ -96,13 +99,15 @@ def fit(job: Job, team: Team, watch: "Watch") -> Outcome:
         watch: Who is told.
 
     Raises:
-        RunError: A loss is no number; it names the patients of the batch.
+        RunError: A loss is no number, and it names the patients of the batch; or the network cannot be trained in
+            bfloat16, which was asked for.
     """
     with _own_randomness(team.device):
-        state = _State(job, team)
+        state = State(job, team)
         watch.begin(job, state.history)
         while not state.over:
-            row = _pass(state, job, team, watch)
+            row = run_pass(state, job, team, watch)
+            row |= _validated(state, job, team)
             state.conclude(row)
             if team.leads:
                 state.save()
@@ -146,8 +151,21 @@ def steps(order: np.ndarray, protocol: Protocol, team_size: int = 1) -> list[lis
     return [first, *whole]
 
 
-def _pass(state: "_State", job: Job, team: Team, watch: "Watch") -> Row:
-    """One pass over the training part, and what the validation part says of it."""
+def run_pass(state: "State", job: Job, team: Team, watch: "Watch") -> Row:
+    """One pass over the training part.
+
+    Args:
+        state: The training; its network, optimiser and schedule go on.
+        job: The fold.
+        team: The processes that train it together.
+        watch: Who is told.
+
+    Returns:
+        Its learning rate, precision and losses.
+
+    Raises:
+        RunError: A loss is no number; it names the patients of the batch.
+    """
     protocol, epoch, device = job.protocol, state.epoch, team.device
     part = job.parts.train
     if protocol.balance == "oversample":
@@ -175,7 +193,7 @@ def _pass(state: "_State", job: Job, team: Team, watch: "Watch") -> Row:
             weight = _weight(state.objective, job, patients)
             shares = {t: team.size * weight[t] / whole[t] if whole[t] else 0.0 for t in whole}
             with team.alone(state.trained, when=batch is not batches[-1]):
-                with state.rounding():
+                with state.computing():
                     loss, losses = state.trained(grids.contiguous(memory_format=state.layout), targets, shares)
                 values = torch.stack([loss.detach(), *(one.detach() for one in losses.values())]).tolist()
                 if not math.isfinite(values[0]):
@@ -197,15 +215,16 @@ def _pass(state: "_State", job: Job, team: Team, watch: "Watch") -> Row:
     told_sums = team.gather([(sums, weights)])
     totals = {task: sum(w[task] for _, w in told_sums) for task in job.labels}
     means = {task: sum(s[task] for s, _ in told_sums) / (totals[task] or 1.0) for task in job.labels}
-    row: Row = {"fold": job.fold, "epoch": epoch, "lr": rate, "loss": state.objective.judge(means)}
+    row: Row = {"fold": job.fold, "epoch": epoch, "lr": rate, "bfloat16": float(state.rounded)}
+    row["loss"] = state.objective.judge(means)
     row |= {f"loss_{task}": value for task, value in means.items()}
     if state.objective.log_variance is not None:
         learned = state.objective.log_variance.detach().tolist()
         row |= {f"log_variance_{task}": value for task, value in zip(job.labels, learned, strict=True)}
-    return row | _validated(state, job, team)
+    return row
 
 
-def _validated(state: "_State", job: Job, team: Team) -> Row:
+def _validated(state: "State", job: Job, team: Team) -> Row:
     """The losses of the validation part, the AUC of each task, the balanced accuracy of the first."""
     part, objective = job.parts.validation, state.objective
     logits = answers(objective.network, part, job, team)
@@ -236,7 +255,8 @@ def answers(network: Network, part: np.ndarray, job: Job, team: Team) -> dict[st
     team.share_buffers(network)
     found: list[tuple[int, dict[str, np.ndarray]]] = []
     mine = np.arange(len(part))[team.rank :: team.size]
-    with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+    exactly = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
+    with torch.no_grad(), exactly, rounding.computing(team.device, rounded=False):
         for start in range(0, len(mine), job.protocol.batch):
             places = mine[start : start + job.protocol.batch]
             logits = {task: v.float().cpu().numpy() for task, v in network(job.load(part[places], team.device)).items()}
@@ -299,7 +319,7 @@ def _weight(objective: Objective, job: Job, patients: np.ndarray) -> dict[str, f
     return found
 
 
-def _best(state: "_State", job: Job, team: Team) -> Outcome:
+def _best(state: "State", job: Job, team: Team) -> Outcome:
     """The network of the best pass, set right by the validation part, and its answers to the test part."""
     kept = state.best
     if kept is None:
@@ -315,11 +335,28 @@ def _best(state: "_State", job: Job, team: Team) -> Outcome:
             calibration[task] = recalibrate(head, logits[task], targets[task])
             head.to(team.device)
     logits = answers(network, job.parts.test, job, team)
-    return Outcome(network.cpu(), logits, state.history, state.history[kept["epoch"]], calibration)
+    best = state.history[kept["epoch"]]
+    return Outcome(network.cpu(), logits, state.history, best, calibration, state.precision)
 
 
-class _State:
-    """All that changes in a training, and its checkpoint."""
+class State:
+    """All that changes in a training, and its checkpoint.
+
+    Args:
+        job: The fold; it goes on from its checkpoint where there is one.
+        team: The processes that train it together.
+
+    Attributes:
+        objective: What is minimised, with the network.
+        rounded: Whether training is in bfloat16.
+        precision: The same in words.
+        epoch: Passes that have ended.
+        best: The best pass, its score and its network; None before one has a score.
+        history: The log, a row a pass.
+
+    Raises:
+        RunError: The network cannot be trained in bfloat16, which was asked for.
+    """
 
     def __init__(self, job: Job, team: Team) -> None:
         self.job, self.team, protocol = job, team, job.protocol
@@ -337,6 +374,7 @@ class _State:
             self.plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
                 self.optimiser, factor=protocol.plateau_factor, patience=protocol.plateau_patience
             )
+        self.rounded, self.precision = self._rounds()
         self.epoch = 0
         self.best: dict[str, Any] | None = None
         self.history: list[Row] = []
@@ -350,11 +388,9 @@ class _State:
         waited = self.epoch - 1 - self.best["epoch"] if self.best else self.epoch
         return self.epoch >= protocol.epochs or 0 < protocol.patience <= waited
 
-    def rounding(self) -> torch.autocast:
-        """The context in which the network is trained at the precision asked for."""
-        kind, asked = self.team.device.type, self.job.protocol.precision
-        rounded = asked == "bfloat16" or (asked == "auto" and kind == "cuda" and torch.cuda.is_bf16_supported())
-        return torch.autocast(kind, dtype=torch.bfloat16, enabled=rounded)
+    def computing(self) -> AbstractContextManager[None]:
+        """The context in which the network is trained."""
+        return rounding.computing(self.team.device, rounded=self.rounded)
 
     def set_rate(self, step: int, in_a_pass: int) -> float:
         """Sets the learning rate of a step, where it follows from the step alone; tells it."""
@@ -397,6 +433,19 @@ class _State:
         self.optimiser.load_state_dict(data["optimiser"])
         if self.plateau is not None:
             self.plateau.load_state_dict(data["plateau"])
+
+    def _rounds(self) -> tuple[bool, str]:
+        """Whether training is in bfloat16; and the same in words."""
+        job, team, asked = self.job, self.team, self.job.protocol.precision
+        if asked == "float32" or (asked == "auto" and team.device.type == "cpu"):
+            return False, "float32"
+        why = rounding.lack(team.device)
+        if why is None and team.device.type == "cpu":
+            found = rounding.fault(self.objective.network, job.load(job.parts.train[:2], team.device))
+            why = next((fault for fault in team.gather([found]) if fault), None)
+        if why is not None and asked == "bfloat16":
+            raise RunError(f"precision 'bfloat16': {why}. Choose 'auto' or 'float32'.")
+        return why is None, "bfloat16" if why is None else f"float32: {why}"
 
     def _groups(self) -> list[dict[str, Any]]:
         """Weights decay; the learned weights of the tasks do not."""

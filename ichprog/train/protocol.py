@@ -48,7 +48,8 @@ class Protocol:
         noise_p: Share of scans with noise.
         gain: Largest change of contrast, as a share of it.
         offset: Largest change of brightness where the grid is not 0.
-        precision: "float32"; "bfloat16" for matrix products; "auto": bfloat16 on a GPU that computes in it.
+        precision: "float32"; "bfloat16" for convolutions and matrix products, on a processor where it multiplies in
+            that and the network's convolutions are found right in it; "auto": bfloat16 on a GPU that computes in it.
     """
 
     epochs: int = 60

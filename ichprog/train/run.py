@@ -169,6 +169,7 @@ class Run:
             {
                 "best": _without_nan(outcome.best),
                 "epochs": len(outcome.history),
+                "precision": outcome.precision,
                 "calibration": {
                     task: found and {"scale": found[0], "shift": found[1]}
                     for task, found in outcome.calibration.items()

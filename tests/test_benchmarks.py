@@ -1,0 +1,69 @@
+"""The page of speed says what was measured, and says what was missed."""
+
+import json
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+REPORT = runpy.run_path(str(ROOT / "benchmarks" / "report.py"))
+
+
+def test_the_page_and_its_plots_are_up_to_date():
+    """Else run `python benchmarks/report.py --from benchmarks/results.json`."""
+    results = json.loads((ROOT / "benchmarks" / "results.json").read_text(encoding="utf-8"))
+    page = (ROOT / "docs" / "speed.md").read_text(encoding="utf-8")
+    assert page == REPORT["page"](results)
+    plots = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("speed*.svg")}
+    assert set(re.findall(r"\]\((speed[\w-]*\.svg)\)", page)) == set(plots)
+    for text in plots.values():
+        assert REPORT["digest"](results) in text
+
+
+def test_every_suite_has_its_place():
+    suites = {path.stem.removeprefix("test_") for path in (ROOT / "benchmarks").glob("test_*.py")}
+    assert suites <= set(REPORT["SUITES"])
+    assert len(suites) >= 5
+
+
+def figure(what, ours, peer, target, unit="s"):
+    return {"what": what, "unit": unit, "ours": ours, "peer": peer, "beside": "another", "target": target, "at": {}}
+
+
+def run(*figures, cpu="Fast"):
+    """A run as pytest-benchmark writes it."""
+    return {
+        "machine_info": {"system": "Linux", "machine": "x86_64", "cpu": {"brand_raw": cpu, "count": 2, "flags": []}},
+        "datetime": "2026-01-02T03:04:05+00:00",
+        "benchmarks": [
+            {"fullname": "benchmarks/test_prepare.py::test_a_scan", "extra_info": {"figures": [one]}} for one in figures
+        ],
+    }
+
+
+@pytest.mark.parametrize(("ours", "target", "row", "missed"), [
+    ([9, 2, 3], ("ratio", "at most", 0.5), "3.00 s (2.00 to 9.00) | 10.0 s, another | 0.300 | at most 0.500 | yes", ""),
+    ([6], ("ratio", "at most", 0.5), "6.00 s | 10.0 s, another | 0.600 | at most 0.500 | **no**", "0.600"),
+    ([12.4], ("ratio", "at least", 1.25), "12.4 s | 10.0 s, another | 1.24 | at least 1.25 | **no**", "1.24"),
+    ([10.2], ("difference", "at most", 0.25), "| 1.02 | at most 250 ms more | yes", ""),
+    ([10.5], ("difference", "at most", 0.25), "| 1.05 | at most 250 ms more | **no**", "500 ms"),
+    ([0.008], ("ours", "at most", 0.01), "| 8.00 ms | 10.0 s, another | 8.0e-04 | at most 10.0 ms | yes", ""),
+    ([1.5], None, "| 1.50 s | 10.0 s, another | 0.150 |  |  |", ""),
+])  # fmt: skip
+def test_a_target_is_held_against_what_it_is_about(ours, target, row, missed):
+    text = REPORT["page"](REPORT["condense"](run(figure("this", ours, [10], target))))
+    assert row in text
+    named = re.findall(r"^- Preparing a scan: this: (\S+(?: ms)?), target", text, re.MULTILINE)
+    assert named == ([missed] if missed else [])
+    assert "on 2 cores of Fast" in text
+
+
+def test_a_part_measured_anew_leaves_the_rest_unless_the_machine_is_another():
+    first = REPORT["condense"](run(figure("a", [1], [2], None), figure("b", [3], [4], None)))
+    again = REPORT["condense"](run(figure("a", [5], [6], None)))
+    joined = REPORT["join"](first, again)["figures"]
+    assert [(one["what"], one["ours"]["median"]) for one in joined] == [("a", 5), ("b", 3)]
+    elsewhere = REPORT["condense"](run(figure("a", [7], [8], None), cpu="Slow"))
+    assert REPORT["join"](first, elsewhere) == elsewhere
