@@ -29,7 +29,7 @@ def demo(out: Path, as_json: bool) -> None:
     out.mkdir(parents=True, exist_ok=True)
     patient = Patient(*_PATIENT)
     scan, mask = patient.save(out)
-    model = ichprog.load_model(_MODEL)
+    model = ichprog.load_model(_MODEL, runtime="torch")  # which nothing is kept of
     examined = model.examine(scan)
     prediction = ichprog.predict(model, examined)
     with results_file(out / "results.csv", model.spec) as add:

@@ -6,7 +6,8 @@ longer than the kernel, the loop over slices leaves the front padding by a step 
 that gradients of the weights become anything up to infinity, and some of these write where they must not. In
 DenseNet121 on a grid of 40 slices it is the third block, 2 cells deep under kernels of 3. Convolutions of this kind,
 dilated and transposed ones are therefore left in float32. And a network is tried before it is trained: all its other
-convolutions, values and both gradients, in both precisions. On a processor bfloat16 is taken only where it is asked for.
+convolutions, values and both gradients, in both precisions. On a processor bfloat16 is only taken where it is asked
+for.
 """
 
 from collections.abc import Callable, Iterator, Sequence
