@@ -8,7 +8,7 @@ import numpy as np
 from ichprog.errors import PluginError, ScanError
 from ichprog.results import Prediction, Saliency
 from ichprog.scan import read
-from ichprog.scan.brain import AIR_HU, background
+from ichprog.scan.volume import AIR_HU, background
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -13,10 +13,7 @@ import numpy as np
 
 from ichprog.errors import ScanError, UnknownName
 from ichprog.scan.morphology import Box, banded, bounds, distance, filled, largest, pieces, weigh, weights, within
-from ichprog.scan.morphology import resample as resample
-from ichprog.scan.volume import AIR_HU as AIR_HU
-from ichprog.scan.volume import Scan
-from ichprog.scan.volume import background as background
+from ichprog.scan.volume import AIR_HU, Scan
 
 BrainMode = Literal["auto", "extract", "given"]
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ichprog.scan.brain import resample
+from ichprog.scan.morphology import resample
 from ichprog.simulate.anatomy import CENTRE, Individual
 from ichprog.simulate.haemorrhage import Shape
 
