@@ -70,19 +70,19 @@ def fastest_product(precision):
         times = round(PRODUCTS / (2 * size**3)) or 1
         for library, product in (("torch.mm", of_torch), ("OpenVINO's MatMul", of_openvino)):
             made[library, size] = often(product(size, precision), times), times * 2 * size**3
-    for work, _ in made.values():
-        work()
-    rates = {key: operations / min(timed(work) for _ in range(3)) for key, (work, operations) in made.items()}
+    for products, _ in made.values():
+        products()
+    rates = {key: operations / min(timed(products) for _ in range(3)) for key, (products, operations) in made.items()}
     library, size = max(rates, key=rates.get)
     return *made[library, size], f"{library} of {size} x {size}, the fastest product seen"
 
 
 def often(product, times):
-    def work():
+    def products():
         for _ in range(times):
             product()
 
-    return work
+    return products
 
 
 def of_torch(size, precision):
