@@ -319,6 +319,7 @@ def main() -> None:
         results, fine = measure(asked.suites, asked.rounds, asked.k, slow=not asked.not_slow)
         if RESULTS.exists() and (asked.suites or asked.k or asked.not_slow or not fine):
             results = join(json.loads(RESULTS.read_text(encoding="utf-8")), results)
+        results["figures"].sort(key=lambda figure: SUITES.index(figure["suite"]))
         RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     (DOCS / PAGE).write_text(page(results), encoding="utf-8")
     draw(results)

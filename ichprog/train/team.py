@@ -1,5 +1,6 @@
 """The processes that train together: one, or several that `accelerate launch` or `torchrun` started."""
 
+import atexit
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -38,6 +39,7 @@ class Team:
             raise RunError("several processes need Accelerate: pip install 'ichprog[train]'.") from error
         # Precision is the protocol's, whatever the launcher was configured for.
         self._accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no", gradient_accumulation_steps=1)
+        atexit.register(self._accelerator.end_training)  # a process that ends before its group's threads is aborted
         self.rank, self.size = self._accelerator.process_index, self._accelerator.num_processes
         self.device = self._accelerator.device
 
