@@ -17,18 +17,8 @@ ANGLE = math.pi / 36
 
 def chain(shape: tuple[int, int, int]) -> t.Compose:
     """From a brain-only NIfTI in LPS order to an augmented grid `(1, D, H, W)`."""
-    slices, rows, columns = shape
     return t.Compose([
-        t.LoadImage(image_only=True),
-        t.EnsureChannelFirst(),
-        t.Rotate90(k=3),
-        t.Flip(spatial_axis=1),
-        t.NormalizeIntensity(subtrahend=15, divisor=85),
-        t.ThresholdIntensity(threshold=0, above=True, cval=0),
-        t.ThresholdIntensity(threshold=1, above=False, cval=0),
-        t.SpatialPad((-1, -1, slices), method="symmetric"),
-        t.Resize((rows, columns, slices), mode="area"),
-        t.Transpose((0, 3, 1, 2)),
+        published.chain(shape),
         t.RandRotate(range_x=ANGLE, range_y=ANGLE, range_z=ANGLE, prob=0.5),
         t.Zoom(1.1),  # every scan: the published probability is ignored
         t.RandGaussianNoise(std=0.01, prob=0.5),

@@ -220,7 +220,7 @@ def load_model(
     """
     choice = choose(runtime, device, precision)
     spec, files = hub.fetch(name, fold=fold, cache_dir=cache_dir, offline=offline)
-    return Model(spec, files, choice, Path(cache_dir).expanduser() if cache_dir else hub.default_cache())
+    return Model(spec, files, choice, hub.cache_folder(cache_dir))
 
 
 @overload

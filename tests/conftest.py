@@ -95,7 +95,7 @@ def _decided(state):
     return {k: v.abs() * 40 + 3000 if k.endswith("linear.weight") else v for k, v in state.items()}
 
 
-def local_model(folder, backbone, *, shape, folds=1, adjust=lambda state: state, options=None):
+def local_model(folder, backbone, *, shape, folds=1, adjust=lambda state: state):
     """Writes a model of three tasks with a registered backbone and seeded weights, and tells its name."""
     spec = zoo.find("densenet121.prognosis_gcs3_age")
     weights = dataclasses.replace(
@@ -105,7 +105,7 @@ def local_model(folder, backbone, *, shape, folds=1, adjust=lambda state: state,
     spec = dataclasses.replace(
         spec,
         name=f"{backbone}.prognosis_gcs3_age",
-        backbone=Part(backbone, options or {}),
+        backbone=Part(backbone, {}),
         weights=weights,
         input=contract,
     )

@@ -128,11 +128,12 @@ def save(name: str, hub: Path, seed: int, fold: int = 0) -> Path:
     return path
 
 
-def grid(path: Path) -> torch.Tensor:
-    """A brain-only NIfTI in LPS order through the published chain of MONAI's transforms: `(1, 40, 301, 301)`."""
+def chain(shape: tuple[int, int, int] = (40, 301, 301)):  # type: ignore[no-untyped-def]
+    """The published chain of MONAI's transforms: a brain-only NIfTI in LPS order to a grid `(1, D, H, W)`."""
     from monai import transforms as t
 
-    chain = t.Compose(
+    slices, rows, columns = shape
+    return t.Compose(
         [
             t.LoadImage(image_only=True),
             t.EnsureChannelFirst(),
@@ -141,12 +142,16 @@ def grid(path: Path) -> torch.Tensor:
             t.NormalizeIntensity(subtrahend=15, divisor=85),
             t.ThresholdIntensity(threshold=0, above=True, cval=0),
             t.ThresholdIntensity(threshold=1, above=False, cval=0),
-            t.SpatialPad((-1, -1, 40), method="symmetric"),
-            t.Resize((301, 301, 40), mode="area"),
+            t.SpatialPad((-1, -1, slices), method="symmetric"),
+            t.Resize((rows, columns, slices), mode="area"),
             t.Transpose((0, 3, 1, 2)),
         ]
     )
-    return chain(str(path)).as_tensor()
+
+
+def grid(path: Path) -> torch.Tensor:
+    """A brain-only NIfTI in LPS order as the published grid `(1, 40, 301, 301)`."""
+    return chain()(str(path)).as_tensor()
 
 
 def probabilities(name: str, logits: list[torch.Tensor]) -> dict[str, np.ndarray]:

@@ -367,7 +367,7 @@ def test_offline_asks_nothing_and_says_what_to_do(server: HubServer, monkeypatch
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(WeightsError) as caught:
         hub.weights(make_spec(), name="hf-hub:org/repo@main", offline=by == "argument")
-    for said in (REPO, FOLDER, COMMIT, str(hub.default_cache()), "`ichprog fetch hf-hub:org/repo@main`"):
+    for said in (REPO, FOLDER, COMMIT, str(hub.cache_folder()), "`ichprog fetch hf-hub:org/repo@main`"):
         assert said in str(caught.value)
     assert server.requests == []
 
@@ -389,12 +389,12 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: An
 
 
 def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cache: Path) -> None:
-    assert hub.default_cache() == cache
+    assert hub.cache_folder() == cache
     monkeypatch.delenv("ICHPROG_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert hub.default_cache() == tmp_path / "ichprog"
+    assert hub.cache_folder() == tmp_path / "ichprog"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert hub.default_cache() == Path.home() / ".cache" / "ichprog"
+    assert hub.cache_folder() == Path.home() / ".cache" / "ichprog"
 
 
 # --- names that bring their spec

@@ -174,9 +174,9 @@ def test_torch_stands_in_for_a_network_that_cannot_be_compiled(model_of, grids, 
 
 
 def test_a_compiled_network_that_answers_otherwise_is_not_used(model_of, monkeypatch, grids):
-    from ichprog.runtime import compiled
+    from ichprog.runtime import engine
 
-    converted = compiled._converted
+    converted = engine.converted
 
     def spoilt(module, *args):
         for parameter in module.parameters():
@@ -186,7 +186,7 @@ def test_a_compiled_network_that_answers_otherwise_is_not_used(model_of, monkeyp
             parameter.data -= 0.1
         return graph
 
-    monkeypatch.setattr(compiled, "_converted", spoilt)
+    monkeypatch.setattr(engine, "converted", spoilt)
     model = ichprog.load_model(model_of("dense"))
     assert model.runtime == "torch"
     assert "differ" in model.note
@@ -311,6 +311,7 @@ def test_other_weights_have_another_network(tmp_path, filled):
 def test_what_was_registered_by_hand_is_not_kept(model_of):
     ichprog.load_model(model_of("dense"))
     assert compiled_files() == []
+    assert not Path(os.environ["ICHPROG_CACHE"], "compiled").exists()
 
 
 def test_a_cache_that_cannot_be_written_costs_time_only(monkeypatch, tmp_path, right):
@@ -354,9 +355,9 @@ def test_two_processes_at_once(right):
 
 
 def test_a_processor_without_bfloat16_answers_in_float32(monkeypatch, image):
-    from ichprog.runtime import compiled
+    from ichprog.runtime import engine
 
-    monkeypatch.setattr(compiled, "computes_in_bfloat16", lambda: False)
+    monkeypatch.setattr(engine, "computes_in_bfloat16", lambda: False)
     model = ichprog.load_model(COMPACT, fold=0, precision="bfloat16")
     assert (model.runtime, model.precision) == ("openvino", "float32")
     provenance = ichprog.predict(model, image).provenance

@@ -553,8 +553,7 @@ if what == "file":
 ichprog.register_backbone("plain", plain)
 table, spec, out, cache = sys.argv[1:]
 only = [0] if "WORLD_SIZE" in os.environ else None
-protocol = QUICK.but(precision=os.environ.get("PRECISION", "auto"))
-train(table, spec, out, folds=4, only=only, protocol=protocol, cache_dir=cache, device="cpu", resume=True)
+train(table, spec, out, folds=4, only=only, protocol=QUICK, cache_dir=cache, device="cpu", resume=True)
 """
 
 
@@ -594,10 +593,9 @@ def test_two_processes_train_as_one(folder, cohort, spec, tmp_path):
         port = free.getsockname()[1]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1"]
     launcher.append(f"--master-port={port}")
-    done = drive(tmp_path, folder, spec, tmp_path / "two", launcher, PRECISION="float32")
+    done = drive(tmp_path, folder, spec, tmp_path / "two", launcher)
     assert done.returncode == 0, done.stderr
-    protocol = QUICK.but(precision="float32")
-    train(cohort, spec, tmp_path / "one", folds=4, only=[0], protocol=protocol, cache_dir=folder / "c")
+    train(cohort, spec, tmp_path / "one", folds=4, only=[0], protocol=QUICK, cache_dir=folder / "c")
     for one, two in zip(*(table(tmp_path / run / "out_of_fold.csv") for run in ("one", "two")), strict=True):
         assert one["patient"] == two["patient"]
         assert float(one["prognosis_poor"]) == pytest.approx(float(two["prognosis_poor"]), abs=1e-3)

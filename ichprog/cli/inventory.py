@@ -112,7 +112,7 @@ def doctor(ctx: click.Context, name: str | None, cache_dir: Path | None, as_json
         "installed": {"python": sys.version.split()[0], **{d: version(d) for d in DEPENDENCIES}},
         "plugins": _plugin_states(),
         "cache": {
-            "folder": str(cache_dir or hub.default_cache()),
+            "folder": str(hub.cache_folder(cache_dir)),
             "files": [{"source": f.source, "path": str(f.path), "holds": holds} for f, holds in hub.cached(cache_dir)],
         },
         "model": model and {"name": name, "weights": model.provenance()["weights"], "probe": model.probe()},

@@ -18,7 +18,7 @@ from ichprog.hub.remote import NoNetworkError, Repository
 from ichprog.hub.shelf import Entry, Shelf, WeightFile, check_pin, recipe_of, save, sha256_of, translate
 from ichprog.spec import ModelSpec, Weights
 
-__all__ = ["WeightFile", "cached", "default_cache", "fetch", "resolve", "translate", "weights"]
+__all__ = ["WeightFile", "cache_folder", "cached", "fetch", "resolve", "translate", "weights"]
 
 _FILES = {  # what is looked for in a folder, in words and as an expression whose group is the fold, 0 where it is empty
     "pickle": ("*_fold<K>.pth", r"_fold(\d+)\.pth$"),
@@ -32,8 +32,14 @@ _HUB_NAME = re.compile(r"hf-hub:(?P<repo>[\w.-]+/[\w.-]+)(?:/(?P<folder>.*?))?/?
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
-def default_cache() -> Path:
-    """The cache folder: `ICHPROG_CACHE`, else `ichprog` in `XDG_CACHE_HOME`, else `~/.cache/ichprog`."""
+def cache_folder(cache_dir: str | Path | None = None) -> Path:
+    """The cache folder: the one given, else `ICHPROG_CACHE`, `ichprog` in `XDG_CACHE_HOME`, or `~/.cache/ichprog`.
+
+    Args:
+        cache_dir: A folder that is asked for by name.
+    """
+    if cache_dir:
+        return Path(cache_dir).expanduser()
     if own := os.environ.get("ICHPROG_CACHE"):
         return Path(own).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ichprog"
@@ -47,7 +53,7 @@ def fetch(
     Args:
         name: A name of the zoo, "hf-hub:org/repo[/folder]@revision", or "local-dir:PATH".
         fold: One fold; all there are where it is not given.
-        cache_dir: The cache folder, where it is not `default_cache`.
+        cache_dir: The cache folder, where it is not the one of `cache_folder`.
         offline: Never touch the network. `HF_HUB_OFFLINE=1` says the same.
 
     Raises:
@@ -75,7 +81,7 @@ def resolve(name: str, *, cache_dir: str | Path | None = None, offline: bool = F
     Args:
         name: "hf-hub:org/repo[/folder]@revision" or "local-dir:PATH". A branch or tag stands for the commit it is at
             now; without a network, for the one it was last seen at.
-        cache_dir: The cache folder, where it is not `default_cache`.
+        cache_dir: The cache folder, where it is not the one of `cache_folder`.
         offline: Never touch the network. `HF_HUB_OFFLINE=1` says the same.
 
     Returns:
@@ -98,7 +104,10 @@ def resolve(name: str, *, cache_dir: str | Path | None = None, offline: bool = F
     if not (parts := _HUB_NAME.fullmatch(name)):
         hint = "The revision is needed: a commit of 40 hex digits at best, or a tag or branch."
         raise UnknownName("model", name, ["hf-hub:org/repo[/folder]@revision", "local-dir:PATH"], hint)
-    place, root = Repository(parts["repo"], parts["revision"], parts["folder"] or "", name, offline), _root(cache_dir)
+    place, root = (
+        Repository(parts["repo"], parts["revision"], parts["folder"] or "", name, offline),
+        cache_folder(cache_dir),
+    )
     _pin(place, root)
     shelf, _ = _supply(place, root)
     return _placed(ModelSpec.read(shelf.path / "config.json"), place.repo, place.revision, place.folder), None
@@ -120,7 +129,7 @@ def weights(
         fold: One fold; all there are where it is not given.
         name: What the user calls the model, for the command in messages; else the spec's name.
         directory: The folder the spec lies in, where its weights lie beside it.
-        cache_dir: The cache folder, where it is not `default_cache`.
+        cache_dir: The cache folder, where it is not the one of `cache_folder`.
         offline: Never touch the network. `HF_HUB_OFFLINE=1` says the same.
 
     Returns:
@@ -130,7 +139,7 @@ def weights(
         UnknownName: There is no such fold.
         WeightsError: They cannot be had, are not the ones promised, hold more than tensors, or have other keys.
     """
-    published, root = spec.weights, _root(cache_dir)
+    published, root = spec.weights, cache_folder(cache_dir)
     if published.repo is None or published.revision is None:
         if directory is None:
             raise WeightsError(f"{spec.name}: its weights lie beside its spec; say in which folder that is.")
@@ -144,10 +153,10 @@ def cached(cache_dir: str | Path | None = None) -> list[tuple[WeightFile, bool]]
     """Every weight file in the cache, and whether it still is what it was when it was made.
 
     Args:
-        cache_dir: The cache folder, where it is not `default_cache`.
+        cache_dir: The cache folder, where it is not the one of `cache_folder`.
     """
     found = []
-    for manifest in sorted((_root(cache_dir) / "weights").rglob("manifest.json")):
+    for manifest in sorted((cache_folder(cache_dir) / "weights").rglob("manifest.json")):
         shelf = Shelf(manifest.parent)
         for key, entry in shelf.entries.items():
             if match := re.search(_FILES["safetensors"][1], entry.file or ""):
@@ -253,7 +262,3 @@ def _folds(form: str, names: Collection[str], fold: int | None, where: str) -> d
     if fold is not None and fold not in found:
         raise UnknownName(f"fold of {where}", fold, sorted(found))
     return {k: name for k, name in sorted(found.items()) if fold in (None, k)}
-
-
-def _root(cache_dir: str | Path | None) -> Path:
-    return Path(cache_dir).expanduser() if cache_dir else default_cache()

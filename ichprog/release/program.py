@@ -15,7 +15,7 @@ from ichprog.hub import WeightFile
 from ichprog.model import Model
 from ichprog.network import Network
 from ichprog.release.card import config
-from ichprog.runtime.compiled import openvino, quiet
+from ichprog.runtime.engine import openvino, quiet
 from ichprog.spec import ModelSpec
 
 FORMATS = {"onnx": ("onnx", "onnxscript"), "openvino": ("onnx", "onnxscript")}  # and what they need

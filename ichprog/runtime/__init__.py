@@ -1,8 +1,8 @@
 """Running a network on grids.
 
 `eager` runs it in torch, on any device: short, and what the other is held against. `compiled` runs it as OpenVINO
-compiled it for this processor, in about half the time and without torch; `kept` keeps what was compiled. `guided` makes
-the graph that explains out of the graph that answers.
+compiled it for this processor, faster and without torch: `engine` is OpenVINO itself, `kept` keeps what was compiled,
+and `guided` makes the graph that explains out of the graph that answers.
 """
 
 import ctypes
@@ -110,10 +110,10 @@ def choose(runtime: str, device: str, precision: str) -> Choice:
     where = "cpu" if runtime == "openvino" or device == "cpu" else _device(device)
     if where != "cpu" or runtime == "torch":
         return Choice("torch", where, precision, firm=True)
-    from ichprog.runtime import compiled
+    from ichprog.runtime import engine
 
-    compiled.wake()
-    if precision == "bfloat16" and not compiled.computes_in_bfloat16():
+    engine.wake()
+    if precision == "bfloat16" and not engine.computes_in_bfloat16():
         note = "this processor does not compute in bfloat16, so float32 was taken"
         return Choice("openvino", where, "float32", runtime == "openvino", note)
     return Choice("openvino", where, precision, runtime == "openvino")

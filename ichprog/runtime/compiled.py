@@ -1,23 +1,17 @@
 """A network run by OpenVINO, compiled for this processor."""
 
 import functools
-import importlib
-import io
-import logging
-import sys
 import threading
-import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
-from concurrent.futures import Future
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ichprog.errors import PluginError
 from ichprog.hub import WeightFile
-from ichprog.runtime import Answer, guided
+from ichprog.runtime import Answer, engine, guided
 from ichprog.runtime.kept import Kept
 from ichprog.spec import ModelSpec
 
@@ -30,7 +24,6 @@ if TYPE_CHECKING:
 
 _TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}  # of a probability, between torch and what was compiled
 Shape = tuple[int, int, int]
-_Done = TypeVar("_Done")
 
 
 class NotCompiledError(PluginError):
@@ -56,7 +49,7 @@ class OpenVinoRuntime:
 
     def __init__(self, spec: ModelSpec, file: WeightFile, precision: str, cache: Path) -> None:
         self.spec, self.file, self.precision = spec, file, precision
-        self._kept = Kept(spec, file, cache, processor(), precision)
+        self._kept = Kept(spec, file, cache, engine.processor(), precision)
         self._programs: dict[tuple[str, Shape], _Program] = {}
         self._lock = threading.Lock()
         self._awaited: Callable[[], object] = lambda: None
@@ -65,22 +58,12 @@ class OpenVinoRuntime:
         if noted is not None and "refused" in noted:
             raise NotCompiledError(noted["refused"])
         if noted is not None:
-            self._awaited = _aside(lambda: self._program("answers", shape))
+            self._awaited = engine.aside(lambda: self._program("answers", shape))
         else:
             self._program("answers", shape)
 
     def start(self, grids: np.ndarray) -> Callable[[], dict[str, Answer]]:
-        """Begins to answer.
-
-        Args:
-            grids: `(B, D, H, W)` float32.
-
-        Returns:
-            A function that waits for each task's answer. It must be called before the next start.
-
-        Raises:
-            NotCompiledError: OpenVINO cannot run the network on grids of this shape.
-        """
+        """Begins to answer, as `Runtime.start` says; a grid of another shape has a graph of its own made first."""
         self._awaited()
         program = self._program("answers", grids.shape[1:])
         wait = program.start(grids[0])
@@ -105,16 +88,7 @@ class OpenVinoRuntime:
     def forward_pass(
         self, grid: np.ndarray, methods: Collection[Callable[..., Any]], layers: Collection[str | None]
     ) -> "Iterator[saliency.Pass]":
-        """One forward pass, kept while the block runs: of compiled graphs where those serve the methods, or of torch.
-
-        Args:
-            grid: `(D, H, W)` float32.
-            methods: The methods that will ask.
-            layers: The layers they ask for; None is the backbone's own choice.
-
-        Raises:
-            UnknownName: The network has no such layer.
-        """
+        """`Runtime.forward_pass`: of compiled graphs where those serve methods and layers, else of torch."""
         import torch
 
         from ichprog import network, saliency
@@ -172,7 +146,9 @@ class OpenVinoRuntime:
         if "refused" in about:
             raise NotCompiledError(about["refused"])
         try:
-            compiled = _core().import_model(openvino().Tensor(exported, shared_memory=True), "CPU", self._settings)
+            compiled = engine.core().import_model(
+                engine.openvino().Tensor(exported, shared_memory=True), "CPU", self._settings
+            )
         except RuntimeError:  # whole and of this version, and still not to be read
             return None
         return _Program(compiled, about, exported)
@@ -198,7 +174,7 @@ class OpenVinoRuntime:
         import torch
 
         module = _answers(whole)
-        program = self._compiled(_converted(module, shape, self.spec.name))
+        program = self._compiled(self._converted(module, shape))
         seeded = np.random.default_rng(0).random((1, 1, *shape), np.float32)
         with torch.inference_mode():
             expected = [values.numpy() for values in module(torch.from_numpy(seeded))]
@@ -217,9 +193,9 @@ class OpenVinoRuntime:
 
         from ichprog import saliency
 
-        model = _converted(whole.backbone, shape, self.spec.name)
+        model = self._converted(whole.backbone, shape)
         try:
-            forward, backward = guided.reverse(openvino(), model)
+            forward, backward = guided.reverse(engine.openvino(), model)
         except guided.NotCoveredError as error:
             raise NotCompiledError(f"there is no compiled way back through {self.spec.name} ({error})") from error
         names: list[str] = []  # of the layer whose output the features are, where that is the backbone's choice
@@ -233,8 +209,19 @@ class OpenVinoRuntime:
             "backward": self._compiled(backward),
         }
 
+    def _converted(self, module: "nn.Module", shape: Shape) -> Any:
+        try:
+            return engine.converted(module, shape)
+        except MemoryError:
+            raise
+        except Exception as error:  # a plugin may compute in any way
+            said = " ".join(str(error).split())[:200]
+            raise NotCompiledError(
+                f"{self.spec.name}: OpenVINO cannot run its network ({type(error).__name__}: {said})"
+            ) from error
+
     def _compiled(self, model: Any, about: dict[str, Any] | None = None) -> "_Program":
-        return _Program(_core().compile_model(model, "CPU", self._settings), about or {})
+        return _Program(engine.core().compile_model(model, "CPU", self._settings), about or {})
 
     @property
     def _settings(self) -> dict[str, str]:
@@ -258,8 +245,12 @@ class _Program:
         """Begins to run on a grid `(D, H, W)`; what comes back waits for copies of the outputs."""
         self.turn.acquire()
         values = np.ascontiguousarray(grid[None, None])
-        self._request.set_input_tensor(openvino().Tensor(values, shared_memory=True))
-        self._request.start_async()
+        try:
+            self._request.set_input_tensor(engine.openvino().Tensor(values, shared_memory=True))
+            self._request.start_async()
+        except BaseException:
+            self.turn.release()
+            raise
 
         def wait(_read: np.ndarray = values) -> list[np.ndarray]:  # which must live until it was
             try:
@@ -281,57 +272,9 @@ class _Program:
     def infer(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Runs; the outputs lie in the program's own memory until it runs again."""
         for position, values in enumerate(inputs):
-            self._request.set_input_tensor(position, openvino().Tensor(values, shared_memory=True))
+            self._request.set_input_tensor(position, engine.openvino().Tensor(values, shared_memory=True))
         self._request.infer()
         return [self._request.get_output_tensor(i).data for i in range(len(self.compiled.outputs))]
-
-
-def openvino() -> Any:
-    """OpenVINO without the tools that it imports by itself, which take as long as the rest and send word to its makers.
-
-    Who imports OpenVINO for himself, before or after, finds it whole.
-    """
-    return wake()()[0]
-
-
-@functools.cache
-def wake() -> Callable[[], tuple[Any, Any]]:
-    """Begins to import OpenVINO beside whatever the caller does next; what comes back waits for it and its core."""
-    return _aside(_woken)
-
-
-def _woken() -> tuple[Any, Any]:
-    module = _imported()
-    return module, module.Core()
-
-
-def _imported() -> Any:
-    if "openvino" in sys.modules:
-        return sys.modules["openvino"]
-    tools = "openvino.tools.ovc"
-    sys.modules[tools] = None  # type: ignore[assignment]  # is not found then, which OpenVINO allows for
-    try:
-        module: Any = importlib.import_module("openvino")
-    finally:
-        del sys.modules[tools]
-    module.convert_model = lambda *args, **options: importlib.import_module(tools).convert_model(*args, **options)
-    return module
-
-
-def processor() -> str:
-    """The processor and what it computes in, as OpenVINO tells them."""
-    core = _core()
-    capabilities = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    return " ".join([core.get_property("CPU", "FULL_DEVICE_NAME").strip(), *sorted(capabilities)])
-
-
-def computes_in_bfloat16() -> bool:
-    """Whether the processor multiplies in bfloat16."""
-    return "BF16" in _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-
-
-def _core() -> Any:
-    return wake()()[1]
 
 
 def _answers(network: "Network") -> "nn.Module":
@@ -348,58 +291,3 @@ def _answers(network: "Network") -> "nn.Module":
             return (*logits.values(), *self.network.probabilities(logits).values())
 
     return Answers().eval()
-
-
-def _converted(module: "nn.Module", shape: Shape, name: str) -> Any:
-    """A torch module as a graph of OpenVINO, for one grid at a time."""
-    import torch
-    from openvino._offline_transformations import apply_moc_transformations
-    from openvino.frontend import FrontEndManager
-    from openvino.frontend.pytorch.fx_decoder import TorchFXPythonDecoder
-
-    size = (1, 1, *shape)
-    try:
-        with quiet(), torch.no_grad():
-            program = torch.export.export(module, (torch.zeros(size),))
-            frontend = FrontEndManager().load_by_framework("pytorch")
-            decoder = TorchFXPythonDecoder.from_exported_program(program)  # has to live as long as it is read
-            model = frontend.convert(frontend.load(decoder))
-        model.reshape(list(size))
-        apply_moc_transformations(model, cf=False)  # joins what belongs together: normalisation with convolution
-    except MemoryError:
-        raise
-    except Exception as error:  # a plugin may compute in any way
-        said = " ".join(str(error).split())[:200]
-        raise NotCompiledError(f"{name}: OpenVINO cannot run its network ({type(error).__name__}: {said})") from error
-    return model
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keeps from users what torch and OpenVINO say to their developers of a graph, and leaves logging as it was."""
-    root, silent = logging.getLogger(), logging.NullHandler()
-    disabled = root.manager.disable
-    root.addHandler(silent)  # without any, the first word to the root logger would set one up for good
-    logging.disable(logging.CRITICAL)
-    try:
-        # What torch prints of a graph that it cannot trace is in the error too.
-        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(disabled)
-        root.removeHandler(silent)
-
-
-def _aside(work: Callable[[], _Done]) -> Callable[[], _Done]:
-    """Begins work in a thread; what comes back waits for it, and raises what it raised."""
-    done: Future[_Done] = Future()
-
-    def run() -> None:
-        try:
-            done.set_result(work())
-        except BaseException as error:
-            done.set_exception(error)
-
-    threading.Thread(target=run, name="ichprog-load").start()
-    return done.result

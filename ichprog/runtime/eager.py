@@ -33,11 +33,7 @@ class TorchRuntime:
             self.network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
 
     def start(self, grids: np.ndarray) -> Callable[[], dict[str, Answer]]:
-        """Answers; what comes back has the answer already.
-
-        Args:
-            grids: `(B, D, H, W)` float32.
-        """
+        """Answers, as `Runtime.start` says; what comes back has the answer already."""
         with torch.inference_mode(), self._rounding():
             logits = self.network(torch.from_numpy(grids).to(self.device)[:, None])
         logits = {task: values.float() for task, values in logits.items()}
@@ -55,16 +51,7 @@ class TorchRuntime:
         methods: Collection[Callable[..., Any]],  # noqa: ARG002  # any can ask
         layers: Collection[str | None],
     ) -> Iterator[saliency.Pass]:
-        """One forward pass with its graph, kept while the block runs.
-
-        Args:
-            grid: `(D, H, W)` float32.
-            methods: The methods that will ask; any can.
-            layers: The layers they ask for; None is the backbone's own choice.
-
-        Raises:
-            UnknownName: The network has no such layer.
-        """
+        """`Runtime.forward_pass`, with its graph kept for any method."""
         names = {saliency.layer_name(self.network, layer) for layer in layers}
         with torch.inference_mode(mode=False), torch.enable_grad():
             values = torch.from_numpy(grid).to(self.device)[None, None].requires_grad_()

@@ -96,12 +96,8 @@ class _WayBack:
     def concat(self, node: Any, gradient: Any) -> dict[int, Any]:
         axis = node.get_attributes()["axis"]
         ends = np.cumsum([_shape(value)[axis] for value in node.input_values()])
-        shares, start = {}, 0
-        for position, end in enumerate(ends.tolist()):
-            if position in _varying(node):
-                shares[position] = self._slice(gradient, axis, start, end)
-            start = end
-        return shares
+        starts = [0, *ends.tolist()]
+        return {i: self._slice(gradient, axis, starts[i], starts[i + 1]) for i in _varying(node)}
 
     def convolution(self, node: Any, gradient: Any) -> dict[int, Any]:
         """The transposed convolution, written as an ordinary one, which engines run several times as fast."""

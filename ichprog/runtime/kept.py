@@ -128,6 +128,8 @@ class Kept:
         """
         from filelock import FileLock
 
+        if not self._lasting:
+            return make()
         lock = FileLock(self._path(graph, shape).with_suffix(".lock"))
         try:
             self._folder.mkdir(parents=True, exist_ok=True)

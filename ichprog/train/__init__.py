@@ -113,7 +113,7 @@ def train(
         scans,
         spec.input,
         brain=brain,
-        folder=Path(cache_dir or hub.default_cache()).expanduser() / "grids",
+        folder=hub.cache_folder(cache_dir) / "grids",
         workers=workers,
         progress=progress and team.leads,
     )

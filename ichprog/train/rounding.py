@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from ichprog.runtime.compiled import computes_in_bfloat16
+from ichprog.runtime.engine import computes_in_bfloat16
 
 _CONVOLUTIONS = {torch.conv1d, torch.conv2d, torch.conv3d}
 _NOT_EXAMINED = {torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d}

@@ -1,0 +1,130 @@
+"""OpenVINO itself: how it is imported, what it says of the processor, and how a torch module gets into it."""
+
+import functools
+import importlib
+import io
+import logging
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager, redirect_stderr
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_Done = TypeVar("_Done")
+
+
+def openvino() -> Any:
+    """OpenVINO without the tools that it imports by itself, which take as long as the rest and send word to its makers.
+
+    Who imports OpenVINO for himself, before or after, finds it whole.
+    """
+    return wake()()[0]
+
+
+@functools.cache
+def wake() -> Callable[[], tuple[Any, Any]]:
+    """Begins to import OpenVINO beside whatever the caller does next; what comes back waits for it and its core."""
+    return aside(_woken)
+
+
+def _woken() -> tuple[Any, Any]:
+    module = _imported()
+    return module, module.Core()
+
+
+def _imported() -> Any:
+    if "openvino" in sys.modules:
+        return sys.modules["openvino"]
+    tools = "openvino.tools.ovc"
+    sys.modules[tools] = None  # type: ignore[assignment]  # is not found then, which OpenVINO allows for
+    try:
+        module: Any = importlib.import_module("openvino")
+    finally:
+        del sys.modules[tools]
+    module.convert_model = lambda *args, **options: importlib.import_module(tools).convert_model(*args, **options)
+    return module
+
+
+def processor() -> str:
+    """The processor and what it computes in, as OpenVINO tells them."""
+    name, capabilities = (core().get_property("CPU", key) for key in ("FULL_DEVICE_NAME", "OPTIMIZATION_CAPABILITIES"))
+    return " ".join([name.strip(), *sorted(capabilities)])
+
+
+def computes_in_bfloat16() -> bool:
+    """Whether the processor multiplies in bfloat16."""
+    return "BF16" in core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+def core() -> Any:
+    """OpenVINO's core, which compiles and loads."""
+    return wake()()[1]
+
+
+def converted(module: "nn.Module", shape: Sequence[int]) -> Any:
+    """A torch module as a graph of OpenVINO.
+
+    Args:
+        module: From one grid `(1, 1, D, H, W)` on.
+        shape: D, H and W.
+
+    Raises:
+        Exception: Whatever torch and OpenVINO raise where they cannot.
+    """
+    import torch
+    from openvino._offline_transformations import apply_moc_transformations
+    from openvino.frontend import FrontEndManager
+    from openvino.frontend.pytorch.fx_decoder import TorchFXPythonDecoder
+
+    size = (1, 1, *shape)
+    with quiet(), torch.no_grad():
+        program = torch.export.export(module, (torch.zeros(size),))
+        frontend = FrontEndManager().load_by_framework("pytorch")
+        decoder = TorchFXPythonDecoder.from_exported_program(program)  # has to live as long as it is read
+        model = frontend.convert(frontend.load(decoder))
+    model.reshape(list(size))
+    apply_moc_transformations(model, cf=False)  # joins what belongs together: normalisation with convolution
+    return model
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps from users what torch and OpenVINO say to their developers of a graph, and leaves logging as it was."""
+    root, silent = logging.getLogger(), logging.NullHandler()
+    disabled = root.manager.disable
+    root.addHandler(silent)  # without any, the first word to the root logger would set one up for good
+    logging.disable(logging.CRITICAL)
+    try:
+        # What torch prints of a graph that it cannot trace is in the error too.
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+        root.removeHandler(silent)
+
+
+def aside(work: Callable[[], _Done]) -> Callable[[], _Done]:
+    """Begins work in a thread.
+
+    Args:
+        work: The work.
+
+    Returns:
+        A function that waits for what it gives, and raises what it raises.
+    """
+    done: Future[_Done] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(work())
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=run, name="ichprog-load").start()
+    return done.result
