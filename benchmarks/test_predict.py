@@ -9,6 +9,7 @@ once.
 import numpy as np
 import pytest
 
+from ichprog.runtime import engine
 from process import Contestant
 
 PIPELINE = "the published pipeline"
@@ -26,6 +27,8 @@ def rates(scans, timed):
     ("bfloat16", 16, 4.5, 2e-3),
 ])  # fmt: skip
 def test_a_list(beside, figure, cache, cohort, precision, scans, least, differs):
+    if precision == "bfloat16" and not engine.computes_in_bfloat16():
+        pytest.skip("this processor does not compute in bfloat16")
     folder = cohort(scans)
     with (
         Contestant("ichprog_predict", scans=folder, precision=precision) as ours,

@@ -87,7 +87,7 @@ class Model:
         Args:
             grids: `(B, D, H, W)` float32, as `grid.prepare` gives them.
         """
-        return [member.start(np.ascontiguousarray(grids, np.float32))() for member in self.members]
+        return [member.answer(np.ascontiguousarray(grids, np.float32)) for member in self.members]
 
     def stream(
         self, sources: "Iterable[Source]", *, brain: scan_room.BrainMode = "auto"
@@ -100,28 +100,25 @@ class Model:
             sources: Scans, as `predict` takes them.
             brain: As in `predict`.
         """
-        for source, begun in _ahead(functools.partial(self._begin, brain=brain), sources):
-            if isinstance(begun, ScanError):
-                yield self.failure(source, begun), begun
-                continue
-            prepared, finish = begun
-            wait = self.members[0].start(prepared[None])  # what is left to check changes nothing about the grid
-            wrong = None
-            try:
-                examined = finish()
-                provenance = self.provenance(examined)
-            except ScanError as error:
-                wrong = error
-            finally:
-                folds = [wait()]
-            if wrong is not None:
-                yield self.failure(source, wrong), wrong
-                continue
-            for last, member in itertools.pairwise(self.members):
-                last.rest()  # many folds take no more memory to run than one
-                folds.append(member.start(prepared[None])())
-            tasks = {task.name: _over_folds(task, [fold[task.name] for fold in folds]) for task in self.spec.tasks}
-            yield Prediction(examined.name, self.spec.name, tasks, examined.warnings, provenance), examined
+        with ThreadPoolExecutor(1, thread_name_prefix="ichprog-answer") as beside:
+            for source, begun in _ahead(functools.partial(self._begin, brain=brain), sources):
+                if isinstance(begun, ScanError):
+                    yield self.failure(source, begun), begun
+                    continue
+                prepared, finish = begun
+                answer = beside.submit(self.members[0].answer, prepared[None])
+                try:  # what is left to check changes nothing about the grid
+                    examined = finish()
+                    provenance = self.provenance(examined)
+                except ScanError as error:
+                    yield self.failure(source, error), error
+                    continue
+                folds = [answer.result()]
+                for last, member in itertools.pairwise(self.members):
+                    last.rest()  # many folds take no more memory to run than one
+                    folds.append(member.answer(prepared[None]))
+                tasks = {task.name: _over_folds(task, [fold[task.name] for fold in folds]) for task in self.spec.tasks}
+                yield Prediction(examined.name, self.spec.name, tasks, examined.warnings, provenance), examined
 
     def _begin(
         self, source: "Source", *, brain: scan_room.BrainMode

@@ -272,7 +272,7 @@ def test_a_prediction_says_where_it_comes_from(hub_server, scan_path):
 
 def test_bfloat16_is_near_float32(bright_model, scan_path):
     exact = ichprog.predict(ichprog.load_model(bright_model), scan_path)
-    rounded = ichprog.predict(ichprog.load_model(bright_model, precision="bfloat16"), scan_path)
+    rounded = ichprog.predict(ichprog.load_model(bright_model, runtime="torch", precision="bfloat16"), scan_path)
     for task in exact.tasks:
         for label, probability in exact[task].probabilities.items():
             assert rounded[task].probabilities[label] == pytest.approx(probability, abs=0.01)

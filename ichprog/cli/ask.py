@@ -146,6 +146,7 @@ def _load(name: str, brain: str, loading: dict[str, Any]) -> "Model":
 
     refuse_unknown_mode(brain)
     model = ichprog.load_model(name, **loading)
+    click.get_current_context().find_root().obj = model  # is in use until the process ends, and not taken apart before
     _import_nibabel()
     return model
 

@@ -42,14 +42,11 @@ class Answer(NamedTuple):
 class Runtime(Protocol):
     """One fold's network, ready to run."""
 
-    def start(self, grids: np.ndarray) -> Callable[[], dict[str, Answer]]:
-        """Begins to answer.
+    def answer(self, grids: np.ndarray) -> dict[str, Answer]:
+        """The answer to each task.
 
         Args:
             grids: `(B, D, H, W)` float32.
-
-        Returns:
-            A function that waits for each task's answer. It must be called before the next start.
         """
 
     def rest(self) -> None:

@@ -52,32 +52,25 @@ class OpenVinoRuntime:
         self._kept = Kept(spec, file, cache, engine.processor(), precision)
         self._programs: dict[tuple[str, Shape], _Program] = {}
         self._lock = threading.Lock()
-        self._awaited: Callable[[], object] = lambda: None
         shape = spec.input.shape
         noted = self._kept.note("answers", shape)
         if noted is not None and "refused" in noted:
             raise NotCompiledError(noted["refused"])
         if noted is not None:
-            self._awaited = engine.aside(lambda: self._program("answers", shape))
+            engine.aside(lambda: self._program("answers", shape))  # who asks for it waits for it
         else:
             self._program("answers", shape)
 
-    def start(self, grids: np.ndarray) -> Callable[[], dict[str, Answer]]:
-        """Begins to answer, as `Runtime.start` says; a grid of another shape has a graph of its own made first."""
-        self._awaited()
+    def answer(self, grids: np.ndarray) -> dict[str, Answer]:
+        """Answers, as `Runtime.answer` says; a grid of another shape has a graph of its own made first."""
         program = self._program("answers", grids.shape[1:])
-        wait = program.start(grids[0])
-
-        def answers() -> dict[str, Answer]:
-            found = [wait(), *(program.start(grid)() for grid in grids[1:])]
-            outputs = [np.concatenate(each) for each in zip(*found, strict=True)]
-            names = [task.name for task in self.spec.tasks]
-            return {
-                name: Answer(*pair)
-                for name, *pair in zip(names, outputs[: len(names)], outputs[len(names) :], strict=True)
-            }
-
-        return answers
+        with program.turn:
+            found = [[each.copy() for each in program.infer([grid[None, None]])] for grid in grids]
+        outputs = [np.concatenate(each) for each in zip(*found, strict=True)]
+        names = [task.name for task in self.spec.tasks]
+        return {
+            name: Answer(*pair) for name, *pair in zip(names, outputs[: len(names)], outputs[len(names) :], strict=True)
+        }
 
     def rest(self) -> None:
         """Gives back the memory that runs take, until the next."""
@@ -241,26 +234,6 @@ class _Program:
         self._exported = exported  # its weights may lie in there
         self._request = compiled.create_infer_request()
 
-    def start(self, grid: np.ndarray) -> Callable[[], list[np.ndarray]]:
-        """Begins to run on a grid `(D, H, W)`; what comes back waits for copies of the outputs."""
-        self.turn.acquire()
-        values = np.ascontiguousarray(grid[None, None])
-        try:
-            self._request.set_input_tensor(engine.openvino().Tensor(values, shared_memory=True))
-            self._request.start_async()
-        except BaseException:
-            self.turn.release()
-            raise
-
-        def wait(_read: np.ndarray = values) -> list[np.ndarray]:  # which must live until it was
-            try:
-                self._request.wait()
-                return [self._request.get_output_tensor(i).data.copy() for i in range(len(self.compiled.outputs))]
-            finally:
-                self.turn.release()
-
-        return wait
-
     def rest(self) -> None:
         """Gives back the memory of runs, where none is under way; the next takes it again."""
         if self.turn.acquire(blocking=False):
@@ -270,7 +243,7 @@ class _Program:
                 self.turn.release()
 
     def infer(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Runs; the outputs lie in the program's own memory until it runs again."""
+        """Runs, in its `turn`; the outputs lie in the program's own memory until it runs again."""
         for position, values in enumerate(inputs):
             self._request.set_input_tensor(position, engine.openvino().Tensor(values, shared_memory=True))
         self._request.infer()

@@ -32,14 +32,13 @@ class TorchRuntime:
         if device.startswith("cuda"):
             self.network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
 
-    def start(self, grids: np.ndarray) -> Callable[[], dict[str, Answer]]:
-        """Answers, as `Runtime.start` says; what comes back has the answer already."""
+    def answer(self, grids: np.ndarray) -> dict[str, Answer]:
+        """Answers, as `Runtime.answer` says."""
         with torch.inference_mode(), self._rounding():
             logits = self.network(torch.from_numpy(grids).to(self.device)[:, None])
         logits = {task: values.float() for task, values in logits.items()}
         probabilities = self.network.probabilities(logits)
-        answer = {task: Answer(logits[task].cpu().numpy(), probabilities[task].cpu().numpy()) for task in logits}
-        return lambda: answer
+        return {task: Answer(logits[task].cpu().numpy(), probabilities[task].cpu().numpy()) for task in logits}
 
     def rest(self) -> None:
         """Has nothing to give back."""
