@@ -2,7 +2,7 @@
 
 The figures go into `benchmarks/results.json`, and the page is written from them; `--from benchmarks/results.json` only
 writes it. Where suites are named only these are measured, and the figures of others stay if they are of the same
-machine and versions.
+versions. Figures of other machines stay, and stand beside.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import platform
+import string
 import subprocess
 import sys
 import tempfile
@@ -80,13 +81,23 @@ def _spread(figure: dict[str, Any]) -> dict[str, Any]:
     return said
 
 
-def join(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """New results and what they leave of the old ones: nothing, where the machine or a version is another."""
-    if any(old[key] != new[key] for key in ("machine", "versions")):
-        print("Earlier figures are of another machine or other versions, and are left out.", file=sys.stderr)
-        return new
-    figures = {(figure["suite"], figure["what"]): figure for figure in [*old["figures"], *new["figures"]]}
-    return new | {"figures": list(figures.values())}
+def join(old: list[dict[str, Any]], new: dict[str, Any], *, whole: bool = False) -> list[dict[str, Any]]:
+    """Results by machine with new ones among them.
+
+    Args:
+        old: Results, a machine each.
+        new: What was measured on one.
+        whole: Whether that was everything; else figures of its machine stay, if they are of the same versions.
+    """
+    joined, same = list(old), [at for at, one in enumerate(old) if one["machine"] == new["machine"]]
+    for at in same:
+        if old[at]["versions"] == new["versions"] and not whole:
+            figures = {(figure["suite"], figure["what"]): figure for figure in [*old[at]["figures"], *new["figures"]]}
+            new = new | {"figures": sorted(figures.values(), key=lambda figure: SUITES.index(figure["suite"]))}
+        elif not whole:
+            print("Earlier figures of this machine are of other versions, and are left out.", file=sys.stderr)
+        joined[at] = new
+    return joined if same else [*joined, new]
 
 
 def compared(figure: dict[str, Any]) -> tuple[float, bool]:
@@ -97,15 +108,17 @@ def compared(figure: dict[str, Any]) -> tuple[float, bool]:
     return value, value <= target if bound == "at most" else value >= target
 
 
-def page(results: dict[str, Any]) -> str:
+def page(results: list[dict[str, Any]]) -> str:
     """The page's text."""
-    figures = results["figures"]
-    parts = [_opening(results)]
+    named = list(zip(string.ascii_uppercase, results, strict=False))
+    parts = [_opening(named)]
     for suite in SUITES:
         title, text = about(suite)
-        own = [figure for figure in figures if figure["suite"] == suite]
-        pictures = "\n\n".join(f"![{title}, by {axis}]({picture(suite, axis)})" for _, axis in plots(own))
-        parts += [f"## {title}", text, _table(own) if own else "Not measured.", pictures]
+        own = [(at, [figure for figure in one["figures"] if figure["suite"] == suite]) for at, one in named]
+        pictures = [
+            f"![{title} on {at}, by {axis}]({picture(at, suite, axis)})" for at, f in own for _, axis in plots(f)
+        ]
+        parts += [f"## {title}", text, _table(own), "\n\n".join(pictures)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -117,45 +130,48 @@ def about(suite: str) -> tuple[str, str]:
     return title.rstrip("."), text.strip()
 
 
-def _opening(results: dict[str, Any]) -> str:
-    machine = results["machine"]
-    versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
-    aims = [figure for figure in results["figures"] if "target" in figure]
-    missed = [figure for figure in aims if not compared(figure)[1]]
-    said = f"**{len(aims) - len(missed)} of {len(aims)} targets are met.**"
-    if missed:
-        said += " Missed:\n\n" + "\n".join(f"- {_name(figure)}: {_against(figure)}" for figure in missed)
-    instructions = f" with {', '.join(machine['instructions'])}" if machine["instructions"] else ""
-    measured = f"Measured on {results['date']} on {machine['cores']} cores of {machine['processor']}{instructions}, "
-    measured = textwrap.fill(f"{measured}{machine['system']}; {versions}.", 120)
-    return f"""\
+def _opening(named: list[tuple[str, dict[str, Any]]]) -> str:
+    measured, said = [], []
+    for at, one in named:
+        machine, aims = one["machine"], [figure for figure in one["figures"] if "target" in figure]
+        instructions = f" with {', '.join(machine['instructions'])}" if machine["instructions"] else ""
+        versions = ", ".join(f"{name} {number}" for name, number in one["versions"].items())
+        text = f"- **{at}**: {machine['cores']} cores of {machine['processor']}{instructions}, {machine['system']}, on "
+        measured.append(textwrap.fill(f"{text}{one['date']}; {versions}.", 120, subsequent_indent="  "))
+        missed = [figure for figure in aims if not compared(figure)[1]]
+        said.append(f"**On {at}, {len(aims) - len(missed)} of {len(aims)} targets are met.**")
+        if missed:
+            said[-1] += " Missed:\n\n" + "\n".join(f"- {_name(figure)}: {_against(figure)}" for figure in missed)
+        said.append(f"![Ratios and their targets on {at}]({picture(at)})")
+    return "\n\n".join([_WHAT, "\n".join(measured), _HOW, *said])
+
+
+_WHAT = """\
 # Speed
 
 Each figure of this library stands beside that of a peer that does the same, measured in turns in one run on one
-machine. Times are those of that machine; what carries over to another is the ratio. A value is the median of the
-rounds, with the least and the most in brackets. Scans are simulated, 512 x 512 x 32 voxels where nothing else is said,
-and weights are random in the published layout: neither changes what there is to compute.
+machine. Times are those of that machine; what carries over to another is the ratio, and that only as far as the
+machines are alike. A value is the median of the rounds, with the least and the most in brackets. Scans are simulated,
+512 x 512 x 32 voxels where nothing else is said, and weights are random in the published layout: neither changes what
+there is to compute. Measured on"""
 
-{measured}
-
+_HOW = """\
 ```bash
 pip install -e ".[bench]"
 python benchmarks/report.py
 ```
 
-This measures everything and writes this page. `pytest benchmarks/test_prepare.py` runs one suite and writes nothing.
-
-{said}
-
-![Ratios and their targets]({picture()})"""
+This measures everything, adds the machine or renews its figures, and writes this page. `pytest
+benchmarks/test_prepare.py` runs one suite and writes nothing."""
 
 
-def _table(figures: list[dict[str, Any]]) -> str:
-    rows = [["what", "ours", "peer", "ours : peer", "target", "met"], ["---"] * 6]
-    for figure in figures:
+def _table(named: list[tuple[str, list[dict[str, Any]]]]) -> str:
+    rows = [["on", "what", "ours", "peer", "ours : peer", "target", "met"], ["---"] * 7]
+    for at, figure in [(at, figure) for at, figures in named for figure in figures]:
         peer = figure.get("peer")
         ratio = _digits(figure["ours"]["median"] / peer["median"]) if peer and figure["unit"] else ""
         shown = [
+            at,
             figure["what"],
             _value(figure, "ours"),
             f"{_value(figure, 'peer')}, {figure['beside']}" if peer else "",
@@ -164,7 +180,7 @@ def _table(figures: list[dict[str, Any]]) -> str:
         if "target" in figure:
             met = [_target(figure), "yes" if compared(figure)[1] else "**no**"]
         rows.append([*shown, ratio, *met])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows) if len(rows) > 2 else "Not measured."
 
 
 def _name(figure: dict[str, Any]) -> str:
@@ -212,38 +228,39 @@ def plots(figures: list[dict[str, Any]]) -> list[tuple[str, str]]:
     return list(dict.fromkeys((figure["suite"], axis) for figure in figures for axis in figure.get("at", ())))
 
 
-def picture(*words: str) -> str:
-    """A plot's file: that of a suite along an axis, or without words that of all ratios."""
-    return f"{'-'.join(['speed', *words])}.svg"
+def picture(at: str, *words: str) -> str:
+    """A plot's file: that of a machine's suite along an axis, or without words that of all its ratios."""
+    return f"{'-'.join(['speed', at.lower(), *words])}.svg"
 
 
-def digest(results: dict[str, Any]) -> str:
-    """Which results a plot was drawn from; it is written into the plot."""
-    return hashlib.sha256(json.dumps(results["figures"], sort_keys=True).encode()).hexdigest()
+def digest(figures: list[dict[str, Any]]) -> str:
+    """Which figures a plot was drawn from; it is written into the plot."""
+    return hashlib.sha256(json.dumps(figures, sort_keys=True).encode()).hexdigest()
 
 
-def draw(results: dict[str, Any]) -> None:
+def draw(results: list[dict[str, Any]]) -> None:
     """Draws every plot into `docs/`, and takes away those that are no more."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    figures = results["figures"]
     for old in DOCS.glob("speed*.svg"):
         old.unlink()
     style = {"svg.hashsalt": "ichprog", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9}
     with mpl.rc_context(style):
-        for words in [(), *plots(figures)]:
-            drawn = Figure(figsize=(7.5, 4.2), layout="constrained")
-            plot = drawn.add_subplot()
-            if not words:
-                _draw_ratios(plot, figures)
-            else:
-                suite, axis = words
-                own = [figure for figure in figures if figure["suite"] == suite]
-                (_draw_roofline if axis == ROOF else _draw_series)(plot, own, axis)
-            plot.spines[["top", "right"]].set_visible(False)
-            said = {"Date": None, "Creator": None, "Description": digest(results)}
-            drawn.savefig(DOCS / picture(*words), metadata=said)
+        for at, one in zip(string.ascii_uppercase, results, strict=False):
+            figures = one["figures"]
+            for words in [(), *plots(figures)]:
+                drawn = Figure(figsize=(7.5, 4.2), layout="constrained")
+                plot = drawn.add_subplot()
+                if not words:
+                    _draw_ratios(plot, figures)
+                else:
+                    suite, axis = words
+                    own = [figure for figure in figures if figure["suite"] == suite]
+                    (_draw_roofline if axis == ROOF else _draw_series)(plot, own, axis)
+                plot.spines[["top", "right"]].set_visible(False)
+                said = {"Date": None, "Creator": None, "Description": digest(figures)}
+                drawn.savefig(DOCS / picture(at, *words), metadata=said)
 
 
 OURS, PEER, OTHER = "#2a6f97", "#8d99ae", "#c1121f"
@@ -316,10 +333,10 @@ def main() -> None:
     if asked.source:
         results = json.loads(asked.source.read_text(encoding="utf-8"))
     else:
-        results, fine = measure(asked.suites, asked.rounds, asked.k, slow=not asked.not_slow)
-        if RESULTS.exists() and (asked.suites or asked.k or asked.not_slow or not fine):
-            results = join(json.loads(RESULTS.read_text(encoding="utf-8")), results)
-        results["figures"].sort(key=lambda figure: SUITES.index(figure["suite"]))
+        measured, fine = measure(asked.suites, asked.rounds, asked.k, slow=not asked.not_slow)
+        earlier = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else []
+        whole = fine and not (asked.suites or asked.k or asked.not_slow)
+        results = join(earlier, measured, whole=whole)
         RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     (DOCS / PAGE).write_text(page(results), encoding="utf-8")
     draw(results)

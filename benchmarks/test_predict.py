@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from ichprog.runtime import engine
+
 from process import Contestant
 
 PIPELINE = "the published pipeline"

@@ -312,8 +312,7 @@ def explain(
     ran: dict[str, Any] = {}
     for member in loaded.members:
         found, ran = _maps_of(member, prepared, tasks, labels, attributions)
-        if len(loaded.members) > 1:
-            member.rest()
+        member.rest()  # the maps, brought to the scan, take as much
         for key, values in found.items():
             maps[key] = maps.get(key, np.float32(0)) + values / np.float32(len(loaded.members))
     provenance = loaded.provenance(examined) | ran

@@ -18,8 +18,9 @@ def test_the_page_and_its_plots_are_up_to_date():
     assert page == REPORT["page"](results)
     plots = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("speed*.svg")}
     assert set(re.findall(r"\]\((speed[\w-]*\.svg)\)", page)) == set(plots)
-    for text in plots.values():
-        assert REPORT["digest"](results) in text
+    digests = {letter: REPORT["digest"](one["figures"]) for letter, one in zip("abcdef", results, strict=False)}
+    for name, text in plots.items():
+        assert digests[name.removeprefix("speed-")[0]] in text
 
 
 def test_every_suite_has_its_place():
@@ -53,17 +54,25 @@ def run(*figures, cpu="Fast"):
     ([1.5], None, "| 1.50 s | 10.0 s, another | 0.150 |  |  |", ""),
 ])  # fmt: skip
 def test_a_target_is_held_against_what_it_is_about(ours, target, row, missed):
-    text = REPORT["page"](REPORT["condense"](run(figure("this", ours, [10], target))))
+    text = REPORT["page"]([REPORT["condense"](run(figure("this", ours, [10], target)))])
     assert row in text
     named = re.findall(r"^- Preparing a scan: this: (\S+(?: ms)?), target", text, re.MULTILINE)
     assert named == ([missed] if missed else [])
-    assert "on 2 cores of Fast" in text
+    assert "**A**: 2 cores of Fast" in text
 
 
-def test_a_part_measured_anew_leaves_the_rest_unless_the_machine_is_another():
+def test_a_part_measured_anew_leaves_the_rest_and_other_machines():
     first = REPORT["condense"](run(figure("a", [1], [2], None), figure("b", [3], [4], None)))
     again = REPORT["condense"](run(figure("a", [5], [6], None)))
-    joined = REPORT["join"](first, again)["figures"]
-    assert [(one["what"], one["ours"]["median"]) for one in joined] == [("a", 5), ("b", 3)]
     elsewhere = REPORT["condense"](run(figure("a", [7], [8], None), cpu="Slow"))
-    assert REPORT["join"](first, elsewhere) == elsewhere
+    (joined,) = REPORT["join"]([first], again)
+    assert [(one["what"], one["ours"]["median"]) for one in joined["figures"]] == [("a", 5), ("b", 3)]
+    assert REPORT["join"]([first], elsewhere) == [first, elsewhere]
+    assert REPORT["join"]([first, elsewhere], again) == [joined, elsewhere]
+    assert REPORT["join"]([first, elsewhere], again, whole=True) == [again, elsewhere]
+    newer = again | {"versions": {"torch": "9"}}
+    assert REPORT["join"]([first, elsewhere], newer) == [newer, elsewhere]
+    text = REPORT["page"]([first, elsewhere])
+    assert "**A**: 2 cores of Fast" in text
+    assert "**B**: 2 cores of Slow" in text
+    assert "| B | a | 7.00 s | 8.00 s, another |" in text
