@@ -1,6 +1,6 @@
 """A spec becomes a torch module, and a file of weights fills it, strictly."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +54,30 @@ def build(spec: ModelSpec) -> Network:
         raise _broken(registry.backbones, spec.backbone, "needs the attributes out_channels (int) and cam_layer (str)")
     if layer not in dict(backbone.named_modules()):
         raise _broken(registry.backbones, spec.backbone, f"its cam_layer {layer!r} names none of its modules")
-    heads = {}
+    heads: dict[str, nn.Module] = {}
     for task in spec.tasks:
-        heads[task.name] = head = _built(registry.heads, task.head, channels, task.labels)
-        for method in ("probabilities", "loss"):
-            if not callable(getattr(head, method, None)):
-                raise _broken(registry.heads, task.head, f"needs a method {method}")
+        heads[task.name] = build_head(task.head, channels, task.labels)
     return Network(backbone, heads)
+
+
+def build_head(part: Part, channels: int, labels: Sequence[str]) -> nn.Module:
+    """A head, with the weights it starts from.
+
+    Args:
+        part: Its name and options.
+        channels: C of the features `(B, C, d, h, w)` that it reads.
+        labels: The task's labels.
+
+    Raises:
+        UnknownName: A head of that name is not installed.
+        SpecError: It refuses its options.
+        PluginError: It cannot be loaded or breaks its contract.
+    """
+    head = _built(registry.heads, part, channels, labels)
+    for method in ("probabilities", "loss"):
+        if not callable(getattr(head, method, None)):
+            raise _broken(registry.heads, part, f"needs a method {method}")
+    return head
 
 
 def load(spec: ModelSpec, path: Path) -> Network:
@@ -89,7 +106,7 @@ def load_heads(spec: ModelSpec, path: Path, channels: int) -> dict[str, nn.Modul
     Raises:
         WeightsError: The file cannot be read, or a key of the heads is missing, unknown or of another shape.
     """
-    heads = nn.ModuleDict({task.name: _built(registry.heads, task.head, channels, task.labels) for task in spec.tasks})
+    heads = nn.ModuleDict({task.name: build_head(task.head, channels, task.labels) for task in spec.tasks})
     own = {key.removeprefix("heads."): v for key, v in _state(path).items() if key.startswith("heads.")}
     _fill(heads, own, path, spec)
     return dict(heads.eval().requires_grad_(False).items())
@@ -141,5 +158,5 @@ def _built(plugins: Registry, part: Part, *args: Any) -> nn.Module:
 
 
 def _broken(plugins: Registry, part: Part, how: str) -> PluginError:
-    owner = next((entry.owner for entry in plugins.entries() if entry.name == part.name), "unknown")
+    owner = plugins.entry(part.name).owner
     return PluginError(f"{plugins.kind} {part.name!r} of {owner} breaks its contract: {how}.")

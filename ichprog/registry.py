@@ -2,12 +2,16 @@
 
 The built-in backbones, heads, saliency methods and models come through the same door as anybody's, by the entry
 points of this project's own `pyproject.toml`.
+
+A name that ends in `/*` is a family: it claims every name that begins so, and its plugin takes the rest of the name as
+its first argument.
 """
 
+import functools
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint, entry_points, version
 from typing import Any
 
 from ichprog.errors import PluginError, UnknownName
@@ -36,14 +40,26 @@ class Entry:
         """Who claims the name, for messages."""
         return f"{self.distribution} {self.version}".rstrip()
 
+    def claims(self, name: str) -> bool:
+        """Whether it is called so, or is the family of one that is."""
+        if not self.name.endswith("/*"):
+            return name == self.name
+        return name.startswith(self.name[:-1]) and len(name) >= len(self.name)
+
     def load(self) -> Any:
         """The plugin itself, imported where it was not yet.
 
         Raises:
-            PluginError: Its import fails, for whatever reason.
+            PluginError: It was made for another version of this library, or its import fails, for whatever reason.
         """
         if not isinstance(self.target, EntryPoint):
             return self.target
+        if (wanted := _made_for(self.target)) is not None:
+            raise PluginError(
+                f"{self.kind} {self.name!r} of {self.owner} was made for {wanted}, and this is ichprog "
+                f"{version('ichprog')}. Install a version of either that goes with the other; other plugins go on "
+                "working."
+            )
         try:
             return self.target.load()
         except Exception as error:  # a plugin may fail in any way; it spoils its own name only
@@ -80,12 +96,23 @@ class Registry:
 
         Raises:
             UnknownName: There is none.
-            PluginError: Two distributions claim the name, or the import fails.
+            PluginError: Two distributions claim the name, it was made for another version, or its import fails.
         """
-        claims = [entry for entry in self.entries() if entry.name == name]
+        entry = self.entry(name)
+        plugin = entry.load()
+        return functools.partial(plugin, name.removeprefix(entry.name[:-1])) if entry.name != name else plugin
+
+    def entry(self, name: str) -> Entry:
+        """The one claim to a name.
+
+        Raises:
+            UnknownName: There is none.
+            PluginError: There are several; all owners are named.
+        """
+        claims = [entry for entry in self.entries() if entry.claims(name)]
         if not claims:
             raise UnknownName(self.kind, name, self.names(), hint="`ichprog plugins` lists all.")
-        return sole(claims).load()
+        return sole(claims)
 
     def register(self, name: str, plugin: Any) -> None:
         """Adds a plugin for this process only; what a distribution installs needs an entry point instead.
@@ -95,7 +122,7 @@ class Registry:
         """
         with self._lock:
             entry = Entry(self.kind, name, "this session", "", plugin)
-            sole([*(e for e in self.entries() if e.name == name), entry])
+            sole([*(e for e in self.entries() if e.claims(name)), entry])
             self._registered[name] = entry
 
     def unregister(self, name: str) -> None:
@@ -116,6 +143,21 @@ def sole(claims: Iterable[Entry]) -> Entry:
             f"{first.kind} {first.name!r} is claimed by {owners}. Uninstall one of them, or have it take another name."
         )
     return first
+
+
+def _made_for(point: EntryPoint) -> str | None:
+    """What version of this library a plugin's distribution asks for, where that is not the one here."""
+    from packaging.requirements import InvalidRequirement, Requirement
+
+    for line in (point.dist.requires if point.dist else None) or ():
+        try:
+            wanted = Requirement(line)
+        except InvalidRequirement:  # not for this library to judge
+            continue
+        here = wanted.name == "ichprog" and (wanted.marker is None or wanted.marker.evaluate({"extra": ""}))
+        if here and not wanted.specifier.contains(version("ichprog"), prereleases=True):
+            return f"ichprog {wanted.specifier}"
+    return None
 
 
 def _entry(kind: str, point: EntryPoint) -> Entry:

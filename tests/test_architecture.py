@@ -21,7 +21,7 @@ FLOORS = [
     {"network"},
     {"runtime"},
     {"model"},
-    {"cohort", "simulate"},
+    {"cohort", "simulate", "testing"},
     {"train", "release"},
     {"report"},
     {"cli"},

@@ -37,7 +37,7 @@ def test_the_built_ins_come_through_their_own_entry_points():
         mine = {point.name for point in entry_points(group=kind.group) if point.dist.name == "ichprog"}
         assert {entry.name for entry in kind.entries()} == mine
     assert registry.backbones.names() == ["compact", "densenet121", "perez2023"]
-    assert registry.heads.names() == ["ordinal", "softmax"]
+    assert registry.heads.names() == ["interval_regression", "ordinal", "proportional_odds", "softmax"]
     assert registry.saliency.names() == ["grad_cam", "guided_backprop", "guided_grad_cam"]
 
 

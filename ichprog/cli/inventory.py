@@ -1,4 +1,4 @@
-"""What there is: models, plugins, weights, and whether all of it is whole."""
+"""What there is: models, weights, and whether all of it is whole."""
 
 import json
 import sys
@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 import ichprog
+from ichprog.cli import plugins
 from ichprog.cli.options import WRONG_USE, as_json, print_json
 from ichprog.errors import IchprogError
 
@@ -26,44 +27,6 @@ def models(pattern: str, as_json: bool) -> None:
     width = max((len(spec.name) for spec in found), default=0)
     for spec in found:
         click.echo(f"{spec.name:{width}}  {spec.summary}")
-
-
-@click.command()
-@as_json
-def plugins(as_json: bool) -> None:
-    """List the plugins there are, whose they are, and whether they load."""
-    found = _plugin_states()
-    if as_json:
-        print_json(found)
-        return
-    for plugin in found:
-        owner = f"{plugin['distribution']} {plugin['version']}".rstrip()
-        click.echo(f"{plugin['kind']:18}  {plugin['name']:36}  {owner:24}  {plugin['problem'] or 'loads'}")
-
-
-def _plugin_states() -> list[dict[str, Any]]:
-    from ichprog import registry, zoo
-
-    found = []
-    kinds = [registry.backbones, registry.heads, registry.saliency, registry.models]
-    for entries, load in [*((kind.entries(), registry.Entry.load) for kind in kinds), (zoo.entries(), zoo.spec_of)]:
-        for entry in entries:
-            try:
-                registry.sole(other for other in entries if other.name == entry.name)
-                load(entry)
-                problem = None
-            except IchprogError as error:
-                problem = str(error)
-            found.append(
-                {
-                    "kind": entry.kind,
-                    "name": entry.name,
-                    "distribution": entry.distribution,
-                    "version": entry.version,
-                    "problem": problem,
-                }
-            )
-    return found
 
 
 @click.command()
@@ -110,7 +73,7 @@ def doctor(ctx: click.Context, name: str | None, cache_dir: Path | None, as_json
     model = None if name is None else ichprog.load_model(name, cache_dir=cache_dir)
     report: dict[str, Any] = {
         "installed": {"python": sys.version.split()[0], **{d: version(d) for d in DEPENDENCIES}},
-        "plugins": _plugin_states(),
+        "plugins": plugins.states(),
         "cache": {
             "folder": str(hub.cache_folder(cache_dir)),
             "files": [{"source": f.source, "path": str(f.path), "holds": holds} for f, holds in hub.cached(cache_dir)],

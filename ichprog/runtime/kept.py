@@ -147,5 +147,5 @@ class Kept:
 
 def _owner(plugins: Registry, name: str) -> str | None:
     """The distribution a plugin comes from, with its version; None for one that is here for this session only."""
-    entry = next((entry for entry in plugins.entries() if entry.name == name), None)
+    entry = next((entry for entry in plugins.entries() if entry.claims(name)), None)
     return entry.owner if entry and isinstance(entry.target, EntryPoint) else None

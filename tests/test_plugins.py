@@ -1,0 +1,461 @@
+"""Plugins of distributions that are really installed, good and bad, and the suite that tells one from the other."""
+
+import json
+import re
+import subprocess
+import sys
+import sysconfig
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from torch import nn
+from torch.nn import functional
+
+import ichprog
+from ichprog import registry, testing
+from ichprog.backbones import Backbone
+from ichprog.cli import main
+from ichprog.errors import PluginError
+
+ROOT = Path(__file__).parents[1]
+
+
+# the contract suite, over everything registered
+
+
+@pytest.mark.parametrize("name", [name for name in registry.backbones.names() if not name.endswith("/*")])
+def test_every_backbone_keeps_its_contract(name):
+    testing.check_backbone(name, shape=(40, 64, 64) if name == "perez2023" else (32, 64, 64))
+
+
+@pytest.mark.parametrize("name", registry.saliency.names())
+def test_every_saliency_method_keeps_its_contract(name):
+    testing.check_saliency(name)
+
+
+class Small(nn.Module):
+    """A backbone that keeps its contract, to be spoilt."""
+
+    out_channels, cam_layer = 4, "layers.2"
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv3d(1, 4, 3, 4, 1), nn.BatchNorm3d(4), nn.ReLU())
+
+    def forward(self, grid):
+        return self.layers(grid)
+
+
+class WrongChannels(Small):
+    out_channels = 5
+
+
+class Flat(Small):
+    def forward(self, grid):
+        return self.layers(grid).mean((2, 3, 4))
+
+
+class LayerUnused(Small):
+    cam_layer = "spare"
+
+    def __init__(self):
+        super().__init__()
+        self.spare = nn.ReLU()
+
+
+class Dropping(Small):
+    def forward(self, grid):
+        return functional.dropout(self.layers(grid))  # in evaluation too
+
+
+class OverTheBatch(Small):
+    def forward(self, grid):
+        features = self.layers(grid)
+        return features - features.mean(0, keepdim=True)
+
+
+class InPlace(Small):
+    def forward(self, grid):
+        with torch.no_grad():
+            grid.mul_(0.5).mul_(2).add_(1e-3)
+        return self.layers(grid)
+
+
+class Idle(Small):
+    def __init__(self):
+        super().__init__()
+        self.never = nn.Parameter(torch.zeros(1))
+
+
+class Counting(Small):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("asked", torch.zeros(1))
+
+    def forward(self, grid):
+        self.asked += 1
+        return self.layers(grid)
+
+
+class Blind(Small):
+    def forward(self, grid):
+        return self.layers(torch.zeros_like(grid)) + 0 * self.layers(grid)
+
+
+class Remembering(Small):
+    def __init__(self):
+        super().__init__()
+        self.noise = torch.rand(4, 1, 1, 1)  # not in its state
+
+    def forward(self, grid):
+        return self.layers(grid) + self.noise
+
+
+class Failing(Small):
+    def forward(self, grid):
+        raise ZeroDivisionError("by zero")
+
+
+class Untraceable(Small):
+    def forward(self, grid):
+        return self.layers(torch.from_numpy(grid.detach().numpy().copy())) + 0 * grid.mean()
+
+
+@pytest.fixture
+def registered():
+    """Registers plugins for one test."""
+    added = []
+
+    def add(plugins, plugin):
+        plugins.register("spoilt", plugin)
+        added.append(plugins)
+
+    yield add
+    for plugins in added:
+        plugins.unregister("spoilt")
+
+
+@pytest.mark.parametrize(("module", "said"), [
+    (WrongChannels, "features must be (2, 5, any, any, any), is (2, 4, 8, 16, 16)"),
+    (Flat, "features must be (2, 4, any, any, any), is (2, 4)"),
+    (LayerUnused, "its cam_layer 'spare' is not used"),
+    (Dropping, "the random numbers|the same features in evaluation|torch's random"),
+    (OverTheBatch, "must not depend on what is beside it"),
+    (InPlace, "must leave the input as it was|ZeroDivision|leaf Variable"),
+    (Idle, "parameters that take no part: never"),
+    (Counting, "must leave the numbers of the network as it was"),
+    (Blind, "features must depend on the grid"),
+    (Remembering, "filled into another of its kind"),
+    (Failing, "ZeroDivisionError: by zero"),
+    (Untraceable, "must depend on the grid|outside of torch"),
+])  # fmt: skip
+def test_a_spoilt_backbone_is_told_what_it_breaks(registered, module, said):
+    registered(registry.backbones, module)
+    with pytest.raises(PluginError, match="backbone 'spoilt' of this session breaks its contract") as caught:
+        testing.check_backbone("spoilt", shape=(32, 64, 64))
+    assert any(part in str(caught.value) for part in said.split("|")), caught.value
+
+
+def test_one_that_only_torch_can_run_may_say_so(registered):
+    class OnlyTorch(Small):
+        def forward(self, grid):
+            features = self.layers(grid)
+            return features if float(features.detach().sum()) < 1e9 else features * 2  # asks for a number on the way
+
+    registered(registry.backbones, OnlyTorch)
+    testing.check_backbone("spoilt", export=False)
+    with pytest.raises(PluginError, match="it must run outside of torch"):
+        testing.check_backbone("spoilt")
+
+
+class Plain(nn.Module):
+    """A head that keeps its contract, to be spoilt."""
+
+    def __init__(self, in_channels, labels):
+        super().__init__()
+        self.linear = nn.Linear(in_channels, len(labels))
+
+    def forward(self, features):
+        return self.linear(features.mean((2, 3, 4)))
+
+    def probabilities(self, logits):
+        return logits.softmax(1)
+
+    def loss(self, logits, target):
+        return functional.cross_entropy(logits, target)
+
+
+class Unscaled(Plain):
+    def probabilities(self, logits):
+        return logits.sigmoid()
+
+
+class Summed(Plain):
+    def loss(self, logits, target):
+        return functional.cross_entropy(logits, target, reduction="sum")
+
+
+class Backwards(Plain):
+    def loss(self, logits, target):
+        return functional.cross_entropy(-logits, target)
+
+
+class Deaf(Plain):
+    def probabilities(self, logits):
+        return torch.cat([logits[:, :1] * 0 + 0.2, logits[:, 1:].softmax(1) * 0.8], 1)
+
+
+class Misscaled(Plain):
+    @torch.no_grad()
+    def rescale_(self, scale, shift):
+        self.linear.bias.add_(shift)
+
+
+@pytest.mark.parametrize(("head", "said"), [
+    (Unscaled, "must add to one"),
+    (Summed, "the mean over the batch"),
+    (Backwards, "make the true label the most probable"),
+    (Deaf, "the probability of 'low' does not depend on the logits"),
+    (Misscaled, "scale x logits + shift"),
+])  # fmt: skip
+def test_a_spoilt_head_is_told_what_it_breaks(registered, head, said):
+    registered(registry.heads, Plain)
+    testing.check_head("spoilt")
+    registry.heads.unregister("spoilt")
+    registry.heads.register("spoilt", head)
+    with pytest.raises(PluginError, match=f"head 'spoilt' of this session breaks its contract: .*{re.escape(said)}"):
+        testing.check_head("spoilt")
+
+
+def gradient(score, grid, network):
+    return torch.autograd.grad(score(grid).sum(), grid)[0][0, 0]
+
+
+def unsigned(score, grid, network):
+    return gradient(score, grid, network).abs()
+
+
+def scaled(score, grid, network):
+    found = gradient(score, grid, network)
+    return found / found.abs().amax()
+
+
+def mirrored(score, grid, network):
+    return gradient(score, grid, network).flip(2)
+
+
+def noisy(score, grid, network):
+    return gradient(score, grid + 0.1 * torch.rand_like(grid), network)
+
+
+def hooked(score, grid, network):
+    handle = network.backbone[1].register_forward_hook(lambda *_: None)
+    found = gradient(score, grid, network)
+    handle.remove()  # not where the score raises
+    return found
+
+
+def training(score, grid, network):
+    network.train()
+    return gradient(score, grid, network)
+
+
+def accumulating(score, grid, network):
+    score(grid).sum().backward()
+    return grid.grad[0, 0].clone()
+
+
+def silent(score, grid, network):
+    try:
+        return gradient(score, grid, network)
+    except Exception:
+        return torch.zeros(grid.shape[2:])
+
+
+def flat(score, grid, network):
+    return gradient(score, grid, network).ravel()
+
+
+@pytest.mark.parametrize(("method", "said"), [
+    (unsigned, "must be signed"),
+    (scaled, "must not be scaled"),
+    (mirrored, "of what speaks for a lesion on the low side"),
+    (noisy, "torch's random numbers"),
+    (hooked, "the hooks of the network"),
+    (training, "the modes of the network"),
+    (accumulating, "the input's gradient"),
+    (silent, "a bad target must not be passed over in silence"),
+    (flat, "a map is a tensor (D, H, W), this is one of (6912,)"),
+])  # fmt: skip
+def test_a_spoilt_method_is_told_what_it_breaks(registered, method, said):
+    registered(registry.saliency, gradient)
+    testing.check_saliency("spoilt")
+    registry.saliency.unregister("spoilt")
+    registry.saliency.register("spoilt", method)
+    with pytest.raises(PluginError, match=f"'spoilt' of this session breaks its contract: .*{re.escape(said)}"):
+        testing.check_saliency("spoilt")
+
+
+# families of names
+
+
+def test_a_family_takes_the_rest_of_the_name(registered, bright_model):
+    def family(rest, *, width=2):
+        assert rest.count("/") == 1
+        layers = nn.Sequential(nn.Conv3d(1, width, 3, 4, 1), nn.ReLU())
+        return Backbone(layers, width, "features.1")
+
+    registry.backbones.register("many/*", family)
+    try:
+        testing.check_backbone("many/of/them", width=3)
+        assert registry.backbones.entry("many/of/them").name == "many/*"
+        for name in ("many", "many/", "man/y"):
+            with pytest.raises(ichprog.errors.UnknownName, match=re.escape(name)):
+                registry.backbones.load(name)
+        with pytest.raises(PluginError, match=r"claimed by this session and this session"):
+            registry.backbones.register("many/one", family)
+    finally:
+        registry.backbones.unregister("many/*")
+
+
+# real distributions
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    """A fresh environment that sees what is installed here, with a pip of its own."""
+    folder = tmp_path_factory.mktemp("environment")
+    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    (site,) = folder.glob("lib/python*/site-packages")
+    here = sysconfig.get_path("purelib")
+    (site / "here.pth").write_text(f"import site; site.addsitedir({here!r})\n")
+    return folder
+
+
+def run(environment, *command, cwd=None, fine=True, cache=None):
+    variables = {"PATH": f"{environment / 'bin'}:/usr/bin:/bin", "HF_ENDPOINT": "http://127.0.0.1:9"}
+    variables |= {"HOME": str(environment), "ICHPROG_CACHE": str(cache or environment / "cache")}
+    done = subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True)
+    assert not fine or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def distribution(folder, name, code, *, version="1.2.3", requires="ichprog", group="backbones", claims=None):
+    package = f"ichprog_{name}"
+    (folder / package).mkdir(parents=True)
+    (folder / package / "__init__.py").write_text(textwrap.dedent(code))
+    (folder / "pyproject.toml").write_text(
+        textwrap.dedent(f"""\
+        [build-system]
+        requires = ["hatchling"]
+        build-backend = "hatchling.build"
+        [project]
+        name = "ichprog-{name}"
+        version = "{version}"
+        dependencies = ["{requires}"]
+        [project.entry-points."ichprog.{group}"]
+        {claims or name} = "{package}:build"
+        """)
+    )
+    return folder
+
+
+BAD = {
+    "raises": ("raises", "RuntimeError: not today", {"code": "raise RuntimeError('not today')"}),
+    "lacks": ("lacks", "No module named 'a_package_that_is_not_there'", {"code": "import a_package_that_is_not_there"}),
+    "claims": ("perez2023", "is claimed by ichprog", {"code": "build = None", "claims": "perez2023"}),
+    "newer": ("newer", "was made for ichprog >=99", {"code": "build = None", "requires": "ichprog>=99"}),
+    "breaks": ("breaks", "out_channels", {"code": "from torch import nn\ndef build():\n    return nn.Identity()"}),
+}
+
+
+@pytest.fixture(scope="module")
+def bad_ones(environment, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bad")
+    made = [distribution(folder / name, name, **about) for name, (_, _, about) in BAD.items()]
+    pip = environment / "bin" / "pip"
+    run(environment, pip, "install", "--no-deps", "--no-build-isolation", *made)
+    yield
+    run(environment, pip, "uninstall", "-y", *(f"ichprog-{name}" for name in BAD))
+
+
+def test_bad_distributions_spoil_their_own_names_only(environment, bad_ones, tmp_path, scan_path):
+    states = json.loads(run(environment, environment / "bin" / "python", "-m", "ichprog", "plugins", "--json").stdout)
+    problems = {(state["distribution"], state["name"]): state["problem"] for state in states}
+    for name, (claimed, said, _) in BAD.items():
+        if name != "breaks":  # which only shows when it is built
+            assert said in problems[f"ichprog-{name}", claimed]
+            assert f"ichprog-{name} 1.2.3" in problems[f"ichprog-{name}", claimed]
+    assert "ichprog-claims 1.2.3" in problems["ichprog", "perez2023"]
+    fine = {name for (_, name), problem in problems.items() if problem is None}
+    assert {"compact", "densenet121", "ordinal", "softmax", "grad_cam", "breaks"} <= fine
+
+    code = f"""
+        import json
+        import ichprog
+        from ichprog import registry, testing
+        told = {{}}
+        for name in ("raises", "lacks", "perez2023", "newer", "breaks"):
+            try:
+                testing.check_backbone(name)
+            except ichprog.errors.PluginError as error:
+                told[name] = str(error)
+        model = ichprog.load_model("compact.prognosis_gcs3_age", runtime="torch")
+        told["answer"] = len(ichprog.predict(model, {str(scan_path)!r}).tasks)
+        print(json.dumps(told))
+        """
+    told = json.loads(run(environment, environment / "bin" / "python", "-c", textwrap.dedent(code)).stdout)
+    assert told["answer"] == 3
+    for name, (claimed, said, _) in BAD.items():
+        assert said in told[claimed]
+        assert f"ichprog-{name} 1.2.3" in told[claimed]
+
+
+@pytest.mark.parametrize("kind", ["backbone", "head", "saliency"])
+def test_a_new_plugin_works_as_it_is_written(environment, tmp_path, kind):
+    folder = tmp_path / "made"
+    result = CliRunner().invoke(main, ["plugins", "new", f"my_{kind}", "--kind", kind, "-o", str(folder)])
+    assert result.exit_code == 0, result.output
+    assert not re.search(r"\$[a-z]", "".join(path.read_text() for path in folder.rglob("*") if path.is_file()))
+    pip = environment / "bin" / "pip"
+    run(environment, pip, "install", "--no-deps", "--no-build-isolation", folder)
+    try:
+        assert "1 passed" in run(environment, environment / "bin" / "python", "-m", "pytest", cwd=folder).stdout
+        assert re.search(rf"my_{kind} .*ichprog-my_{kind} 0.1.0 .*loads", run(
+            environment, environment / "bin" / "python", "-m", "ichprog", "plugins"
+        ).stdout)  # fmt: skip
+    finally:
+        run(environment, pip, "uninstall", "-y", f"ichprog-my_{kind}")
+
+
+def test_the_page_is_followed_to_the_letter(environment, tmp_path):
+    page = (ROOT / "docs" / "plugins.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```bash\n(ichprog plugins new .*?)^```$", page, re.DOTALL | re.MULTILINE)
+    for command in ("ichprog", "pytest"):  # which an environment of one's own would have
+        script = environment / "bin" / command
+        script.write_text(f'#!/bin/sh\nexec {environment / "bin" / "python"} -m {command} "$@"\n')
+        script.chmod(0o755)
+    try:
+        done = run(environment, "bash", "-ec", block, cwd=tmp_path)
+        assert "1 passed" in done.stdout
+        assert re.search(r"^backbone +tiny +ichprog-tiny 0.1.0 +loads$", done.stdout, re.MULTILINE)
+    finally:
+        run(environment, environment / "bin" / "pip", "uninstall", "-y", "ichprog-tiny")
+
+
+@pytest.mark.parametrize(("arguments", "said"), [
+    (["Tiny"], "small letters"),
+    (["class"], "small letters"),
+    (["../tiny"], "small letters"),
+    (["compact"], "is there already, from ichprog"),
+    (["ordinal", "--kind", "head"], "is there already, from ichprog"),
+    (["tiny", "-o", "."], "is there already"),
+    (["tiny", "--kind", "model"], "backbone"),
+])  # fmt: skip
+def test_a_new_plugin_is_refused_a_name_or_place_that_does_not_do(arguments, said):
+    result = CliRunner().invoke(main, ["plugins", "new", *arguments])
+    assert result.exit_code == 2
+    assert said in result.output
