@@ -2,12 +2,15 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
 import textwrap
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -412,6 +415,32 @@ def test_bad_distributions_spoil_their_own_names_only(environment, bad_ones, tmp
     for name, (claimed, said, _) in BAD.items():
         assert said in told[claimed]
         assert f"ichprog-{name} 1.2.3" in told[claimed]
+
+
+def test_the_captum_plugin_works_where_it_is_installed(environment, tmp_path, scan_path):
+    folder, pip, python = (
+        ROOT / "plugins" / "ichprog-captum",
+        environment / "bin" / "pip",
+        environment / "bin" / "python",
+    )
+    copied = shutil.copytree(folder, tmp_path / "plugin")  # building leaves nothing beside the source
+    run(environment, pip, "install", "--no-deps", "--no-build-isolation", copied, "captum>=0.8")
+    try:
+        assert re.search(r"^\d+ passed", run(environment, python, "-m", "pytest", "-q", "-rN", cwd=copied).stdout, re.M)
+        methods = ("integrated_gradients", "smooth_grad", "captum_grad_cam", "grad_cam")
+        asked = [word for method in methods for word in ("--method", method)]
+        asked += ["--task", "prognosis", "--task", "age", "--option", "steps=2", "--option", "samples=2", "--json"]
+        command = (python, "-m", "ichprog", "explain", scan_path, "-m", "compact.prognosis_gcs3_age", "--fold", "0")
+        lines = run(environment, *command, *asked, "-o", tmp_path / "maps").stdout.splitlines()
+        maps = {(one["task"], one["method"]): nib.load(one["map"]).get_fdata() for one in map(json.loads, lines)}
+        assert maps.keys() == {(task, method) for task in ("prognosis", "age") for method in methods}
+        for task in ("prognosis", "age"):
+            np.testing.assert_allclose(maps[task, "captum_grad_cam"], maps[task, "grad_cam"], rtol=1e-3, atol=1e-6)
+        refused = run(environment, *command, "--method", "deep_lift", "-o", tmp_path / "maps", fine=False)
+        assert refused.returncode == 1
+        assert "deep_lift does not hold for this network" in refused.stderr
+    finally:
+        run(environment, pip, "uninstall", "-y", "ichprog-captum", "captum")
 
 
 @pytest.mark.parametrize("kind", ["backbone", "head", "saliency"])
