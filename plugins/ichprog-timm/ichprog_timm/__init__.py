@@ -90,9 +90,7 @@ class Slices(nn.Module):
         self.out_channels = int(seen.shape[1])
         own = list(network.parameters())
         for values, gradient in zip(own, torch.autograd.grad(seen.sum(), own, allow_unused=True), strict=True):
-            values.requires_grad_(
-                gradient is not None
-            )  # the classifier's part learns nothing
+            values.requires_grad_(gradient is not None)  # the classifier's part learns nothing
         network.train()
         together = {"attention": Attention, "transformer": Transformer}.get(pooling)
         self.together = together(self.out_channels) if together else nn.Identity()
