@@ -170,3 +170,14 @@ def test_a_cam_layer_that_is_not_there_is_said(plugin):
     plugin("lost", build)
     with pytest.raises(PluginError, match="'nowhere' names none of its modules"):
         network.build(with_backbone("lost"))
+
+
+def test_weights_are_laid_out_where_they_are_of_3d_convolutions():
+    """A backbone may hold 2D convolutions, which slices go through."""
+    module = nn.ModuleDict({"flat": nn.Conv2d(2, 3, 3), "deep": nn.Conv3d(2, 3, 3), "linear": nn.Linear(2, 3)})
+    before = {key: values.clone() for key, values in module.state_dict().items()}
+    network.channels_last(module)
+    assert module["deep"].weight.is_contiguous(memory_format=torch.channels_last_3d)
+    assert module["flat"].weight.is_contiguous()
+    for key, values in module.state_dict().items():
+        assert torch.equal(values, before[key])

@@ -30,7 +30,7 @@ class TorchRuntime:
         self.device, self.precision = device, precision
         self.network = network.load(spec, path).to(device)
         if device.startswith("cuda"):
-            self.network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+            network.channels_last(self.network)
 
     def answer(self, grids: np.ndarray) -> dict[str, Answer]:
         """Answers, as `Runtime.answer` says."""

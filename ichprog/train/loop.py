@@ -194,7 +194,8 @@ def run_pass(state: "State", job: Job, team: Team, watch: "Watch") -> Row:
             shares = {t: team.size * weight[t] / whole[t] if whole[t] else 0.0 for t in whole}
             with team.alone(state.trained, when=batch is not batches[-1]):
                 with state.computing():
-                    loss, losses = state.trained(grids.contiguous(memory_format=state.layout), targets, shares)
+                    laid_out = grids.contiguous(memory_format=torch.channels_last_3d)  # a third faster on a processor
+                    loss, losses = state.trained(laid_out, targets, shares)
                 values = torch.stack([loss.detach(), *(one.detach() for one in losses.values())]).tolist()
                 if not math.isfinite(values[0]):
                     said = ", ".join(f"{task} {value:g}" for task, value in zip(losses, values[1:], strict=True))
@@ -364,8 +365,8 @@ class State:
         network = network_room.build(job.spec)
         weights = label_weights(job.spec, job.labels, job.parts.train, protocol.balance)
         self.objective = Objective(network, job.spec, protocol, weights)
-        self.layout = torch.channels_last_3d  # a third faster on the CPU
-        self.trained: nn.Module = team.wrap(self.objective.to(memory_format=self.layout))  # type: ignore[call-overload]
+        network_room.channels_last(self.objective)
+        self.trained: nn.Module = team.wrap(self.objective)
         self.optimiser = torch.optim.AdamW(
             self._groups(), lr=protocol.lr, weight_decay=protocol.weight_decay, amsgrad=protocol.amsgrad
         )
