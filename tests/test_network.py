@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 import ichprog
 from ichprog import PluginError, SpecError, UnknownName, WeightsError, hub, network, registry, zoo
