@@ -20,10 +20,18 @@ import published
 from conftest import REPOSITORY, SHARED, brain_hu
 
 
-@pytest.mark.parametrize("name", published.PUBLISHED)
-def test_equals_the_published_pipeline(name, hub_server, scan_path):
+def each_runtime():
+    """Every published model in both runtimes; to compile a DenseNet takes long, and most of them are alike."""
+    quick = ("densenet121.prognosis_gcs3_age", "perez2023.prognosis")
+    for name in published.PUBLISHED:
+        yield name, "torch"
+        yield pytest.param(name, "openvino", marks=() if name in quick else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("name", "runtime"), each_runtime())
+def test_equals_the_published_pipeline(name, runtime, hub_server, scan_path):
     """File to probability: the real Hub client and our chain here, MONAI's chain and the published network there."""
-    model = ichprog.load_model(name, fold=0)
+    model = ichprog.load_model(name, fold=0, runtime=runtime)
     got = ichprog.predict(model, scan_path)
     theirs = published.network(name, seed=list(published.PUBLISHED).index(name))
     with torch.no_grad():
