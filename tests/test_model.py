@@ -28,7 +28,7 @@ def each_runtime():
         yield pytest.param(name, "openvino", marks=() if name in quick else pytest.mark.slow)
 
 
-@pytest.mark.parametrize(("name", "runtime"), each_runtime())
+@pytest.mark.parametrize(("name", "runtime"), list(each_runtime()))
 def test_equals_the_published_pipeline(name, runtime, hub_server, scan_path):
     """File to probability: the real Hub client and our chain here, MONAI's chain and the published network there."""
     model = ichprog.load_model(name, fold=0, runtime=runtime)
