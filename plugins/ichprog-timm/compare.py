@@ -1,0 +1,84 @@
+"""Compares a few tiny networks, windows and poolings on simulated patients: `python compare.py FOLDER`.
+
+200 simulated patients, grids of 24 x 96 x 96, weights from random ones; half of the patients train, the other half is
+asked. What is in FOLDER already is used again, so that an interrupted run goes on. Needs `pip install
+"ichprog[simulate,train]"`. Prints the table of the README.
+"""
+
+import csv
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from sklearn.metrics import roc_auc_score
+
+import ichprog
+from ichprog import registry
+from ichprog.simulate import simulate
+from ichprog.spec import ModelSpec, Part
+from ichprog.train import PRESETS, train
+
+SHAPE = (24, 96, 96)
+PROTOCOL = PRESETS["default"].but(epochs=10, warm_up=1, lr=0.002)
+VARIANTS = (
+    Part("timm/test_efficientnet", {"window": 3, "pooling": "attention"}),
+    Part("timm/test_efficientnet", {"window": 3, "pooling": "transformer"}),
+    Part("timm/test_efficientnet", {"window": 3, "pooling": "none"}),
+    Part("timm/test_efficientnet", {"window": 1, "pooling": "attention"}),
+    Part("timm/test_efficientnet", {"window": 3, "pooling": "attention", "stride": 2}),
+    Part("timm/test_vit", {"window": 3, "pooling": "attention"}),
+    Part("compact", {}),  # ichprog's own, in three dimensions
+)
+ASKED = (("prognosis", "poor"), ("age", ">=80"))
+
+
+def main(folder: Path) -> None:
+    """Trains every variant on the same patients and prints a line for each."""
+    torch.set_num_threads(1)
+    cohort = simulate(folder / "patients", patients=200, seed=1, workers=2)
+    (small,) = ichprog.list_models("compact.prognosis_gcs3_age")
+    click.echo("| backbone | options | parameters | s a step | AUC, poor outcome | AUC, age of 80 or more |")
+    click.echo("| --- | --- | --- | --- | --- | --- |")
+    for number, variant in enumerate(VARIANTS):
+        spec = replace(small, backbone=variant, input=replace(small.input, shape=SHAPE))
+        run = folder / f"run{number}"
+        train(
+            cohort, spec, run, folds=2, only=[0], protocol=PROTOCOL,
+            device="cpu", cache_dir=folder / "cache", workers=2, resume=run.exists(),
+        )  # fmt: skip
+        options = ", ".join(f"{name} {value}" for name, value in variant.options.items())
+        count, seconds = _cost(spec)
+        found = " | ".join(_auc(run / "out_of_fold.csv", *asked) for asked in ASKED)
+        click.echo(f"| `{variant.name}` | {options} | {count / 1e6:.2f} M | {seconds:.2f} | {found} |")
+
+
+def _cost(spec: ModelSpec) -> tuple[int, float]:
+    """Parameters of a backbone, and seconds there and back for a batch of 8: the median of three."""
+    backbone: Any = registry.backbones.load(spec.backbone.name)(**spec.backbone.options)
+    grids, taken = torch.rand(8, 1, *SHAPE), []
+    for _ in range(3):
+        start = time.perf_counter()
+        backbone(grids).square().mean().backward()
+        taken.append(time.perf_counter() - start)
+    return sum(values.numel() for values in backbone.parameters()), float(np.median(taken))
+
+
+def _auc(table: Path, task: str, label: str) -> str:
+    """The AUC on held-out patients, with its 95 % interval from 2,000 draws of patients with replacement."""
+    with table.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    true = np.array([row[f"{task}_true"] == label for row in rows])
+    said = np.array([float(row[f"{task}_{label}"]) for row in rows])
+    random = np.random.default_rng(0)
+    drawn = [random.integers(0, len(true), len(true)) for _ in range(2000)]
+    low, high = np.quantile([roc_auc_score(true[at], said[at]) for at in drawn], (0.025, 0.975))
+    return f"{roc_auc_score(true, said):.2f} ({low:.2f} to {high:.2f})"
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
