@@ -137,7 +137,8 @@ def _opening(named: list[tuple[str, dict[str, Any]]]) -> str:
         instructions = f" with {', '.join(machine['instructions'])}" if machine["instructions"] else ""
         versions = ", ".join(f"{name} {number}" for name, number in one["versions"].items())
         text = f"- **{at}**: {machine['cores']} cores of {machine['processor']}{instructions}, {machine['system']}, on "
-        measured.append(textwrap.fill(f"{text}{one['date']}; {versions}.", 120, subsequent_indent="  "))
+        text = f"{text}{one['date']}; {versions}. {one.get('note', '')}"
+        measured.append(textwrap.fill(text, 120, subsequent_indent="  "))
         missed = [figure for figure in aims if not compared(figure)[1]]
         said.append(f"**On {at}, {len(aims) - len(missed)} of {len(aims)} targets are met.**")
         if missed:

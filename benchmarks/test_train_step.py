@@ -91,6 +91,7 @@ def patients(folder):
 
 @pytest.mark.slow
 def test_the_loss_curves(benchmark, figure, tmp_path):
+    needs_bfloat16()
     scans, targets = patients(tmp_path)
 
     def curves():

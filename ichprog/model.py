@@ -299,7 +299,8 @@ def explain(
     Raises:
         ScanError: The scan cannot be read or is none that the model can be asked about.
         UnknownName: There is no such task, label, method, layer or option.
-        PluginError: A method cannot be loaded, breaks its contract, or does not apply to the model's network.
+        PluginError: A method cannot be loaded, breaks its contract, refuses its options, or does not apply to the
+            model's network.
     """
     loaded = load_model(model) if isinstance(model, str) else model
     spec = loaded.spec
@@ -434,8 +435,11 @@ def _maps_of(
         for task in tasks:
             score = saliency.Score(known, _log_odds(known.network, task.name, task.labels.index(labels[task.name])))
             for name, how in attributions.items():
-                with known.rounding():
-                    found = torch.as_tensor(how.method(score, known.grid, known.network, **how.options)).detach()
+                try:
+                    with known.rounding():
+                        found = torch.as_tensor(how.method(score, known.grid, known.network, **how.options)).detach()
+                except ValueError as error:
+                    raise PluginError(f"saliency method {name!r} refuses its options {how.options}: {error}") from error
                 if found.ndim != 3 or not bool(found.isfinite().all()):
                     raise PluginError(
                         f"saliency method {name!r} breaks its contract: a map is (D, H, W) of finite numbers, this one "

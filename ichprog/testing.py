@@ -399,7 +399,8 @@ def _traces(module: nn.Module, given: Tensor) -> dict[str, Any]:
     }
     return {
         "the hooks of the network": hooks,
-        "the modules of the network": [(name, id(one), "forward" in vars(one)) for name, one in module.named_modules()],
+        "the modules of the network": [(name, id(one)) for name, one in module.named_modules()],
+        "the attributes of the network": [(sorted(vars(one)), vars(one).get("inplace")) for one in module.modules()],
         "the modes of the network": [one.training for one in module.modules()],
         "what of the network takes gradients": [one.requires_grad for one in module.parameters()],
         "the gradients of the network": [one.grad is not None for one in module.parameters()],

@@ -1,13 +1,12 @@
 """Training in bfloat16: whether a device and a network are fit for it, and how a processor is brought to do it well.
 
 A processor that multiplies in bfloat16 trains faster so. But oneDNN, by which PyTorch computes convolutions there, is
-wrong in some (seen with oneDNN 3.12 in PyTorch 2.13 on AVX512_BF16): where the input is hardly
-longer than the kernel, the loop over slices leaves the front padding by a step too far and reads past the input, so
-that gradients of the weights become anything up to infinity, and some of these write where they must not. In
-DenseNet121 on a grid of 40 slices it is the third block, 2 cells deep under kernels of 3. Convolutions of this kind,
-dilated and transposed ones are therefore left in float32. And a network is tried before it is trained: all its other
-convolutions, values and both gradients, in both precisions. On a processor bfloat16 is only taken where it is asked
-for.
+wrong in some (seen with oneDNN 3.12 in PyTorch 2.13 on AVX512_BF16): where the input is hardly longer than the kernel,
+the loop over slices leaves the front padding by a step too far and reads past the input, so that gradients of the
+weights become anything up to infinity, and some of these write where they must not. In DenseNet121 on a grid of 40
+slices it is the third block, 2 cells deep under kernels of 3. Convolutions of this kind, dilated and transposed ones
+are therefore left in float32. And a network is tried before it is trained: all its other convolutions, values and both
+gradients, in both precisions. On a processor bfloat16 is only taken where it is asked for.
 """
 
 from collections.abc import Callable, Iterator, Sequence
