@@ -41,26 +41,31 @@ class Dense(nn.Module):
         return functional.avg_pool3d(self.last(functional.relu(x)), 2)
 
 
-def layers(*modules, channels):
-    """A backbone whose class activation maps are taken at its last layer."""
-    return lambda: Backbone(nn.Sequential(*modules), channels, f"features.{len(modules) - 1}")
+class Square(nn.Module):
+    def forward(self, x):
+        return x * x
+
+
+def layers(made, channels):
+    """A backbone of layers that are made when it is built, its class activation maps taken at the last."""
+    return lambda: Backbone(nn.Sequential(*(modules := made())), channels, f"features.{len(modules) - 1}")
 
 
 BACKBONES = {
-    "dense": layers(Dense(), channels=6),
-    "dilated": layers(nn.Conv3d(1, 4, 3, dilation=2, padding=1), nn.ReLU(), nn.Conv3d(4, 2, (1, 3, 5)), channels=2),
-    "strides": layers(nn.Conv3d(1, 3, (4, 5, 3), (3, 2, 4), (1, 0, 2)), nn.ReLU(), nn.Conv3d(3, 40, 2, 2), channels=40),
-    "pools": layers(
-        nn.Conv3d(1, 3, 3), nn.MaxPool3d((2, 3, 2), (2, 2, 1)), nn.ReLU(), nn.AvgPool3d((2, 1, 3)), channels=3
+    "dense": layers(lambda: [Dense()], 6),
+    "dilated": layers(lambda: [nn.Conv3d(1, 4, 3, dilation=2, padding=1), nn.ReLU(), nn.Conv3d(4, 2, (1, 3, 5))], 2),
+    "strides": layers(
+        lambda: [nn.Conv3d(1, 3, (4, 5, 3), (3, 2, 4), (1, 0, 2)), nn.ReLU(), nn.Conv3d(3, 40, 2, 2)], 40
     ),
-    "ceil": layers(nn.Conv3d(1, 2, 3), nn.ReLU(), nn.MaxPool3d(3, 2, 1, ceil_mode=True), channels=2),
+    "pools": layers(
+        lambda: [nn.Conv3d(1, 3, 3), nn.MaxPool3d((2, 3, 2), (2, 2, 1)), nn.ReLU(), nn.AvgPool3d((2, 1, 3))], 3
+    ),
+    "ceil": layers(lambda: [nn.Conv3d(1, 2, 3), nn.ReLU(), nn.MaxPool3d(3, 2, 1, ceil_mode=True)], 2),
 }
 UNCOVERED = {
-    "gelu": layers(nn.Conv3d(1, 2, 3), nn.ReLU(), nn.GELU(), nn.Conv3d(2, 2, 3), channels=2),
-    "overlap": layers(nn.Conv3d(1, 2, 3), nn.ReLU(), nn.AvgPool3d(3, 2), channels=2),
-    "product": layers(
-        nn.Conv3d(1, 2, 3), nn.ReLU(), type("Square", (nn.Module,), {"forward": lambda _, x: x * x})(), channels=2
-    ),
+    "gelu": layers(lambda: [nn.Conv3d(1, 2, 3), nn.ReLU(), nn.GELU(), nn.Conv3d(2, 2, 3)], 2),
+    "overlap": layers(lambda: [nn.Conv3d(1, 2, 3), nn.ReLU(), nn.AvgPool3d(3, 2)], 2),
+    "product": layers(lambda: [nn.Conv3d(1, 2, 3), nn.ReLU(), Square()], 2),
 }
 
 
@@ -78,8 +83,7 @@ class Choosy(nn.Module):
 @pytest.fixture
 def model_of(tmp_path):
     """Makes a local model of a backbone by name."""
-    torch.manual_seed(3)
-    made = {**BACKBONES, **UNCOVERED, "choosy": layers(Choosy(), channels=2)}
+    made = {**BACKBONES, **UNCOVERED, "choosy": layers(lambda: [Choosy()], 2)}
     for name, build in made.items():
         ichprog.register_backbone(name, build)
     yield lambda name: local_model(tmp_path / name, name, shape=SHAPE)
