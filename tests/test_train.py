@@ -489,6 +489,18 @@ def test_a_run_is_a_model_whose_answers_are_those_out_of_fold(trained, cohort):
     assert [file.fold for file in whole.weights] == [0, 1, 2, 3]
 
 
+def test_the_validation_part_is_answered_by_the_networks_that_are_kept(trained, cohort):
+    scans = {patient.name: patient.scan for patient in cohort.patients}
+    membership = json.loads((trained / "run.json").read_text())["membership"]
+    for fold in range(4):
+        rows = table(trained / "folds" / str(fold) / "validation.csv")
+        assert [row["patient"] for row in rows] == membership[str(fold)]["validation"]
+        prediction = ichprog.predict(ichprog.load_model(f"local-dir:{trained}", fold=fold), scans[rows[0]["patient"]])
+        for task in prediction.tasks:
+            for label, value in prediction[task].probabilities.items():
+                assert value == pytest.approx(float(rows[0][f"{task}_{label}"]), abs=1e-5)
+
+
 def test_a_run_says_what_it_was(trained, cohort):
     said = json.loads((trained / "run.json").read_text())
     assert said["protocol"] == QUICK.to_dict()

@@ -76,6 +76,7 @@ class Outcome:
     Attributes:
         network: The network of the best pass, recalibrated where the protocol says so, on the CPU.
         logits: For each task `(n, K)` of the test part.
+        validation: The same of the validation part.
         history: The log, a row a pass.
         best: The row of the best pass.
         calibration: For each task the scale and shifts that its logits got, or None.
@@ -84,6 +85,7 @@ class Outcome:
 
     network: Network
     logits: dict[str, Tensor]
+    validation: dict[str, Tensor]
     history: list[Row]
     best: Row
     calibration: dict[str, tuple[float, list[float]] | None]
@@ -321,7 +323,7 @@ def _weight(objective: Objective, job: Job, patients: np.ndarray) -> dict[str, f
 
 
 def _best(state: "State", job: Job, team: Team) -> Outcome:
-    """The network of the best pass, set right by the validation part, and its answers to the test part."""
+    """The network of the best pass, set right by the validation part, and its answers to the parts it did not see."""
     kept = state.best
     if kept is None:
         raise RunError(f"fold {job.fold}: no epoch had a validation that is a number; lower the protocol's `lr`.")
@@ -335,9 +337,9 @@ def _best(state: "State", job: Job, team: Team) -> Outcome:
             head = network.heads[task].cpu()
             calibration[task] = recalibrate(head, logits[task], targets[task])
             head.to(team.device)
-    logits = answers(network, job.parts.test, job, team)
+    test, validation = (answers(network, part, job, team) for part in (job.parts.test, job.parts.validation))
     best = state.history[kept["epoch"]]
-    return Outcome(network.cpu(), logits, state.history, best, calibration, state.precision)
+    return Outcome(network.cpu(), test, validation, state.history, best, calibration, state.precision)
 
 
 class State:

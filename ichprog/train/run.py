@@ -3,7 +3,8 @@
     RUN/run.json                  what was run: model, protocol, cohort, folds, command, versions; then the results
         folds/<K>/checkpoint.pt   while a fold is trained
                  /log.csv         a row a pass
-                 /predictions.csv its test part
+                 /predictions.csv, validation.csv
+                                  its test part and its validation part, as its network says in the end
                  /result.json     the last to appear: the fold is done
         fold<K>.safetensors       a fold's weights
         config.json  out_of_fold.csv  log.csv       of all the folds that are done
@@ -163,7 +164,11 @@ class Run:
         with whole_file(self.path / f"fold{fold}.safetensors") as part:
             part.write_bytes(packed)
         self.log(fold, outcome.history)
-        _write_csv(folder / "predictions.csv", _columns(spec), _predictions(spec, job, outcome))
+        for name, part, logits in (
+            ("predictions.csv", job.parts.test, outcome.logits),
+            ("validation.csv", job.parts.validation, outcome.validation),
+        ):
+            _write_csv(folder / name, _columns(spec), _predictions(spec, job, part, outcome.network, logits))
         _write_json(
             folder / "result.json",
             {
@@ -278,10 +283,12 @@ def _columns(spec: ModelSpec) -> list[str]:
     return columns
 
 
-def _predictions(spec: ModelSpec, job: Job, outcome: Outcome) -> Iterator[dict[str, Any]]:
+def _predictions(
+    spec: ModelSpec, job: Job, part: np.ndarray, network: Network, logits: dict[str, Tensor]
+) -> Iterator[dict[str, Any]]:
     with torch.no_grad():
-        found: dict[str, Tensor] = outcome.network.probabilities(outcome.logits)
-    for place, patient in enumerate(job.parts.test):
+        found = network.probabilities(logits)
+    for place, patient in enumerate(part):
         row: dict[str, Any] = {"patient": job.names[patient], "fold": job.fold}
         for task in spec.tasks:
             true = int(job.labels[task.name][patient])
