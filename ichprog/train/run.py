@@ -164,11 +164,11 @@ class Run:
         with whole_file(self.path / f"fold{fold}.safetensors") as part:
             part.write_bytes(packed)
         self.log(fold, outcome.history)
-        for name, part, logits in (
+        for name, patients, logits in (
             ("predictions.csv", job.parts.test, outcome.logits),
             ("validation.csv", job.parts.validation, outcome.validation),
         ):
-            _write_csv(folder / name, _columns(spec), _predictions(spec, job, part, outcome.network, logits))
+            _write_csv(folder / name, _columns(spec), _predictions(spec, job, patients, outcome.network, logits))
         _write_json(
             folder / "result.json",
             {
