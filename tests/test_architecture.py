@@ -16,7 +16,7 @@ HOUSE = Path(ichprog.__file__).parent
 FLOORS = [
     {"errors", "spec"},
     {"registry"},
-    {"zoo", "grid", "scan", "results", "backbones", "heads", "saliency"},
+    {"zoo", "grid", "scan", "results", "scores", "backbones", "heads", "saliency"},
     {"hub"},
     {"network"},
     {"runtime"},
@@ -24,6 +24,7 @@ FLOORS = [
     {"cohort", "simulate", "testing"},
     {"train", "release"},
     {"report"},
+    {"study"},
     {"cli"},
 ]
 SIDEWAYS = {("spec", "errors"), ("simulate", "cohort")}
@@ -80,7 +81,7 @@ def test_no_file_is_two_ideas(path):
     assert len(path.read_text().splitlines()) <= 500
 
 
-KNOW_PATIENTS = {"cohort", "simulate"}  # a cohort has columns, and the simulation makes patients with them
+KNOW_PATIENTS = {"cohort", "scores", "simulate"}  # columns, clinical variables, and patients who have them
 
 
 @pytest.mark.parametrize(
