@@ -1,0 +1,183 @@
+"""What a study is, as a file: what is read out of it, what is refused, and that the templates are studies."""
+
+import dataclasses
+import json
+
+import pytest
+
+from ichprog import SpecError, UnknownName, zoo
+from ichprog.spec import Part
+from ichprog.study import plan
+from ichprog.study.plan import Baseline, Simulated, Study
+from ichprog.train import PRESETS
+
+SMALL = """
+name = "small"
+cohort = ["a.csv", "more/b.csv"]
+folds = 4
+[[variant]]
+name = "one"
+model = "densenet121.prognosis"
+[[variant]]
+name = "all"
+model = "compact.prognosis_gcs3_age"
+"""
+
+
+@pytest.fixture
+def read(tmp_path):
+    """Reads a study from text, with `new` after its first lines and `more` at its end."""
+
+    def reading(text=SMALL, *, new="", more=""):
+        file = tmp_path / "study.toml"
+        file.write_text(new + text + more)
+        return Study.read(file)
+
+    return reading
+
+
+# what is read
+
+
+@pytest.mark.parametrize("preset", ["default", "paper", "smoke"])
+def test_templates_are_studies_with_words(preset, read):
+    text = plan.template(preset)
+    study = read(text)
+    assert text.startswith("# ")
+    assert preset in plan.presets()
+    assert study.task(study.split_by).name == study.variants[0].spec.tasks[0].name
+    assert len({variant.name for variant in study.variants}) >= 3
+    assert study.baselines[0] == Baseline("majority", "majority", (), None, study.split_by, False)
+
+
+def test_the_paper_is_its_seven_image_models_and_their_published_weights(read):
+    study = read(plan.template("paper"))
+    image = [variant for variant in study.variants if variant.spec.tasks[0].name == "prognosis"]
+    zoo_names = {spec.name for spec in zoo.list_models() if not spec.name.startswith("compact")}
+    assert len(image) == 7
+    assert {variant.spec.name for variant in study.variants} == zoo_names
+    weights = {v.name: [task.loss_weight for task in v.spec.tasks] for v in image}
+    assert weights["prognosis_age"] == [0.5, 0.3]
+    assert weights["prognosis_gcs2"] == [0.4, 0.3]
+    assert weights["prognosis_gcs3_age"] == [0.4, 0.3, 0.3]
+    assert study.folds == 10
+    assert all(variant.protocol == PRESETS["paper"] for variant in image)
+    assert {baseline.kind for baseline in study.baselines} == {
+        "majority", "logistic", "tree", "forest", "network", "fusion"
+    }  # fmt: skip
+
+
+def test_paths_are_from_where_the_file_is(read, tmp_path):
+    spec = dataclasses.replace(zoo.find("densenet121.age"), name="own")
+    (tmp_path / "own.json").write_text(json.dumps(spec.to_dict()))
+    study = read(new='readers = "r.csv"\n', more='[[variant]]\nname = "own"\nmodel = "own.json"\n')
+    assert study.cohort == (tmp_path / "a.csv", tmp_path / "more" / "b.csv")
+    assert study.readers == tmp_path / "r.csv"
+    assert study.variant("own").spec == spec
+
+
+def test_one_line_changes_of_a_variant(read):
+    study = read(
+        more="""
+tasks = ["gcs", "prognosis"]
+loss_weights = { gcs = 0.25 }
+backbone = { name = "densenet121", options = { dropout = 0.1 } }
+head = { name = "softmax", options = {} }
+shape = [8, 24, 24]
+protocol = { loss_weighting = "uncertainty" }
+saliency = ["grad_cam"]
+"""
+    )
+    zoo_spec, (one, changed) = zoo.find("compact.prognosis_gcs3_age"), study.variants
+    assert one.spec == zoo.find("densenet121.prognosis")
+    assert [(task.name, task.loss_weight) for task in changed.spec.tasks] == [("gcs", 0.25), ("prognosis", 1.0)]
+    assert all(task.head == Part("softmax", {}) for task in changed.spec.tasks)
+    assert changed.spec.backbone == Part("densenet121", {"dropout": 0.1})
+    assert changed.spec.input == dataclasses.replace(zoo_spec.input, shape=(8, 24, 24))
+    assert changed.protocol == one.protocol.but(loss_weighting="uncertainty")
+    assert changed.saliency == ("grad_cam",)
+    assert one.saliency == ()
+
+
+def test_what_is_not_written(read):
+    study = read()
+    assert study.split_by == "prognosis"
+    assert study.protocol == PRESETS["default"].but(recalibrate=False)
+    assert study.protocol.recalibrate is False
+    assert (study.draws, study.coverage, study.sizes, study.readers, study.simulated) == (1000, 0.9, (), None, None)
+    kinds = {baseline.name: baseline for baseline in study.baselines}
+    assert {"majority", "age_gcs", "ich_score", "func_score"} == set(kinds)
+    assert all(baseline.where_known for baseline in kinds.values())
+    assert read(new="baseline = []\n").baselines == ()
+
+
+def test_a_learning_curve_is_over_all_variants_or_some(read):
+    assert read(more="[learning_curve]\nsizes = [40, 20]\n").sizes == (20, 40)
+    assert read(more="[learning_curve]\nsizes = [40]\n").sized == ("one", "all")
+    assert read(more='[learning_curve]\nsizes = [40]\nvariants = ["all"]\n').sized == ("all",)
+
+
+def test_patients_may_be_simulated(read):
+    study = read(SMALL.replace('cohort = ["a.csv", "more/b.csv"]', "simulated = { patients = 9 }"))
+    assert study.simulated == Simulated(9, 0)
+    assert study.cohort == ()
+
+
+# what is refused
+
+VARIANT = '[[variant]]\nname = "new"\nmodel = "compact.prognosis_gcs3_age"\n'
+BASELINE = '[[baseline]]\nname = "new"\n'
+
+
+@pytest.mark.parametrize(
+    ("new", "more", "said"),
+    [
+        ("fold = 3\n", "", r"study\.toml: fold: there is no key 'fold' here\. The nearest: folds"),
+        ("coverage = 1\n", "", "coverage: must lie between 0 and 1, is 1"),
+        ('coverage = "most"\n', "", "coverage: must be a float, is 'most'"),
+        ("simulated = { patients = 3 }\n", "", "either cohort.*or .simulated.*one of them"),
+        ('brain = "yes"\n', "", r"brain: must be one of \['auto', 'extract', 'given'\], is 'yes'"),
+        ('split_by = "prognosi"\n', "", "split_by: there is no name 'prognosi' here. The nearest: prognosis"),
+        ("[protocol]\nepoch = 3\n", "", "protocol: there is no name 'epoch' here. The nearest: epochs"),
+        ("[protocol]\nepochs = 0\n", "", "protocol: epochs lies between 1"),
+        ('[protocol]\npreset = "papers"\n', "", r"protocol\.preset: there is no name 'papers' here"),
+        ("[bootstrap]\ndraws = 0\n", "", "bootstrap: takes 1 draw or more"),
+        ("", '[[variant]]\nname = "x"\n', r"variant\[2\]\.model: is missing\. Keys here: name, model, tasks"),
+        ("", VARIANT + "task = []\n", r"variant\[2\]\.task: there is no key 'task' here\. The nearest: tasks"),
+        ("", VARIANT + 'tasks = ["prognosys"]\n', r"variant\[2\]\.tasks: there is no name 'prognosys' here"),
+        ("", VARIANT + "tasks = []\n", "tasks: needs at least one task"),
+        ("", VARIANT + "loss_weights = { gsc = 1 }\n", r"loss_weights: there is no name 'gsc' here\. The nearest: gcs"),
+        ("", VARIANT + "loss_weights = { gcs = 0 }\n", r"tasks\.gcs\.loss_weight: must be positive"),
+        ("", VARIANT + "shape = [8, 24]\n", r"variant\[2\]\.shape: must have 3 entries, has 2"),
+        ("", VARIANT + 'backbone = { name = "x" }\n', r"missing field variant\[2\]\.backbone\.options"),
+        ("", VARIANT + "protocol = { split_seed = 4 }\n", r"protocol\.split_seed: makes the folds, which all"),
+        ("", VARIANT.replace("new", "one"), "name 'one': 2 variants and baselines have it"),
+        ("", VARIANT.replace("new", "a/b"), "name 'a/b': letters, digits"),
+        ("", VARIANT.replace("new", "all@20"), "name 'all@20': letters, digits"),
+        ("", BASELINE + 'kind = "logistik"\n', r"baseline\[0\]\.kind: must be one of"),
+        ("", BASELINE + 'kind = "logistic"\n', r"baseline\[0\]: logistic takes one column or more and no variant"),
+        ("", BASELINE + 'kind = "majority"\ncolumns = ["age"]\n', "majority takes neither columns nor"),
+        ("", BASELINE + 'kind = "fusion"\ncolumns = ["age"]\n', "fusion takes a variant and one column"),
+        ("", BASELINE + 'kind = "fusion"\nvariant = "al"\ncolumns = ["age"]\n', r"variant: there is no name 'al' here"),
+        ("", BASELINE + 'kind = "majority"\ntask = "gcs"\n', "baselines predict two labels, gcs has 3"),
+        ("", "[learning_curve]\nsizes = [20, 20]\n", r"learning_curve\.sizes: different numbers of 2 patients or more"),
+        ("", '[learning_curve]\nsizes = [20]\nvariants = ["on"]\n', "there is no name 'on' here. The nearest: one"),
+        ("name = 3 = 4\n", "", "cannot be read as TOML"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_named_with_what_is_allowed(new, more, said, read):
+    tables = new.startswith("[")
+    with pytest.raises(SpecError, match=said):
+        read(new="" if tables else new, more=more + (new if tables else ""))
+
+
+def test_a_model_that_is_not_there(read):
+    with pytest.raises(UnknownName, match="no model 'densenet12'"):
+        read(more='[[variant]]\nname = "x"\nmodel = "densenet12"\n')
+
+
+def test_no_file_and_no_preset(tmp_path):
+    with pytest.raises(SpecError, match=r"none\.toml: cannot be read as TOML"):
+        Study.read(tmp_path / "none.toml")
+    with pytest.raises(UnknownName, match=r"no preset of a study 'smok'\. The nearest: smoke"):
+        plan.template("smok")
