@@ -30,7 +30,7 @@ from ichprog.backbones import Backbone
 from ichprog.cli import main
 from ichprog.cohort import Cohort
 from ichprog.spec import Part
-from ichprog.train import PRESETS, QUIRKS, Protocol, folds, grids, loop, rounding, train
+from ichprog.train import PRESETS, QUIRKS, Protocol, folds, grids, loop, rounding, spec_of, train
 from ichprog.train.augment import augment
 from ichprog.train.objective import Objective, label_weights, mean_loss, recalibrate
 
@@ -992,15 +992,13 @@ def test_a_folder_of_another_run_is_refused_with_what_differs(trained, folder, c
 
 
 def test_what_is_trained_may_be_named_in_any_way(trained, folder, tmp_path):
-    from ichprog.train import _spec_of
-
-    assert _spec_of(str(folder / "spec.json")).name == "small.three"
-    assert _spec_of(f"local-dir:{trained}").name == "small.three"
-    assert _spec_of("perez2023.prognosis").name == "perez2023.prognosis"
+    assert spec_of(str(folder / "spec.json")).name == "small.three"
+    assert spec_of(f"local-dir:{trained}").name == "small.three"
+    assert spec_of("perez2023.prognosis").name == "perez2023.prognosis"
     with pytest.raises(UnknownName, match="no model 'perez'"):
-        _spec_of("perez")
+        spec_of("perez")
     with pytest.raises(SpecError, match="cannot be read"):
-        _spec_of(tmp_path / "none.json")
+        spec_of(tmp_path / "none.json")
 
 
 # the command

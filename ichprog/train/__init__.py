@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ichprog.scan import BrainMode
     from ichprog.spec import ModelSpec
 
-__all__ = ["PRESETS", "QUIRKS", "Protocol", "train"]
+__all__ = ["PRESETS", "QUIRKS", "Protocol", "spec_of", "train"]
 
 
 def train(
@@ -78,7 +78,7 @@ def train(
 
     if not isinstance(cohort, Cohort):
         cohort = Cohort.read(cohort)
-    spec = own_spec(_spec_of(model), name, len(cohort))
+    spec = own_spec(spec_of(model), name, len(cohort))
     labels = {task.name: cohort.labels(task) for task in spec.tasks}
     folds_room.refuse_unless_enough(spec, labels, folds, protocol.validation)
     for fold in only or ():
@@ -130,8 +130,16 @@ def train(
     return run.path
 
 
-def _spec_of(model: "ModelSpec | str | Path") -> "ModelSpec":
-    """A description by any of its names, without its weights."""
+def spec_of(model: "ModelSpec | str | Path") -> "ModelSpec":
+    """A description by any of its names, without its weights.
+
+    Args:
+        model: A description, a name of the zoo, "local-dir:PATH", "hf-hub:REPO@REVISION", or a path to a JSON file.
+
+    Raises:
+        SpecError: The description is not valid.
+        UnknownName: There is no such model.
+    """
     from ichprog import hub, zoo
     from ichprog.spec import ModelSpec
 
