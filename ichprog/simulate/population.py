@@ -29,6 +29,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ichprog import scores
+
 
 class Site(NamedTuple):
     """Where blood comes from.
@@ -39,7 +41,7 @@ class Site(NamedTuple):
         most_ml: Largest volume that there is room for, in mL.
         ventricular: Probability that blood enters the ventricles, at the median volume.
         infratentorial: Whether it lies below the tentorium.
-        func_points: Points of the FUNC score: lobar 2, deep 1, infratentorial 0.
+        location: What the FUNC score takes it for; "lobar" where it lies on the brain.
     """
 
     share: float
@@ -47,25 +49,25 @@ class Site(NamedTuple):
     most_ml: float
     ventricular: float
     infratentorial: bool
-    func_points: int
+    location: str
 
 
 SITES = {
-    "putamen": Site(0.25, 18, 110, 0.30, False, 1),
-    "thalamus": Site(0.12, 10, 50, 0.60, False, 1),
-    "lobar": Site(0.27, 28, 120, 0.20, False, 2),
-    "cerebellum": Site(0.08, 13, 45, 0.35, True, 0),
-    "pons": Site(0.05, 6, 16, 0.35, True, 0),
-    "subdural": Site(0.15, 45, 140, 0.03, False, 2),
-    "subarachnoid": Site(0.08, 22, 60, 0.35, False, 2),
+    "putamen": Site(0.25, 18, 110, 0.30, False, "deep"),
+    "thalamus": Site(0.12, 10, 50, 0.60, False, "deep"),
+    "lobar": Site(0.27, 28, 120, 0.20, False, "lobar"),
+    "cerebellum": Site(0.08, 13, 45, 0.35, True, "infratentorial"),
+    "pons": Site(0.05, 6, 16, 0.35, True, "infratentorial"),
+    "subdural": Site(0.15, 45, 140, 0.03, False, "lobar"),
+    "subarachnoid": Site(0.08, 22, 60, 0.35, False, "lobar"),
 }
 VOLUME_SD = 0.85  # of the logarithm of the volume
 LEAST_ML = 2.0
 AGE = (73.0, 15.0)  # mean and standard deviation, years
 AGE_RANGE = (20.0, 98.0)
 MARKS = {"atrophy": 0.85, "white_matter": 0.70, "calcification": 0.50}  # correlation of each with age
-DEATH = np.array([0.0, 0.13, 0.26, 0.72, 0.97, 1.0, 1.0])  # by ICH score, 0 to 6
-INDEPENDENCE = np.array([0.0] * 5 + [0.29] * 3 + [0.48] + [0.75] * 2 + [0.95])  # of survivors by FUNC score, 0 to 11
+DEATH = np.array(scores.ICH_MORTALITY)  # by ICH score
+INDEPENDENCE = np.array(scores.FUNC_INDEPENDENCE_OF_SURVIVORS)  # by FUNC score
 GCS = np.arange(3, 16)
 # log-odds of a GCS of at least 4, 5, ..., 15, for a supratentorial haemorrhage of 20 mL outside the ventricles
 _GCS_AT_LEAST = np.linspace(3.7, 0.0, 12)
@@ -136,13 +138,26 @@ class Person:
         return int(self._func(np.array(self.gcs), np.array(self.age), self.impaired))
 
     def _ich(self, gcs: np.ndarray, age: np.ndarray) -> np.ndarray:
-        points = np.where(gcs <= 4, 2, np.where(gcs <= 12, 1, 0)) + (age >= 80)
-        return points + (self.volume_ml >= 30) + (self.ventricular > 0) + SITES[self.site].infratentorial
+        return np.asarray(
+            scores.ich_score(
+                gcs=gcs,
+                age=age,
+                volume_ml=self.volume_ml,
+                intraventricular=self.ventricular > 0,
+                infratentorial=SITES[self.site].infratentorial,
+            )
+        )
 
     def _func(self, gcs: np.ndarray, age: np.ndarray, impaired: bool) -> np.ndarray:
-        points = np.where(age < 70, 2, np.where(age < 80, 1, 0)) + np.where(gcs >= 9, 2, 0)
-        points = points + (4 if self.volume_ml < 30 else 2 if self.volume_ml <= 60 else 0)
-        return points + SITES[self.site].func_points + (not impaired)
+        return np.asarray(
+            scores.func_score(
+                volume_ml=self.volume_ml,
+                age=age,
+                location=SITES[self.site].location,
+                gcs=gcs,
+                impaired_before=impaired,
+            )
+        )
 
     def _poor(self, gcs: np.ndarray, age: np.ndarray, impaired: bool) -> np.ndarray:
         found: np.ndarray = 1 - (1 - DEATH[self._ich(gcs, age)]) * self._independent(gcs, age, impaired)

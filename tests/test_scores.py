@@ -1,0 +1,94 @@
+"""The ICH and FUNC scores, against the published tables written out by hand."""
+
+import math
+import subprocess
+import sys
+from itertools import product
+
+import numpy as np
+import pytest
+
+from ichprog import scores
+
+ICH = {
+    "gcs": {3: 2, 4: 2, 5: 1, 12: 1, 13: 0, 15: 0},
+    "age": {0: 0, 79: 0, 79.9: 0, 80: 1, 101: 1},
+    "volume_ml": {0: 0, 29.9: 0, 30: 1, 200: 1},
+    "intraventricular": {True: 1, False: 0},
+    "infratentorial": {1: 1, 0: 0},
+}
+FUNC = {
+    "volume_ml": {0: 4, 29.9: 4, 30: 2, 60: 2, 60.1: 0},
+    "age": {20: 2, 69: 2, 70: 1, 79: 1, 80: 0},
+    "location": {"lobar": 2, "deep": 1, "infratentorial": 0},
+    "gcs": {3: 0, 8: 0, 9: 2, 15: 2},
+    "impaired_before": {False: 1, True: 0},
+}
+SCORES = [(scores.ich_score, ICH), (scores.func_score, FUNC)]
+
+
+@pytest.mark.parametrize(("score", "table"), SCORES)
+def test_points_add_up_as_published(score, table):
+    rows = list(product(*table.values()))
+    points = [sum(values[cell] for values, cell in zip(table.values(), row, strict=True)) for row in rows]
+    columns = dict(zip(table, map(list, zip(*rows, strict=True)), strict=True))
+    assert score(**columns).tolist() == points
+    for row, expected in zip(rows[::7], points[::7], strict=True):
+        one = score(**dict(zip(table, row, strict=True)))
+        assert one == expected
+        assert isinstance(one, int)
+
+
+def test_the_ends_of_both_scores_have_their_published_outcome():
+    best = {"gcs": 15, "age": 50, "volume_ml": 5}
+    worst = {"gcs": 3, "age": 85, "volume_ml": 90}
+    ich = [
+        scores.ich_score(**best, intraventricular=False, infratentorial=False),
+        scores.ich_score(**worst, intraventricular=True, infratentorial=True),
+    ]
+    func = [
+        scores.func_score(**worst, location="infratentorial", impaired_before=True),
+        scores.func_score(**best, location="lobar", impaired_before=False),
+    ]
+    assert (ich, func) == ([0, 6], [0, 11])
+    assert [scores.ICH_MORTALITY[k] for k in range(7)] == [0, 0.13, 0.26, 0.72, 0.97, 1, 1]
+    bands = [0, 4, 5, 7, 8, 9, 10, 11]
+    assert [scores.FUNC_INDEPENDENCE[k] for k in bands] == [0, 0, 0.13, 0.13, 0.42, 0.66, 0.66, 0.82]
+    assert [scores.FUNC_INDEPENDENCE_OF_SURVIVORS[k] for k in bands] == [0, 0, 0.29, 0.29, 0.48, 0.75, 0.75, 0.95]
+    assert len(scores.FUNC_INDEPENDENCE) == len(scores.FUNC_INDEPENDENCE_OF_SURVIVORS) == 12
+
+
+def test_arrays_are_broadcast_and_what_is_not_known_is_nan():
+    found = scores.ich_score(
+        gcs=[[3], [15]], age=[70, np.nan, 90], volume_ml=10, intraventricular=[0, 0, None], infratentorial=False
+    )
+    np.testing.assert_array_equal(found, [[2, np.nan, np.nan], [0, np.nan, np.nan]])
+    known = {"gcs": 12, "age": 75, "volume_ml": 40, "impaired_before": 0}
+    for blank in (None, "", math.nan):
+        assert math.isnan(scores.func_score(**known, location=blank))
+    np.testing.assert_array_equal(scores.func_score(**known, location=["deep", None]), [7, np.nan])
+    assert math.isnan(scores.func_score(**known | {"gcs": None}, location="deep"))
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"gcs": 2}, "gcs is 2; whole numbers from 3 to 15"),
+        ({"gcs": [8, 8.5]}, "gcs is 8.5"),
+        ({"age": -1}, "age is -1; numbers from 0 to 130 years"),
+        ({"age": "old"}, "age is 'old'"),
+        ({"volume_ml": [3, math.inf]}, "volume_ml is inf; numbers from 0 to 2000 mL"),
+        ({"impaired_before": 2}, "impaired_before is 2; true and false"),
+        ({"location": ["deep", "frontal"]}, "location is 'frontal'; lobar, deep, infratentorial are allowed"),
+    ],
+)
+def test_impossible_values_are_refused(changed, words):
+    fine = {"gcs": 8, "age": 70, "volume_ml": 10, "impaired_before": False, "location": "deep"}
+    scores.func_score(**fine)
+    with pytest.raises(ValueError, match=words):
+        scores.func_score(**fine | changed)
+
+
+def test_the_scores_need_numpy_alone():
+    code = "import sys, ichprog.scores; print({m.split('.')[0] for m in sys.modules} & {'scipy', 'torch', 'sklearn'})"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
