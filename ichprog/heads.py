@@ -29,12 +29,13 @@ class _Pooled(nn.Module):
         if pool not in get_args(Pool):
             raise ValueError(f"pool must be one of {get_args(Pool)}, is {pool!r}")
         self.pool, self.activation = pool, activation
+        self.relu = nn.ReLU()  # a module, as methods that replace ReLUs look for it among modules
         self.linear = nn.Linear(2 * in_channels if pool == "both" else in_channels, outputs)
 
     def forward(self, features: Tensor) -> Tensor:
         """The layer's outputs `(B, outputs)` of features `(B, C, d, h, w)`."""
         if self.activation:
-            features = functional.relu(features)
+            features = self.relu(features)
         pooled = []
         if self.pool != "max":
             pooled.append(features.mean((2, 3, 4)))
