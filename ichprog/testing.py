@@ -35,8 +35,9 @@ def check_backbone(name: str, *, shape: Shape = (32, 64, 64), export: bool = Tru
 
     It builds twice alike; features are `(B, C, d, h, w)` of finite float32 numbers with C its `out_channels`; the
     layer for class activation maps gives such a thing too; the same grid gives the same features, whatever is beside it
-    in the batch; features depend on the grid, and every parameter learns; nothing changes by looking; its state fills
-    another of its kind; and OpenVINO answers as torch does.
+    in the batch; a grid of another shape is answered too, or refused by a `PluginError`; features depend on the grid, and
+    every parameter learns; nothing changes by looking; its state fills another of its kind; and OpenVINO answers as
+    torch does.
 
     Args:
         name: The name it is registered by.
@@ -75,6 +76,7 @@ def check_backbone(name: str, *, shape: Shape = (32, 64, 64), export: bool = Tru
         if not _alike(alone, features[1:]):
             raise broken("a grid's features must not depend on what is beside it in a batch")
 
+        _check_another_shape(broken, backbone, shape)
         _check_learning(broken, backbone, grids)
         torch.manual_seed(1)
         twin: Any = network.build(spec).eval().backbone
@@ -329,9 +331,28 @@ def _check_probabilities(broken: Callable[[str], PluginError], found: Tensor, ro
         raise broken("probabilities must not be negative and must add to one")
 
 
+def _check_another_shape(broken: Callable[[str], PluginError], backbone: Any, shape: Shape) -> None:
+    """Whether a larger batch of larger grids, not as high as wide, is answered, or refused in words."""
+    depth, height, width = shape
+    larger = torch.rand(3, 1, depth + depth // 4, height, width + width // 4)
+    try:
+        with torch.no_grad():
+            features, alone = backbone(larger), backbone(larger[2:])
+    except PluginError:  # it says what it takes
+        return
+    except Exception as error:  # a plugin may fail in any way
+        said = f"grids {tuple(larger.shape)} after {shape} must be answered, or refused by a PluginError that says why"
+        raise broken(f"{said}; {type(error).__name__}: {error}") from error
+    _check_values(broken, features, f"features of grids {tuple(larger.shape)}", (3, backbone.out_channels, *[None] * 3))
+    if not _alike(alone, features[2:]):
+        raise broken("a grid's features must not depend on what is beside it in a batch")
+
+
 def _check_learning(broken: Callable[[str], PluginError], backbone: nn.Module, grids: Tensor) -> None:
     """Whether gradients reach the grid and every parameter."""
     learner, grids = copy.deepcopy(backbone).train(), grids.clone().requires_grad_()
+    if (frozen := [values.requires_grad for values in learner.parameters()]) and not any(frozen):
+        raise broken("all its parameters are frozen (requires_grad is False), so that training could change nothing")
     learner(grids).square().mean().backward()
     if grids.grad is None or not bool(grids.grad.isfinite().all()) or not grids.grad.abs().amax() > 0:
         raise broken("features must depend on the grid, by a finite gradient")

@@ -96,6 +96,34 @@ class Idle(Small):
         self.never = nn.Parameter(torch.zeros(1))
 
 
+class Frozen(Small):
+    def __init__(self):
+        super().__init__()
+        self.requires_grad_(False)
+
+
+class OfOneSize(Small):
+    def __init__(self):
+        super().__init__()
+        self.places = nn.Parameter(torch.rand(1, 4, 8, 16, 16))
+
+    def forward(self, grid):
+        return self.layers(grid) + self.places
+
+
+class OfOneBatch(Small):
+    def forward(self, grid):
+        features = self.layers(grid)
+        return features * (1 + (len(grid) > 2))
+
+
+class Refusing(OfOneSize):
+    def forward(self, grid):
+        if grid.shape[2:] != (32, 64, 64):
+            raise PluginError(f"it takes grids of 32 x 64 x 64, not {tuple(grid.shape[2:])}")
+        return super().forward(grid)
+
+
 class Counting(Small):
     def __init__(self):
         super().__init__()
@@ -152,6 +180,9 @@ def registered():
     (OverTheBatch, "must not depend on what is beside it"),
     (InPlace, "must leave the input as it was"),
     (Idle, "parameters that take no part: never"),
+    (Frozen, "all its parameters are frozen"),
+    (OfOneSize, "grids (3, 1, 40, 64, 80) after (32, 64, 64) must be answered, or refused by a PluginError"),
+    (OfOneBatch, "must not depend on what is beside it"),
     (Counting, "must leave the numbers of the network as it was"),
     (Blind, "features must depend on the grid"),
     (Remembering, "filled into another of its kind"),
@@ -175,6 +206,11 @@ def test_one_that_only_torch_can_run_may_say_so(registered):
     testing.check_backbone("spoilt", export=False)
     with pytest.raises(PluginError, match="it must run outside of torch"):
         testing.check_backbone("spoilt")
+
+
+def test_a_backbone_of_one_size_may_refuse_others_in_words(registered):
+    registered(registry.backbones, Refusing)
+    testing.check_backbone("spoilt")
 
 
 class Plain(nn.Module):
