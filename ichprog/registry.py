@@ -8,10 +8,12 @@ its first argument.
 """
 
 import functools
+import sys
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint, entry_points, version
+from importlib.metadata import EntryPoint, EntryPoints, entry_points, version
+from pathlib import Path
 from typing import Any
 
 from ichprog.errors import PluginError, UnknownName
@@ -84,7 +86,7 @@ class Registry:
 
     def entries(self) -> list[Entry]:
         """Every claim to a name, by name, from metadata only: nothing is imported."""
-        found = [_entry(self.kind, point) for point in entry_points(group=self.group)]
+        found = [_entry(self.kind, point) for point in _installed().select(group=self.group)]
         return sorted([*found, *self._registered.values()], key=lambda entry: (entry.name, entry.owner))
 
     def names(self) -> list[str]:
@@ -147,9 +149,11 @@ def sole(claims: Iterable[Entry]) -> Entry:
 
 def _made_for(point: EntryPoint) -> str | None:
     """What version of this library a plugin's distribution asks for, where that is not the one here."""
+    if point.dist is None or point.dist.name == "ichprog":
+        return None
     from packaging.requirements import InvalidRequirement, Requirement
 
-    for line in (point.dist.requires if point.dist else None) or ():
+    for line in point.dist.requires or ():
         try:
             wanted = Requirement(line)
         except InvalidRequirement:  # not for this library to judge
@@ -158,6 +162,23 @@ def _made_for(point: EntryPoint) -> str | None:
         if here and not wanted.specifier.contains(version("ichprog"), prereleases=True):
             return f"ichprog {wanted.specifier}"
     return None
+
+
+def _installed() -> EntryPoints:
+    """Every entry point there is; what is installed is read anew only where a folder that may hold it has changed."""
+    return _read(tuple((path, _changed(path)) for path in sys.path))
+
+
+@functools.lru_cache(maxsize=1)
+def _read(_folders: tuple[tuple[str, int], ...]) -> EntryPoints:
+    return entry_points()
+
+
+def _changed(path: str) -> int:
+    try:
+        return Path(path).stat().st_mtime_ns  # "" is the folder where the process runs, as for Path
+    except OSError:
+        return 0
 
 
 def _entry(kind: str, point: EntryPoint) -> Entry:

@@ -66,12 +66,15 @@ def fetch(
     if name.startswith(("hf-hub:", "local-dir:")):
         spec, directory = resolve(name, cache_dir=cache_dir, offline=offline)
     else:
-        places = {entry.name: entry.target for entry in zoo.entries()}
-        if name not in places and (re.search(r"^[~.]|[/\\]", name) or os.path.lexists(name)):
+        try:
+            entry = zoo.claim(name)
+        except UnknownName as error:
+            if not re.search(r"^[~.]|[/\\]", name) and not os.path.lexists(name):
+                raise
             hint = "A folder is spelled `local-dir:PATH`, a place on the Hub `hf-hub:org/repo[/folder]@revision`."
-            raise UnknownName("model", name, sorted(places), hint)
-        spec = zoo.find(name)
-        directory = places[name].parent if isinstance(places[name], Path) else None
+            raise UnknownName("model", name, error.known, hint) from None
+        spec = zoo.spec_of(entry)
+        directory = entry.target.parent if isinstance(entry.target, Path) else None
     return spec, weights(spec, fold, name=name, directory=directory, cache_dir=cache_dir, offline=offline)
 
 

@@ -44,11 +44,21 @@ def find(name: str) -> ModelSpec:
         PluginError: Two distributions claim the name.
         SpecError: Its JSON is no spec.
     """
-    claims = [entry for entry in entries() if entry.name == name]
+    return spec_of(claim(name))
+
+
+def claim(name: str) -> Entry:
+    """The one claim to a model's name.
+
+    Raises:
+        UnknownName: There is no such model.
+        PluginError: Two distributions claim the name.
+    """
+    there = entries()
+    claims = [entry for entry in there if entry.name == name]
     if not claims:
-        known = sorted({entry.name for entry in entries()})
-        raise UnknownName("model", name, known, hint="`ichprog models` lists all.")
-    return spec_of(registry.sole(claims))
+        raise UnknownName("model", name, sorted({entry.name for entry in there}), hint="`ichprog models` lists all.")
+    return registry.sole(claims)
 
 
 def register_model(spec: ModelSpec | Mapping[str, Any]) -> None:
