@@ -35,9 +35,9 @@ def check_backbone(name: str, *, shape: Shape = (32, 64, 64), export: bool = Tru
 
     It builds twice alike; features are `(B, C, d, h, w)` of finite float32 numbers with C its `out_channels`; the
     layer for class activation maps gives such a thing too; the same grid gives the same features, whatever is beside it
-    in the batch; a grid of another shape is answered too, or refused by a `PluginError`; features depend on the grid, and
-    every parameter learns; nothing changes by looking; its state fills another of its kind; and OpenVINO answers as
-    torch does.
+    in the batch; a grid of another shape is answered too, or refused by a `PluginError`; features depend on the grid,
+    and every parameter learns; nothing changes by looking; its state fills another of its kind; and OpenVINO answers
+    as torch does.
 
     Args:
         name: The name it is registered by.
