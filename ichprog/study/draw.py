@@ -128,7 +128,7 @@ def forest(rows: Mapping[str, Interval | None], label: str, *, line: float | Non
             axis.plot([low, high], [place, place], color=_BLUE, linewidth=2, solid_capstyle="butt")
         axis.plot(value, place, "o", color=_BLUE, markersize=6)
     if line is not None:
-        axis.axvline(line, color=_GREY, linewidth=1, linestyle="--", zorder=0)
+        axis.axvline(line, color=_GREY, linewidth=1.3, linestyle="--", zorder=1)
     axis.grid(axis="x")
     axis.set_xlabel(label)
     axis.set_yticks(range(len(rows)), list(rows))
@@ -212,7 +212,16 @@ def calibration(panels: Mapping[str, Mapping[str, Mapping[str, np.ndarray]]]) ->
                 predicted[there], np.asarray(bins["low"])[there], np.asarray(bins["high"])[there],
                 color=colour, linewidth=0.8, alpha=0.6,
             )  # fmt: skip
-            axis.plot(predicted[there], observed[there], dash, marker=marker, markersize=4, color=colour, label=curve)
+            axis.plot(
+                predicted[there],
+                observed[there],
+                dash,
+                marker=marker,
+                markersize=4,
+                color=colour,
+                label=curve,
+                clip_on=False,
+            )
         if curves:
             counts = np.asarray(bins["count"], float)
             most = counts.max(initial=0)
@@ -270,6 +279,7 @@ def histograms(
         axis.set_ylabel("patients")
         axis.set_xlim(0, 1)
         axis.set_ylim(bottom=0)
+        axis.yaxis.get_major_locator().set_params(integer=True)
     _shared_legend(figure, axes)
     return figure
 
@@ -373,7 +383,7 @@ def boundaries(
             axis.contour(across, up, p, [threshold], colors="black", linewidths=1.2)
         for index, label in enumerate(labels):
             own = (truth == index) & np.isfinite(x) & np.isfinite(y)
-            face = {"markerfacecolor": "white" if not index else "black", "markeredgecolor": "black"}
+            face = {"markerfacecolor": "black" if index else "white", "markeredgecolor": "black", "clip_on": False}
             axis.plot(
                 x[own], y[own], "os"[index], markersize=3.5, markeredgewidth=0.5, linestyle="none", label=label, **face
             )
@@ -429,8 +439,8 @@ def _panels(count: int, *, high: float = 1.0, foot: float = 0.5) -> tuple["Figur
 
     across = min(max(count, 1), 4 if count not in (5, 6, 9) else 3)
     down = -(-max(count, 1) // across)
-    size = max(across * _PANEL, 4.0), down * (_PANEL * high + 0.35) + foot
-    figure = Figure(figsize=size, layout="constrained")
+    size = max(across * _PANEL, 4.0), down * (_PANEL * high + 0.25) + foot
+    figure = Figure(figsize=size, layout="compressed" if high == 1 else "constrained")
     axes = figure.subplots(down, across, squeeze=False).ravel()
     for axis in axes[count:]:
         axis.remove()
