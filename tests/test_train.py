@@ -538,6 +538,57 @@ def test_folds_one_by_one_are_the_same_as_all_at_once(trained, folder, cohort, s
     assert weights.stat().st_mtime_ns == written
 
 
+def test_folds_made_elsewhere_are_taken_as_they_are(trained, folder, cohort, spec, tmp_path):
+    """Those of a run give that run again; fewer patients to train on are another run, tested on the same ones."""
+    labels = cohort.labels(spec.tasks[0])
+    parts = folds.split(labels, 4, seed=QUICK.split_seed, validation=QUICK.validation)
+    asked = {"only": [1], "protocol": QUICK, "cache_dir": folder / "c"}
+    train(cohort, spec, tmp_path / "same", folds=parts, **asked)
+    assert (tmp_path / "same/fold1.safetensors").read_bytes() == (trained / "fold1.safetensors").read_bytes()
+    fewer = [fold._replace(train=fold.train[:16]) for fold in parts]
+    train(cohort, spec, tmp_path / "fewer", folds=fewer, **asked)
+    said = json.loads((tmp_path / "fewer/run.json").read_text())["membership"]["1"]
+    assert said["train"] == [cohort.patients[place].name for place in parts[1].train[:16]]
+    tested = [[row["patient"] for row in table(tmp_path / run / "out_of_fold.csv")] for run in ("same", "fewer")]
+    assert tested[0] == tested[1]
+    assert len(tested[0]) == 8
+    with pytest.raises(RunError, match="holds another run: parts was"):
+        train(cohort, spec, tmp_path / "fewer", folds=parts, resume=True, **asked)
+    with pytest.raises(UnknownName, match="no fold of this run '4'"):
+        train(cohort, spec, tmp_path / "other", folds=parts, **asked | {"only": [4]})
+
+
+def test_a_model_of_another_task_is_tested_on_the_folds_of_the_first(folder, cohort, spec, tmp_path):
+    """Its own label is blank for every third patient, and its folds are not split by it."""
+    parts = folds.split(cohort.labels(spec.task("prognosis")), 4, seed=1, validation=0.2)
+    alone = dataclasses.replace(spec, tasks=(spec.task("gcs"),), name="small.one")
+    run = train(
+        cohort, alone, tmp_path / "run", folds=parts, only=[0, 1], protocol=QUICK.but(epochs=2), cache_dir=folder / "c"
+    )
+    rows = table(run / "out_of_fold.csv")
+    tested = {cohort.patients[place].name for fold in parts[:2] for place in fold.test}
+    assert {row["patient"] for row in rows} == tested
+    assert any(row["gcs_true"] == "" for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("parts", "said"),
+    [
+        ([], "cannot be trained on. there is none"),
+        ([([0, 1], [], [3])], "fold 0: a part has no patients"),
+        ([([0, 1], [2], [99])], "fold 0: takes positions from 0 to 31, each in one of its parts"),
+        ([([0, 1], [2], [2])], "fold 0: takes positions from 0 to 31, each in one of its parts"),
+        ([([0, 2, 5], [3], [4])], "fold 0, prognosis: of 3 who train 3 are 'good', 0 are 'poor'"),
+        ([([1, 4, 5, 16], [3], [2]), ([1, 4, 5, 16], [3], [2])], "a patient is tested in two folds"),
+    ],
+)
+def test_folds_made_elsewhere_are_refused_where_they_are_none(parts, said, cohort, spec, tmp_path):
+    made = [folds.Fold(*(np.array(part, np.int64) for part in fold)) for fold in parts]
+    with pytest.raises(CohortError, match=said):
+        train(cohort, spec, tmp_path / "run", folds=made)
+    assert not (tmp_path / "run").exists()
+
+
 DRIVER = """
 import os, signal, sys
 import pathlib

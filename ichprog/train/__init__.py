@@ -4,7 +4,7 @@
 `rounding` is its precision, `loop` trains one fold, `team` is the processes that do so together, `run` the folder.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ichprog.cohort import Cohort
     from ichprog.scan import BrainMode
     from ichprog.spec import ModelSpec
+    from ichprog.train.folds import Fold
 
 __all__ = ["PRESETS", "QUIRKS", "Protocol", "spec_of", "train"]
 
@@ -24,7 +25,7 @@ def train(
     model: "ModelSpec | str | Path",
     out: str | Path,
     *,
-    folds: int = 10,
+    folds: "int | Sequence[Fold]" = 10,
     only: Collection[int] | None = None,
     protocol: Protocol = PRESETS["default"],
     resume: bool = False,
@@ -43,7 +44,7 @@ def train(
         model: What is trained: a description, a name of the zoo, "local-dir:PATH", or a path to a JSON file. Weights
             that belong to it are not read.
         out: The folder of the run. Afterwards it is a model, `local-dir:OUT`.
-        folds: The number of folds.
+        folds: The number of folds, which are then split by the first task's label; or each fold's patients.
         only: The folds that are trained now, where it is not all.
         protocol: How.
         resume: Whether `out` may hold this run already; then it goes on after the last whole pass.
@@ -80,15 +81,19 @@ def train(
         cohort = Cohort.read(cohort)
     spec = own_spec(spec_of(model), name, len(cohort))
     labels = {task.name: cohort.labels(task) for task in spec.tasks}
-    folds_room.refuse_unless_enough(spec, labels, folds, protocol.validation)
+    if isinstance(folds, int):
+        folds_room.refuse_unless_enough(spec, labels, folds, protocol.validation)
+        first = labels[spec.tasks[0].name]
+        parts = folds_room.split(first, folds, seed=protocol.split_seed, validation=protocol.validation)
+    else:
+        parts = list(folds)
+        folds_room.refuse_unless_usable(spec, labels, parts)
     for fold in only or ():
-        if fold not in range(folds):
-            raise UnknownName("fold of this run", fold, range(folds))
-    first = labels[spec.tasks[0].name]
-    parts = folds_room.split(first, folds, seed=protocol.split_seed, validation=protocol.validation)
+        if fold not in range(len(parts)):
+            raise UnknownName("fold of this run", fold, range(len(parts)))
     names = [patient.name for patient in cohort.patients]
     with torch.random.fork_rng(devices=[]):
-        needed = bytes_needed(network.build(spec), protocol, len(only or range(folds)))
+        needed = bytes_needed(network.build(spec), protocol, len(only or parts))
 
     team = Team(device)
     if protocol.batch < 2 * team.size:
@@ -103,10 +108,11 @@ def train(
         for fold, fold_parts in enumerate(parts)
     }
     about = {"source": cohort.source, "quirks": protocol.quirks(), **surroundings(), "membership": membership}
-    run = Run(Path(out), identity(spec, protocol, cohort, labels, folds, brain), about)
+    given = None if isinstance(folds, int) else membership
+    run = Run(Path(out), identity(spec, protocol, cohort, labels, len(parts), brain, given), about)
     watch = Onlooker(run, leads=team.leads, progress=progress, tensorboard=tensorboard)
     team.agree(lambda: run.refuse(resume=resume, needed=needed))
-    chosen = [fold for fold in range(folds) if only is None or fold in only]
+    chosen = [fold for fold in range(len(parts)) if only is None or fold in only]
     left = team.agree(lambda: [fold for fold in chosen if not run.done(fold)])
     scans = [patient.scan for patient in cohort.patients] if left else []
     files = grids.prepare(
@@ -126,7 +132,7 @@ def train(
             if team.leads:
                 run.finish(spec, job, outcome)
     with run.room():
-        team.agree(lambda: run.join(spec, names, folds))
+        team.agree(lambda: run.join(spec, names, len(parts)))
     return run.path
 
 

@@ -1,12 +1,14 @@
 """Which patients train, choose and test in each fold: the published split, by seed and order."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from ichprog.errors import CohortError
 from ichprog.spec import ModelSpec, Task
+
+_SHOWN = 10  # problems that are spelt out
 
 
 class Fold(NamedTuple):
@@ -113,6 +115,46 @@ def refuse_unless_enough(spec: ModelSpec, labels: Mapping[str, np.ndarray], n: i
             f"{first.name}: of {_said(counts)}, {n} folds leave {rest} to train on, and {validation:g} of them for "
             "validation; both need patients of each label. Raise the protocol's `validation`, or bring more patients."
         )
+
+
+def refuse_unless_usable(spec: ModelSpec, labels: Mapping[str, np.ndarray], parts: Sequence[Fold]) -> None:
+    """Refuses folds that were made elsewhere and cannot be trained on, before anything else is done.
+
+    Args:
+        spec: The model.
+        labels: For each task `(N,)` label indices, -1 where not known.
+        parts: The folds.
+
+    Raises:
+        CohortError: There is no fold, a part is empty, a patient is not there, is in two parts of a fold or is tested
+            in two folds, a task is known with one label only where it is trained, or the first task is not known in a
+            validation part.
+    """
+    patients, first = len(labels[spec.tasks[0].name]), spec.tasks[0]
+    problems = [] if parts else ["there is none; give one or more."]
+    for number, fold in enumerate(parts):
+        everyone = np.concatenate(fold)
+        if not all(len(part) for part in fold):
+            problems.append(f"fold {number}: a part has no patients; each needs some.")
+        elif everyone.min() < 0 or everyone.max() >= patients or len(np.unique(everyone)) < len(everyone):
+            problems.append(f"fold {number}: takes positions from 0 to {patients - 1}, each in one of its parts.")
+        else:
+            for task in spec.tasks:
+                counts = _counts(task, labels[task.name][fold.train])
+                if sum(count > 0 for count in counts.values()) < 2:
+                    problems.append(
+                        f"fold {number}, {task.name}: of {len(fold.train)} who train {_said(counts)}; a task "
+                        "needs patients of two labels or more. Take more of them, or leave the task out of the model."
+                    )
+            if not (labels[first.name][fold.validation] >= 0).any():
+                problems.append(
+                    f"fold {number}, {first.name}: of {len(fold.validation)} who validate none is known; "
+                    f"fill column {first.target.column!r}, or take more of them."
+                )
+    if not problems and len(np.unique(tested := np.concatenate([fold.test for fold in parts]))) < len(tested):
+        problems.append("a patient is tested in two folds; each is tested once at most.")
+    if problems:
+        raise CohortError("the folds cannot be trained on. " + " ".join(problems[:_SHOWN]))
 
 
 def _counts(task: Task, labels: np.ndarray) -> dict[str, int]:

@@ -46,17 +46,39 @@ _FORMAT = 1
 
 
 def identity(
-    spec: ModelSpec, protocol: Protocol, cohort: Cohort, labels: Mapping[str, np.ndarray], folds: int, brain: str
+    spec: ModelSpec,
+    protocol: Protocol,
+    cohort: Cohort,
+    labels: Mapping[str, np.ndarray],
+    folds: int,
+    brain: str,
+    given: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    """What a run is: two that agree in this give the same result."""
+    """What a run is: two that agree in this give the same result.
+
+    Args:
+        spec: The model.
+        protocol: The protocol.
+        cohort: The patients.
+        labels: For each task `(N,)` label indices, -1 where not known.
+        folds: The number of folds.
+        brain: How the brain is found.
+        given: Who is in which part of each fold, where that does not follow from the rest.
+    """
     known = [[p.name for p in cohort.patients], {task: values.tolist() for task, values in labels.items()}]
     return {
         "model": spec.to_dict(),
         "protocol": protocol.to_dict(),
-        "cohort": {"patients": len(cohort), "sha256": hashlib.sha256(json.dumps(known).encode()).hexdigest()},
+        "cohort": {"patients": len(cohort), "sha256": digest(known)},
         "folds": folds,
         "brain": brain,
+        "parts": None if given is None else digest(given),
     }
+
+
+def digest(data: Any) -> str:
+    """The SHA-256 of plain data."""
+    return hashlib.sha256(json.dumps(data).encode()).hexdigest()
 
 
 class Run:
@@ -89,7 +111,8 @@ class Run:
                     f"{self.path} holds this run already, begun or done. Go on with it by `resume=True`, on the command"
                     " line `--resume`, or choose another folder."
                 )
-        elif self.path.exists() and not (self.path.is_dir() and not any(self.path.iterdir())):
+        elif self.path.exists() and not (self.path.is_dir() and all(p.name[0] == "." for p in self.path.iterdir())):
+            # hidden files may be another process's that begins the same run just now
             raise RunError(f"{self.path} is there and holds no run. Choose another folder.")
         there = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.is_dir())
         free = shutil.disk_usage(there).free
