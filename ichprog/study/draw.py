@@ -200,7 +200,7 @@ def calibration(panels: Mapping[str, Mapping[str, Mapping[str, np.ndarray]]]) ->
 
     Args:
         panels: By variant, then by curve, such as "as trained" and "recalibrated", arrays `(B,)` by name: "predicted",
-            "observed", "low", "high" and "count" of each bin.
+            "observed", "low", "high" and "count" of each bin, as `measure.calibration_curve` gives them.
     """
     figure, axes = _panels(len(panels), foot=0.35)
     for (name, curves), axis in zip(panels.items(), axes, strict=True):
@@ -234,25 +234,24 @@ def calibration(panels: Mapping[str, Mapping[str, Mapping[str, np.ndarray]]]) ->
 
 
 @_styled
-def decision_curve(
-    thresholds: np.ndarray, net_benefit: Mapping[str, np.ndarray], treat_all: np.ndarray, *, treated: str = "treat all"
-) -> "Figure":
-    """Net benefit over the threshold probability, beside treating all and none (Vickers and Elkin, 2006).
+def decision_curve(curves: Mapping[str, Mapping[str, np.ndarray]], *, act: str = "treat") -> "Figure":
+    """Net benefit over the threshold probability, beside acting for all and for none (Vickers and Elkin, 2006).
 
     Args:
-        thresholds: `(T,)` probabilities from which one would act.
-        net_benefit: By variant, `(T,)`.
-        treat_all: `(T,)`, of acting for every patient.
-        treated: What acting for every patient is called.
+        curves: By variant, arrays `(T,)` by name: "thresholds", and the net benefit of acting by the "model" and for
+            "all", as `measure.net_benefit` gives them. All is drawn as the first variant has it.
+        act: What acting is called.
     """
     figure, axis = _figure(6.6, 3.6)
-    axis.plot(thresholds, treat_all, color=_GREY, linewidth=1, label=treated)
-    axis.axhline(0, color="black", linewidth=1, label=treated.replace("all", "none"))
-    top = float(np.nanmax([0.05, np.nanmax(treat_all), *(np.nanmax(each) for each in net_benefit.values())]))
-    for (name, values), (colour, dash, _) in zip(net_benefit.items(), _looks(), strict=False):
-        axis.plot(thresholds, values, dash, color=colour, label=name)
+    top = 0.05
+    for (name, curve), (colour, dash, _) in zip(curves.items(), _looks(), strict=False):
+        axis.plot(curve["thresholds"], curve["model"], dash, color=colour, label=name)
+        top = max(top, *np.nan_to_num(curve["model"]), *np.nan_to_num(curve["all"]))
+    for curve in list(curves.values())[:1]:
+        axis.plot(curve["thresholds"], curve["all"], color=_GREY, linewidth=1, label=f"{act} all")
+        axis.set_xlim(float(np.min(curve["thresholds"])), float(np.max(curve["thresholds"])))
+    axis.axhline(0, color="black", linewidth=0.8, label=f"{act} none")
     axis.set_ylim(-0.15 * top, 1.05 * top)  # acting for all falls without bound
-    axis.set_xlim(float(np.min(thresholds)), float(np.max(thresholds)))
     axis.set_xlabel("threshold probability")
     axis.set_ylabel("net benefit")
     _legend(axis)
@@ -260,22 +259,21 @@ def decision_curve(
 
 
 @_styled
-def histograms(
-    panels: Mapping[str, tuple[np.ndarray, Mapping[str, np.ndarray]]], label: str = "probability"
-) -> "Figure":
-    """How many patients of each class have which probability, a panel a variant.
+def histograms(panels: Mapping[str, Mapping[str, np.ndarray]], labels: Sequence[str]) -> "Figure":
+    """How many patients of each class were given which probability of the last, a panel a variant.
 
     Args:
-        panels: By variant, the bins' edges `(B + 1,)` and, by class, counts `(B,)`.
-        label: Whose probability, under the axis.
+        panels: By variant, the bins' "edges" `(B + 1,)` and the "counts" `(K, B)` of each class, as
+            `measure.histogram` gives them.
+        labels: The `K` classes.
     """
     figure, axes = _panels(len(panels), high=0.75)
-    for (name, (edges, classes)), axis in zip(panels.items(), axes, strict=True):
-        for (kind, counts), (colour, dash, _) in zip(classes.items(), _looks(), strict=False):
-            axis.stairs(counts, edges, color=colour, fill=True, alpha=0.25)
-            axis.stairs(counts, edges, color=colour, linestyle=dash, linewidth=1.2, label=kind)
+    for (name, panel), axis in zip(panels.items(), axes, strict=True):
+        for label, counts, (colour, dash, _) in zip(labels, panel["counts"], _looks(), strict=False):
+            axis.stairs(counts, panel["edges"], color=colour, fill=True, alpha=0.25)
+            axis.stairs(counts, panel["edges"], color=colour, linestyle=dash, linewidth=1.2, label=label)
         axis.set_title(name, fontsize=9)
-        axis.set_xlabel(label)
+        axis.set_xlabel(f"probability of {labels[-1]}")
         axis.set_ylabel("patients")
         axis.set_xlim(0, 1)
         axis.set_ylim(bottom=0)

@@ -25,6 +25,7 @@ CAUTION = "For research only, not for patient care."
 SIMULATED = "The patients of this study are simulated. Nothing here says anything about real patients."
 OPEN = "to be written by the authors"
 CHECKLIST = {"number": "item", "topic": "topic", "asks": "what a report should say", "said": "in this study"}
+_BRAIN = {"auto": "extracted where a skull is seen", "extract": "extracted from every scan", "given": "as given"}
 _KINDS = {".svg": "image/svg+xml", ".png": "image/png"}
 
 
@@ -185,9 +186,8 @@ def people(study: Study, truth: Mapping[str, np.ndarray]) -> Table:
     """
     rows = []
     for name, known in truth.items():
-        counts = _counts(study.task(name), known)
-        said = ", ".join(f"{label} {count}" for label, count in counts.items())
-        rows.append({"task": name, "patients": len(known), "missing": int((known < 0).sum()), "labels": said})
+        labels = _labels(study.task(name), known)
+        rows.append({"task": name, "patients": len(known), "missing": int((known < 0).sum()), "labels": labels})
     columns = {"task": "task", "patients": "patients", "missing": "label missing", "labels": "labels"}
     return Table(rows, columns, "Patients and labels, by task.")
 
@@ -221,7 +221,7 @@ def facts(
     return {
         "source": source,
         "patients": max((len(known) for known in truth.values()), default=None),
-        "labels": "; ".join(_labels(study.task(name), known) for name, known in truth.items()) or None,
+        "labels": "; ".join(f"{name} ({_labels(study.task(name), known)})" for name, known in truth.items()) or None,
         "missing": ", ".join(f"{name} {int((known < 0).sum())}" for name, known in truth.items()) or None,
         "outcome": " ".join(_outcome(study.task(name)) for name in truth) or None,
         "variants": ", ".join(variant.name for variant in study.variants),
@@ -229,6 +229,7 @@ def facts(
         "columns": ", ".join(columns) or "no columns",
         "models": "; ".join(f"{variant.name}: {_network(variant.spec)}" for variant in study.variants) + ".",
         "preparation": " ".join(dict.fromkeys(_preparation(spec) for spec in specs)),
+        "brain": _BRAIN[study.brain],
         "folds": study.folds,
         "split_by": main,
         "validation": f"{100 * study.protocol.validation:g} %",
@@ -251,12 +252,8 @@ def _said(item: Mapping[str, str], facts: Mapping[str, object]) -> str:
     return f"{said} {OPEN[0].upper()}{OPEN[1:]}: {left}." if left else said
 
 
-def _counts(task: Task, known: np.ndarray) -> dict[str, int]:
-    return {label: int((known == index).sum()) for index, label in enumerate(task.labels)}
-
-
 def _labels(task: Task, known: np.ndarray) -> str:
-    return f"{task.name}: " + ", ".join(f"{count} {label}" for label, count in _counts(task, known).items())
+    return ", ".join(f"{label}: {int((known == index).sum())}" for index, label in enumerate(task.labels))
 
 
 def _outcome(task: Task) -> str:
