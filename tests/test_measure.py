@@ -8,7 +8,7 @@ from itertools import product
 
 import numpy as np
 import pytest
-from scipy import optimize, stats
+from scipy import optimize, special, stats
 from sklearn import metrics as peers
 from sklearn.calibration import calibration_curve as peer_calibration_curve
 
@@ -78,9 +78,9 @@ def test_two_labels_against_scikit_learn(seed, digits):
     x = measure.log_odds(p)
     with np.errstate(over="ignore"):
         fit = sm.GLM(y, sm.add_constant(x), family=sm.families.Binomial()).fit()
-        offset = sm.GLM(y, np.ones(len(y)), family=sm.families.Binomial(), offset=x).fit()
+    large = optimize.brentq(lambda a: special.expit(x + a).sum() - y.sum(), -40, 40, xtol=1e-12)
     assert calibration["calibration_slope"] == pytest.approx(fit.params[1], abs=1e-6)
-    assert calibration["calibration_intercept"] == pytest.approx(offset.params[0], abs=1e-6)
+    assert calibration["calibration_intercept"] == pytest.approx(large, abs=1e-8)
 
 
 def test_the_task_s_own_threshold_is_taken_where_none_is_given():
@@ -313,7 +313,7 @@ def test_the_threshold_is_the_best_there_is(seed):
     answers = of_two(31, seed=seed, digits=1 + seed % 2)
     y, p = answers.truth, answers.probabilities[:, 1]
     chosen = measure.choose_threshold(y, p)
-    every = [peers.balanced_accuracy_score(y, p > cut) for cut in np.linspace(-0.0005, 1.0005, 1002)]
+    every = [peers.balanced_accuracy_score(y, p > cut) for cut in [-1, *np.unique(p)]]
     assert peers.balanced_accuracy_score(y, p > chosen) == pytest.approx(max(every))
 
 
