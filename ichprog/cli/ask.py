@@ -166,12 +166,13 @@ def _import_nibabel() -> None:
 
 def _sources(paths: Iterable[Path]) -> list[Path]:
     """Every scan behind the paths, once: a cohort's in the order of its rows, whether they are there or not."""
-    from ichprog.cohort import Cohort
     from ichprog.scan import find
 
     sources: list[Path] = []
     for path in paths:
         if path.suffix.lower() == ".csv":
+            from ichprog.cohort import Cohort
+
             sources += [patient.scan for patient in Cohort.read(path, scans=False).patients]
         else:
             sources += find(path)

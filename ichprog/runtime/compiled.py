@@ -11,7 +11,7 @@ import numpy as np
 
 from ichprog.errors import PluginError
 from ichprog.hub import WeightFile
-from ichprog.runtime import Answer, engine, guided
+from ichprog.runtime import Answer, engine
 from ichprog.runtime.kept import Kept
 from ichprog.spec import ModelSpec
 
@@ -185,6 +185,7 @@ class OpenVinoRuntime:
         import torch
 
         from ichprog import saliency
+        from ichprog.runtime import guided
 
         model = self._converted(whole.backbone, shape)
         try:
