@@ -103,3 +103,8 @@ def wilson(positive: ArrayLike, of: ArrayLike, *, coverage: float = 0.95) -> tup
     k, n = k.copy(), np.where(n > 0, n, np.nan)
     middle, half = (k + z2 / 2) / (n + z2), np.sqrt(z2 * (k * (n - k) / n + z2 / 4)) / (n + z2)
     return np.clip(middle - half, 0, 1), np.clip(middle + half, 0, 1)
+
+
+def finite(number: float) -> float | None:
+    """A number for a table, None where it is not defined."""
+    return float(number) if np.isfinite(number) else None

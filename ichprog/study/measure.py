@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ichprog.spec import Task
-from ichprog.study.chance import bca, interval, resamples, wilson
+from ichprog.study.chance import bca, finite, interval, resamples, wilson
 from ichprog.study.predictions import Answers
 
 _EDGE = 1e-6  # probabilities are held this far from 0 and 1 where their log-odds are taken
@@ -106,8 +106,7 @@ def metrics_with_intervals(
                 low, high = bca(drawn[name], value, left_out[name], coverage=coverage)
             else:
                 low, high = interval(drawn[name], coverage=coverage)
-        numbers = {"value": value, "low": low, "high": high}
-        found[name] = {key: float(number) if np.isfinite(number) else None for key, number in numbers.items()}
+        found[name] = {"value": finite(value), "low": finite(low), "high": finite(high)}
     return found
 
 
