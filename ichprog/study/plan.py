@@ -173,6 +173,12 @@ class Study:
         """That of the first variant; in what makes the folds, that of all."""
         return self.variants[0].protocol
 
+    @property
+    def runs(self) -> dict[str, tuple[Variant, int | None]]:
+        """All that is trained: the variants by name, and as NAME@SIZE on so many patients."""
+        whole: dict[str, tuple[Variant, int | None]] = {variant.name: (variant, None) for variant in self.variants}
+        return whole | {f"{name}@{size}": (self.variant(name), size) for name in self.sized for size in self.sizes}
+
     def variant(self, name: str) -> Variant:
         """The variant of that name.
 

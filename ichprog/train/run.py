@@ -252,7 +252,7 @@ class Run:
             raise RunError(f"{record}: cannot be read: {error}. Choose another folder.") from error
         if held.get("format") != _FORMAT:
             raise RunError(f"{record}: is of another version of ichprog. Choose another folder.")
-        differing = [said for key, mine in self.asked.items() for said in _differences(key, held.get(key), mine)]
+        differing = [said for key, mine in self.asked.items() for said in differences(key, held.get(key), mine)]
         if differing:
             raise RunError(
                 f"{self.path} holds another run: {'; '.join(differing)}. Choose another folder, or ask for the same."
@@ -322,7 +322,7 @@ def _predictions(
         yield row
 
 
-def _differences(key: str, held: Any, asked: Any) -> Iterator[str]:
+def differences(key: str, held: Any, asked: Any) -> Iterator[str]:
     """What differs, in words, down to the fields of an object."""
     if held == asked:
         return

@@ -1,0 +1,132 @@
+"""Who does the work of a study: this process, several of this machine, or the workers of a cluster."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from ichprog.cohort import _end_with_parent
+from ichprog.errors import RunError
+
+Item = TypeVar("Item")
+
+_TRIES = 3  # pools that break before anything is done; after that each item gets its own
+
+
+def spread(
+    items: Sequence[Item],
+    job: Callable[[Item], str | None],
+    ended: Callable[[Item, str | None], None],
+    *,
+    executor: Executor | None = None,
+    workers: int = 1,
+) -> None:
+    """Has a job done for each item. A worker that dies takes nothing with it but what it did, and that is tried again.
+
+    Args:
+        items: What it is done for.
+        job: The job, which tells what went wrong, or None; other processes need one that can be pickled.
+        ended: Called in this process with each item and what went wrong with it, or None.
+        executor: Who does it.
+        workers: Without one, the number of processes; 1 is this one.
+    """
+    if executor is not None:
+        for lost in _round(items, job, executor, ended):
+            ended(lost, "its worker died")
+        return
+    if workers <= 1:
+        for item in items:
+            ended(item, job(item))
+        return
+    left, tries = list(items), _TRIES
+    while left and tries:
+        with _pool(min(workers, len(left))) as pool:
+            again = _round(left, job, pool, ended)
+        tries = tries - 1 if len(again) == len(left) else _TRIES
+        left = again
+    for item in left:  # one of them kills its process; alone it takes no other with it
+        with _pool(1) as pool:
+            for dead in _round([item], job, pool, ended):
+                ended(dead, "its process died each time; it may need more memory than there is")
+
+
+def _round(
+    items: Sequence[Item],
+    job: Callable[[Item], str | None],
+    executor: Executor,
+    ended: Callable[[Item, str | None], None],
+) -> list[Item]:
+    """Has an executor do it; tells the items that were lost because it broke."""
+    lost: list[Item] = []
+    futures: dict[Future[str | None], Item] = {}
+    for item in items:
+        try:
+            futures[executor.submit(job, item)] = item
+        except BrokenExecutor:
+            lost.append(item)
+    try:
+        for future in as_completed(futures):
+            item = futures[future]
+            try:
+                ended(item, future.result())
+            except BrokenExecutor:
+                lost.append(item)
+            except Exception as error:  # such as dask's, of a worker that was killed again and again
+                ended(item, f"{type(error).__name__}: {error}")
+    finally:
+        for future in futures:
+            future.cancel()
+    return lost
+
+
+@contextmanager
+def _pool(workers: int) -> Iterator[Executor]:
+    """Processes of this machine that end with this one, and share its processors."""
+    from multiprocessing import get_context
+
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_begin_worker, initargs=(workers,))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _begin_worker(workers: int) -> None:
+    import torch
+
+    _end_with_parent()
+    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+
+
+@contextmanager
+def cluster(
+    *, scheduler: str | None = None, slurm: Mapping[str, Any] | None = None, workers: int = 1
+) -> Iterator[Executor]:
+    """The workers of a cluster, by dask.distributed. Workers of one thread each are used best.
+
+    Args:
+        scheduler: Address of a scheduler that is there, such as "tcp://host:8786".
+        slurm: Without one, options of dask-jobqueue's `SLURMCluster`, whose jobs are then submitted.
+        workers: The number of those jobs.
+
+    Raises:
+        RunError: dask is not installed, or there is no scheduler at the address.
+    """
+    try:
+        from distributed import Client
+    except ImportError as error:
+        raise RunError("a cluster needs dask: pip install 'ichprog[distributed]'.") from error
+    if scheduler is not None:
+        try:
+            client = Client(scheduler)
+        except (OSError, ValueError) as error:
+            raise RunError(f"there is no scheduler at {scheduler}: {error}. Start one, or give its address.") from error
+        with client:
+            yield client.get_executor(pure=False)
+        return
+    from dask_jobqueue import SLURMCluster
+
+    usual = {"cores": 1, "processes": 1, "memory": "8GB"}
+    with SLURMCluster(**usual | dict(slurm or {})) as jobs, Client(jobs) as client:
+        jobs.scale(jobs=workers)
+        yield client.get_executor(pure=False)
