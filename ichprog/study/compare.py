@@ -17,6 +17,7 @@ from ichprog.study.measure import metrics, weighted_metrics
 from ichprog.study.predictions import Answers
 
 Row = dict[str, Any]
+_ROUNDING = 1e-12  # figures that are no further apart are alike
 
 
 # ---- two variants ----
@@ -128,7 +129,7 @@ def _difference(difference: float, drawn: np.ndarray, coverage: float) -> dict[s
     known = drawn[np.isfinite(drawn)]
     if np.isnan(difference) or 2 * len(known) < len(drawn):
         return found
-    rarer = min((known <= 0).sum(), (known >= 0).sum())
+    rarer = min((known <= _ROUNDING).sum(), (known >= -_ROUNDING).sum())
     found["low"], found["high"] = interval(known, coverage=coverage)
     return found | {"p": min(1.0, 2 * (rarer + 1) / (len(known) + 1))}
 
@@ -154,8 +155,8 @@ def delong(truth: ArrayLike, first: ArrayLike, second: ArrayLike) -> tuple[float
     areas, covariance = _areas(truth, first, second)
     difference = float(areas[0] - areas[1])
     error = float(np.sqrt(max(covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1], 0)))
-    if error < 1e-12:  # rounding is all there is
-        return difference, error, 1.0 if abs(difference) < 1e-12 else np.nan
+    if error < _ROUNDING:
+        return difference, error, 1.0 if abs(difference) < _ROUNDING else np.nan
     return difference, error, _two_sided(difference / error)
 
 
@@ -252,9 +253,9 @@ def fleiss_kappa(counts: ArrayLike) -> float:
         ValueError: Patients have different numbers of readers.
     """
     table = np.asarray(counts, np.float64)
-    readers = table.sum(axis=1)
-    if not len(table) or readers[0] < 2:
+    if not table.size or table[0].sum() < 2:
         return np.nan
+    readers = table.sum(axis=1)
     if (readers != readers[0]).any():
         raise ValueError(f"patients have {readers.min():g} to {readers.max():g} readers; each needs the same number")
     agreed = ((table**2).sum(axis=1) - readers) / (readers * (readers - 1))
