@@ -60,7 +60,10 @@ def _styled(draw: Callable[P, "Figure"]) -> Callable[P, "Figure"]:
     @functools.wraps(draw)
     def drawn(*args: P.args, **kwargs: P.kwargs) -> "Figure":
         with _style():
-            return draw(*args, **kwargs)
+            figure = draw(*args, **kwargs)
+            figure.draw_without_rendering()
+            figure.set_layout_engine("none")  # laid out once: again would move everything by a hair
+            return figure
 
     return drawn
 
@@ -68,10 +71,11 @@ def _styled(draw: Callable[P, "Figure"]) -> Callable[P, "Figure"]:
 def save(figure: "Figure", folder: Path, name: str) -> tuple[Path, Path]:
     """Writes a figure as `name.svg` and `name.png`, each whole or not at all.
 
-    The same figure gives the same bytes, under the same version of matplotlib. Text in the SVG stays text.
+    A figure of this module gives the same bytes each time under the same version of matplotlib. Text in the SVG stays
+    text.
 
     Args:
-        figure: What a function of this module returned, or any other figure.
+        figure: A figure of this module, or any other.
         folder: Where to; it is made.
         name: The files' name without an ending.
 
@@ -132,7 +136,7 @@ def forest(rows: Mapping[str, Interval | None], label: str, *, line: float | Non
     axis.grid(axis="x")
     axis.set_xlabel(label)
     axis.set_yticks(range(len(rows)), list(rows))
-    axis.set_ylim(len(rows) - 0.5, -0.5)
+    axis.set_ylim(max(len(rows), 1) - 0.5, -0.5)
     beside = axis.twinx()
     beside.set_ylim(axis.get_ylim())
     beside.set_yticks(range(len(rows)), [shown(each) for each in rows.values()])
@@ -310,7 +314,7 @@ def folds(
     axis.grid(axis="x")
     axis.set_xlabel(words(metric))
     axis.set_yticks(range(len(per_fold)), list(per_fold))
-    axis.set_ylim(len(per_fold) - 0.5, -0.5)
+    axis.set_ylim(max(len(per_fold), 1) - 0.5, -0.5)
     axis.tick_params(axis="y", length=0)
     axis.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
     return figure
