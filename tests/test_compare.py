@@ -200,6 +200,7 @@ def test_areas_of_hard_cases():
     assert room.delong(truth, parted, parted) == (0, 0, 1)
     assert math.isnan(room.delong(truth, parted, parted[::-1])[2])
     assert room.delong_interval(truth, [0.5] * 4)[0] == 0.5
+    assert np.isnan(room.delong(truth, [0.1, np.nan, 0.8, 0.9], parted)).all()
     for few in ([0, 1], [0, 0, 1], [1, 1], []):
         assert np.isnan(room.delong(few, few, few)).all()
         assert np.isnan(room.delong_interval(few, few)).all()

@@ -159,6 +159,14 @@ def test_one_label_leaves_undefined_what_needs_more(task, truth):
     assert math.isnan(found["accuracy"]) == (not truth)
 
 
+@pytest.mark.parametrize("task", [TWO, THREE, PLAIN], ids=["two", "in order", "without order"])
+def test_an_answer_that_is_nan_leaves_every_figure_undefined(task):
+    answers = of_two(30) if task is TWO else of_three(30)
+    answers.probabilities[7] = np.nan
+    assert all(math.isnan(value) for value in measure.metrics(task, answers).values())
+    assert all(row["low"] is None for row in measure.metrics_with_intervals(task, answers, draws=5).values())
+
+
 def brute_uoc(table):
     """Every path, one at a time, and the mean over beta by quadrature."""
     table = np.array(table, float)

@@ -60,6 +60,8 @@ def weighted_metrics(
     own = 0.5 if task.threshold is None else task.threshold
     cut = np.broadcast_to(np.asarray(own if thresholds is None else thresholds, np.float64), (len(answers),))
     truth, p = answers.truth, answers.probabilities
+    if np.isnan(p).any():  # then no figure is defined, and where nobody counts none is
+        p, weights = np.nan_to_num(p), np.zeros_like(weights)
     if len(task.labels) == 2:
         return _of_two(truth == 1, p[:, 1], cut, weights)
     if task.threshold is None:
