@@ -1,7 +1,8 @@
-"""Plugins: which there are, and the beginnings of a new one."""
+"""Plugins: which there are, what they cost, and the beginnings of a new one."""
 
 import keyword
 import re
+from dataclasses import asdict
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -20,7 +21,7 @@ _KINDS = {"backbone": "backbones", "head": "heads", "saliency": "saliency"}  # a
 @as_json
 @click.pass_context
 def plugins(ctx: click.Context, /, as_json: bool) -> None:
-    """List the plugins there are, whose they are, and whether they load; or begin a new one."""
+    """List the plugins there are, whose they are, and whether they load; measure them; begin one."""
     if ctx.invoked_subcommand is not None:
         return
     found = states()
@@ -102,3 +103,51 @@ def new(name: str, kind: str, output: Path | None) -> None:
         # safe: a dollar sign of the template's own stays
         path.write_text(Template(text).safe_substitute(words), encoding="utf-8")
     click.echo(f"{folder}: next, `cd {folder} && pip install -e '.[dev]' && pytest`.")
+
+
+@plugins.command()
+@click.argument("names", nargs=-1, metavar="[NAME]...")
+@click.option("--kind", "kinds", type=click.Choice(list(_KINDS)), multiple=True, help="Of this kind only; repeatable.")
+@click.option(
+    "--shape", type=click.IntRange(min=1), nargs=3, metavar="D H W", help="Slices, rows and columns of grids."
+)
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the tables as Markdown to this file.")
+@as_json
+@click.pass_context
+def costs(
+    ctx: click.Context,
+    names: tuple[str, ...],
+    kinds: tuple[str, ...],
+    shape: tuple[int, int, int] | None,
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    """Measure parameters, operations, memory and time of plugins.
+
+    Of the NAMEs given, such as timm/resnet18, or of all but families where none is given.
+    """
+    from tqdm import tqdm
+
+    from ichprog import costs, registry
+    from ichprog.results import whole_file
+
+    asked = costs.claims(names, [getattr(registry, _KINDS[kind]).kind for kind in kinds])
+    found, failed = [], []
+    bar = tqdm(asked, unit="plugin", leave=False, disable=None)  # None: where there is no terminal
+    for kind, name in bar:
+        bar.set_postfix_str(name)
+        try:
+            found.append(costs.measure(kind, name, shape=shape))
+        except IchprogError as error:
+            failed.append((kind, name, str(error)))
+    text = f"{costs.table(found, failed=[(name, why) for _, name, why in failed])}\n\nOn {costs.machine()}.\n"
+    if output is not None:
+        with whole_file(output) as partial:
+            partial.write_text(text, encoding="utf-8")
+    if as_json:
+        problems = [{"kind": kind, "name": name, "problem": why} for kind, name, why in failed]
+        print_json({"machine": costs.machine(), "costs": [asdict(cost) for cost in found], "failed": problems})
+    else:
+        click.echo(output if output is not None else text, nl=output is not None)
+    if failed:
+        ctx.exit(1)

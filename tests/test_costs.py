@@ -1,0 +1,269 @@
+"""What plugins cost is what it is by other ways of counting."""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ichprog import costs, registry, zoo
+from ichprog.backbones import Backbone
+from ichprog.cli import main
+from ichprog.errors import PluginError, SpecError, UnknownName
+
+PAGE = Path(__file__).parents[1] / "docs" / "costs.md"
+BACKBONE, HEAD, METHOD = registry.backbones.kind, registry.heads.kind, registry.saliency.kind
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def registered():
+    """Registers a plugin as `mine` for one test."""
+    added = []
+
+    def add(plugins, plugin, name="mine"):
+        plugins.register(name, plugin)
+        added.append((plugins, name))
+
+    yield add
+    for plugins, name in added:
+        plugins.unregister(name)
+
+
+def by_formula(name, shape):
+    """Operations of a backbone in thousands of millions: two for each weight that makes an output, by hooks."""
+    built, total = registry.backbones.load(name)().eval().to("meta"), 0
+
+    def add(module, given, found):
+        nonlocal total
+        taps = module.in_channels // module.groups * math.prod(module.kernel_size)
+        total += 2 * found.numel() * taps
+
+    for module in built.modules():
+        if isinstance(module, nn.Conv3d):
+            module.register_forward_hook(add)
+    features = built(torch.empty(1, 1, *shape, device="meta"))
+    return total / 1e9, tuple(features.shape[1:])
+
+
+@pytest.mark.parametrize(("name", "shape"), [
+    ("compact", (24, 112, 112)), ("perez2023", (40, 60, 50)), ("densenet121", (32, 48, 40)),
+])  # fmt: skip
+def test_operations_of_convolutions_are_those_of_the_formula(name, shape):
+    found = costs.measure(BACKBONE, name, shape=shape)
+    expected, features = by_formula(name, shape)
+    assert found.gflop == pytest.approx(expected, rel=1e-12)
+    assert found.found == features
+    assert found.given == shape
+    built = registry.backbones.load(name)().eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        built(torch.rand(1, 1, *shape))
+    assert counter.get_total_flops() / 1e9 == pytest.approx(found.gflop, rel=1e-12)
+    assert found.parameters == sum(math.prod(values.shape) for values in built.state_dict().values()) - sum(
+        math.prod(values.shape) for values in built.buffers()
+    )
+
+
+def test_a_convolution_by_hand(registered):
+    registered(
+        registry.backbones, lambda: Backbone(nn.Sequential(nn.Conv3d(1, 6, (1, 2, 3), (1, 2, 1))), 6, "features.0")
+    )
+    found = costs.measure(BACKBONE, "mine", shape=(4, 6, 8))
+    assert found.parameters == 6 * 1 * 2 * 3 + 6
+    assert found.found == (6, 4, 3, 6)
+    assert found.gflop == pytest.approx(2 * (6 * 4 * 3 * 6) * (1 * 2 * 3) / 1e9)
+    assert (found.distribution, found.version, found.forward, found.back) == ("this session", "", 1, 0)
+    assert 0 < found.seconds < 10
+
+
+class Copies(nn.Module):
+    out_channels, cam_layer = 8, "last"
+
+    def __init__(self):
+        super().__init__()
+        self.last = nn.ReLU()
+        self.register_buffer("held", torch.zeros(1000))
+
+    def forward(self, grid):
+        once = grid.repeat(1, 8, 1, 1, 1)
+        beside = once[:, :4].reshape(1, -1)  # a view
+        del once
+        twice = (beside.view(1, 4, *grid.shape[2:]) + 0).repeat(1, 2, 1, 1, 1)
+        del beside
+        return self.last(twice)
+
+
+def test_memory_is_what_tensors_hold_at_once(registered):
+    registered(registry.backbones, Copies)
+    shape = (16, 32, 32)
+    grid = 4 * math.prod(shape)
+    found = costs.measure(BACKBONE, "mine", shape=shape)
+    # a copy of eight channels, of which the view keeps all, a half of it, and what repeats that; the ReLU needs less
+    assert found.memory == 4000 + grid + (8 + 4 + 8) * grid
+    assert found.parameters == 0
+    assert found.gflop == 0
+
+
+def test_memory_and_operations_of_a_head(registered):
+    found = costs.measure(HEAD, "softmax")
+    assert found.given == by_formula("densenet121", zoo.find(zoo.DEFAULT).input.shape)[1] == (1024, 1, 9, 9)
+    assert found.found == (3,)
+    assert found.parameters == 1024 * 3 + 3
+    assert found.gflop * 1e9 == pytest.approx(2 * 1024 * 3)
+    weights, features = 4 * (1024 * 3 + 3), 4 * 1024 * 81
+    assert weights + 2 * features <= found.memory < weights + 2 * features + 3 * 4 * 1024
+
+
+def test_passes_of_a_method_are_counted(registered):
+    def several(score, grid, network, *, times=3):
+        with torch.no_grad():
+            score(torch.cat([grid.detach()] * 4))
+        total = torch.zeros_like(grid[0, 0])
+        for _ in range(times):
+            at = grid.detach().requires_grad_()
+            total += torch.autograd.grad(score(at).sum(), at)[0][0, 0]
+        return total
+
+    registered(registry.saliency, several)
+    found = costs.measure(METHOD, "mine")
+    assert (found.forward, found.back) == (1 + 4 + 3, 3)  # the first is the pass that all methods are given
+    assert found.parameters is None
+    once = costs.measure(METHOD, "guided_backprop")
+    assert (once.forward, once.back) == (1, 1)
+    assert once.given == once.found == found.found
+    assert costs.measure(METHOD, "grad_cam").found == costs.measure(BACKBONE, "compact").found[1:]
+    forward = by_formula("compact", once.given)[0] + 2 * 64 * 1e-9
+    assert found.gflop > 8 * forward
+    # on the way back a convolution costs what it did, but the weights are fixed; each pass is to the grid
+    assert found.gflop == pytest.approx(8 * forward + 3 * forward, rel=1e-6)
+    assert costs.measure(METHOD, "guided_grad_cam").back == 2
+
+
+def test_nothing_is_left_and_what_fails_is_told_whose_it_is(registered):
+    def failing(score, grid, network):
+        torch.autograd.grad(score(grid).sum(), grid)
+        raise ZeroDivisionError("by zero")
+
+    registered(registry.saliency, failing)
+    before = torch.get_rng_state()
+    with pytest.raises(PluginError, match=r"'mine' of this session fails on .*ZeroDivisionError: by zero"):
+        costs.measure(METHOD, "mine")
+    costs.measure(BACKBONE, "compact", shape=(8, 16, 16))
+    assert torch.equal(torch.get_rng_state(), before)
+    with pytest.raises(PluginError, match=r"'perez2023' of ichprog .* fails on \(1, 1, 8, 16, 16\)"):
+        costs.measure(BACKBONE, "perez2023", shape=(8, 16, 16))
+    with pytest.raises(PluginError, match="default backbone gives no features"):
+        costs.measure(HEAD, "softmax", shape=(8, 16, 16))
+    registered(registry.heads, lambda channels, labels, *, needed: None)
+    with pytest.raises(SpecError, match="needed"):
+        costs.measure(HEAD, "mine")
+    with pytest.raises(UnknownName, match="kind of plugin"):
+        costs.measure("layer", "mine")
+
+
+def test_what_is_asked_for(registered):
+    registered(
+        registry.backbones, lambda rest, **options: Backbone(nn.Sequential(nn.ReLU()), 1, "features.0"), "many/*"
+    )
+    everything = costs.claims()
+    assert ("backbone", "compact") in everything
+    assert not any(name.endswith("*") for _, name in everything)
+    assert len(everything) == len(set(everything)) >= 10
+    assert costs.claims(["many/one", "grad_cam"]) == [(BACKBONE, "many/one"), (METHOD, "grad_cam")]
+    assert costs.measure(BACKBONE, "many/one", shape=(2, 3, 4)).found == (1, 2, 3, 4)
+    assert costs.claims(kinds=[HEAD]) == [(HEAD, name) for name in registry.heads.names()]
+    with pytest.raises(UnknownName, match=r"no backbone or head or saliency method 'compakt'.*compact"):
+        costs.claims(["compakt"])
+    with pytest.raises(UnknownName, match="no head 'compact'"):
+        costs.claims(["compact"], [HEAD])
+    with pytest.raises(UnknownName, match="no kind of plugin 'layer'"):
+        costs.claims(kinds=["layer"])
+
+
+def rows(text):
+    """Each row of the tables in Markdown by the name of its plugin, and the columns' heads."""
+    found, heads = {}, []
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.strip("| ").split(" | ")]
+        if cells[0] == "name":
+            heads = cells
+        elif cells[0].startswith("`") and line.startswith("|"):
+            found[cells[0].strip("`")] = dict(zip(heads, cells, strict=True))
+    return found
+
+
+def test_the_command_says_it_as_tables_and_as_data(tmp_path):
+    asked = ["plugins", "costs", "compact", "--shape", "8", "32", "32"]
+    shown = CliRunner().invoke(main, asked)
+    assert shown.exit_code == 0, shown.output
+    written = CliRunner().invoke(main, [*asked, "-o", str(tmp_path / "costs.md"), "--json"])
+    assert written.exit_code == 0, written.output
+    data = json.loads(written.stdout)
+    (cost,) = data["costs"]
+    for text in (shown.stdout, (tmp_path / "costs.md").read_text()):
+        row = rows(text)["compact"]
+        assert row["parameters"] == f"{cost['parameters']:,}" == "138,992"
+        assert row["grid"] == "8 x 32 x 32"
+        assert float(row["GFLOP"]) == pytest.approx(cost["gflop"], rel=5e-3)
+        assert float(row["MiB"]) == pytest.approx(cost["memory"] / 2**20, rel=5e-3)
+        assert data["machine"] in text
+    assert data["failed"] == []
+    of_a_kind = CliRunner().invoke(main, ["plugins", "costs", "--kind", "head", "--kind", "saliency"])
+    assert set(rows(of_a_kind.stdout)) == {name for kind, name in costs.claims(kinds=[HEAD, METHOD])}
+
+
+def test_the_command_says_what_it_could_not_measure():
+    small = ["--shape", "8", "32", "32"]
+    partly = CliRunner().invoke(main, ["plugins", "costs", "perez2023", "compact", *small])
+    assert partly.exit_code == 1
+    assert "- perez2023: backbone 'perez2023' of ichprog" in partly.stdout
+    assert "compact" in rows(partly.stdout)
+    data = json.loads(CliRunner().invoke(main, ["plugins", "costs", "perez2023", *small, "--json"]).stdout)
+    assert [one["name"] for one in data["failed"]] == ["perez2023"]
+    unknown = CliRunner().invoke(main, ["plugins", "costs", "compakt"])
+    assert unknown.exit_code == 2
+    assert "compact" in unknown.stderr
+
+
+def test_the_page_is_up_to_date():
+    """In what does not depend on the machine; else run `python benchmarks/costs.py`."""
+    page = rows(PAGE.read_text(encoding="utf-8"))
+    ours = [
+        name
+        for plugins in costs.REGISTRIES.values()
+        for name in plugins.names()
+        if plugins.entry(name).distribution == "ichprog"
+    ]
+    assert set(ours) == {name for name, row in page.items() if row["of"].startswith("ichprog ")}
+    for name in registry.backbones.names():
+        if name in page:
+            shape = tuple(map(int, page[name]["grid"].split(" x ")))
+            gflop, features = by_formula(name, shape)
+            assert page[name]["features"] == " x ".join(map(str, features))
+            assert float(page[name]["GFLOP"]) == pytest.approx(gflop, rel=5e-3)
+            built = registry.backbones.load(name)()
+            assert page[name]["parameters"] == f"{sum(one.numel() for one in built.parameters()):,}"
+    for name in registry.heads.names():
+        if name in page:
+            assert page[name]["parameters"] == f"{costs.measure(HEAD, name).parameters:,}"
+    for name in ("grad_cam", "guided_backprop", "guided_grad_cam"):
+        found = costs.measure(METHOD, name)
+        told = page[name]
+        assert (told["forward"], told["back"], told["map"]) == (
+            str(found.forward), str(found.back), " x ".join(map(str, found.found)),
+        )  # fmt: skip
+        assert float(told["GFLOP"]) == pytest.approx(found.gflop, rel=5e-3)
+        assert float(told["MiB"]) == pytest.approx(found.memory / 2**20, rel=5e-3)
+    assert not re.search(r"/(?:tmp|work|home|root)\b", PAGE.read_text(encoding="utf-8"))
