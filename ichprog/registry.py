@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, EntryPoints, entry_points, version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ichprog.errors import PluginError, UnknownName
 
@@ -171,7 +171,7 @@ def _installed() -> EntryPoints:
 
 @functools.lru_cache(maxsize=1)
 def _read(_folders: tuple[tuple[str, int], ...]) -> EntryPoints:
-    return entry_points()
+    return cast("EntryPoints", entry_points())  # in Python 3.11 a kind of its own, which selects as they do
 
 
 def _changed(path: str) -> int:
