@@ -132,7 +132,8 @@ def masks(cohort: Cohort) -> dict[str, Path]:
     found = {}
     for patient in cohort.patients:
         cell = patient.columns.get("mask")
-        names = [f"masks/{patient.name}.nii.gz", f"masks/{patient.scan.name}"] if cell is None else [cell]
+        scan = patient.scan.name.removesuffix(".gz").removesuffix(".nii")  # in joined cohorts patients are renamed
+        names = [f"masks/{name}.nii.gz" for name in (patient.name, scan)] if cell is None else [cell]
         folders = [*patient.scan.parents[:2]] if cell is None else [Path(cohort.source).parent, *patient.scan.parents]
         there = [folder / name for name in names if name for folder in folders if (folder / name).is_file()]
         if there:
@@ -384,8 +385,9 @@ def figure(
 ) -> "Figure":
     """Slices in rows, models in columns: each model's map over the slice, with its probability of the label above.
 
-    The patient's right is on the left. Each map is scaled by its own largest value; red speaks for the label and blue
-    against it. Where there is a mask of the lesion its outline is drawn.
+    The patient's right is on the left. Red speaks for the label and blue against it. Each map is scaled by its largest
+    value in the slice; how much that is of its largest in the scan is said above, too, for a slice may hold little of
+    a map. Where there is a mask of the lesion its outline is drawn.
 
     Args:
         models: As in `measured`.
@@ -440,9 +442,9 @@ def figure(
                 first.set_title(
                     f"{name}{_truth(patients[name], about)}\nslice {number} of {values.shape[2]}", fontsize=8
                 )
-            _draw(axis, scan, lesion, cast("int", number), values)
+            share = _draw(axis, scan, lesion, cast("int", number), values)
             probability = predict(model, scan)[task].probabilities[saliency.label]
-            axis.set_title(f"{variant}\np({saliency.label}) = {probability:.2f}", fontsize=8)
+            axis.set_title(f"{variant}\np({saliency.label}) = {probability:.2f}, map up to {share:.0%}", fontsize=8)
     drawing.suptitle("\n".join([f"{task}, {method}", *notices]), fontsize=9)
     return drawing
 
@@ -463,8 +465,8 @@ def _truth(patient: Patient, task: Task) -> str:
     return f", truth: {task.labels[task.target.index(float(cell))]}" if cell else ""
 
 
-def _draw(axis: Any, scan: Scan, lesion: np.ndarray | None, number: int, values: np.ndarray | None = None) -> None:
-    """A slice, cut out around the brain, with a map over it."""
+def _draw(axis: Any, scan: Scan, lesion: np.ndarray | None, number: int, values: np.ndarray | None = None) -> float:
+    """A slice, cut out around the brain, with a map over it, and how much of the map's largest value is in it."""
     brain = cast("np.ndarray", scan.brain)
     seen = [np.flatnonzero(brain.any((1 - side, 2))) for side in (0, 1)]
     i, j = (slice(at[0], at[-1] + 1) if at.size else slice(None) for at in seen)
@@ -472,10 +474,15 @@ def _draw(axis: Any, scan: Scan, lesion: np.ndarray | None, number: int, values:
     axis.set_xticks([])
     axis.set_yticks([])
     axis.imshow(scan.hu[box].T, cmap="gray", vmin=_WINDOW[0], vmax=_WINDOW[1])
-    if values is not None and not values.max() > 0:
-        axis.text(0.5, 0.5, "empty map", color="white", ha="center", va="center", transform=axis.transAxes)
-    elif values is not None:
-        scaled = values[box].T / np.abs(values).max()
-        axis.imshow(scaled, cmap="coolwarm", vmin=-1, vmax=1, alpha=np.clip(np.abs(scaled) * 1.4, 0, 0.75))
     if lesion is not None and lesion[box].any():
         axis.contour(lesion[box].T, [0.5], colors="yellow", linewidths=0.8)
+    if values is None:
+        return 0.0
+    if not values.max() > 0:
+        axis.text(0.5, 0.5, "empty map", color="white", ha="center", va="center", transform=axis.transAxes)
+        return 0.0
+    here = float(np.abs(values[box]).max())
+    if here > 0:
+        scaled = values[box].T / here
+        axis.imshow(scaled, cmap="coolwarm", vmin=-1, vmax=1, alpha=np.clip(np.abs(scaled) * 1.4, 0, 0.75))
+    return here / float(np.abs(values).max())
