@@ -1,0 +1,137 @@
+"""The maps of a study's variants: each of the network that did not see the patient, measured once and kept.
+
+What was measured is in `saliency.csv` of the study's folder, a row a map.
+"""
+
+import csv
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ichprog.cohort import Cohort
+from ichprog.results import whole_file
+from ichprog.study import faithful, maps
+from ichprog.study.maps import Measured
+from ichprog.study.plan import Study
+
+if TYPE_CHECKING:
+    from ichprog.model import Model
+
+_STEPS = 10  # of the insertion and deletion curves
+_TEXT = {"variant", "patient", "task", "label", "method"}
+_SAID = {"True": True, "False": False, "": None}
+
+
+def member(out: Path, variant: str, fold: int | None) -> "Model":
+    """A variant as it was trained in a fold.
+
+    Args:
+        out: The study's folder.
+        variant: The variant.
+        fold: The fold; all of them for None.
+    """
+    from ichprog.model import load_model
+
+    return load_model(f"local-dir:{out / 'runs' / variant}", fold=fold)
+
+
+def members(study: Study, out: Path) -> dict[str, "Callable[[int | None], Model]"]:
+    """By variant that has the task which folds are split by, a function from a fold to its model."""
+
+    def of(name: str) -> "Callable[[int | None], Model]":
+        return lambda fold: member(out, name, fold)
+
+    has = [v.name for v in study.variants if any(task.name == study.split_by for task in v.spec.tasks)]
+    return {name: of(name) for name in has if (out / "runs" / name / "config.json").is_file()}
+
+
+def tested(out: Path) -> dict[str, int]:
+    """By patient, the fold that tests it.
+
+    Args:
+        out: The study's folder.
+    """
+    parts = json.loads((out / "study.json").read_text("utf-8"))["membership"]
+    return {patient: int(fold) for fold, part in parts.items() for patient in part["test"]}
+
+
+def measured(study: Study, cohort: Cohort, out: Path, maps_of: int) -> list[Measured]:
+    """What is measured of the maps of the first patients with a mask; what was measured before is read.
+
+    Args:
+        study: The study.
+        cohort: Its patients.
+        out: Its folder.
+        maps_of: Of how many patients.
+
+    Raises:
+        ScanError: A scan or a mask cannot be read.
+    """
+    path, where, folds = out / "saliency.csv", maps.masks(cohort), tested(out)
+    wanted = [patient for patient in cohort.patients if patient.name in where and patient.name in folds][:maps_of]
+    kept = _read(path) if path.is_file() else []
+    done = {(row.variant, row.patient, row.method) for row in kept}
+    models = members(study, out)
+    for variant in study.variants:
+        left = [p for p in wanted if any((variant.name, p.name, method) not in done for method in variant.saliency)]
+        if not left or variant.name not in models:
+            continue
+        rows = maps.measured(
+            {variant.name: models[variant.name]},
+            Cohort(tuple(left), cohort.source),
+            folds=folds,
+            methods=variant.saliency,
+            steps=_STEPS,
+            brain=study.brain,
+        )
+        again = {patient.name for patient in left}
+        kept = [row for row in kept if row.variant != variant.name or row.patient not in again] + list(rows)
+        _write(path, kept)
+    names = {patient.name for patient in wanted}
+    return [row for row in kept if row.patient in names]
+
+
+def randomised(study: Study, cohort: Cohort, out: Path, variant: str) -> Iterator[dict[str, Any]]:
+    """The model-randomisation check of a variant's methods, on the first patient with a mask.
+
+    Args:
+        study: The study.
+        cohort: Its patients.
+        out: Its folder.
+        variant: The variant.
+
+    Returns:
+        Rows for a table.
+    """
+    where, folds = maps.masks(cohort), tested(out)
+    patient = next(each for each in cohort.patients if each.name in where and each.name in folds)
+    model, methods = member(out, variant, folds[patient.name]), study.variant(variant).saliency
+    found = faithful.randomised(
+        model, patient.scan, task=[model.spec.tasks[0].name], method=list(methods), brain=study.brain
+    )
+    for (task, method), stages in found.items():
+        for stage in stages:
+            about = {"variant": variant, "task": task, "method": method, "layers": stage.layers}
+            yield about | {"down_to": stage.down_to, "likeness": stage.spearman}
+
+
+def _write(path: Path, rows: list[Measured]) -> None:
+    with whole_file(path) as part, part.open("w", encoding="utf-8", newline="") as file:
+        table = csv.DictWriter(file, [each.name for each in dataclasses.fields(Measured)])
+        table.writeheader()
+        table.writerows(dataclasses.asdict(row) for row in rows)
+
+
+def _read(path: Path) -> list[Measured]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return [Measured(**{name: _value(name, cell) for name, cell in row.items()}) for row in csv.DictReader(file)]
+
+
+def _value(name: str, cell: str) -> Any:
+    if name in _TEXT:
+        return cell
+    if cell in _SAID:
+        return _SAID[cell]
+    return int(cell) if name == "fold" else float(cell)
