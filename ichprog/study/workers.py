@@ -1,5 +1,6 @@
 """Who does the work of a study: this process, several of this machine, or the workers of a cluster."""
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from ichprog.errors import RunError
 
 Item = TypeVar("Item")
 
+_PATIENCE = 10  # seconds until a scheduler has to answer
 _TRIES = 3  # pools that break before anything is done; after that each item gets its own
 
 
@@ -92,10 +94,9 @@ def _pool(workers: int) -> Iterator[Executor]:
 
 
 def _begin_worker(workers: int) -> None:
-    import torch
-
     _end_with_parent()
-    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+    threads = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
+    os.environ["OMP_NUM_THREADS"] = str(max(1, threads // workers))  # of this worker alone; torch is not there yet
 
 
 @contextmanager
@@ -118,7 +119,7 @@ def cluster(
         raise RunError("a cluster needs dask: pip install 'ichprog[distributed]'.") from error
     if scheduler is not None:
         try:
-            client = Client(scheduler)
+            client = Client(scheduler, timeout=_PATIENCE)
         except (OSError, ValueError) as error:
             raise RunError(f"there is no scheduler at {scheduler}: {error}. Start one, or give its address.") from error
         with client:
