@@ -24,24 +24,25 @@ _TEXT = {"variant", "patient", "task", "label", "method"}
 _SAID = {"True": True, "False": False, "": None}
 
 
-def member(out: Path, variant: str, fold: int | None) -> "Model":
+def member(out: Path, variant: str, fold: int | None, cache_dir: str | Path | None = None) -> "Model":
     """A variant as it was trained in a fold.
 
     Args:
         out: The study's folder.
         variant: The variant.
         fold: The fold; all of them for None.
+        cache_dir: Where compiled networks are kept.
     """
     from ichprog.model import load_model
 
-    return load_model(f"local-dir:{out / 'runs' / variant}", fold=fold)
+    return load_model(f"local-dir:{out / 'runs' / variant}", fold=fold, cache_dir=cache_dir)
 
 
-def members(study: Study, out: Path) -> dict[str, "Callable[[int | None], Model]"]:
+def members(study: Study, out: Path, cache_dir: str | Path | None = None) -> dict[str, "Callable[[int | None], Model]"]:
     """By variant that has the task which folds are split by, a function from a fold to its model."""
 
     def of(name: str) -> "Callable[[int | None], Model]":
-        return lambda fold: member(out, name, fold)
+        return lambda fold: member(out, name, fold, cache_dir)
 
     has = [v.name for v in study.variants if any(task.name == study.split_by for task in v.spec.tasks)]
     return {name: of(name) for name in has if (out / "runs" / name / "config.json").is_file()}
@@ -57,7 +58,9 @@ def tested(out: Path) -> dict[str, int]:
     return {patient: int(fold) for fold, part in parts.items() for patient in part["test"]}
 
 
-def measured(study: Study, cohort: Cohort, out: Path, maps_of: int) -> list[Measured]:
+def measured(
+    study: Study, cohort: Cohort, out: Path, maps_of: int, cache_dir: str | Path | None = None
+) -> list[Measured]:
     """What is measured of the maps of the first patients with a mask; what was measured before is read.
 
     Args:
@@ -65,6 +68,7 @@ def measured(study: Study, cohort: Cohort, out: Path, maps_of: int) -> list[Meas
         cohort: Its patients.
         out: Its folder.
         maps_of: Of how many patients.
+        cache_dir: Where compiled networks are kept.
 
     Raises:
         ScanError: A scan or a mask cannot be read.
@@ -73,7 +77,7 @@ def measured(study: Study, cohort: Cohort, out: Path, maps_of: int) -> list[Meas
     wanted = [patient for patient in cohort.patients if patient.name in where and patient.name in folds][:maps_of]
     kept = _read(path) if path.is_file() else []
     done = {(row.variant, row.patient, row.method) for row in kept}
-    models = members(study, out)
+    models = members(study, out, cache_dir)
     for variant in study.variants:
         left = [p for p in wanted if any((variant.name, p.name, method) not in done for method in variant.saliency)]
         if not left or variant.name not in models:
@@ -93,7 +97,9 @@ def measured(study: Study, cohort: Cohort, out: Path, maps_of: int) -> list[Meas
     return [row for row in kept if row.patient in names]
 
 
-def randomised(study: Study, cohort: Cohort, out: Path, variant: str) -> Iterator[dict[str, Any]]:
+def randomised(
+    study: Study, cohort: Cohort, out: Path, variant: str, cache_dir: str | Path | None = None
+) -> Iterator[dict[str, Any]]:
     """The model-randomisation check of a variant's methods, on the first patient with a mask.
 
     Args:
@@ -101,13 +107,14 @@ def randomised(study: Study, cohort: Cohort, out: Path, variant: str) -> Iterato
         cohort: Its patients.
         out: Its folder.
         variant: The variant.
+        cache_dir: Where compiled networks are kept.
 
     Returns:
         Rows for a table.
     """
     where, folds = maps.masks(cohort), tested(out)
     patient = next(each for each in cohort.patients if each.name in where and each.name in folds)
-    model, methods = member(out, variant, folds[patient.name]), study.variant(variant).saliency
+    model, methods = member(out, variant, folds[patient.name], cache_dir), study.variant(variant).saliency
     found = faithful.randomised(
         model, patient.scan, task=[model.spec.tasks[0].name], method=list(methods), brain=study.brain
     )

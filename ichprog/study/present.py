@@ -57,6 +57,7 @@ class _Writer:
     """Writes tables and figures of a study, and keeps them for its report."""
 
     out: Path
+    cache_dir: str | Path | None = None
     sections: list[Section] = field(default_factory=list)
 
     def table(self, name: str, rows: Sequence[tables.Row], columns: tables.Columns, caption: str) -> Table:
@@ -68,7 +69,7 @@ class _Writer:
         return Picture(pixels if raster else vector, caption)
 
 
-def present(study: Study, out: str | Path, *, maps_of: int = 0) -> Path:
+def present(study: Study, out: str | Path, *, maps_of: int = 0, cache_dir: str | Path | None = None) -> Path:
     """Judges what has been predicted, and writes it all.
 
     Args:
@@ -76,6 +77,7 @@ def present(study: Study, out: str | Path, *, maps_of: int = 0) -> Path:
         out: Its folder, in which `cells.run` has been.
         maps_of: Of how many patients with a lesion mask, the first ones, maps are measured by the study's saliency
             methods; what is there of them already is used again.
+        cache_dir: Where compiled networks are kept; `~/.cache/ichprog` or `$ICHPROG_CACHE` where not given.
 
     Returns:
         The report.
@@ -93,7 +95,7 @@ def present(study: Study, out: str | Path, *, maps_of: int = 0) -> Path:
         part.write_text(json.dumps(found.metrics, indent=1) + "\n", encoding="utf-8")
     about = json.loads((out / "study.json").read_text("utf-8"))
     truth = {task.name: cohort.labels(task) for task in _tasks(study)}
-    writer = _Writer(out)
+    writer = _Writer(out, cache_dir)
     writer.sections += [_compared(study, about), _patients(writer, study, found, truth)]
     for task in _tasks(study):
         writer.sections += _results(writer, study, found, task)
@@ -379,7 +381,7 @@ def _mistakes(writer: _Writer, study: Study, cohort: Cohort, found: Findings, ou
     for row in rows if best in study.runs else []:
         if row["variant"] != best:
             continue
-        model, scan = explained.member(out, best, row["fold"]), scans[row["patient"]]
+        model, scan = explained.member(out, best, row["fold"], writer.cache_dir), scans[row["patient"]]
         examined = model.examine(scan, brain=study.brain)
         saliency: Any = explain(model, examined, task=study.split_by, label=row["told"], method=method)
         drawn = plot(saliency, examined, prediction=predict(model, examined))
@@ -391,7 +393,7 @@ def _mistakes(writer: _Writer, study: Study, cohort: Cohort, found: Findings, ou
 def _saliency(writer: _Writer, study: Study, cohort: Cohort, out: Path, maps_of: int) -> Section:
     from ichprog.study import maps
 
-    rows_of = explained.measured(study, cohort, out, maps_of)
+    rows_of = explained.measured(study, cohort, out, maps_of, writer.cache_dir)
     rows = maps.summary(rows_of, draws=study.draws, seed=study.seed)
     columns = {
         "variant": "variant", "task": "task", "method": "method", "maps": "maps", "empty": "empty",
@@ -400,7 +402,11 @@ def _saliency(writer: _Writer, study: Study, cohort: Cohort, out: Path, maps_of:
         "insertion_gain": "insertion less random",
     }  # fmt: skip
     made = [writer.table("saliency", rows, columns, "Maps against lesion masks, with 95 % intervals over patients.")]
-    checked = [row for variant in study.variants for row in explained.randomised(study, cohort, out, variant.name)]
+    checked = [
+        row
+        for variant in study.variants
+        for row in explained.randomised(study, cohort, out, variant.name, writer.cache_dir)
+    ]
     columns = {
         "variant": "variant",
         "task": "task",
@@ -413,7 +419,7 @@ def _saliency(writer: _Writer, study: Study, cohort: Cohort, out: Path, maps_of:
     )
     made.append(writer.table("randomised", checked, columns, caption))
     names = list(dict.fromkeys(row.patient for row in rows_of))[:3]
-    models = explained.members(study, out)
+    models = explained.members(study, out, writer.cache_dir)
     drawn = maps.figure(
         models,
         cohort,

@@ -1,0 +1,366 @@
+"""A study from its command to its report, and what it finds in predictions whose answer is known."""
+
+import csv
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from ichprog import CohortError
+from ichprog.cli import main
+from ichprog.cohort import Cohort
+from ichprog.study import judge, measure
+from ichprog.study.plan import Study
+from ichprog.study.predictions import Answers, Predictions
+
+PATIENTS, FOLDS = 90, 3
+STUDY = """
+name = "made answers"
+cohort = ["cohort.csv"]
+folds = 3
+brain = "given"
+subgroups = { age = [70], ward = [] }
+correlations = ["age", "gcs"]
+readers = "readers.csv"
+[bootstrap]
+draws = 200
+[learning_curve]
+sizes = [10]
+variants = ["one", "all"]
+[[variant]]
+name = "one"
+model = "compact.prognosis_gcs3_age"
+tasks = ["prognosis"]
+[[variant]]
+name = "all"
+model = "compact.prognosis_gcs3_age"
+[[baseline]]
+name = "majority"
+kind = "majority"
+"""
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A study whose answers are drawn: "all" knows more than "one", and both say too much of what they know."""
+    folder, random = tmp_path_factory.mktemp("study"), np.random.default_rng(7)
+    poor = random.random(PATIENTS) < 0.6
+    gcs, age = random.integers(3, 16, PATIENTS), random.integers(50, 95, PATIENTS)
+    rows = ["patient,scan,poor_outcome,gcs,age,ward"]
+    for number in range(PATIENTS):
+        (folder / f"{number}.nii.gz").touch()
+        outcome = "" if number == 5 else int(poor[number])
+        rows.append(f"p{number},{number}.nii.gz,{outcome},{gcs[number]},{age[number]},{'NS'[number % 2]}")
+    (folder / "cohort.csv").write_text("\n".join(rows))
+    calls = ["patient,first,second"]
+    calls += [f"p{n},{int(poor[n] ^ (n % 4 == 0))},{'' if n % 3 else int(poor[n])}" for n in range(PATIENTS)]
+    (folder / "readers.csv").write_text("\n".join(calls))
+    (folder / "study.toml").write_text(STUDY)
+    study = Study.read(folder / "study.toml")
+    cohort = Cohort.read(folder / "cohort.csv")
+
+    answers = {}
+    known = {"one": 0.8, "all": 2.0, "one@10": 0.2, "all@10": 0.5, "majority": 0.0}
+    for run, knows in known.items():
+        for name in study.runs[run][0].spec.tasks if run in study.runs else [study.task("prognosis")]:
+            truth, labels = cohort.labels(name), len(name.labels)
+            for split in ("validation", "test"):
+                own = [n for n in range(PATIENTS) if (n + (split == "validation")) % FOLDS < FOLDS]
+                fold = np.array([n % FOLDS if split == "test" else (n + 1) % FOLDS for n in own])
+                score = 5 * (knows * truth[own] + random.standard_normal(len(own)) * (knows > 0)) - 5
+                cuts = 1 / (1 + np.exp(-(score[:, None] - 2 * np.arange(labels - 1))))
+                above = np.column_stack([np.ones(len(own)), cuts, np.zeros(len(own))])
+                names = tuple(cohort.patients[n].name for n in own)
+                answers[run, name.name, split] = Answers(names, fold, truth[own], above[:, :-1] - above[:, 1:])
+    return study, cohort, Predictions(answers)
+
+
+@pytest.fixture(scope="module")
+def found(made):
+    return judge.judge(*made)
+
+
+def test_figures_are_those_of_all_test_parts_together(made, found):
+    from sklearn.metrics import cohen_kappa_score, mean_squared_error, roc_auc_score
+
+    _, _, predictions = made
+    said = predictions.answers["all", "prognosis", "test"].known()
+    assert len(said) == PATIENTS - 1
+    mine = found.metrics["all"]["prognosis"]["auroc"]
+    assert mine["value"] == pytest.approx(roc_auc_score(said.truth, said.probabilities[:, 1]))
+    assert mine["low"] < mine["value"] < mine["high"]
+    for fold in range(FOLDS):
+        own = said.only(said.fold == fold)
+        mine = found.per_fold["all"]["prognosis"]["auroc"][fold]
+        assert mine == pytest.approx(roc_auc_score(own.truth, own.probabilities[:, 1]))
+    graded = predictions.answers["all", "gcs", "test"]
+    above = np.column_stack([graded.probabilities[:, k:].sum(1) for k in (1, 2)])
+    decided = (above > 0.5).sum(1)
+    figures = found.metrics["all"]["gcs"]
+    assert figures["rmse"]["value"] == pytest.approx(mean_squared_error(graded.truth, decided) ** 0.5)
+    kappa = cohen_kappa_score(graded.truth, decided, weights="quadratic")
+    assert figures["quadratic_kappa"]["value"] == pytest.approx(kappa)
+
+
+def changed(predictions, split):
+    """The same answers, with every truth of one split turned round."""
+    turned = {
+        key: Answers(a.patients, a.fold, np.where(a.truth < 0, -1, 1 - a.truth), a.probabilities)
+        if key[2] == split
+        else a
+        for key, a in predictions.answers.items()
+        if key[:2] == ("all", "prognosis")
+    }
+    return Predictions(turned)
+
+
+def test_nothing_is_tuned_on_the_patients_it_is_told_of(made):
+    study, cohort, predictions = made
+    alike = Predictions({key: a for key, a in predictions.answers.items() if key[:2] == ("all", "prognosis")})
+    whole, other_test, other_validation = (
+        judge.judge(study, cohort, each).judged["all"]["prognosis"]
+        for each in (alike, changed(alike, "test"), changed(alike, "validation"))
+    )
+    kept = np.isin(whole.answers.patients, other_test.answers.patients)
+    assert np.array_equal(whole.thresholds[kept], other_test.thresholds[: kept.sum()])
+    assert np.array_equal(whole.recalibrated.probabilities[kept], other_test.recalibrated.probabilities[: kept.sum()])
+    assert np.array_equal(whole.sets[kept], other_test.sets[: kept.sum()])
+    assert not np.array_equal(whole.thresholds, other_validation.thresholds)
+    assert not np.allclose(whole.recalibrated.probabilities, other_validation.recalibrated.probabilities)
+
+
+def test_a_threshold_is_the_best_of_its_folds_validation_part(made, found):
+    from sklearn.metrics import balanced_accuracy_score
+
+    _, _, predictions = made
+    one = found.judged["all"]["prognosis"]
+    for fold in range(FOLDS):
+        threshold = one.thresholds[one.answers.fold == fold]
+        assert len(set(threshold)) == 1
+        said = predictions.answers["all", "prognosis", "validation"].known()
+        said = said.only(said.fold == fold)
+        p = said.probabilities[:, 1]
+        reached = balanced_accuracy_score(said.truth, p > threshold[0])
+        assert reached == max(balanced_accuracy_score(said.truth, p > cut) for cut in [*p, 0.0])
+
+
+def test_recalibration_and_sets_do_what_they_promise(found):
+    figures = found.metrics["all"]["prognosis"]
+    assert figures["calibration_slope"]["value"] < 0.8  # made to say too much
+    assert abs(np.log(figures["calibration_slope_recalibrated"]["value"])) < abs(
+        np.log(figures["calibration_slope"]["value"])
+    )
+    assert figures["brier_recalibrated"]["value"] < figures["brier"]["value"]
+    assert figures["conformal_coverage"]["low"] < 0.9 < figures["conformal_coverage"]["high"]
+    assert 1 <= found.metrics["one"]["prognosis"]["conformal_size"]["value"] <= 2
+
+
+def test_variants_are_compared_with_the_single_task_and_at_their_size(made, found):
+    from statsmodels.stats.multitest import multipletests
+
+    rows = [row for row in found.comparisons if row["metric"] == "auroc"]
+    pairs = {(row["task"], row["variant"]): row["reference"] for row in rows}
+    assert pairs == {
+        ("prognosis", "all"): "one",
+        ("prognosis", "majority"): "one",
+        ("prognosis", "all@10"): "one@10",
+    }
+    family = [row for row in rows if row["variant"] in ("all", "majority")]
+    adjusted = multipletests([row["p"] for row in family], method="holm")[1]
+    assert [row["p_holm"] for row in family] == pytest.approx(adjusted.tolist())
+    row = family[0]
+    assert row["difference"] == pytest.approx(row["first"] - row["second"])
+    assert row["first"] == found.metrics["all"]["prognosis"]["auroc"]["value"]
+    assert row["low"] > 0
+
+
+def test_groups_are_judged_apart(made, found):
+    _, cohort, _ = made
+    rows = {(row["column"], row["group"]): row for row in found.subgroups if row["variant"] == "all"}
+    assert set(rows) == {("age", "< 70"), ("age", ">= 70"), ("ward", "N"), ("ward", "S")}
+    young = [n for n, p in enumerate(cohort.patients) if float(p.columns["age"]) < 70 and p.columns["poor_outcome"]]
+    assert rows["age", "< 70"]["patients"] == len(young)
+    poor = sum(int(cohort.patients[n].columns["poor_outcome"]) for n in young)
+    assert rows["age", "< 70"]["with_last_label"] == poor
+    for column in ("age", "ward"):
+        assert sum(row["patients"] for key, row in rows.items() if key[0] == column) == PATIENTS - 1
+
+
+def test_readers_stand_beside_each_trained_variant(found):
+    assert set(found.readers) == {"one", "all"}
+    first = found.readers["all"]["readers"]["first"]
+    right = [n % 4 != 0 for n in range(PATIENTS) if n != 5]
+    assert first["accuracy"]["value"] == pytest.approx(np.mean(right))
+    assert found.readers["all"]["readers"]["second"]["n"] == len([n for n in range(0, PATIENTS, 3) if n != 5])
+
+
+def test_the_most_confident_mistakes_come_first(made, found):
+    _, _, predictions = made
+    said = predictions.answers["one", "prognosis", "test"].known()
+    p = said.probabilities[:, 1]
+    loss = np.where(said.truth == 1, 1 - p, p)
+    worst = [said.patients[n] for n in np.argsort(-loss)[:5]]
+    assert [row["patient"] for row in found.mistakes if row["variant"] == "one"] == worst
+
+
+def test_the_learning_curve_has_every_size(made, found):
+    study, _, _ = made
+    curve = judge.curve(study, found.metrics, 50)
+    assert {name: list(sizes) for name, sizes in curve.items()} == {"one": [10, 50], "all": [10, 50]}
+    assert curve["all"][50] == found.metrics["all"]["prognosis"]["auroc"]
+    assert curve["all"][10] == found.metrics["all@10"]["prognosis"]["auroc"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("name,first\np1,1\n", "needs the column patient"),
+        ("patient,first\np1,2\n", "row 2: reader first says 2; 0 and 1 are allowed"),
+    ],
+)
+def test_a_readers_table_that_cannot_be_used_is_told(text, said, made, tmp_path):
+    import dataclasses
+
+    study, cohort, predictions = made
+    (tmp_path / "readers.csv").write_text(text)
+    with pytest.raises(CohortError, match=said):
+        judge.judge(dataclasses.replace(study, readers=tmp_path / "readers.csv"), cohort, predictions)
+
+
+def test_a_table_of_predictions_is_read_as_it_was_written(made, tmp_path):
+    _, _, predictions = made
+    again = Predictions.read(predictions.write(tmp_path / "predictions.csv"))
+    assert again.variants == predictions.variants
+    for key, said in predictions.answers.items():
+        assert again.answers[key].patients == said.patients
+        for name in ("fold", "truth", "probabilities"):
+            assert np.array_equal(getattr(again.answers[key], name), getattr(said, name))
+
+
+class Page(HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.headings, self.pictures, self.tag = [], [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tag = tag
+        if tag == "img":
+            self.pictures.append(dict(attrs)["src"])
+
+    def handle_data(self, data):
+        if self.tag == "h2" and data.strip():
+            self.headings.append(data)
+            self.tag = ""
+
+
+def command(*arguments):
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """The smoke preset, smaller yet, from the command to the report."""
+    pytest.importorskip("nilearn")
+    folder = tmp_path_factory.mktemp("smoke")
+    toml, out = folder / "study.toml", folder / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        assert command("study", "new", toml, "--preset", "smoke").exit_code == 0
+        text = toml.read_text()
+        toml.write_text(text.replace("patients = 24", "patients = 16").replace("epochs = 6", "epochs = 2"))
+        done = command("study", "run", toml, "--out", out, "--maps-of", 2, "--cache-dir", folder / "cache")
+        assert done.exit_code == 0, done.output
+    return toml, out, done
+
+
+def test_a_study_is_run_by_one_command(smoke):
+    _, out, done = smoke
+    assert done.output.splitlines()[-2:] == [
+        str(out / "report.html"), "These patients are simulated. For research only, not for patient care."
+    ]  # fmt: skip
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert set(metrics["all"]) == {"prognosis", "gcs", "age"}
+    assert set(metrics["all"]["prognosis"]["auroc"]) == {"value", "low", "high"}
+    with (out / "predictions.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0])[:7] == ["variant", "fold", "split", "patient", "task", "truth", "p_0"]
+    tested = [row["patient"] for row in rows if (row["variant"], row["task"], row["split"]) == ("all", "age", "test")]
+    assert len(tested) == len(set(tested)) == 16
+    for row in rows:
+        said = [float(value) for name, value in row.items() if name.startswith("p_") and value]
+        assert sum(said) == pytest.approx(1)
+
+
+def test_figures_can_be_recomputed_from_the_table(smoke):
+    toml, out, _ = smoke
+    study, metrics = Study.read(toml), json.loads((out / "metrics.json").read_text())
+    predictions = Predictions.read(out / "predictions.csv")
+    for run in predictions.variants:
+        said = predictions.answers[run, "prognosis", "test"]
+        again = measure.metrics(study.task("prognosis"), said)["auroc"]
+        assert metrics[run]["prognosis"]["auroc"]["value"] == pytest.approx(again, nan_ok=True)
+
+
+def test_the_report_holds_everything(smoke):
+    _, out, _ = smoke
+    text = (out / "report.html").read_text()
+    page = Page(text)
+    for heading in [
+        *("What was compared", "Patients", "Results: prognosis", "Results: gcs", "Probabilities", "Subgroups"),
+        *("The most confident mistakes", "Saliency", "Training", "Limits", "TRIPOD+AI"),
+    ]:
+        assert heading in page.headings
+    assert all(source.startswith("data:image/") for source in page.pictures)
+    assert len(page.pictures) >= 12
+    assert "The patients of this study are simulated." in text
+    auroc = json.loads((out / "metrics.json").read_text())["all"]["prognosis"]["auroc"]["value"]
+    assert re.search(rf"{auroc:.3f} \(", text)
+    for name in ("prognosis", "prognosis-compared", "calibration", "saliency", "tripod"):
+        assert {path.suffix for path in (out / "tables").glob(f"{name}.*")} == {".csv", ".md", ".tex"}
+    assert {path.suffix for path in (out / "figures").glob("prognosis-auroc.*")} == {".svg", ".png"}
+
+
+def test_again_it_does_only_what_is_missing(smoke):
+    toml, out, _ = smoke
+    before = {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("*.safetensors")}
+    said = command("study", "status", toml, "--out", out, "--json")
+    assert {each["state"] for each in json.loads(said.stdout)} == {"done"}
+    report, table = (out / "report.html").read_bytes(), (out / "saliency.csv").read_bytes()
+    again = command("study", "report", toml, "--out", out, "--maps-of", 2, "--cache-dir", toml.parent / "cache")
+    assert again.exit_code == 0, again.output
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert (out / "saliency.csv").read_bytes() == table
+    assert (out / "report.html").read_bytes() == report
+
+
+def test_the_published_figure_is_drawn_by_a_command(smoke, tmp_path):
+    toml, out, _ = smoke
+    with (out / "predictions.csv").open() as file:
+        patient = next(row["patient"] for row in csv.DictReader(file) if row["split"] == "test")
+    target = tmp_path / "figure.png"
+    done = command(
+        "study", "figure", "saliency", toml, "--out", out, "--patient", f"{patient}:12", "--method", "grad_cam",
+        "--figure", target, "--cache-dir", toml.parent / "cache",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert target.read_bytes().startswith(b"\x89PNG")
+    wrong = command("study", "figure", "saliency", toml, "--out", out, "--patient", "nobody")
+    assert wrong.exit_code == 2
+    assert "there is no patient that can be explained 'nobody'" in wrong.output
+
+
+def test_wrong_use_is_answered(tmp_path):
+    toml = tmp_path / "study.toml"
+    assert "there is no preset of a study 'none'" in command("study", "new", toml, "--preset", "none").output
+    assert command("study", "new", toml, "--preset", "smoke").exit_code == 0
+    assert command("study", "new", toml).exit_code == 2
+    both = command("study", "run", toml, "--scheduler", "tcp://127.0.0.1:1", "--slurm", "queue=a")
+    assert both.exit_code == 2
+    toml.write_text(toml.read_text().replace("folds = 2", "fold = 2"))
+    wrong = command("study", "run", toml)
+    assert wrong.exit_code == 2
+    assert "folds" in wrong.output
