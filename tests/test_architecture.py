@@ -21,7 +21,7 @@ FLOORS = [
     {"network"},
     {"runtime"},
     {"model"},
-    {"cohort", "simulate", "testing"},
+    {"cohort", "simulate", "testing", "costs"},
     {"train", "release"},
     {"report"},
     {"study"},
