@@ -12,6 +12,8 @@ from ichprog.errors import RunError
 Item = TypeVar("Item")
 
 _PATIENCE = 10  # seconds until a scheduler has to answer
+_AGAIN = 10  # seconds until jobs that ended are submitted again
+_LISTS = {"job_extra_directives", "job_directives_skip", "job_script_prologue", "worker_extra_args"}  # of dask-jobqueue
 _TRIES = 3  # pools that break before anything is done; after that each item gets its own
 
 
@@ -107,11 +109,13 @@ def cluster(
 
     Args:
         scheduler: Address of a scheduler that is there, such as "tcp://host:8786".
-        slurm: Without one, options of dask-jobqueue's `SLURMCluster`, whose jobs are then submitted.
-        workers: The number of those jobs.
+        slurm: Without one, options of dask-jobqueue's `SLURMCluster`, whose jobs are then submitted. Each holds
+            `processes` workers (1), which share its `cores` processors (1) and its `memory` ("8GB"). All may be text,
+            and a list of one entry that entry.
+        workers: The number of those jobs; one that ends, as at the end of its `walltime`, is submitted again.
 
     Raises:
-        RunError: dask is not installed, or there is no scheduler at the address.
+        RunError: dask is not installed, there is no scheduler at the address, or Slurm takes no such jobs.
     """
     try:
         from distributed import Client
@@ -125,9 +129,39 @@ def cluster(
         with client:
             yield client.get_executor(pure=False)
         return
-    from dask_jobqueue import SLURMCluster
-
-    usual = {"cores": 1, "processes": 1, "memory": "8GB"}
-    with SLURMCluster(**usual | dict(slurm or {})) as jobs, Client(jobs) as client:
-        jobs.scale(jobs=workers)
+    with _slurm(dict(slurm or {}), workers) as jobs, Client(jobs) as client:
         yield client.get_executor(pure=False)
+
+
+@contextmanager
+def _slurm(options: dict[str, Any], count: int) -> Iterator[Any]:
+    """So many jobs of Slurm, from now to the end of the block, and the scheduler they ask for work."""
+    from dask_jobqueue import SLURMCluster
+    from tornado.ioloop import PeriodicCallback
+
+    async def submit() -> None:
+        await jobs  # submits those that are asked for and are not there
+
+    for name in _LISTS & set(options):
+        options[name] = [options[name]] if isinstance(options[name], str) else list(options[name])
+    usual = {"memory": "8GB", "scheduler_options": {"dashboard": False, "dashboard_address": ":0"}}  # 8787 may be taken
+    try:
+        processes, cores = (int(options.pop(name, 1)) for name in ("processes", "cores"))
+        threads = f"export OMP_NUM_THREADS={max(1, cores // processes)}"  # else dask has torch use one
+        options["job_script_prologue"] = [threads, *options.get("job_script_prologue", [])]
+        cluster = SLURMCluster(**usual | {"job_cpu": cores} | options, cores=processes, processes=processes)
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
+        raise RunError(f"these options of Slurm cannot be used: {error}. Change them.") from error
+    with cluster as jobs:
+        for _ in range(count):
+            jobs.worker_spec.update(jobs.new_worker_spec())
+        try:
+            jobs.sync(submit)
+        except (OSError, RuntimeError) as error:
+            raise RunError(f"Slurm takes no such jobs: {error}. Change the options, or start where it does.") from error
+        again = PeriodicCallback(submit, 1000 * _AGAIN)
+        jobs.loop.add_callback(again.start)
+        try:
+            yield jobs
+        finally:
+            jobs.loop.add_callback(again.stop)
