@@ -1,0 +1,444 @@
+"""Scoring a model on a cohort: nobody by a network that has seen them, and where that cannot be known it is said."""
+
+import csv
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import save_file
+
+import ichprog
+from ichprog import CohortError, RunError, UnknownName, network, registry, zoo
+from ichprog.cli import main
+from ichprog.cli.evaluate import evaluate as command
+from ichprog.cohort import Cohort
+from ichprog.spec import Part
+from ichprog.study.evaluate import SEVERAL, evaluate
+from ichprog.study.leak import guard
+from ichprog.study.predictions import Predictions
+from ichprog.train import PRESETS, train
+
+from conftest import REPOSITORY, bright_backbone
+from hub_server import HubServer
+
+PATIENTS = [f"P{number:02}" for number in range(24)]
+TRAIN_ONLY = {"P05", "P17"}  # their outcome is not known, their GCS is
+CANNOT = "ichprog cannot know"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A table of 24 patients with small scans, and three strangers'; simulated all."""
+    root = tmp_path_factory.mktemp("patients")
+    random = np.random.default_rng(0)
+    rows = ["patient,scan,poor_outcome,gcs,age"]
+    for number, name in enumerate([*PATIENTS, "Q0", "Q1", "Q2"]):
+        poor = number % 3 != 0
+        i, j, k = np.ogrid[:48, :48, :10]
+        brain = ((i - 24) / 15) ** 2 + ((j - 24) / 18) ** 2 + ((k - 5) / 4.6) ** 2 <= 1
+        size = random.uniform(5, 9) if poor else random.uniform(2, 6)
+        blood = ((i - 20) / size) ** 2 + ((j - 28) / size) ** 2 + ((k - 5) / 2.5) ** 2 <= 1
+        hu = np.where(brain, np.where(blood, 68, 33) + 4 * random.standard_normal(brain.shape), 0)
+        nib.Nifti1Image(hu.round().astype(np.int16), np.diag([-4.5, -4.5, 14, 1])).to_filename(root / f"{name}.nii.gz")
+        outcome = "" if name in TRAIN_ONLY else int(poor)
+        rows.append(f"{name},{name}.nii.gz,{outcome},{random.integers(3, 16)},{85 if number % 4 == 0 else 60}")
+    (root / "all.csv").write_text("\n".join(rows))
+    (root / "cohort.csv").write_text("\n".join(rows[: len(PATIENTS) + 1]))
+    return root
+
+
+@pytest.fixture(scope="module")
+def spec():
+    found = zoo.find(zoo.DEFAULT)
+    plausible = dataclasses.replace(found.input.plausible, blood_dense_ml=0.0)
+    contract = dataclasses.replace(found.input, shape=(8, 24, 24), plausible=plausible)
+    return dataclasses.replace(found, name="small.three", backbone=Part("compact", {"width": 4}), input=contract)
+
+
+@pytest.fixture(scope="module")
+def cohort(folder):
+    return Cohort.read(folder / "cohort.csv")
+
+
+@pytest.fixture(scope="module")
+def run(folder, cohort, spec, tmp_path_factory):
+    """A run of three folds."""
+    protocol = PRESETS["default"].but(epochs=3, patience=0, batch=8, lr=0.02, validation=0.25)
+    out = tmp_path_factory.mktemp("run") / "run"
+    return train(cohort, spec, out, folds=3, protocol=protocol, cache_dir=folder / "cache")
+
+
+@pytest.fixture
+def copied(run, tmp_path):
+    return Path(shutil.copytree(run, tmp_path / "copied"))
+
+
+def table(path):
+    with Path(path).open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def named(cohort, rename):
+    """A cohort of the patients for whom there is a name."""
+    kept = [dataclasses.replace(p, name=rename[p.name]) for p in cohort.patients if p.name in rename]
+    return Cohort(tuple(kept), "other.csv")
+
+
+def said(found, task):
+    answers = found.predictions.answers[found.model.name, task, "test"]
+    return {
+        patient: (int(fold), p)
+        for patient, fold, p in zip(answers.patients, answers.fold, answers.probabilities, strict=True)
+    }
+
+
+def out_of_fold(run, spec, task):
+    labels = spec.task(task).labels
+    rows = table(run / "out_of_fold.csv")
+    return {
+        row["patient"]: (int(row["fold"]), np.array([float(row[f"{task}_{label}"]) for label in labels]))
+        for row in rows
+    }
+
+
+def assert_alike(found, expected):
+    assert found.keys() == expected.keys()
+    for patient, (fold, p) in expected.items():
+        assert found[patient][0] == fold, patient
+        assert np.abs(found[patient][1] - p).max() < 1e-5, patient
+
+
+# a model that was trained here
+
+
+def test_every_patient_is_scored_out_of_fold(run, spec, cohort):
+    from sklearn import metrics
+
+    found = evaluate(f"local-dir:{run}", cohort)
+    for task in ("prognosis", "gcs", "age"):
+        assert_alike(said(found, task), out_of_fold(run, spec, task))
+    assert set(found.left_out) == TRAIN_ONLY
+    assert found.counts == {"patients": 24, "scored": 22, "left_out": 2, "unlabelled": 0, "failed": 0}
+    assert found.guard.by == "run"
+    assert "trained on this very table" in found.guard.sentence
+    assert "2 are left out" in found.guard.sentence
+    assert CANNOT not in found.guard.sentence
+
+    rows = table(run / "out_of_fold.csv")
+    truth = [row["prognosis_true"] == "poor" for row in rows]
+    p = np.array([float(row["prognosis_poor"]) for row in rows])
+    figures = found.metrics["prognosis"]
+    assert figures["auroc"]["value"] == pytest.approx(metrics.roc_auc_score(truth, p), abs=1e-9)
+    assert figures["accuracy"]["value"] == pytest.approx(metrics.accuracy_score(truth, p > 0.5))
+    assert figures["brier"]["value"] == pytest.approx(metrics.brier_score_loss(truth, p), abs=1e-5)
+    assert figures["auroc"]["low"] <= figures["auroc"]["value"] <= figures["auroc"]["high"]
+
+
+def test_members_are_known_in_another_table_and_strangers_are_scored_by_all_folds(run, spec, folder):
+    some = Cohort.read(folder / "all.csv")
+    kept = {name: name for name in [*PATIENTS[:7], "Q0", "Q1", "Q2"]}
+    found = evaluate(f"local-dir:{run}", named(some, kept))
+    members = {name: out_of_fold(run, spec, "gcs")[name] for name in PATIENTS[:7] if name not in TRAIN_ONLY}
+    scans = {p.name: p.scan for p in some.patients}
+    model = ichprog.load_model(f"local-dir:{run}")
+    assert len(model.weights) == 3
+    for name in ("Q0", "Q1", "Q2"):
+        members[name] = SEVERAL, np.array(list(ichprog.predict(model, scans[name])["gcs"].probabilities.values()))
+    assert_alike(said(found, "gcs"), members)
+    assert found.left_out == ("P05",)
+    for words in (
+        "7 of 10 patients have names",
+        "by name alone",
+        "3 others are scored by the mean of its 3 folds",
+        CANNOT,
+    ):
+        assert words in found.guard.sentence
+
+
+def test_strangers_alone_are_scored_by_all_folds(run, folder):
+    strangers = named(Cohort.read(folder / "all.csv"), {"Q0": "Q0", "Q1": "Q1"})
+    found = evaluate(f"local-dir:{run}", strangers)
+    assert [fold for fold, _ in said(found, "age").values()] == [SEVERAL, SEVERAL]
+    assert found.guard.sentence.startswith("None of the 2 patients has a name that the model's run knows")
+    assert CANNOT in found.guard.sentence
+
+
+def test_a_name_that_a_table_was_put_before_is_still_known(run, spec, cohort):
+    """`Cohort.join` names patients so where two tables have one name."""
+    found = evaluate(f"local-dir:{run}", named(cohort, {name: f"north_{name}" for name in PATIENTS}))
+    expected = {f"north_{name}": answer for name, answer in out_of_fold(run, spec, "age").items()}
+    assert_alike(said(found, "age"), expected)
+    assert set(found.left_out) == {f"north_{name}" for name in TRAIN_ONLY}
+
+
+def guarded(tmp_path, spec, cohort, tests, names):
+    """The folds that may answer for these names, of a run of two folds that tests so."""
+    record = {
+        "membership": {
+            str(fold): {"train": sorted({n for t in tests for n in t} - set(test)), "validation": [], "test": test}
+            for fold, test in enumerate(tests)
+        },
+        "cohort": {"sha256": "none"},
+        "results": {str(fold): {"sha256": f"sum{fold}"} for fold in range(2)},
+    }
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    files = [ichprog.hub.WeightFile(fold, tmp_path, f"sum{fold}", "", "") for fold in range(2)]
+    people = tuple(dataclasses.replace(cohort.patients[0], name=name) for name in names)
+    return guard(f"local-dir:{tmp_path}", spec, files, Cohort(people, "made.csv")).folds
+
+
+def test_where_a_name_may_stand_for_two_only_a_fold_that_has_seen_neither_answers(tmp_path, spec, cohort):
+    tests = [["north_1", "north_2", "south_2", "3"], ["south_1", "4", "east_3"]]
+    names = ["1", "2", "3", "4", "west_4", "17", "1_north", "far_north_1"]
+    found = guarded(tmp_path, spec, cohort, tests, names)
+    assert found == ((), (0,), (0,), (1,), (1,), (0, 1), (0, 1), (0,))
+
+
+def test_one_fold_alone_is_asked_about_whom_it_has_tested(run, spec, cohort):
+    found = evaluate(f"local-dir:{run}", cohort, fold=1)
+    expected = {name: answer for name, answer in out_of_fold(run, spec, "age").items() if answer[0] == 1}
+    assert_alike(said(found, "age"), expected)
+    assert len(found.left_out) == 24 - len(expected)
+    assert [each["fold"] for each in found.about["provenance"]["weights"]] == [1]
+
+
+def test_folds_that_are_not_trained_yet_leave_their_patients_out(copied, spec, cohort):
+    (copied / "fold2.safetensors").unlink()
+    found = evaluate(f"local-dir:{copied}", cohort)
+    assert_alike(said(found, "age"), {n: a for n, a in out_of_fold(copied, spec, "age").items() if a[0] != 2})
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda run: run["results"]["1"].update(sha256="0" * 64), "weights of fold 1 are not those"),
+        (lambda run: run.pop("results"), "cannot be read as the record of a run"),
+        (lambda run: run.update(membership=None), "is not whole"),
+    ],
+)
+def test_a_record_that_cannot_be_right_is_refused(damage, words, copied, cohort):
+    record = json.loads((copied / "run.json").read_text())
+    damage(record)
+    (copied / "run.json").write_text(json.dumps(record))
+    with pytest.raises(RunError, match=words):
+        evaluate(f"local-dir:{copied}", cohort)
+
+
+def test_without_its_record_nobody_knows(copied, cohort):
+    (copied / "run.json").unlink()
+    found = evaluate(f"local-dir:{copied}", cohort)
+    assert found.guard.by == "nothing"
+    assert found.guard.sentence.startswith(CANNOT)
+    assert {fold for fold, _ in said(found, "age").values()} == {SEVERAL}
+    assert found.counts["scored"] == 24
+
+
+def test_nobody_left_is_an_error(run, cohort):
+    with pytest.raises(CohortError, match=r"nobody is left to be scored: 2 patients may not be, 0 have no label"):
+        evaluate(f"local-dir:{run}", named(cohort, {name: name for name in TRAIN_ONLY}))
+
+
+# released weights
+
+
+def released_model(root):
+    """A small model that lies where the published ones do, in two folds; its name."""
+    found = zoo.find("perez2023.prognosis")
+    weights = dataclasses.replace(found.weights, folder="Small", format="safetensors", keys={})
+    contract = dataclasses.replace(found.input, shape=(8, 24, 24), pad_slices=False)
+    spec = dataclasses.replace(
+        found, name="small.released", backbone=Part("bright", {}), weights=weights, input=contract
+    )
+    place = root / REPOSITORY.repo / "Small"
+    place.mkdir(parents=True)
+    torch.manual_seed(0)
+    for fold in (0, 3):
+        state = {k: v.abs() * 40 + fold for k, v in network.build(spec).state_dict().items()}
+        save_file(state, place / f"fold{fold}.safetensors")
+    ichprog.register_model(spec)
+    return spec.name
+
+
+@pytest.fixture
+def released(tmp_path, monkeypatch):
+    for plugins in (registry.backbones, registry.heads):
+        monkeypatch.setattr(plugins, "_registered", {})
+    monkeypatch.setattr(zoo, "_registered", {})
+    ichprog.register_backbone("bright", bright_backbone)
+    name = released_model(tmp_path / "hub")
+    with HubServer(tmp_path / "hub", REPOSITORY.revision) as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        yield name
+
+
+def published_rows(folder, outcomes):
+    """A cohort with these outcomes, whose patients share a few scans."""
+    scans = [folder / f"{name}.nii.gz" for name in PATIENTS[:3]]
+    patient = Cohort.read(folder / "cohort.csv").patients[0]
+    people = [
+        dataclasses.replace(patient, name=str(n), scan=scans[n % 3], columns={"poor_outcome": str(outcome)})
+        for n, outcome in enumerate(outcomes)
+    ]
+    return Cohort(tuple(people), "published.csv")
+
+
+OUTCOMES = np.random.RandomState(7).permutation([0] * 99 + [1] * 162)
+
+
+def test_released_folds_are_scored_on_their_test_patients_only(released, folder):
+    from sklearn.model_selection import StratifiedKFold
+
+    cohort = published_rows(folder, OUTCOMES)
+    found = evaluate(released, cohort, brain="given", draws=10)
+    parts = [t for _, t in StratifiedKFold(10, shuffle=True, random_state=1).split(np.zeros(261), OUTCOMES)]
+    expected = {}
+    for fold in (0, 3):
+        scans = [cohort.patients[n].scan for n in parts[fold]]
+        model = ichprog.load_model(released, fold=fold)
+        for n, said_of in zip(parts[fold], ichprog.predict(model, scans, brain="given"), strict=True):
+            expected[str(n)] = fold, np.array(list(said_of["prognosis"].probabilities.values()))
+    assert_alike(said(found, "prognosis"), expected)
+    assert found.counts["left_out"] == 261 - len(parts[0]) - len(parts[3])
+    assert found.guard.by == "released"
+    assert "taken for the published cohort of Cobo et al. 2024" in found.guard.sentence
+    assert f"{found.counts['left_out']} are left out" in found.guard.sentence
+    assert CANNOT not in found.guard.sentence
+
+
+@pytest.mark.parametrize(
+    "outcomes", [OUTCOMES[:-1], np.append(OUTCOMES, 1), 1 - OUTCOMES, np.where(np.arange(261) == 4, -1, OUTCOMES)]
+)
+def test_any_other_cohort_is_not_taken_for_the_published_one(outcomes, released, folder):
+    cohort = published_rows(folder, [outcome if outcome >= 0 else "" for outcome in outcomes])
+    spec, files = ichprog.hub.fetch(released)
+    found = guard(released, spec, files, cohort)
+    assert found.by == "nothing"
+    assert found.sentence.startswith(CANNOT)
+    assert "trained on the published cohort of Cobo et al. 2024" in found.sentence
+    assert found.folds == ((0, 3),) * len(cohort)
+
+
+def test_the_published_cohort_is_nothing_special_to_other_weights(bright_model, folder):
+    spec, files = ichprog.hub.fetch(bright_model)
+    found = guard(bright_model, spec, files, published_rows(folder, OUTCOMES))
+    assert found.by == "nothing"
+    assert found.sentence.startswith(CANNOT)
+    assert "Cobo" not in found.sentence
+
+
+def test_every_published_model_of_the_zoo_is_guarded(folder):
+    cohort = published_rows(folder, OUTCOMES)
+    file = ichprog.hub.WeightFile(0, folder, "", "", "")
+    found = {spec.name: guard(spec.name, spec, [file], cohort).by for spec in ichprog.list_models()}
+    embedded = {spec.name for spec in ichprog.list_models() if spec.weights.repo is None}
+    assert {name for name, by in found.items() if by == "nothing"} == embedded
+    assert set(found.values()) == {"released", "nothing"}
+
+
+# figures
+
+
+def test_calibration_is_of_every_event(run, cohort):
+    found = evaluate(f"local-dir:{run}", cohort)
+    assert {task: list(curves) for task, curves in found.calibration.items()} == {
+        "prognosis": ["poor"],
+        "gcs": ["9-12 or later", "3-8"],
+        "age": [">=80"],
+    }
+    for task, curves in found.calibration.items():
+        answers = found.answers(task)
+        for k, curve in enumerate(curves.values(), start=1):
+            assert curve["count"].sum() == len(answers)
+            observed = (curve["observed"] * curve["count"]).sum()
+            assert observed == pytest.approx((answers.truth >= k).sum())
+            predicted = (curve["predicted"] * curve["count"]).sum()
+            assert predicted == pytest.approx(answers.probabilities[:, k:].sum())
+
+
+def test_unknown_labels_are_in_no_figure_and_unknown_columns_are_said(run, cohort, folder):
+    strangers = named(Cohort.read(folder / "all.csv"), {"Q0": "Q0", "Q1": "Q1", "Q2": "Q2"})
+    columns = [{"poor_outcome": "1", "age": ""}, {"poor_outcome": "", "age": "81"}, {"poor_outcome": "", "age": ""}]
+    people = [dataclasses.replace(p, columns=c) for p, c in zip(strangers.patients, columns, strict=True)]
+    found = evaluate(f"local-dir:{run}", Cohort(tuple(people), "few.csv"))
+    assert found.unlabelled == ("Q2",)
+    assert found.unscored == {"gcs": "gcs"}
+    assert {task: found.answers(task).patients for task in found.metrics} == {"prognosis": ("Q0",), "age": ("Q1",)}
+    assert found.metrics["age"]["accuracy"]["value"] in (0, 1)
+    assert found.metrics["age"]["auroc"] == {"value": None, "low": None, "high": None}
+
+
+# the command
+
+
+@pytest.fixture
+def ask(monkeypatch):
+    monkeypatch.setitem(main.commands, "evaluate", command)
+    return lambda *arguments: CliRunner().invoke(main, ["evaluate", *map(str, arguments)])
+
+
+def test_the_command_writes_everything_and_says_what_failed(run, folder, tmp_path, ask):
+    shutil.copytree(folder, tmp_path / "patients", ignore=shutil.ignore_patterns("cache"))
+    (tmp_path / "patients/P03.nii.gz").write_bytes(b"nothing")
+    (tmp_path / "patients/P04.nii.gz").unlink()
+    given = f"local-dir:{run}", tmp_path / "patients/cohort.csv", "--draws", 50
+    text = ask(*given, "-o", tmp_path / "out")
+    assert text.exit_code == 1, text.output
+    assert "small.three on" in text.stdout
+    assert "20 of 24 patients scored, 2 left out, 2 failed" in text.stdout
+    assert "trained on this very table" in text.stdout
+    assert "patient P03" in text.stderr
+    assert "FAILED" in text.stderr
+    assert "For research only" in text.stderr
+
+    written = json.loads((tmp_path / "out/evaluation.json").read_text())
+    shown = json.loads(ask(*given, "--json").stdout)
+    assert shown == written
+    assert [each["patient"] for each in shown["scans_failed"]] == ["P03", "P04"]
+    assert shown["patients_left_out"] == ["P05", "P17"]
+    assert "trained on this very table" in shown["leak"]
+    assert shown["guard"] == "run"
+    assert shown["simulated"] is False
+    assert shown["truth"]["prognosis"] == {"good": 7, "poor": 13}
+    metrics = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert metrics == {"small.three": shown["metrics"]}
+    answers = Predictions.read(tmp_path / "out/predictions.csv")
+    assert answers.variants == ("small.three",)
+    assert answers.tasks("small.three") == ("prognosis", "gcs", "age")
+    assert len(answers.answers["small.three", "gcs", "test"]) == 20
+    rows = table(tmp_path / "out/tables/metrics.csv")
+    assert {row["task"] for row in rows} == {"prognosis", "gcs", "age"}
+    auroc = next(row for row in rows if row["metric"] == "AUROC")
+    assert float(auroc["value_low"]) == shown["metrics"]["prognosis"]["auroc"]["low"]
+    assert (tmp_path / "out/calibration.svg").is_file()
+
+
+def test_a_cohort_with_none_of_the_columns_is_wrong_use(run, folder, tmp_path, ask):
+    (tmp_path / "bare.csv").write_text(f"patient,scan\nQ0,{folder / 'Q0.nii.gz'}\n")
+    done = ask(f"local-dir:{run}", tmp_path / "bare.csv")
+    assert done.exit_code == 2
+    assert "Fill one of the columns poor_outcome, gcs, age" in done.output
+    with pytest.raises(UnknownName):
+        evaluate("small.nothing", tmp_path / "bare.csv")
+
+
+def test_tables_are_taken_together(run, folder, tmp_path, ask):
+    lines = (folder / "cohort.csv").read_text().splitlines()
+    for name, rows in (("north", lines[1:13]), ("south", lines[13:])):
+        (folder / f"{name}.csv").write_text("\n".join([lines[0], *rows]))
+    done = json.loads(ask(f"local-dir:{run}", folder / "north.csv", folder / "south.csv", "--json").stdout)
+    assert done["scored"] == 22
+    assert "trained on this very table" in done["leak"]
