@@ -300,11 +300,12 @@ def machine() -> str:
         told = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         told = []
+    threads = torch.get_num_threads()
     named = (line.partition(":")[2].strip() for line in told if line.startswith("model name"))
     processor = next(named, platform.processor() or "a processor")
     return (
         f"{os.cpu_count()} cores of {processor}, {platform.system()} {platform.machine()}; Python "
-        f"{platform.python_version()}, torch {torch.__version__} with {torch.get_num_threads()} threads"
+        f"{platform.python_version()}, torch {torch.__version__} with {threads} thread{'s' * (threads > 1)}"
     )
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,8 @@ from ichprog.backbones import Backbone
 from ichprog.cli import main
 from ichprog.errors import PluginError, SpecError, UnknownName
 
-PAGE = Path(__file__).parents[1] / "docs" / "costs.md"
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "costs.md"
 BACKBONE, HEAD, METHOD = registry.backbones.kind, registry.heads.kind, registry.saliency.kind
 
 
@@ -239,7 +241,9 @@ def test_the_command_says_what_it_could_not_measure():
 
 def test_the_page_is_up_to_date():
     """In what does not depend on the machine; else run `python benchmarks/costs.py`."""
-    page = rows(PAGE.read_text(encoding="utf-8"))
+    text = PAGE.read_text(encoding="utf-8")
+    assert text.startswith(runpy.run_path(str(ROOT / "benchmarks" / "costs.py"))["OPENING"])
+    page = rows(text)
     ours = [
         name
         for plugins in costs.REGISTRIES.values()
@@ -266,4 +270,4 @@ def test_the_page_is_up_to_date():
         )  # fmt: skip
         assert float(told["GFLOP"]) == pytest.approx(found.gflop, rel=5e-3)
         assert float(told["MiB"]) == pytest.approx(found.memory / 2**20, rel=5e-3)
-    assert not re.search(r"/(?:tmp|work|home|root)\b", PAGE.read_text(encoding="utf-8"))
+    assert not re.search(r"/(?:tmp|work|home|root)\b", text)

@@ -119,6 +119,7 @@ def test_every_check_of_a_scan_is_explained():
 
 
 def test_every_command_and_option_is_explained():
+    """Those of a group too: in a part of their own, or with the group."""
     text = (DOCS / "command-line.md").read_text()
     pages = dict(
         zip(
@@ -130,9 +131,19 @@ def test_every_command_and_option_is_explained():
     assert set(pages) == set(main.commands)
     pages["explain"] += pages["predict"]
     for name, command in main.commands.items():
-        for option in command.params:
-            if isinstance(option, click.Option) and "--json" not in option.opts:
-                assert all(re.search(rf"`{spelling}[ `]", pages[name]) for spelling in option.opts), (name, option.opts)
+        told = [(pages[name], command)]
+        if isinstance(command, click.Group):
+            # a part of its own, so that options of one command do not pass for those of another
+            first, *parts = re.split(r"^### (.+)$", pages[name], flags=re.MULTILINE)
+            own = dict(zip(parts[::2], parts[1::2], strict=True))
+            told = [(first, command)]
+            for sub, one in command.commands.items():
+                assert f"`ichprog {name} {sub} " in pages[name], f"{name} {sub} is not explained"
+                told.append((own.get(f"{name} {sub}", first), one))
+        for text, one in told:
+            for option in one.params:
+                if isinstance(option, click.Option) and "--json" not in option.opts:
+                    assert all(re.search(rf"`{spelling}[ `]", text) for spelling in option.opts), (name, option.opts)
 
 
 def test_the_reference_has_every_public_name():

@@ -504,26 +504,11 @@ def test_the_captum_plugin_works_where_it_is_installed(environment, tmp_path, sc
         run(environment, pip, "uninstall", "-y", "ichprog-captum", "captum")
 
 
-@pytest.mark.parametrize("kind", ["head", "saliency"])  # the page below begins with a backbone
-def test_a_new_plugin_works_as_it_is_written(environment, tmp_path, kind):
-    folder = tmp_path / "made"
-    result = CliRunner().invoke(main, ["plugins", "new", f"my_{kind}", "--kind", kind, "-o", str(folder)])
-    assert result.exit_code == 0, result.output
-    assert not re.search(r"\$[a-z]", "".join(path.read_text() for path in folder.rglob("*") if path.is_file()))
-    pip = environment / "bin" / "pip"
-    run(environment, pip, "install", "--no-deps", "--no-build-isolation", folder)
-    try:
-        assert "1 passed" in run(environment, environment / "bin" / "python", "-m", "pytest", cwd=folder).stdout
-        assert re.search(rf"my_{kind} .*ichprog-my_{kind} 0.1.0 .*loads", run(
-            environment, environment / "bin" / "python", "-m", "ichprog", "plugins"
-        ).stdout)  # fmt: skip
-    finally:
-        run(environment, pip, "uninstall", "-y", f"ichprog-my_{kind}")
-
-
-def test_the_page_is_followed_to_the_letter(environment, tmp_path):
-    page = (ROOT / "docs" / "plugins.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("kind", ["backbone", "head", "saliency"])
+def test_the_page_of_a_kind_is_followed_to_the_letter(environment, tmp_path, kind):
+    page = (ROOT / "docs" / f"plugins-{kind}.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"^```bash\n(ichprog plugins new .*?)^```$", page, re.DOTALL | re.MULTILINE)
+    (name,) = re.findall(rf"^ichprog plugins new (\w+) --kind {kind}$", block, re.MULTILINE)
     for command in ("ichprog", "pytest"):  # which an environment of one's own would have
         script = environment / "bin" / command
         script.write_text(f'#!/bin/sh\nexec {environment / "bin" / "python"} -m {command} "$@"\n')
@@ -531,9 +516,43 @@ def test_the_page_is_followed_to_the_letter(environment, tmp_path):
     try:
         done = run(environment, "bash", "-ec", block, cwd=tmp_path)
         assert "1 passed" in done.stdout
-        assert re.search(r"^backbone +tiny +ichprog-tiny 0.1.0 +loads$", done.stdout, re.MULTILINE)
+        shown = {"saliency": "saliency method"}.get(kind, kind)
+        assert re.search(rf"^{shown} +{name} +ichprog-{name} 0.1.0 +loads$", done.stdout, re.MULTILINE)
     finally:
-        run(environment, environment / "bin" / "pip", "uninstall", "-y", "ichprog-tiny")
+        run(environment, environment / "bin" / "pip", "uninstall", "-y", f"ichprog-{name}")
+    folder = tmp_path / f"ichprog-{name}"
+    written = [path for path in folder.rglob("*") if path.suffix in (".py", ".toml", ".md")]
+    assert len(written) == 4
+    assert not re.search(r"\$[a-z]", "".join(path.read_text() for path in written))
+    told = page.partition("The first line writes four files: ")[2].partition("\n\n")[0]
+    assert all(f"`{path.relative_to(folder)}`" in told for path in written)
+
+
+CHECKS = {
+    "backbone": (registry.backbones, testing.check_backbone, test_a_spoilt_backbone_is_told_what_it_breaks),
+    "head": (registry.heads, testing.check_head, test_a_spoilt_head_is_told_what_it_breaks),
+    "saliency": (registry.saliency, testing.check_saliency, test_a_spoilt_method_is_told_what_it_breaks),
+}
+
+
+@pytest.mark.parametrize("kind", list(CHECKS))
+def test_what_the_pages_say_of_mistakes_is_what_is_shown(registered, kind):
+    """Each message on the page, word by word, by what is spoilt above."""
+    page = (ROOT / "docs" / f"plugins-{kind}.md").read_text(encoding="utf-8")
+    told = re.findall(r"^\| .* \| `(.+)` \|$", page.partition("\n## Mistakes\n")[2], re.MULTILINE)
+    assert len(told) >= 5
+    plugins, check, examples = CHECKS[kind]
+    shown = []
+    for plugin, _ in examples.pytestmark[0].args[1]:
+        plugins.register("spoilt", plugin)
+        try:
+            with pytest.raises(PluginError) as caught:
+                check("spoilt")
+        finally:
+            plugins.unregister("spoilt")
+        shown.append(str(caught.value).partition(" breaks its contract: ")[2])
+    for message in told:
+        assert any(re.match(rf"{re.escape(message)}[.;]", one) for one in shown), message
 
 
 @pytest.mark.parametrize(("arguments", "said"), [
