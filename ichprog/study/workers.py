@@ -137,6 +137,7 @@ def cluster(
 def _slurm(options: dict[str, Any], count: int) -> Iterator[Any]:
     """So many jobs of Slurm, from now to the end of the block, and the scheduler they ask for work."""
     from dask_jobqueue import SLURMCluster
+    from distributed import Status
     from tornado.ioloop import PeriodicCallback
 
     async def submit() -> None:
@@ -158,6 +159,8 @@ def _slurm(options: dict[str, Any], count: int) -> Iterator[Any]:
         try:
             jobs.sync(submit)
         except (OSError, RuntimeError) as error:
+            for job in jobs.workers.values():
+                job.status = Status.failed  # a cluster is not closed while any was never submitted
             raise RunError(f"Slurm takes no such jobs: {error}. Change the options, or start where it does.") from error
         again = PeriodicCallback(submit, 1000 * _AGAIN)
         jobs.loop.add_callback(again.start)
