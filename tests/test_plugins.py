@@ -509,6 +509,10 @@ def test_the_page_of_a_kind_is_followed_to_the_letter(environment, tmp_path, kin
     page = (ROOT / "docs" / f"plugins-{kind}.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"^```bash\n(ichprog plugins new .*?)^```$", page, re.DOTALL | re.MULTILINE)
     (name,) = re.findall(rf"^ichprog plugins new (\w+) --kind {kind}$", block, re.MULTILINE)
+    if kind != "backbone":  # the line is the same, and takes long for what it brings into a new environment to build in
+        install = 'pip install -e ".[dev]"'
+        assert install in block
+        block = block.replace(install, "pip install --no-deps --no-build-isolation .")
     for command in ("ichprog", "pytest"):  # which an environment of one's own would have
         script = environment / "bin" / command
         script.write_text(f'#!/bin/sh\nexec {environment / "bin" / "python"} -m {command} "$@"\n')
@@ -522,6 +526,7 @@ def test_the_page_of_a_kind_is_followed_to_the_letter(environment, tmp_path, kin
         run(environment, environment / "bin" / "pip", "uninstall", "-y", f"ichprog-{name}")
     folder = tmp_path / f"ichprog-{name}"
     written = [path for path in folder.rglob("*") if path.suffix in (".py", ".toml", ".md")]
+    written = [path for path in written if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
     assert len(written) == 4
     assert not re.search(r"\$[a-z]", "".join(path.read_text() for path in written))
     told = page.partition("The first line writes four files: ")[2].partition("\n\n")[0]

@@ -183,6 +183,28 @@ def test_guided_methods_are_those_of_ichprog(options):
         torch.testing.assert_close(getattr(methods, f"captum_{name}")(score, grid, network), ours, rtol=1e-9, atol=0)
 
 
+@pytest.mark.parametrize(("backbone", "shape"), [("compact", (16, 32, 32)), ("perez2023", (40, 42, 44))])
+def test_methods_hold_for_backbones_and_heads_of_ichprog(backbone, shape):
+    """The ReLU of a head is a module, so captum sees all there are."""
+    (like,) = ichprog.list_models("compact.prognosis_gcs3_age")
+    torch.manual_seed(0)
+    spec = replace(like, backbone=Part(backbone, {}), tasks=(replace(like.tasks[0], head=Part("ordinal", {})),))
+    network = build_network(spec).double().eval().requires_grad_(False)
+    assert network.heads[spec.tasks[0].name].activation
+    grid = torch.rand(1, 1, *shape, dtype=torch.float64).requires_grad_()
+
+    def score(grids):
+        return network(grids)[spec.tasks[0].name][:, 0]
+
+    for name in ("guided_backprop", "guided_grad_cam"):
+        ours = getattr(saliency, name)(score, grid, network).detach()
+        assert ours.abs().amax() > 0
+        torch.testing.assert_close(getattr(methods, f"captum_{name}")(score, grid, network), ours, rtol=1e-9, atol=0)
+    difference = (score(grid) - score(torch.zeros_like(grid))).item()
+    found = methods.deep_lift(score, grid, network)
+    assert found.sum().item() == pytest.approx(difference, abs=1e-9 * found.abs().sum().item())
+
+
 def test_guided_methods_refuse_relus_that_captum_does_not_see():
     for name in ("captum_guided_backprop", "captum_guided_grad_cam"):
         with pytest.raises(PluginError, match=rf"{name} .* 1 of 3 .* take ichprog's own {name[7:]},"):
