@@ -129,7 +129,8 @@ def test_every_command_and_option_is_explained():
         )
     )
     assert set(pages) == set(main.commands)
-    pages["explain"] += pages["predict"]
+    for name in ("explain", "evaluate"):
+        pages[name] += pages["predict"]
     for name, command in main.commands.items():
         told = [(pages[name], command)]
         if isinstance(command, click.Group):
