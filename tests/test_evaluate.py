@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import nibabel as nib
@@ -19,7 +20,8 @@ from ichprog.cli import main
 from ichprog.cli.evaluate import evaluate as command
 from ichprog.cohort import Cohort
 from ichprog.spec import Part
-from ichprog.study.evaluate import SEVERAL, evaluate
+from ichprog.study.evaluate import SEVERAL
+from ichprog.study.evaluate import evaluate as evaluate_model
 from ichprog.study.leak import guard
 from ichprog.study.predictions import Predictions
 from ichprog.train import PRESETS, train
@@ -30,6 +32,7 @@ from hub_server import HubServer
 PATIENTS = [f"P{number:02}" for number in range(24)]
 TRAIN_ONLY = {"P05", "P17"}  # their outcome is not known, their GCS is
 CANNOT = "ichprog cannot know"
+evaluate = partial(evaluate_model, runtime="torch")  # small networks are not worth compiling
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -154,7 +157,7 @@ def test_members_are_known_in_another_table_and_strangers_are_scored_by_all_fold
     found = evaluate(f"local-dir:{run}", named(some, kept))
     members = {name: out_of_fold(run, spec, "gcs")[name] for name in PATIENTS[:7] if name not in TRAIN_ONLY}
     scans = {p.name: p.scan for p in some.patients}
-    model = ichprog.load_model(f"local-dir:{run}")
+    model = ichprog.load_model(f"local-dir:{run}", runtime="torch")
     assert len(model.weights) == 3
     for name in ("Q0", "Q1", "Q2"):
         members[name] = SEVERAL, np.array(list(ichprog.predict(model, scans[name])["gcs"].probabilities.values()))
@@ -308,7 +311,7 @@ def test_released_folds_are_scored_on_their_test_patients_only(released, folder)
     expected = {}
     for fold in (0, 3):
         scans = [cohort.patients[n].scan for n in parts[fold]]
-        model = ichprog.load_model(released, fold=fold)
+        model = ichprog.load_model(released, fold=fold, runtime="torch")
         for n, said_of in zip(parts[fold], ichprog.predict(model, scans, brain="given"), strict=True):
             expected[str(n)] = fold, np.array(list(said_of["prognosis"].probabilities.values()))
     assert_alike(said(found, "prognosis"), expected)
@@ -387,7 +390,7 @@ def test_unknown_labels_are_in_no_figure_and_unknown_columns_are_said(run, cohor
 @pytest.fixture
 def ask(monkeypatch):
     monkeypatch.setitem(main.commands, "evaluate", command)
-    return lambda *arguments: CliRunner().invoke(main, ["evaluate", *map(str, arguments)])
+    return lambda *arguments: CliRunner().invoke(main, ["evaluate", "--runtime", "torch", *map(str, arguments)])
 
 
 def test_the_command_writes_everything_and_says_what_failed(run, folder, tmp_path, ask):
