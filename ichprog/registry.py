@@ -19,6 +19,9 @@ from typing import Any, cast
 from ichprog.errors import PluginError, UnknownName
 
 
+_HERE = "this session"
+
+
 @dataclass(frozen=True)
 class Entry:
     """One claim to a name.
@@ -42,6 +45,11 @@ class Entry:
         """Who claims the name, for messages."""
         return f"{self.distribution} {self.version}".rstrip()
 
+    @property
+    def installed(self) -> bool:
+        """Whether a distribution brings it; what was registered by hand may be another thing tomorrow."""
+        return self.distribution != _HERE  # the type of `target` does not tell: some packages put another in its place
+
     def claims(self, name: str) -> bool:
         """Whether it is called so, or is the family of one that is."""
         if not self.name.endswith("/*"):
@@ -54,7 +62,7 @@ class Entry:
         Raises:
             PluginError: It was made for another version of this library, or its import fails, for whatever reason.
         """
-        if not isinstance(self.target, EntryPoint):
+        if not self.installed:
             return self.target
         if (wanted := _made_for(self.target)) is not None:
             raise PluginError(
@@ -123,7 +131,7 @@ class Registry:
             PluginError: The name is taken.
         """
         with self._lock:
-            entry = Entry(self.kind, name, "this session", "", plugin)
+            entry = Entry(self.kind, name, _HERE, "", plugin)
             sole([*(e for e in self.entries() if e.claims(name)), entry])
             self._registered[name] = entry
 

@@ -133,3 +133,11 @@ def test_the_listing_of_plugins_tells_who_is_broken(distribution, tmp_path):
     assert states["saliency method", "bad"]["distribution"] == "plug-bad"
     assert all(p["problem"] is None for key, p in states.items() if key[1] != "bad")
     assert ("model", "perez2023.prognosis") in states
+
+
+def test_a_package_that_replaces_entry_points_changes_nothing():
+    """As the backport of importlib.metadata does, which dask brings."""
+    pytest.importorskip("importlib_metadata")
+    code = "import importlib_metadata\nfrom ichprog import registry\nprint(registry.backbones.load('compact'))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "function compact" in done.stdout

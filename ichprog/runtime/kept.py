@@ -11,7 +11,7 @@ could crash the reader or give a wrong number, so each is hashed before it is us
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from importlib.metadata import EntryPoint, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -148,4 +148,4 @@ class Kept:
 def _owner(plugins: Registry, name: str) -> str | None:
     """The distribution a plugin comes from, with its version; None for one that is here for this session only."""
     entry = next((entry for entry in plugins.entries() if entry.claims(name)), None)
-    return entry.owner if entry and isinstance(entry.target, EntryPoint) else None
+    return entry.owner if entry and entry.installed else None
