@@ -270,7 +270,7 @@ def each(work: Callable[[_In], _Out], items: Sequence[_In], *, workers: int = 1)
     from multiprocessing import get_context
 
     spawn = get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(items)), mp_context=spawn, initializer=_end_with_parent) as pool:
+    with ProcessPoolExecutor(min(workers, len(items)), mp_context=spawn, initializer=end_with_parent) as pool:
         jobs = [pool.submit(work, item) for item in items]
         try:
             for job in jobs:
@@ -279,7 +279,7 @@ def each(work: Callable[[_In], _Out], items: Sequence[_In], *, workers: int = 1)
             pool.shutdown(cancel_futures=True)
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """A worker whose parent is killed would wait for ever; this one goes too."""
     import threading
     from multiprocessing import parent_process

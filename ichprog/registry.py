@@ -18,7 +18,6 @@ from typing import Any, cast
 
 from ichprog.errors import PluginError, UnknownName
 
-
 _HERE = "this session"
 
 

@@ -278,7 +278,7 @@ class ModelSpec:
             SpecError: A field is missing, unknown, of the wrong type or against the rules.
         """
         try:
-            return typing.cast("ModelSpec", _parse(cls, data, ""))
+            return typing.cast("ModelSpec", parse(cls, data, ""))
         except SpecError as error:
             raise SpecError(f"{source}: {error}") from None
 
@@ -332,13 +332,22 @@ def _check(spec: ModelSpec) -> None:
         raise SpecError(f"weights.revision: a commit of 40 hex digits is needed, is {revision!r}")
 
 
-def _parse(kind: Any, value: Any, where: str) -> Any:
-    """`value` as `kind`, which is a dataclass, a plain type or one of the generic types the spec uses."""
+def parse(kind: Any, value: Any, where: str) -> Any:
+    """Plain data as what it must be, strictly.
+
+    Args:
+        kind: A dataclass, a plain type or one of the generic types that specs use.
+        value: The data.
+        where: What it is called in messages.
+
+    Raises:
+        SpecError: It is of another kind, or a field is missing or unknown.
+    """
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any:
         return value
     if origin is types.UnionType:
-        return None if value is None else _parse(next(a for a in args if a is not type(None)), value, where)
+        return None if value is None else parse(next(a for a in args if a is not type(None)), value, where)
     if origin is Literal:
         if value not in args:
             raise SpecError(f"{where}: must be one of {list(args)}, is {value!r}")
@@ -349,7 +358,7 @@ def _parse(kind: Any, value: Any, where: str) -> Any:
         kinds = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
         if len(kinds) != len(value):
             raise SpecError(f"{where}: must have {len(kinds)} entries, has {len(value)}")
-        return tuple(_parse(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
+        return tuple(parse(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
     if not isinstance(value, Mapping) and (dataclasses.is_dataclass(kind) or origin is Mapping):
         raise SpecError(f"{where or 'spec'}: must be an object, is {value!r}")
     if dataclasses.is_dataclass(kind):
@@ -358,9 +367,9 @@ def _parse(kind: Any, value: Any, where: str) -> Any:
             if names:
                 raise SpecError(f"{problem} field {', '.join(f'{where}.{n}'.lstrip('.') for n in sorted(names))}")
         make = typing.cast("type[Any]", kind)
-        return make(**{n: _parse(h, value[n], f"{where}.{n}".lstrip(".")) for n, h in hints.items()})
+        return make(**{n: parse(h, value[n], f"{where}.{n}".lstrip(".")) for n, h in hints.items()})
     if origin is Mapping:
-        return {str(k): _parse(args[1], v, f"{where}.{k}") for k, v in value.items()}
+        return {str(k): parse(args[1], v, f"{where}.{k}") for k, v in value.items()}
     if kind is float and isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
         return float(value)
     if kind is not float and type(value) is kind:

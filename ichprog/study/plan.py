@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ichprog.errors import RunError, SpecError, UnknownName
-from ichprog.spec import ModelSpec, Part, Task, _parse
+from ichprog.spec import ModelSpec, Part, Task, parse
 from ichprog.train import PRESETS, Protocol, spec_of
 
 BrainMode = Literal["auto", "extract", "given"]
@@ -392,7 +392,7 @@ def _table(data: Mapping[str, Any], shape: _Shape, where: str) -> dict[str, Any]
     for key, (kind, otherwise) in shape.items():
         if key not in data and otherwise is _NEEDED:
             raise SpecError(f"{inside}{key}: is missing. Keys here: {', '.join(shape)}")
-        found[key] = _parse(kind, data[key], inside + key) if key in data else otherwise
+        found[key] = parse(kind, data[key], inside + key) if key in data else otherwise
     return found
 
 

@@ -6,7 +6,7 @@ from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExec
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from ichprog.cohort import _end_with_parent
+from ichprog.cohort import end_with_parent
 from ichprog.errors import RunError
 
 Item = TypeVar("Item")
@@ -96,7 +96,7 @@ def _pool(workers: int) -> Iterator[Executor]:
 
 
 def _begin_worker(workers: int) -> None:
-    _end_with_parent()
+    end_with_parent()
     threads = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
     os.environ["OMP_NUM_THREADS"] = str(max(1, threads // workers))  # of this worker alone; torch is not there yet
 
