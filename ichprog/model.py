@@ -262,7 +262,7 @@ def predict(
     Args:
         model: A model, or a name that `load_model` takes.
         scans: A NIfTI path, a DICOM folder or a .zip of one, or a nibabel image: one Prediction. A list or tuple of
-            these: a list. Any other iterable: an iterator, which reads one scan ahead.
+            these: a list. Any other iterable: an iterator, which reads a few scans ahead.
         brain: "auto" extracts the brain where a skull is seen, "extract" always, "given" never.
         on_error: "raise" lets a scan's error through; "record" puts it into that scan's Prediction and goes on.
 

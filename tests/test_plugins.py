@@ -436,7 +436,7 @@ BAD = {
 }
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def bad_ones(environment, tmp_path_factory):
     folder = tmp_path_factory.mktemp("bad")
     made = [distribution(folder / name, name, **about) for name, (_, _, about) in BAD.items()]

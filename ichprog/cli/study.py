@@ -83,7 +83,8 @@ def run(
         executor = None
         if scheduler or slurm:
             executor = stack.enter_context(cluster(scheduler=scheduler, slurm=options or None, workers=workers))
-        found = cells.run(asked, folder, executor=executor, workers=workers, cache_dir=cache_dir, progress=_tell)
+        here = 1 if executor else workers  # processes of this machine, which may be one for logging in only
+        found = cells.run(asked, folder, executor=executor, workers=here, cache_dir=cache_dir, progress=_tell)
     failed = [each for each in found if each.state != "done"]
     whole = {each.cell.run for each in found} - {each.cell.run for each in failed}
     if not whole:
