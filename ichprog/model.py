@@ -100,39 +100,25 @@ class Model:
             sources: Scans, as `predict` takes them.
             brain: As in `predict`.
         """
-        lanes = self.members[0].lanes
-        with ThreadPoolExecutor(lanes, thread_name_prefix="ichprog-answer") as beside:
-            under_way: list[Callable[[], tuple[Prediction, Scan | ScanError]]] = []
+        with ThreadPoolExecutor(1, thread_name_prefix="ichprog-answer") as beside:
             for source, begun in _ahead(functools.partial(self._begin, brain=brain), sources):
                 if isinstance(begun, ScanError):
-                    under_way.append(functools.partial(self._told, source, begun))
-                else:
-                    prepared, finish = begun
-                    answer = beside.submit(self.members[0].answer, prepared[None])
-                    under_way.append(functools.partial(self._concluded, source, prepared, finish, answer))
-                if len(under_way) >= lanes:
-                    yield under_way.pop(0)()
-            for conclude in under_way:
-                yield conclude()
-
-    def _told(self, source: "Source", error: ScanError) -> "tuple[Prediction, ScanError]":
-        return self.failure(source, error), error
-
-    def _concluded(
-        self, source: "Source", prepared: np.ndarray, finish: Callable[[], Scan], answer: "Future[dict[str, Answer]]"
-    ) -> "tuple[Prediction, Scan | ScanError]":
-        """What is said of a scan that is being answered by the first fold."""
-        try:  # what is left to check changes nothing about the grid
-            examined = finish()
-            provenance = self.provenance(examined)
-        except ScanError as error:
-            return self._told(source, error)
-        folds = [answer.result()]
-        for last, member in itertools.pairwise(self.members):
-            last.rest()  # many folds take no more memory to run than one
-            folds.append(member.answer(prepared[None]))
-        tasks = {task.name: _over_folds(task, [fold[task.name] for fold in folds]) for task in self.spec.tasks}
-        return Prediction(examined.name, self.spec.name, tasks, examined.warnings, provenance), examined
+                    yield self.failure(source, begun), begun
+                    continue
+                prepared, finish = begun
+                answer = beside.submit(self.members[0].answer, prepared[None])
+                try:  # what is left to check changes nothing about the grid
+                    examined = finish()
+                    provenance = self.provenance(examined)
+                except ScanError as error:
+                    yield self.failure(source, error), error
+                    continue
+                folds = [answer.result()]
+                for last, member in itertools.pairwise(self.members):
+                    last.rest()  # many folds take no more memory to run than one
+                    folds.append(member.answer(prepared[None]))
+                tasks = {task.name: _over_folds(task, [fold[task.name] for fold in folds]) for task in self.spec.tasks}
+                yield Prediction(examined.name, self.spec.name, tasks, examined.warnings, provenance), examined
 
     def _begin(
         self, source: "Source", *, brain: scan_room.BrainMode
@@ -262,7 +248,7 @@ def predict(
     Args:
         model: A model, or a name that `load_model` takes.
         scans: A NIfTI path, a DICOM folder or a .zip of one, or a nibabel image: one Prediction. A list or tuple of
-            these: a list. Any other iterable: an iterator, which reads a few scans ahead.
+            these: a list. Any other iterable: an iterator, which reads one scan ahead.
         brain: "auto" extracts the brain where a skull is seen, "extract" always, "given" never.
         on_error: "raise" lets a scan's error through; "record" puts it into that scan's Prediction and goes on.
 

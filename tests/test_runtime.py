@@ -403,32 +403,15 @@ def test_tasks_and_methods_share_one_forward_pass_and_one_way_back_a_task(model_
     from ichprog.runtime import compiled
 
     runs = []
-    infer = compiled._Program._infer
+    infer = compiled._Program.infer
     monkeypatch.setattr(
-        compiled._Program, "_infer", lambda self, lane, given: (runs.append(len(given)), infer(self, lane, given))[1]
+        compiled._Program, "infer", lambda self, given: (runs.append(len(given)), infer(self, given))[1]
     )
     model = ichprog.load_model(model_of("dense"))
     ichprog.explain(model, image)
     runs.clear()
     assert len(ichprog.explain(model, image, task=["prognosis", "gcs", "age"], method=METHODS)) == 9
     assert sorted(map(bool, (n - 1 for n in runs))) == [False, True, True, True]
-
-
-def test_answers_side_by_side_are_those_one_after_another(model_of, grids):
-    """Several at a time have a lane each and need not wait for one another; what they say is the same."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    model = ichprog.load_model(model_of("dense"))
-    (member,) = model.members
-    alone = [member.answer(grid[None]) for grid in grids]
-    with ThreadPoolExecutor(4) as pool:
-        beside = list(pool.map(member.answer, [grid[None] for _ in range(20) for grid in grids]))
-    assert any(graph == "side by side" for graph, _ in member._programs) == (member.lanes > 1)
-    for number, found in enumerate(beside):
-        for task, answer in found.items():
-            assert np.array_equal(answer.logits, alone[number % 2][task].logits)
-    member.rest()
-    assert np.array_equal(member.answer(grids[:1])["gcs"].logits, alone[0]["gcs"].logits)
 
 
 def test_scans_are_read_one_ahead_and_answered_in_order(model_of, image, tmp_path):

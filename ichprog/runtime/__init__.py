@@ -40,13 +40,7 @@ class Answer(NamedTuple):
 
 
 class Runtime(Protocol):
-    """One fold's network, ready to run.
-
-    Attributes:
-        lanes: How many answers are asked for at a time where there are many: together they take less time.
-    """
-
-    lanes: int
+    """One fold's network, ready to run."""
 
     def answer(self, grids: np.ndarray) -> dict[str, Answer]:
         """The answer to each task.

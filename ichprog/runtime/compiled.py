@@ -1,7 +1,6 @@
 """A network run by OpenVINO, compiled for this processor."""
 
 import functools
-import queue
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -35,8 +34,7 @@ class OpenVinoRuntime:
     """One fold's network on the processor.
 
     A network that is kept in the cache is loaded beside whatever the caller does next. Another is made from torch
-    first, held against it, and kept. Of several answers at a time each is computed by a share of the processor's cores,
-    which none of them has to wait for; one alone has them all.
+    first, held against it, and kept.
 
     Args:
         spec: The model.
@@ -52,9 +50,8 @@ class OpenVinoRuntime:
     def __init__(self, spec: ModelSpec, file: WeightFile, precision: str, cache: Path) -> None:
         self.spec, self.file, self.precision = spec, file, precision
         self._kept = Kept(spec, file, cache, engine.processor(), precision)
-        self.lanes = engine.lanes()
         self._programs: dict[tuple[str, Shape], _Program] = {}
-        self._lock, self._answering_now, self._counting = threading.Lock(), 0, threading.Lock()
+        self._lock = threading.Lock()
         shape = spec.input.shape
         noted = self._kept.note("answers", shape)
         if noted is not None and "refused" in noted:
@@ -66,29 +63,14 @@ class OpenVinoRuntime:
 
     def answer(self, grids: np.ndarray) -> dict[str, Answer]:
         """Answers, as `Runtime.answer` says; a grid of another shape has a graph of its own made first."""
-        with self._counted() as alone:
-            program = self._program("answers", grids.shape[1:])
-            if not alone and self.lanes > 1:
-                program = self._side_by_side(program, grids.shape[1:])
-            with program.turn() as infer:
-                found = [[each.copy() for each in infer([grid[None, None]])] for grid in grids]
+        program = self._program("answers", grids.shape[1:])
+        with program.turn:
+            found = [[each.copy() for each in program.infer([grid[None, None]])] for grid in grids]
         outputs = [np.concatenate(each) for each in zip(*found, strict=True)]
         names = [task.name for task in self.spec.tasks]
         return {
             name: Answer(*pair) for name, *pair in zip(names, outputs[: len(names)], outputs[len(names) :], strict=True)
         }
-
-    @contextmanager
-    def _counted(self) -> Iterator[bool]:
-        """Whether no other answer is under way when the block begins."""
-        with self._counting:
-            self._answering_now += 1
-            alone = self._answering_now == 1
-        try:
-            yield alone
-        finally:
-            with self._counting:
-                self._answering_now -= 1
 
     def rest(self) -> None:
         """Gives back the memory that runs take, until the next."""
@@ -122,15 +104,15 @@ class OpenVinoRuntime:
                 known.note = why
                 yield known
             return
-        with forward.turn() as ahead, backward.turn() as back, torch.inference_mode(mode=False), torch.enable_grad():
+        with forward.turn, backward.turn, torch.inference_mode(mode=False), torch.enable_grad():
             self.rest()
-            features, *kept = ahead([grid[None, None]])
+            features, *kept = forward.infer([grid[None, None]])
             heads = network.load_heads(self.spec, self.file.path, features.shape[1])
             yield saliency.CompiledPass(
                 heads,
                 grid,
                 features,
-                lambda gradient: back([gradient, *kept])[0],
+                lambda gradient: backward.infer([gradient, *kept])[0],
                 forward.about["features_are"],
             )
 
@@ -150,22 +132,6 @@ class OpenVinoRuntime:
                 )
             return self._programs[graph, shape]
 
-    def _side_by_side(self, answers: "_Program", shape: Sequence[int]) -> "_Program":
-        """The graph that answers once more, in as many lanes as there are."""
-        key = ("side by side", (shape[0], shape[1], shape[2]))
-        with self._lock:
-            if key not in self._programs:
-                exported = answers.exported
-                if exported is None:
-                    exported = np.array(np.frombuffer(answers.compiled.export_model().getvalue(), np.uint8))
-                compiled = self._imported(exported, {"NUM_STREAMS": str(self.lanes)})
-                self._programs[key] = _Program(compiled, answers.about, exported, lanes=self.lanes)
-            return self._programs[key]
-
-    def _imported(self, exported: np.ndarray, more: dict[str, str]) -> Any:
-        tensor = engine.openvino().Tensor(exported, shared_memory=True)
-        return engine.core().import_model(tensor, "CPU", self._settings | more)
-
     def _found(self, graph: str, shape: Shape) -> "_Program | None":
         if (held := self._kept.find(graph, shape)) is None:
             return None
@@ -173,7 +139,9 @@ class OpenVinoRuntime:
         if "refused" in about:
             raise NotCompiledError(about["refused"])
         try:
-            compiled = self._imported(exported, {})
+            compiled = engine.core().import_model(
+                engine.openvino().Tensor(exported, shared_memory=True), "CPU", self._settings
+            )
         except RuntimeError:  # whole and of this version, and still not to be read
             return None
         return _Program(compiled, about, exported)
@@ -204,8 +172,7 @@ class OpenVinoRuntime:
         with torch.inference_mode():
             expected = [values.numpy() for values in module(torch.from_numpy(seeded))]
         half = len(expected) // 2
-        with program.turn() as infer:
-            pairs = list(zip(infer([seeded]), expected, strict=True))[half:]
+        pairs = list(zip(program.infer([seeded]), expected, strict=True))[half:]
         difference = max(float(np.abs(got - right).max()) for got, right in pairs)
         if not difference <= _TOLERANCE[self.precision]:
             raise NotCompiledError(
@@ -260,45 +227,28 @@ class OpenVinoRuntime:
 
 
 class _Program:
-    """A compiled graph with the memory it runs in, which each of its lanes has for itself."""
+    """A compiled graph with the memory it runs in; one run at a time."""
 
-    def __init__(
-        self, compiled: Any, about: dict[str, Any], exported: np.ndarray | None = None, *, lanes: int = 1
-    ) -> None:
+    def __init__(self, compiled: Any, about: dict[str, Any], exported: np.ndarray | None = None) -> None:
         self.compiled, self.about = compiled, about
-        self.exported = exported  # its weights may lie in there
-        self._lanes = lanes
-        self._free: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        for _ in range(lanes):
-            self._free.put(compiled.create_infer_request())
-
-    @contextmanager
-    def turn(self) -> Iterator[Callable[[Sequence[np.ndarray]], list[np.ndarray]]]:
-        """A lane, as soon as one is free: what runs the graph, whose outputs lie in the lane until it runs again."""
-        request = self._free.get()
-        try:
-            yield functools.partial(self._infer, request)
-        finally:
-            self._free.put(request)
+        self.turn = threading.Lock()
+        self._exported = exported  # its weights may lie in there
+        self._request = compiled.create_infer_request()
 
     def rest(self) -> None:
         """Gives back the memory of runs, where none is under way; the next takes it again."""
-        taken = []
-        try:
-            for _ in range(self._lanes):
-                taken.append(self._free.get_nowait())  # noqa: PERF401  # what was taken is put back
-            self.compiled.release_memory()
-        except queue.Empty:
-            pass
-        finally:
-            for request in taken:
-                self._free.put(request)
+        if self.turn.acquire(blocking=False):
+            try:
+                self.compiled.release_memory()
+            finally:
+                self.turn.release()
 
-    def _infer(self, request: Any, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+    def infer(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Runs, in its `turn`; the outputs lie in the program's own memory until it runs again."""
         for position, values in enumerate(inputs):
-            request.set_input_tensor(position, engine.openvino().Tensor(values, shared_memory=True))
-        request.infer()
-        return [request.get_output_tensor(i).data for i in range(len(self.compiled.outputs))]
+            self._request.set_input_tensor(position, engine.openvino().Tensor(values, shared_memory=True))
+        self._request.infer()
+        return [self._request.get_output_tensor(i).data for i in range(len(self.compiled.outputs))]
 
 
 def _answers(network: "Network") -> "nn.Module":

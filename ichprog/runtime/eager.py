@@ -26,8 +26,6 @@ class TorchRuntime:
         WeightsError: The weights do not fit the network.
     """
 
-    lanes = 1
-
     def __init__(self, spec: ModelSpec, path: Path, device: str, precision: str) -> None:
         self.device, self.precision = device, precision
         self.network = network.load(spec, path).to(device)

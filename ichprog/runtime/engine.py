@@ -4,7 +4,6 @@ import functools
 import importlib
 import io
 import logging
-import os
 import sys
 import threading
 import warnings
@@ -60,14 +59,6 @@ def processor() -> str:
 def computes_in_bfloat16() -> bool:
     """Whether the processor multiplies in bfloat16."""
     return "BF16" in core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-
-
-def lanes() -> int:
-    """How many networks run side by side in the least time for all of them: on two cores two, and never more.
-
-    Each takes memory, and what is read for the next ones wants a core too.
-    """
-    return min(2, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 def core() -> Any:
