@@ -3,18 +3,20 @@
 import csv
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from ichprog import CohortError
+from ichprog import CohortError, RunError
 from ichprog.cli import main
 from ichprog.cohort import Cohort
-from ichprog.study import judge, measure
+from ichprog.study import explained, judge, measure
 from ichprog.study.plan import Study
 from ichprog.study.predictions import Answers, Predictions
+from ichprog.study.record import cohort_of
 
 PATIENTS, FOLDS = 90, 3
 STUDY = """
@@ -351,6 +353,28 @@ def test_the_published_figure_is_drawn_by_a_command(smoke, tmp_path):
     wrong = command("study", "figure", "saliency", toml, "--out", out, "--patient", "nobody")
     assert wrong.exit_code == 2
     assert "there is no patient that can be explained 'nobody'" in wrong.output
+
+
+def test_variants_of_which_a_fold_is_missing_are_not_explained(smoke, tmp_path):
+    """Nor is a task that none has; and where nobody has a mask of the lesion, the report says so."""
+    toml, out, _ = smoke
+    study, copy = Study.read(toml), tmp_path / "out"
+    shutil.copytree(out, copy)
+    config = copy / "runs" / "all" / "config.json"
+    said = json.loads(config.read_text())
+    said["weights"]["sha256"].popitem()
+    config.write_text(json.dumps(said))
+    models = explained.members(study, copy)
+    assert set(models) == {"prognosis", "prognosis_gcs"}
+    assert set(explained.with_task(study, models, "gcs")) == {"prognosis_gcs"}
+    with pytest.raises(RunError, match=r"no variant .* with the task age is done in every fold"):
+        explained.with_task(study, models, "age")
+    shutil.rmtree(copy / "patients" / "masks")
+    (copy / "saliency.csv").unlink()
+    assert explained.measured(study, cohort_of(study, copy), copy, 2) == []
+    done = command("study", "report", toml, "--out", copy, "--maps-of", 2, "--cache-dir", toml.parent / "cache")
+    assert done.exit_code == 0, done.output
+    assert "Nothing was measured: no variant is done" in (copy / "report.html").read_text()
 
 
 def test_wrong_use_is_answered(tmp_path):

@@ -164,10 +164,9 @@ def figure(
     if not chosen:
         masked = [name for name in maps.masks(cohort) if name in folds] or list(folds)
         chosen = [(name, None) for name in masked[:3]]
-    drawn: Any = maps.figure(
-        explained.members(asked, folder, cache_dir), cohort, chosen,
-        folds=folds, task=task or asked.split_by, method=method, brain=asked.brain,
-    )  # fmt: skip
+    task = task or asked.split_by
+    models = explained.with_task(asked, explained.members(asked, folder, cache_dir), task)
+    drawn: Any = maps.figure(models, cohort, chosen, folds=folds, task=task, method=method, brain=asked.brain)
     target = target or folder / "figures" / f"{what}.png"
     target.parent.mkdir(parents=True, exist_ok=True)
     drawn.savefig(target)

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ichprog.cohort import Cohort
+from ichprog.errors import RunError
 from ichprog.results import whole_file
+from ichprog.spec import ModelSpec
 from ichprog.study import faithful, maps
 from ichprog.study.maps import Measured
 from ichprog.study.plan import Study
@@ -39,13 +41,36 @@ def member(out: Path, variant: str, fold: int | None, cache_dir: str | Path | No
 
 
 def members(study: Study, out: Path, cache_dir: str | Path | None = None) -> dict[str, "Callable[[int | None], Model]"]:
-    """By variant that has the task which folds are split by, a function from a fold to its model."""
+    """By variant that is done in every fold, a function from a fold to its model."""
 
     def of(name: str) -> "Callable[[int | None], Model]":
         return lambda fold: member(out, name, fold, cache_dir)
 
-    has = [v.name for v in study.variants if any(task.name == study.split_by for task in v.spec.tasks)]
-    return {name: of(name) for name in has if (out / "runs" / name / "config.json").is_file()}
+    return {variant.name: of(variant.name) for variant in study.variants if _done(study, out, variant.name)}
+
+
+def with_task(
+    study: Study, models: "dict[str, Callable[[int | None], Model]]", task: str
+) -> "dict[str, Callable[[int | None], Model]]":
+    """Those of `members` that have a task.
+
+    Args:
+        study: The study.
+        models: What `members` gives.
+        task: The task.
+
+    Raises:
+        RunError: None of them has it.
+    """
+    found = {name: of for name, of in models.items() if task in [each.name for each in study.variant(name).spec.tasks]}
+    if not found:
+        raise RunError(f"no variant of {study.name} with the task {task} is done in every fold; run the study first.")
+    return found
+
+
+def _done(study: Study, out: Path, variant: str) -> bool:
+    config = out / "runs" / variant / "config.json"
+    return config.is_file() and len(ModelSpec.read(config).weights.sha256) == study.folds
 
 
 def tested(out: Path) -> dict[str, int]:

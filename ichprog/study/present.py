@@ -108,7 +108,7 @@ def present(study: Study, out: str | Path, *, maps_of: int = 0, cache_dir: str |
     if len(main.labels) == 2:
         writer.sections += _boundaries(writer, study, cohort, main)
     writer.sections.append(_mistakes(writer, study, cohort, found, out))
-    if maps_of and study.saliency:
+    if maps_of and any(variant.saliency for variant in study.variants):
         writer.sections.append(_saliency(writer, study, cohort, out, maps_of))
     writer.sections += _trainings(writer, study, out)
     facts = page.facts(study, truth, found.metrics, simulated=about["cohort"]["simulated"])
@@ -135,6 +135,11 @@ def _of(study: Study, found: Findings, task: Task) -> dict[str, Judged]:
         for run, by_task in found.judged.items()
         if (one := by_task.get(task.name)) and one.task.labels == task.labels and not _sized(study, run)
     }
+
+
+def _with_interval(row: judge.Row, name: str) -> judge.Row:
+    """A row whose value has its interval with it, as tables take them."""
+    return row | {name: {"value": row[name], "low": row["low"], "high": row["high"]}}
 
 
 def _sized(study: Study, run: str) -> bool:
@@ -164,9 +169,7 @@ def _compared(study: Study, about: Mapping[str, Any]) -> Section:
 def _patients(writer: _Writer, study: Study, found: Findings, truth: Mapping[str, np.ndarray]) -> Section:
     made = [page.people(study, truth)]
     if found.correlations:
-        rows = [
-            row | {"rho": {"value": row["rho"], "low": row["low"], "high": row["high"]}} for row in found.correlations
-        ]
+        rows = [_with_interval(row, "rho") for row in found.correlations]
         columns = {"name": "column", "n": "patients", "rho": "Spearman's rho", "p": "p", "p_holm": "p (Holm)"}
         caption = f"Correlation of columns with {study.split_by}, with 95 % intervals."
         made.append(writer.table("correlations", rows, columns, caption))
@@ -187,7 +190,7 @@ def _results(writer: _Writer, study: Study, found: Findings, task: Task) -> Iter
         columns = {"variant": "variant"} | {m: words(m.removesuffix("_at_half")) for m in _AT_HALF}
         made.append(writer.table(f"{name}-at-half", rows, columns, f"{title}: the same at a threshold of 0.5."))
     compared = [
-        row | {"difference": {"value": row["difference"], "low": row["low"], "high": row["high"]}}
+        _with_interval(row, "difference")
         for row in found.comparisons
         if row["task"] == task.name and row["variant"] in runs
     ]
@@ -270,7 +273,7 @@ def _learning(writer: _Writer, study: Study, found: Findings, about: Mapping[str
     columns = {"variant": "variant", "size": "patients trained on", "auroc": "AUROC"}
     made = [writer.table("learning-curve", rows, columns, f"{study.split_by}: AUROC by patients trained on.")]
     compared = [
-        row | {"difference": {"value": row["difference"], "low": row["low"], "high": row["high"]}}
+        _with_interval(row, "difference")
         for row in found.comparisons
         if row["task"] == study.split_by and _sized(study, row["variant"]) and row["metric"] == "auroc"
     ]
@@ -394,6 +397,8 @@ def _saliency(writer: _Writer, study: Study, cohort: Cohort, out: Path, maps_of:
     from ichprog.study import maps
 
     rows_of = explained.measured(study, cohort, out, maps_of, writer.cache_dir)
+    if not rows_of:
+        return Section("Saliency", ["Nothing was measured: no variant is done whose patients have a lesion mask."])
     rows = maps.summary(rows_of, draws=study.draws, seed=study.seed)
     columns = {
         "variant": "variant", "task": "task", "method": "method", "maps": "maps", "empty": "empty",
@@ -404,8 +409,8 @@ def _saliency(writer: _Writer, study: Study, cohort: Cohort, out: Path, maps_of:
     made = [writer.table("saliency", rows, columns, "Maps against lesion masks, with 95 % intervals over patients.")]
     checked = [
         row
-        for variant in study.variants
-        for row in explained.randomised(study, cohort, out, variant.name, writer.cache_dir)
+        for variant in dict.fromkeys(row.variant for row in rows_of)
+        for row in explained.randomised(study, cohort, out, variant, writer.cache_dir)
     ]
     columns = {
         "variant": "variant",
@@ -419,14 +424,14 @@ def _saliency(writer: _Writer, study: Study, cohort: Cohort, out: Path, maps_of:
     )
     made.append(writer.table("randomised", checked, columns, caption))
     names = list(dict.fromkeys(row.patient for row in rows_of))[:3]
-    models = explained.members(study, out, writer.cache_dir)
+    models = explained.with_task(study, explained.members(study, out, writer.cache_dir), study.split_by)
     drawn = maps.figure(
         models,
         cohort,
         [(name, None) for name in names],
         folds=explained.tested(out),
         task=study.split_by,
-        method=study.saliency[0],
+        method=rows_of[0].method,
         brain=study.brain,
     )
     said = "Each map is of the network that did not see the patient."
