@@ -168,6 +168,17 @@ def whole_file(target: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def write_json(target: Path, data: Any) -> None:
+    """Writes data as JSON that people can read too, whole or not at all.
+
+    Args:
+        target: The file to be.
+        data: Plain data.
+    """
+    with whole_file(target) as partial:
+        partial.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 @contextmanager
 def results_file(target: Path, spec: ModelSpec) -> Iterator[Callable[[Prediction], None]]:
     """A file of predictions, written one by one and there when all are.

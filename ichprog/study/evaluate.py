@@ -1,6 +1,5 @@
 """How good a model is on a cohort, where nobody is scored by a network that has seen them, as far as one can know."""
 
-import json
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from ichprog import scan as scan_room
 from ichprog.cohort import Cohort, Patient
 from ichprog.errors import CohortError, ScanError
 from ichprog.model import Model
-from ichprog.results import Prediction, whole_file
+from ichprog.results import Prediction, write_json
 from ichprog.runtime import choose
 from ichprog.spec import ModelSpec, Task
 from ichprog.study import tables
@@ -119,8 +118,7 @@ class Evaluation:
         place.mkdir(parents=True, exist_ok=True)
         self.predictions.write(place / "predictions.csv")
         for name, data in (("metrics", {self.model.name: self.metrics}), ("evaluation", self.to_dict())):
-            with whole_file(place / f"{name}.json") as part:
-                part.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            write_json(place / f"{name}.json", data)
         caption = f"{self.model.name} on {self.counts['scored']} patients of {self.cohort}. {self.guard.sentence}"
         caption += f" {self.about['intervals']}. {self.model.notice}"
         columns = {"task": "task", "n": "patients", "metric": "figure", "value": "value"}

@@ -18,7 +18,7 @@ import numpy as np
 
 from ichprog.cohort import Cohort
 from ichprog.errors import RunError
-from ichprog.results import whole_file
+from ichprog.results import write_json
 from ichprog.spec import Task
 from ichprog.study import baselines, draw, explained, judge, measure, page, tables
 from ichprog.study.judge import Findings, Judged
@@ -91,8 +91,7 @@ def present(study: Study, out: str | Path, *, maps_of: int = 0, cache_dir: str |
     if not predictions.answers:
         raise RunError(f"{out}: no variant is done in every fold yet; there is nothing to judge.")
     found = judge.judge(study, cohort, predictions)
-    with whole_file(out / "metrics.json") as part:
-        part.write_text(json.dumps(found.metrics, indent=1) + "\n", encoding="utf-8")
+    write_json(out / "metrics.json", found.metrics)
     about = json.loads((out / "study.json").read_text("utf-8"))
     truth = {task.name: cohort.labels(task) for task in _tasks(study)}
     writer = _Writer(out, cache_dir)

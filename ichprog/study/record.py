@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ichprog.cohort import Cohort
 from ichprog.errors import CohortError, RunError, UnknownName
-from ichprog.results import whole_file
+from ichprog.results import write_json
 from ichprog.study.plan import Baseline, Study
 
 if TYPE_CHECKING:
@@ -157,8 +157,7 @@ def begin(out: Path, mine: Mapping[str, Any]) -> None:
     for name, baseline in mine["baselines"].items():
         if held is None or held["baselines"].get(name) != baseline:
             (out / "baselines" / f"{name}.csv").unlink(missing_ok=True)
-    with whole_file(path) as part:
-        part.write_text(json.dumps(mine, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(path, mine)
 
 
 def left_out(out: Path) -> Mapping[str, str]:

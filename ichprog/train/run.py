@@ -36,7 +36,7 @@ from ichprog.cohort import Cohort
 from ichprog.errors import RunError
 from ichprog.model import DEPENDENCIES
 from ichprog.network import Network
-from ichprog.results import whole_file
+from ichprog.results import whole_file, write_json
 from ichprog.spec import ModelSpec, Probe, Weights
 from ichprog.train.folds import Fold
 from ichprog.train.loop import Job, Outcome, Row
@@ -128,7 +128,7 @@ class Run:
             self.path.mkdir(parents=True, exist_ok=True)
             with self._alone():
                 if not (self.path / "run.json").is_file():
-                    _write_json(self.path / "run.json", {"format": _FORMAT, **self.about, **self.asked, "results": {}})
+                    write_json(self.path / "run.json", {"format": _FORMAT, **self.about, **self.asked, "results": {}})
 
     def folder(self, fold: int) -> Path:
         """A fold's own folder."""
@@ -192,7 +192,7 @@ class Run:
             ("validation.csv", job.parts.validation, outcome.validation),
         ):
             _write_csv(folder / name, _columns(spec), _predictions(spec, job, patients, outcome.network, logits))
-        _write_json(
+        write_json(
             folder / "result.json",
             {
                 "best": _without_nan(outcome.best),
@@ -235,8 +235,8 @@ class Run:
                 probe=Probe(seed=0, shape=spec.input.shape, logits=logits),
             )
             begun = json.loads((self.path / "run.json").read_text("utf-8"))
-            _write_json(self.path / "run.json", begun | {"results": {str(fold): r for fold, r in results.items()}})
-            _write_json(self.path / "config.json", made.to_dict())
+            write_json(self.path / "run.json", begun | {"results": {str(fold): r for fold, r in results.items()}})
+            write_json(self.path / "config.json", made.to_dict())
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -339,11 +339,6 @@ def differences(key: str, held: Any, asked: Any) -> Iterator[str]:
 
 def _without_nan(row: Row) -> dict[str, float | None]:
     return {name: None if math.isnan(value) else value for name, value in row.items()}
-
-
-def _write_json(path: Path, data: Any) -> None:
-    with whole_file(path) as part:
-        part.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _write_csv(path: Path, columns: Sequence[str], rows: Any) -> None:
