@@ -4,6 +4,9 @@ An inference engine has no gradients, but the gradient of a network that compute
 is such a network itself, run from its features back to its grid. Each operation met on the way back has its adjoint,
 made of operations that run as fast as those of the forward pass. What has no rule here is left to autograd.
 
+Gradients have their channels last here, and so has what is kept of the forward pass for them: engines hold values so
+where they convolve, and turning them round and back would take as long as what is done with them.
+
 Source of the guided rule: Springenberg et al., 2015 (arXiv 1412.6806): at a ReLU only positive gradients pass, and only
 where the ReLU let its input through.
 """
@@ -38,7 +41,7 @@ def reverse(openvino: Any, model: Any) -> tuple[Any, Any]:
     way = _WayBack(openvino.opset15)
     grid, features = model.inputs[0].node, model.outputs[0].node.input_value(0)
     seed = way.op.parameter(_shape(features), np.float32)
-    gradients = {_key(features): seed.output(0)}
+    gradients = {_key(features): way.last(seed.output(0))}
     for node in reversed(model.get_ordered_ops()):
         kind = node.get_type_name()
         if kind in ("Parameter", "Constant", "Result"):
@@ -50,7 +53,7 @@ def reverse(openvino: Any, model: Any) -> tuple[Any, Any]:
             source = _key(node.input_value(position))
             gradients[source] = way.op.add(gradients[source], share).output(0) if source in gradients else share
     forward = openvino.Model([features, *way.kept], [grid], "forward")
-    return forward, openvino.Model([gradients[_key(grid.output(0))]], [seed, *way.inputs], "backward")
+    return forward, openvino.Model([way.second(gradients[_key(grid.output(0))])], [seed, *way.inputs], "backward")
 
 
 class _WayBack:
@@ -65,24 +68,30 @@ class _WayBack:
         self.kept: list[Any] = []
         self.inputs: list[Any] = []
 
-    def keep(self, output: Any) -> Any:
-        """Has the forward graph give an output, and the backward graph take it.
+    def last(self, value: Any) -> Any:
+        """Values `(N, C, ...)` as `(N, ..., C)`."""
+        rank = len(_shape(value))
+        return self.op.transpose(value, self.op.constant(np.array([0, *range(2, rank), 1]))).output(0)
 
-        It goes over with its channels last, as engines hold it: turning it round and back would take as long as what is
-        done with it.
-        """
-        last, rank = _shape(output), len(_shape(output))
-        last.append(last.pop(1))
-        self.kept.append(self.op.transpose(output, self.op.constant(np.array([0, *range(2, rank), 1]))).output(0))
-        self.inputs.append(self.op.parameter(last, output.get_element_type()))
-        back = self.op.constant(np.array([0, rank - 1, *range(1, rank - 1)]))
-        return self.op.transpose(self.inputs[-1], back).output(0)
+    def second(self, value: Any) -> Any:
+        """Values `(N, ..., C)` as `(N, C, ...)`."""
+        rank = len(_shape(value))
+        return self.op.transpose(value, self.op.constant(np.array([0, rank - 1, *range(1, rank - 1)]))).output(0)
+
+    def keep(self, output: Any) -> Any:
+        """Has the forward graph give an output, and the backward graph take it."""
+        self.kept.append(output)
+        self.inputs.append(self.op.parameter(_shape(output), output.get_element_type()))
+        return self.inputs[-1].output(0)
 
     def relu(self, node: Any, gradient: Any) -> dict[int, Any]:
-        passed = self.keep(
-            self.op.convert(self.op.greater(node.output(0), self.op.constant(np.float32(0))), "u8").output(0)
-        )
-        return {0: self.op.multiply(self.op.relu(gradient), self.op.convert(passed, "f32")).output(0)}
+        between = _between_convolutions(node)
+        passed = self.op.convert(self.op.greater(node.output(0), self.op.constant(np.float32(0))), "u8").output(0)
+        kept = self.keep(self.last(passed))
+        if not between:
+            return {0: self.op.multiply(self.op.relu(gradient), self.op.convert(kept, "f32")).output(0)}
+        kept = self.op.convert(self.second(kept), "f32")  # so that the engine finds nothing to turn between the two
+        return {0: self.last(self.op.multiply(self.op.relu(self.second(gradient)), kept).output(0))}
 
     def add(self, node: Any, gradient: Any) -> dict[int, Any]:
         return dict.fromkeys(_varying(node), gradient)
@@ -91,13 +100,17 @@ class _WayBack:
         position, *others = _varying(node)
         if others:
             raise NotCoveredError("a product of two things that depend on the grid")
-        return {position: self.op.multiply(gradient, node.input_value(1 - position)).output(0)}
+        factor = _constant(node, 1 - position)
+        factor = factor.reshape([1] * (len(_shape(node.output(0))) - factor.ndim) + list(factor.shape))
+        turned = self.op.constant(np.ascontiguousarray(np.moveaxis(factor, 1, -1)))
+        return {position: self.op.multiply(gradient, turned).output(0)}
 
     def concat(self, node: Any, gradient: Any) -> dict[int, Any]:
         axis = node.get_attributes()["axis"]
         ends = np.cumsum([_shape(value)[axis] for value in node.input_values()])
         starts = [0, *ends.tolist()]
-        return {i: self._slice(gradient, axis, starts[i], starts[i + 1]) for i in _varying(node)}
+        order = [0, *range(2, len(_shape(node.output(0)))), 1]
+        return {i: self._slice(gradient, order.index(axis), starts[i], starts[i + 1]) for i in _varying(node)}
 
     def convolution(self, node: Any, gradient: Any) -> dict[int, Any]:
         """The transposed convolution, written as an ordinary one, which engines run several times as fast."""
@@ -107,11 +120,12 @@ class _WayBack:
         spans = [d * (k - 1) for d, k in zip(dilations, sizes, strict=True)]
         if any(p > s for p, s in zip((*pads, *about["pads_end"]), 2 * spans, strict=True)):
             raise NotCoveredError("Convolution with more padding than kernel")
+        gradient = self.second(gradient)
         if set(strides) == {1}:
             flipped = np.ascontiguousarray(np.flip(kernel.swapaxes(0, 1), tuple(range(2, kernel.ndim))))
             begin, end = ([s - p for s, p in zip(spans, given, strict=True)] for given in (pads, about["pads_end"]))
             found = self.op.convolution(gradient, self.op.constant(flipped), strides, begin, end, dilations)
-            return {0: found.output(0)}
+            return {0: self.last(found.output(0))}
         if set(dilations) != {1}:
             raise NotCoveredError("Convolution with stride and dilation")
         return {0: self._strided(gradient, kernel, strides, pads, _shape(node.input_value(0)))}
@@ -144,15 +158,15 @@ class _WayBack:
             for n, f, w, have, p in zip(blocks, steps, wide, _shape(gradient)[2:], begin, strict=True)
         ]
         weights = self.op.constant(taps.reshape(-1, kernel.shape[0], *wide))
-        found = self.op.convolution(gradient, weights, steps, begin, end, [1] * dimensions).output(0)
-        for axis, n in enumerate(blocks):
-            found = self._slice(found, axis + 2, 0, n)
-        apart = self._reshape(found, [shape[0], channels, *block, *blocks])
-        order = [0, 1, *(axis for d in range(dimensions) for axis in (2 + dimensions + d, 2 + d))]
+        found = self.last(self.op.convolution(gradient, weights, steps, begin, end, [1] * dimensions).output(0))
+        for axis, n in enumerate(blocks, 1):
+            found = self._slice(found, axis, 0, n)
+        apart = self._reshape(found, [shape[0], *blocks, channels, *block])
+        order = [0, *(axis for d in range(dimensions) for axis in (1 + d, 2 + dimensions + d)), 1 + dimensions]
         together = self.op.transpose(apart, self.op.constant(np.array(order)))
-        cells = self._reshape(together, [shape[0], channels, *(n * b for n, b in zip(blocks, block, strict=True))])
-        for axis, n in enumerate(extent):
-            cells = self._slice(cells, axis + 2, 0, n)
+        cells = self._reshape(together, [shape[0], *(n * b for n, b in zip(blocks, block, strict=True)), channels])
+        for axis, n in enumerate(extent, 1):
+            cells = self._slice(cells, axis, 0, n)
         return cells
 
     def max_pool(self, node: Any, gradient: Any) -> dict[int, Any]:
@@ -198,14 +212,12 @@ class _WayBack:
         )
         within = self.op.gather(self.op.constant(np.ravel(offsets).astype(np.int32)), element, self.op.constant(0))
         place = self.op.add(within, self.op.constant(np.reshape(corners, (1, 1, -1)).astype(np.int32))).output(0)
+        flat = self._reshape(self.second(gradient), [*shape[:2], -1])
         # Zeros that are computed: as a constant they would be kept with the graph, and loaded.
-        nothing = self.op.convert(
-            self.op.less(self._slice(place, 2, 0, 1), self.op.constant(np.int32(-(2**31)))), "f32"
-        )
-        empty = self.op.broadcast(nothing, self.op.constant(np.array([*shape[:2], int(np.prod(shape[2:]))])))
-        flat = self._reshape(gradient, [*shape[:2], -1])
+        nothing = self.op.multiply(self._slice(flat, 2, 0, 1), self.op.constant(np.float32(0)))
+        empty = self._pad(nothing, [0, 0, int(np.prod(shape[2:])) - 1])
         spread = self.op.scatter_elements_update(empty, place, flat, self.op.constant(2), reduction="sum")
-        return {0: self._reshape(spread, shape)}
+        return {0: self.last(self._reshape(spread, shape))}
 
     def average_pool(self, node: Any, gradient: Any) -> dict[int, Any]:
         shape, count = _shape(node.input_value(0)), _shape(node.output(0))[2:]
@@ -215,15 +227,16 @@ class _WayBack:
         if about["strides"] != sizes or any((*about["pads_begin"], *about["pads_end"])) or not whole:
             raise NotCoveredError("AvgPool whose windows overlap or reach beyond the edge")
         found = self.op.multiply(gradient, self.op.constant(np.float32(1 / np.prod(sizes)))).output(0)
-        found = self._reshape(found, [*shape[:2], *(each for n in count for each in (n, 1))])
-        cells = [each for n, k in zip(count, sizes, strict=True) for each in (n, k)]
-        found = self.op.broadcast(found, self.op.constant(np.array([*shape[:2], *cells]))).output(0)
-        found = self._reshape(found, [*shape[:2], *(n * k for n, k in zip(count, sizes, strict=True))])
-        left = [m - n * k for n, k, m in zip(count, sizes, shape[2:], strict=True)]
-        nothing = self.op.constant(np.float32(0))
-        return {
-            0: self.op.pad(found, np.zeros(len(shape), int), np.array([0, 0, *left]), "constant", nothing).output(0)
-        }
+        found = self._pad(found, [0, *(1 for _ in count), 0])  # what lies beyond the last window has a zero to take
+        for axis, (cells, size, n) in enumerate(zip(shape[2:], sizes, count, strict=True), 1):
+            window = self.op.constant(np.minimum(np.arange(cells) // size, n).astype(np.int32))
+            found = self.op.gather(found, window, self.op.constant(axis)).output(0)
+        return {0: found}
+
+    def _pad(self, value: Any, beyond: Sequence[int]) -> Any:
+        """Zeros after the values."""
+        before, nothing = np.zeros(len(beyond), int), self.op.constant(np.float32(0))
+        return self.op.pad(value, before, np.array(beyond), "constant", nothing).output(0)
 
     def _slice(self, value: Any, axis: int, start: int, stop: int, step: int = 1) -> Any:
         if (start, step) == (0, 1) and stop >= _shape(value)[axis]:
@@ -251,6 +264,15 @@ def _varying(node: Any) -> list[int]:
     if node.get_type_name() != "Concat" and any(_shape(node.input_value(i)) != _shape(node.output(0)) for i in found):
         raise NotCoveredError(f"{node.get_type_name()} that widens what depends on the grid")
     return found
+
+
+def _between_convolutions(node: Any) -> bool:
+    """Whether a convolution comes before, but for scales and shifts, and nothing but convolutions after."""
+    before = node.input_value(0).get_node()
+    while before.get_type_name() in ("Add", "Multiply") and len(varying := _varying(before)) == 1:
+        before = before.input_value(varying[0]).get_node()
+    after = {each.get_node().get_type_name() for each in node.output(0).get_target_inputs()}
+    return before.get_type_name() == "Convolution" and after == {"Convolution"}
 
 
 def _window(node: Any, count: Sequence[int]) -> dict[str, Any]:

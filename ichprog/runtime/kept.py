@@ -23,7 +23,7 @@ from ichprog.registry import Registry
 from ichprog.results import whole_file
 from ichprog.spec import ModelSpec
 
-_RECIPE = 3  # raised when the same network would be made into another graph
+_RECIPE = 4  # raised when the same network would be made into another graph
 _HEX = 64
 
 
