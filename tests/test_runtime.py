@@ -119,6 +119,35 @@ def test_both_runtimes_give_the_same_answers(backbone, model_of, grids):
     assert np.abs(probabilities(fast, grids) - probabilities(slow, grids)).max() < 1e-5
 
 
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_bfloat16_is_near_float32(backbone, model_of, grids):
+    name = model_of(backbone)
+    rounded, exact = (ichprog.load_model(name, precision=precision) for precision in ("bfloat16", "float32"))
+    if rounded.precision == "float32":
+        pytest.skip("this processor does not compute in bfloat16")
+    assert np.abs(probabilities(rounded, grids) - probabilities(exact, grids)).max() < 0.01
+
+
+@pytest.mark.parametrize(("kernel", "stride", "padding", "columns"), [
+    ((7, 7, 7), (2, 2, 2), 3, 31),
+    ((3, 5, 4), (1, 2, 2), (1, 0, 2), 30),
+    ((2, 2, 1), 2, 0, 9),
+    ((1, 1, 2), (3, 1, 2), 0, 11),
+])  # fmt: skip
+def test_columns_in_pairs_give_the_same_numbers(kernel, stride, padding, columns):
+    from ichprog.runtime import engine
+
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv3d(1, 4, kernel, stride, padding), nn.ReLU(), nn.Conv3d(4, 3, 1)).eval()
+    values = torch.rand(1, 1, 12, 13, columns)
+    graph = engine.converted(network, values.shape[2:])
+    engine.pair_columns(graph)
+    weights = [op.input_value(1) for op in graph.get_ordered_ops() if op.get_type_name() == "Convolution"]
+    assert [tuple(each.get_shape())[:2] for each in weights] == [(4, 2), (3, 4)]
+    found = engine.core().compile_model(graph, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})([values.numpy()])[0]
+    assert np.abs(found - network(values).detach().numpy()).max() < 1e-5
+
+
 METHODS = ["guided_backprop", "grad_cam", "guided_grad_cam"]
 
 

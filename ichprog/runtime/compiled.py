@@ -215,6 +215,8 @@ class OpenVinoRuntime:
             ) from error
 
     def _compiled(self, model: Any, about: dict[str, Any] | None = None) -> "_Program":
+        if self.precision == "bfloat16":
+            engine.pair_columns(model)
         return _Program(engine.core().compile_model(model, "CPU", self._settings), about or {})
 
     @property

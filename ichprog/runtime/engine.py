@@ -12,6 +12,8 @@ from concurrent.futures import Future
 from contextlib import contextmanager, redirect_stderr
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -107,6 +109,48 @@ def _pool_first(model: Any) -> None:
             window = {key.replace("-", "_"): value for key, value in pool.get_attributes().items()}
             pooled = make.avg_pool(values, kernel_shape=window.pop("kernel"), **window)
             pool.output(0).replace(make.convolution(pooled, weights, **whole).output(0))
+    model.validate_nodes_and_infer_types()
+
+
+def pair_columns(model: Any) -> None:
+    """Has convolutions of one channel that step by two columns see those as two channels: the same numbers.
+
+    Processors multiply bfloat16 in pairs of channels, and one alone would leave half of every pair empty.
+
+    Args:
+        model: A graph of OpenVINO; it is changed.
+    """
+    make = openvino().opset15
+    for convolution in model.get_ops():
+        if convolution.get_type_name() != "Convolution":
+            continue
+        values, weights = convolution.input_values()
+        about, kernel = convolution.get_attributes(), weights.get_node()
+        steps = about["strides"][-1], about["dilations"][-1]
+        if list(weights.get_shape())[1] != 1 or steps != (2, 1) or kernel.get_type_name() != "Constant":
+            continue
+        *strides, _ = about["strides"]
+        (*begin, left), (*end, _) = about["pads_begin"], about["pads_end"]
+        taps = np.asarray(kernel.data, np.float32)
+        taps = np.pad(taps, [(0, 0)] * (taps.ndim - 1) + [(0, taps.shape[-1] % 2)])
+        taps = np.moveaxis(taps.reshape(*taps.shape[:-1], -1, 2)[:, 0], -1, 1)
+        batch, _, *sizes = (int(n) for n in values.get_shape())
+        columns = convolution.output(0).get_shape()[-1] + taps.shape[-1] - 1
+        before, after = [0] * (len(sizes) + 1), [0] * (len(sizes) + 1)
+        right = 2 * columns - left - sizes[-1]
+        nothing = make.constant(np.float32(0))
+        padded = make.pad(values, np.array([*before, left]), np.array([*after, right]), "constant", nothing)
+        pairs = make.reshape(padded, make.constant(np.array([batch, *sizes[:-1], columns, 2])), special_zero=False)
+        turned = make.transpose(pairs, make.constant(np.array([0, len(sizes) + 1, *range(1, len(sizes) + 1)])))
+        found = make.convolution(
+            turned,
+            make.constant(np.ascontiguousarray(taps)),
+            strides=[*strides, 1],
+            pads_begin=[*begin, 0],
+            pads_end=[*end, 0],
+            dilations=about["dilations"],
+        )
+        convolution.output(0).replace(found.output(0))
     model.validate_nodes_and_infer_types()
 
 
