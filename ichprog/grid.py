@@ -53,10 +53,16 @@ def to_scan(values: np.ndarray, shape: tuple[int, int, int], contract: Input) ->
     Returns:
         `(i, j, k)` float32 over the scan's voxels.
     """
-    result = np.asarray(values, np.float32)
-    for axis, (_, before, padded) in enumerate(_layout(shape[::-1], contract)):
-        voxels = np.arange(shape[::-1][axis]) + before + 0.5
-        result = _interpolate(result, axis, voxels * (result.shape[axis] / padded) - 0.5)
+    slices, rows, columns = (
+        (np.arange(voxels) + before + 0.5) * (cells / padded) - 0.5
+        for voxels, cells, (_, before, padded) in zip(
+            shape[::-1], values.shape, _layout(shape[::-1], contract), strict=True
+        )
+    )
+    planes = _interpolate(np.asarray(values, np.float32), 0, slices)
+    result = np.empty(shape[::-1], np.float32)
+    for into, plane in zip(result, planes, strict=True):  # one at a time stays in the processor's cache
+        into[:] = _interpolate(_interpolate(plane, 0, rows), 1, columns)
     return result.transpose(2, 1, 0)
 
 

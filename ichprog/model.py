@@ -19,7 +19,7 @@ from ichprog.hub import WeightFile
 from ichprog.results import Prediction, Saliency, TaskPrediction
 from ichprog.runtime import Answer, Choice, Runtime, choose, members
 from ichprog.scan import Scan
-from ichprog.spec import ModelSpec, Task
+from ichprog.spec import Input, ModelSpec, Task
 
 if TYPE_CHECKING:
     import nibabel as nib
@@ -317,6 +317,8 @@ def explain(
         for key, values in found.items():
             maps[key] = maps.get(key, np.float32(0)) + values / np.float32(len(loaded.members))
     provenance = loaded.provenance(examined) | ran
+    size = examined.hu.shape, examined.source_shape, examined.source_affine  # and not the scan, which is large
+    over_scan = functools.partial(_over_scan, *size, spec.input)
     results = {
         (name, how): Saliency(
             scan=examined.name,
@@ -325,15 +327,25 @@ def explain(
             label=labels[name],
             method=how,
             grid_map=values,
-            image=examined.image(grid.to_scan(values, examined.hu.shape, spec.input)),
             empty=not values.any(),
             warnings=examined.warnings,
             provenance=provenance | {"options": attributions[how].options, "grid_shape": list(values.shape)},
+            over_scan=over_scan,
         )
         for (name, how), values in maps.items()
     }
     one = (task is None or isinstance(task, str)) and isinstance(method, str)
     return next(iter(results.values())) if one else results
+
+
+def _over_scan(
+    shape: tuple[int, int, int],
+    source_shape: tuple[int, ...],
+    source_affine: np.ndarray,
+    contract: Input,
+    grid_map: np.ndarray,
+) -> "nib.Nifti1Image":
+    return scan_room.image(grid.to_scan(grid_map, shape, contract), source_shape, source_affine)
 
 
 def _predictions(

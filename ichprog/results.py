@@ -1,6 +1,7 @@
 """What comes back: a `Prediction` for a scan, a `Saliency` for a scan, a task and a method."""
 
 import csv
+import functools
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -100,10 +101,10 @@ class Saliency:
         method: The saliency method.
         grid_map: The map as the method gave it, signed and unscaled, `(d, h, w)`: slices, rows, columns. Its shape is
             the map's true resolution.
-        image: The map over the scan's own voxels, in its own shape and affine.
         empty: Whether the map is zero everywhere, so that there is nothing to draw.
         warnings: Doubts about the scan.
         provenance: Everything that went into the map, as plain data.
+        over_scan: What lays a map of the grid over the scan.
     """
 
     scan: str
@@ -112,10 +113,15 @@ class Saliency:
     label: str
     method: str
     grid_map: np.ndarray = field(repr=False)
-    image: "nib.Nifti1Image" = field(repr=False)
     empty: bool
     warnings: tuple[ScanWarning, ...]
     provenance: Mapping[str, Any] = field(repr=False)
+    over_scan: Callable[[np.ndarray], "nib.Nifti1Image"] = field(repr=False)
+
+    @functools.cached_property
+    def image(self) -> "nib.Nifti1Image":
+        """The map over the scan's own voxels, in its own shape and affine; made when it is first asked for."""
+        return self.over_scan(self.grid_map)
 
     def to_dict(self) -> dict[str, Any]:
         """All but the map itself as plain data, ready for JSON."""

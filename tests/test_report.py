@@ -69,8 +69,8 @@ def test_an_outline_is_drawn_where_there_is_one(explained):
 def test_an_empty_map_is_said_not_drawn(explained):
     path, maps, _ = explained
     saliency = next(iter(maps.values()))
-    image = nib.Nifti1Image(np.zeros(saliency.image.shape, np.float32), saliency.image.affine)
-    figure = ichprog.plot(dataclasses.replace(saliency, image=image, empty=True), path, slices=2)
+    empty = dataclasses.replace(saliency, grid_map=np.zeros_like(saliency.grid_map), empty=True)
+    figure = ichprog.plot(empty, path, slices=2)
     assert "empty map" in [text.get_text() for axis in figure.get_axes() for text in axis.texts]
     assert all(len(images) == 1 for images in drawn(figure, len(figure.get_axes()) // 2)[1])
 

@@ -158,6 +158,17 @@ def test_truncated_files_are_unreadable(hu, tmp_path, kept, ending):
     assert caught.value.code == "unreadable"
 
 
+@pytest.mark.parametrize("at", [-5, -2000])
+def test_a_compressed_file_whose_checksum_is_another_is_unreadable(hu, tmp_path, at):
+    nib.Nifti1Image(hu, AFFINE).to_filename(tmp_path / "scan.nii.gz")
+    body = bytearray((tmp_path / "scan.nii.gz").read_bytes())
+    body[at] ^= 4
+    (tmp_path / "scan.nii.gz").write_bytes(body)
+    with pytest.raises(ScanError) as caught:
+        scan.read(tmp_path / "scan.nii.gz")
+    assert caught.value.code == "unreadable"
+
+
 def test_what_is_no_scan_at_all_is_refused():
     with pytest.raises(ScanError, match="this is a ndarray"):
         scan.read(np.zeros((3, 3, 3)))

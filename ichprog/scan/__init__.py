@@ -13,13 +13,13 @@ import numpy as np
 
 from ichprog.scan.brain import BrainMode, brain_only, extract, holds_brain_alone, refuse_unknown_mode
 from ichprog.scan.checks import check, refuse_geometry, refuse_unless_ct
-from ichprog.scan.volume import Scan, read
+from ichprog.scan.volume import Scan, image, read
 from ichprog.spec import Plausible
 
 if TYPE_CHECKING:
     import nibabel as nib
 
-__all__ = ["BrainMode", "Scan", "begin", "brain_mask", "examine", "find", "read", "refuse_unknown_mode"]
+__all__ = ["BrainMode", "Scan", "begin", "brain_mask", "examine", "find", "image", "read", "refuse_unknown_mode"]
 
 
 def examine(source: Any, *, plausible: Plausible, brain: BrainMode = "auto") -> Scan:

@@ -52,7 +52,7 @@ def sees_skull(scan: Scan) -> bool:
     Args:
         scan: The scan, in HU.
     """
-    if scan.hu.max() <= _SOFT_HU[1]:
+    if scan.extremes[1] <= _SOFT_HU[1]:
         return False
     return skull_in(scan.coarse > _SOFT_HU[1], scan.coarse_form[1]) is not None
 

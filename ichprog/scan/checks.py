@@ -45,7 +45,7 @@ def refuse_unless_ct(scan: Scan) -> None:
             picture of 0 to 255. `not-hu`: any other values that are not HU, among them HU with an offset of 1024.
     """
     refuse_geometry(scan)
-    low, high = float(scan.hu.min()), float(scan.hu.max())
+    low, high = scan.extremes
     seen = [round(low, 3), round(high, 3)]
     if low == high:
         raise ScanError(f"{scan.name}: every voxel is {low:g}; the scan is empty.", code="empty", measured=low)

@@ -178,6 +178,11 @@ def weigh(values: np.ndarray, matrices: Sequence[Bands]) -> np.ndarray:
     Returns:
         float32 array of the new shape.
     """
+    return np.ascontiguousarray(_weighed(values, matrices))
+
+
+def _weighed(values: np.ndarray, matrices: Sequence[Bands]) -> np.ndarray:
+    """As `weigh`, in whatever order of memory it comes out."""
     values = np.asarray(values, np.float32)
     growth = [sum(len(rows) for rows, _ in bands) / n for bands, n in zip(matrices, values.shape, strict=False)]
     for axis in np.argsort(growth, kind="stable"):  # shrink first, grow last
@@ -187,7 +192,7 @@ def weigh(values: np.ndarray, matrices: Sequence[Bands]) -> np.ndarray:
         turned = values.transpose(order)
         sums = [rows @ turned[..., old, :] for rows, old in matrices[axis]]
         values = np.concatenate(sums, -2).transpose(np.argsort(order))
-    return np.ascontiguousarray(values)
+    return values
 
 
 def weigh_slices(slices: Iterable[np.ndarray], matrices: Sequence[Bands]) -> np.ndarray:
@@ -201,8 +206,8 @@ def weigh_slices(slices: Iterable[np.ndarray], matrices: Sequence[Bands]) -> np.
         `(i, j, k)` float32 array of the new shape.
     """
     i, j, k = matrices
-    planes = np.stack([weigh(plane.T, (j, i)) for plane in slices])
-    return np.ascontiguousarray(weigh(planes, (k,)).transpose(2, 1, 0))
+    planes = np.stack([_weighed(plane.T, (j, i)) for plane in slices])
+    return np.ascontiguousarray(_weighed(planes, (k,)).transpose(2, 1, 0))
 
 
 def _padded(mask: np.ndarray, *, edge: bool) -> np.ndarray:
