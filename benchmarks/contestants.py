@@ -150,6 +150,41 @@ def brute_force_explain(scan: str, maps: str) -> Iterator[Any]:
     yield None
 
 
+def ichprog_train(scans: str, precision: str, folder: str) -> Iterator[Any]:
+    """The mean loss of a step over the scans of a folder."""
+    import torch
+    from our_training import passes
+
+    from ichprog.train import memory
+
+    paths = sorted(Path(scans).iterdir())
+    run_pass = passes(paths, _targets(len(paths)), Path(folder), precision=precision, batch=len(paths))
+    yield None
+    with memory.kept(torch.device("cpu")) as keep_memory:  # as a training of many passes has it
+        while True:
+            loss = run_pass()
+            keep_memory()
+            yield loss
+
+
+def published_train(scans: str) -> Iterator[Any]:
+    """The same the published way."""
+    from published_training import Training
+
+    paths = sorted(Path(scans).iterdir())
+    training = Training(paths, _targets(len(paths)), batch=len(paths))
+    yield None
+    while True:
+        yield training.run_pass()
+
+
+def _targets(patients: int) -> Any:
+    """Of the four logits, for every second patient a poor outcome and a low GCS, for the others none and a high age."""
+    import torch
+
+    return torch.tensor([[1.0, 1, 0, 0], [0, 0, 0, 1]]).repeat(patients // 2, 1)
+
+
 def _one_task(task: str, grid: Any) -> tuple[Any, int]:
     """The published network with one task alone, and which of its outputs is the log-odds of the task's last label.
 

@@ -6,22 +6,35 @@ and all has been loaded. Its class activation maps have lost what is negative, a
 force without it; in its guided ones they are scaled to 0 and 1 first, which is why these correlate less.
 """
 
+import time
+
 import numpy as np
 import pytest
+
+from ichprog.runtime import engine
 
 from process import Contestant
 
 MEDCAM = "medcam, eager float32"
 GB = 1e9
+ROUNDED = ["bfloat16"] if engine.computes_in_bfloat16() else []
 
 
 @pytest.fixture(scope="module")
 def used(cache, scan, tmp_path_factory):
     """A scan that has been explained, so that what is kept for later uses has been made."""
-    path = scan(32)
-    with Contestant("ichprog_explain", scan=path, maps=tmp_path_factory.mktemp("first") / "maps.npz") as first_use:
-        first_use()
+    path, maps = scan(32), tmp_path_factory.mktemp("first") / "maps.npz"
+    for precision in ["float32", *ROUNDED]:
+        with Contestant("ichprog_explain", scan=path, maps=maps, precision=precision) as first_use:
+            first_use()
     return path
+
+
+def seconds(work):
+    """What a piece of work takes, beside peers that were timed just before."""
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
 
 
 def test_nine_maps(beside, figure, used, tmp_path):
@@ -42,6 +55,12 @@ def test_nine_maps(beside, figure, used, tmp_path):
         [least_correlation(ours_at, true_at)], [least_correlation(peer_at, true_at, rectified=True)],
         beside=MEDCAM, target=("ours", "at least", 0.999),
     )  # fmt: skip
+    for precision in ROUNDED:
+        at = tmp_path / f"{precision}.npz"
+        with Contestant("ichprog_explain", scan=used, maps=at, precision=precision) as rounded:
+            took = seconds(rounded)
+        figure(f"nine maps of a first scan, {precision}", "s", [took], medcams.seconds, beside=MEDCAM)
+        figure(f"least correlation of any map, {precision}", "", [least_correlation(at, true_at)])
 
 
 def test_nine_maps_of_a_further_scan(beside, figure, used, tmp_path):
@@ -52,6 +71,11 @@ def test_nine_maps_of_a_further_scan(beside, figure, used, tmp_path):
         ours()
         mine, medcams = beside(ours, peer, rounds=1, warm_up=False)
     figure("nine maps of a further scan", "s", mine.seconds, medcams.seconds, beside=MEDCAM)
+    for precision in ROUNDED:
+        with Contestant("ichprog_explain", scan=used, maps=tmp_path / "rounded.npz", precision=precision) as rounded:
+            rounded()
+            took = seconds(rounded)
+        figure(f"nine maps of a further scan, {precision}", "s", [took], medcams.seconds, beside=MEDCAM)
 
 
 def least_correlation(maps, truth, *, rectified=False):

@@ -7,46 +7,23 @@ step, on a grid of 40 x 301 x 301. The curves are mean losses of passes over 32 
 with three seeds each: half of the patients have a haematoma of twice the radius and a poor outcome.
 """
 
-import dataclasses
+import time
 from statistics import mean, stdev
 
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from our_training import passes
 from published_training import Training
 
-from ichprog import zoo
-from ichprog.train import PRESETS, grids, loop, rounding
-from ichprog.train.folds import Fold
-from ichprog.train.team import Team
+from ichprog.train import rounding
 
-BATCH = 8  # as published; the peer's step takes 14 GB, ours in bfloat16 8 GB
+from process import Contestant
+
+BATCH = 8  # as published
 PIPELINE = "published loop"
-
-
-def ours(scans, targets, folder, *, precision, batch=BATCH, shape=None, seed=0):
-    """One pass of our loop over scans, as a function that gives its mean loss."""
-    spec = zoo.find(zoo.DEFAULT)
-    if shape:
-        spec = dataclasses.replace(spec, input=dataclasses.replace(spec.input, shape=shape))
-    changes = {"accumulate": 1, "balance": "none", "precision": precision, "batch": batch, "seed": seed}
-    protocol = PRESETS["paper"].but(**changes)
-    poor, some, severe, old = targets.long().T.numpy()
-    labels = dict(zip((task.name for task in spec.tasks), (poor, some + severe, old), strict=True))
-    everyone = np.arange(len(scans))
-    files = grids.prepare(scans, spec.input, brain="given", folder=folder / "grids")
-    names, checkpoint = [path.name for path in scans], folder / "none"
-    job = loop.Job(spec, protocol, 0, Fold(everyone, everyone, everyone), names, files, labels, checkpoint)
-    team = Team("cpu")
-    state = loop.State(job, team)
-
-    def run_pass():
-        loss = loop.run_pass(state, job, team, loop.Watch())["loss"]
-        state.epoch += 1
-        return loss
-
-    return run_pass
+ROUNDS = 2
 
 
 def needs_bfloat16():
@@ -54,16 +31,28 @@ def needs_bfloat16():
         pytest.skip(why)
 
 
+def a_step(name, *, warm_up, **options):
+    """Seconds of a contestant's step, after some that make it ready; alone, as two would take too much memory."""
+    with Contestant(name, **options) as contestant:
+        for _ in range(warm_up):
+            contestant()
+        started = time.perf_counter()
+        contestant()
+        return time.perf_counter() - started
+
+
 @pytest.mark.parametrize("precision", ["bfloat16", "float32"])
-def test_a_step(beside, figure, cohort, tmp_path, precision):
+def test_a_step(benchmark, figure, cohort, tmp_path, precision):
     if precision == "bfloat16":
         needs_bfloat16()
-    scans = sorted(cohort(BATCH).iterdir())
-    targets = torch.tensor([[1.0, 1, 0, 0], [0, 0, 0, 1]]).repeat(BATCH // 2, 1)
-    mine, peer = beside(
-        ours(scans, targets, tmp_path, precision=precision), Training(scans, targets, batch=BATCH).run_pass, rounds=2
-    )
-    rates = [[BATCH / seconds for seconds in timed.seconds] for timed in (mine, peer)]
+    scans = cohort(BATCH)
+
+    def turn():
+        ours = a_step("ichprog_train", scans=scans, precision=precision, folder=tmp_path, warm_up=2)
+        return ours, a_step("published_train", scans=scans, warm_up=1)
+
+    mine, peers = zip(*benchmark.pedantic(lambda: [turn() for _ in range(ROUNDS)]), strict=True)
+    rates = [[BATCH / seconds for seconds in timed] for timed in (mine, peers)]
     best = precision == "bfloat16" or rounding.lack(torch.device("cpu")) is not None
     target = ("ratio", "at least", 2.0) if best else None
     figure(f"steps of {BATCH} scans, precision `{precision}`", "scans/s", *rates, beside=PIPELINE, target=target)
@@ -95,7 +84,7 @@ def test_the_loss_curves(benchmark, figure, tmp_path):
     scans, targets = patients(tmp_path)
 
     def curves():
-        mine = [ours(scans, targets, tmp_path, precision="bfloat16", shape=SHAPE, seed=seed) for seed in SEEDS]
+        mine = [passes(scans, targets, tmp_path, precision="bfloat16", shape=SHAPE, seed=seed) for seed in SEEDS]
         peers = [Training(scans, targets, batch=BATCH, shape=SHAPE, seed=seed).run_pass for seed in SEEDS]
         return [[[run() for _ in range(PASSES)] for run in runs] for runs in (mine, peers)]
 

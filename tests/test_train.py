@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import platform
 import re
 import shutil
 import signal
@@ -30,7 +31,7 @@ from ichprog.backbones import Backbone
 from ichprog.cli import main
 from ichprog.cohort import Cohort
 from ichprog.spec import Part
-from ichprog.train import PRESETS, QUIRKS, Protocol, folds, grids, loop, rounding, spec_of, train
+from ichprog.train import PRESETS, QUIRKS, Protocol, folds, grids, loop, memory, rounding, spec_of, train
 from ichprog.train.augment import augment
 from ichprog.train.objective import Objective, label_weights, mean_loss, recalibrate
 
@@ -1137,3 +1138,45 @@ def test_the_protocol_is_explained():
                     assert (value if isinstance(held, str) else json.loads(value)) == held, (preset, name)
     assert told == names
     assert page.partition("### Quirks")[2].partition("## The folder")[0].count("\n- ") == len(QUIRKS)
+
+
+# Memory
+
+
+FAULTS = """
+import resource, sys
+import torch
+from ichprog.train import memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        torch.ones(16_000_000)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+if sys.argv[1] == "none":
+    memory._room = lambda page: 0
+found = [faults()]
+with memory.kept(torch.device("cpu")) as keep:
+    faults()
+    keep()
+    faults()
+    found.append(faults())
+print(*found, faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc keeps memory when told")
+@pytest.mark.parametrize("room", ["enough", "none"])
+def test_memory_is_kept_from_step_to_step_where_there_is_room(room):
+    done = subprocess.run([sys.executable, "-c", FAULTS, room], capture_output=True, text=True, check=True)
+    before, within, after = map(int, done.stdout.split())
+    assert before > 10_000
+    assert after > 10_000
+    assert within < 1000 if room == "enough" else within > 10_000
+
+
+def test_memory_of_other_devices_is_left_alone(monkeypatch):
+    monkeypatch.setattr("ctypes.CDLL", lambda *_: pytest.fail("the C library was asked"))
+    with memory.kept(torch.device("cuda")) as keep:
+        keep()

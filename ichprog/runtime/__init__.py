@@ -52,6 +52,9 @@ class Runtime(Protocol):
     def rest(self) -> None:
         """Gives back the memory that runs take, until the next."""
 
+    def expect_to_explain(self) -> None:
+        """Begins to load what explaining takes, beside whatever the caller does next."""
+
     def forward_pass(
         self, grid: np.ndarray, methods: Collection[Callable[..., Any]], layers: Collection[str | None]
     ) -> "AbstractContextManager[Pass]":

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ichprog.runtime.eager import TorchRuntime
 
 _TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}  # of a probability, between torch and what was compiled
+_EXPLAINING = ("forward", "backward")  # graphs
 Shape = tuple[int, int, int]
 
 
@@ -77,6 +78,12 @@ class OpenVinoRuntime:
         for program in list(self._programs.values()):
             program.rest()
 
+    def expect_to_explain(self) -> None:
+        """`Runtime.expect_to_explain`, for grids of the model's own shape, where the graphs are kept."""
+        shape = self.spec.input.shape
+        if all(self._kept.note(graph, shape) is not None for graph in _EXPLAINING):
+            engine.aside(lambda: [self._program(graph, shape) for graph in _EXPLAINING])
+
     @contextmanager
     def forward_pass(
         self, grid: np.ndarray, methods: Collection[Callable[..., Any]], layers: Collection[str | None]
@@ -91,8 +98,7 @@ class OpenVinoRuntime:
             why = "a method asked for needs the network itself"
         else:
             try:
-                forward = self._program("forward", grid.shape)
-                backward = self._program("backward", grid.shape)
+                forward, backward = (self._program(graph, grid.shape) for graph in _EXPLAINING)
             except NotCompiledError as error:
                 why = str(error)
             else:
@@ -154,7 +160,7 @@ class OpenVinoRuntime:
         try:
             made = self._answering(whole, shape) if graph == "answers" else self._explaining(whole, shape)
         except NotCompiledError as error:
-            for name in ("answers",) if graph == "answers" else ("forward", "backward"):
+            for name in ("answers",) if graph == "answers" else _EXPLAINING:
                 self._kept.put(name, shape, b"", {"refused": str(error)})
             raise
         for name, program in made.items():

@@ -43,6 +43,9 @@ class TorchRuntime:
     def rest(self) -> None:
         """Has nothing to give back."""
 
+    def expect_to_explain(self) -> None:
+        """Has loaded everything."""
+
     @contextmanager
     def forward_pass(
         self,

@@ -21,7 +21,7 @@ from ichprog.errors import RunError
 from ichprog.network import Network
 from ichprog.results import whole_file
 from ichprog.spec import ModelSpec, Task
-from ichprog.train import rounding
+from ichprog.train import memory, rounding
 from ichprog.train.augment import augment
 from ichprog.train.folds import Fold, oversample
 from ichprog.train.objective import Objective, label_weights, mean_loss, recalibrate
@@ -104,7 +104,7 @@ def fit(job: Job, team: Team, watch: "Watch") -> Outcome:
         RunError: A loss is no number, and it names the patients of the batch; or the network cannot be trained in
             bfloat16, which was asked for.
     """
-    with _own_randomness(team.device):
+    with _own_randomness(team.device), memory.kept(team.device) as keep_memory:
         state = State(job, team)
         watch.begin(job, state.history)
         while not state.over:
@@ -114,6 +114,7 @@ def fit(job: Job, team: Team, watch: "Watch") -> Outcome:
             if team.leads:
                 state.save()
             watch.row(job, row)
+            keep_memory()
         return _best(state, job, team)
 
 

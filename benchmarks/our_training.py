@@ -1,0 +1,56 @@
+"""Our training, with what is the same in both set as published: what is timed beside `published_training.py`."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ichprog import zoo
+from ichprog.train import PRESETS, grids, loop
+from ichprog.train.folds import Fold
+from ichprog.train.team import Team
+
+
+def passes(
+    scans: Sequence[Path],
+    targets: torch.Tensor,
+    folder: Path,
+    *,
+    precision: str,
+    batch: int = 8,
+    shape: tuple[int, int, int] | None = None,
+    seed: int = 0,
+) -> Callable[[], float]:
+    """Prepares scans, and gives what runs one pass over them and tells its mean loss.
+
+    Args:
+        scans: Brain-only NIfTI files.
+        targets: `(N, 4)`, as `published_training.Training` takes them.
+        folder: Where prepared grids are kept.
+        precision: "float32" or "bfloat16".
+        batch: Scans a step.
+        shape: The grid; the model's own if not given.
+        seed: Seed of the weights, the order and the augmentation.
+    """
+    spec = zoo.find(zoo.DEFAULT)
+    if shape:
+        spec = dataclasses.replace(spec, input=dataclasses.replace(spec.input, shape=shape))
+    changes = {"accumulate": 1, "balance": "none", "precision": precision, "batch": batch, "seed": seed}
+    protocol = PRESETS["paper"].but(**changes)
+    poor, some, severe, old = targets.long().T.numpy()
+    labels = dict(zip((task.name for task in spec.tasks), (poor, some + severe, old), strict=True))
+    everyone = np.arange(len(scans))
+    files = grids.prepare(scans, spec.input, brain="given", folder=folder / "grids")
+    names, checkpoint = [path.name for path in scans], folder / "none"
+    job = loop.Job(spec, protocol, 0, Fold(everyone, everyone, everyone), names, files, labels, checkpoint)
+    team = Team("cpu")
+    state = loop.State(job, team)
+
+    def run_pass() -> float:
+        loss = loop.run_pass(state, job, team, loop.Watch())["loss"]
+        state.epoch += 1
+        return loss
+
+    return run_pass
