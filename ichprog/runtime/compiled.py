@@ -66,6 +66,7 @@ class OpenVinoRuntime:
         """Answers, as `Runtime.answer` says; a grid of another shape has a graph of its own made first."""
         program = self._program("answers", grids.shape[1:])
         with program.turn:
+            self.rest()
             found = [[each.copy() for each in program.infer([grid[None, None]])] for grid in grids]
         outputs = [np.concatenate(each) for each in zip(*found, strict=True)]
         names = [task.name for task in self.spec.tasks]
@@ -74,7 +75,7 @@ class OpenVinoRuntime:
         }
 
     def rest(self) -> None:
-        """Gives back the memory that runs take, until the next."""
+        """Gives back the memory that runs take, until the next, but for those that have their turn."""
         for program in list(self._programs.values()):
             program.rest()
 
@@ -240,19 +241,22 @@ class _Program:
     def __init__(self, compiled: Any, about: dict[str, Any], exported: np.ndarray | None = None) -> None:
         self.compiled, self.about = compiled, about
         self.turn = threading.Lock()
+        self._has_memory = False
         self._exported = exported  # its weights may lie in there
         self._request = compiled.create_infer_request()
 
     def rest(self) -> None:
         """Gives back the memory of runs, where none is under way; the next takes it again."""
-        if self.turn.acquire(blocking=False):
+        if self._has_memory and self.turn.acquire(blocking=False):
             try:
                 self.compiled.release_memory()
+                self._has_memory = False
             finally:
                 self.turn.release()
 
     def infer(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Runs, in its `turn`; the outputs lie in the program's own memory until it runs again."""
+        self._has_memory = True
         for position, values in enumerate(inputs):
             self._request.set_input_tensor(position, engine.openvino().Tensor(values, shared_memory=True))
         self._request.infer()
