@@ -136,10 +136,9 @@ def pair_columns(model: Any) -> None:
         taps = np.moveaxis(taps.reshape(*taps.shape[:-1], -1, 2)[:, 0], -1, 1)
         batch, _, *sizes = (int(n) for n in values.get_shape())
         columns = convolution.output(0).get_shape()[-1] + taps.shape[-1] - 1
-        before, after = [0] * (len(sizes) + 1), [0] * (len(sizes) + 1)
         right = 2 * columns - left - sizes[-1]
-        nothing = make.constant(np.float32(0))
-        padded = make.pad(values, np.array([*before, left]), np.array([*after, right]), "constant", nothing)
+        before, after = (np.array([*[0] * (len(sizes) + 1), each]) for each in (left, right))
+        padded = make.pad(values, before, after, "constant", make.constant(np.float32(0)))
         pairs = make.reshape(padded, make.constant(np.array([batch, *sizes[:-1], columns, 2])), special_zero=False)
         turned = make.transpose(pairs, make.constant(np.array([0, len(sizes) + 1, *range(1, len(sizes) + 1)])))
         found = make.convolution(

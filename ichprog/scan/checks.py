@@ -222,7 +222,7 @@ def _bloodless(scan: Scan, mask: np.ndarray, least_ml: float) -> ScanWarning | N
     _, spacing = scan.coarse_form
     floor, ceiling = np.float32(_BLOOD_HU[0] - 20), np.float32(1.2 * _BLOOD_HU[1])
     slices = zip(np.moveaxis(scan.hu[box], 2, 0), np.moveaxis(mask[box], 2, 0), strict=True)
-    above = (np.where(inside, np.minimum(hu, ceiling) - floor, 0) for hu, inside in slices)
+    above = ((np.minimum(hu, ceiling) - floor) * inside for hu, inside in slices)
     coarse = _averaged(above, box, scan) + floor
     brain = _averaged(np.moveaxis(mask[box], 2, 0), box, scan) > 0.5
     near = tuple(slice(max(0, at.start - 1), at.stop + 1) for at in bounds(brain))  # so that the brain ends in it

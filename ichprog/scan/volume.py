@@ -190,9 +190,10 @@ def _stored(voxels: Any) -> np.ndarray:
     Those of a compressed file are unpacked piece by piece into their array, which takes a quarter of nibabel's time.
     """
     from isal import igzip
+    from nibabel.volumeutils import apply_read_scaling
 
-    path, plain = getattr(voxels, "file_like", None), (1, 0)
-    if not (isinstance(path, str) and path.endswith(".gz") and (voxels.slope, voxels.inter) == plain):
+    path = getattr(voxels, "file_like", None)
+    if not (isinstance(path, str) and path.endswith(".gz")):
         return np.asanyarray(voxels)
     data = np.empty(voxels.shape, voxels.dtype, voxels.order)
     left = data.ravel("K").view(np.uint8).data
@@ -203,7 +204,7 @@ def _stored(voxels: Any) -> np.ndarray:
                 raise EOFError(f"{len(left)} bytes of {data.nbytes} are missing")
             left = left[count:]
         file.read(1)  # goes on to the end, where the file holds a checksum of all this
-    return data
+    return np.asanyarray(apply_read_scaling(data, voxels.slope, voxels.inter))
 
 
 def _from_array(
