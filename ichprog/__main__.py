@@ -1,5 +1,5 @@
 """`python -m ichprog` is `ichprog`."""
 
-from ichprog.cli import main
+from ichprog.cli import run
 
-main()
+run()

@@ -93,7 +93,8 @@ class Registry:
 
     def entries(self) -> list[Entry]:
         """Every claim to a name, by name, from metadata only: nothing is imported."""
-        found = [_entry(self.kind, point) for point in _installed().select(group=self.group)]
+        folders = tuple((path, _changed(path)) for path in sys.path)
+        found = _installed(self.kind, self.group, folders)
         return sorted([*found, *self._registered.values()], key=lambda entry: (entry.name, entry.owner))
 
     def names(self) -> list[str]:
@@ -171,13 +172,20 @@ def _made_for(point: EntryPoint) -> str | None:
     return None
 
 
-def _installed() -> EntryPoints:
-    """Every entry point there is; what is installed is read anew only where a folder that may hold it has changed."""
-    return _read(tuple((path, _changed(path)) for path in sys.path))
+@functools.lru_cache(maxsize=16)
+def _installed(kind: str, group: str, folders: tuple[tuple[str, int], ...]) -> tuple[Entry, ...]:
+    """What distributions bring; read anew only where a folder that may hold one has changed."""
+    found, owners = [], {}
+    for point in _points(folders).select(group=group):
+        if id(point.dist) not in owners:
+            about = point.dist.metadata if point.dist else {"Name": "an unknown distribution", "Version": ""}
+            owners[id(point.dist)] = about["Name"], about["Version"]
+        found.append(Entry(kind, point.name, *owners[id(point.dist)], point))
+    return tuple(found)
 
 
 @functools.lru_cache(maxsize=1)
-def _read(_folders: tuple[tuple[str, int], ...]) -> EntryPoints:
+def _points(_folders: tuple[tuple[str, int], ...]) -> EntryPoints:
     return cast("EntryPoints", entry_points())  # in Python 3.11 a kind of its own, which selects as they do
 
 
@@ -186,11 +194,6 @@ def _changed(path: str) -> int:
         return Path(path).stat().st_mtime_ns  # "" is the folder where the process runs, as for Path
     except OSError:
         return 0
-
-
-def _entry(kind: str, point: EntryPoint) -> Entry:
-    name, version = (point.dist.name, point.dist.version) if point.dist else ("an unknown distribution", "")
-    return Entry(kind, point.name, name, version, point)
 
 
 backbones = Registry("backbone", "ichprog.backbones")

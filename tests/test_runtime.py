@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import nibabel as nib
@@ -306,9 +307,9 @@ def test_a_precision_has_a_network_of_its_own(filled, right):
         lambda b: b[:50],
         lambda b: b"",
         lambda b: b[:-5000] + bytes([b[-5000] ^ 1]) + b[-4999:],
-        lambda b: b"0" * 64 + b[64:],
-        lambda b: b[:64] + b"{}\n" + b[64:],
-        lambda b: b[:64] + b[64:].replace(b'"recipe": ', b'"recipe": 1'),
+        lambda b: b"0" * 8 + b[8:],
+        lambda b: b[:8] + b"{}\n" + b[8:],
+        lambda b: b[:8] + b[8:].replace(b'"recipe": ', b'"recipe": 1'),
         lambda b: b"\n" * 2000,
     ],
     ids=["cut", "cut short", "empty", "a bit", "checksum", "no stamp", "stale", "lines"],
@@ -323,13 +324,11 @@ def test_what_is_damaged_or_stale_is_made_anew(damage, filled, right):
 
 def test_a_whole_file_of_another_time_is_made_anew(filled, right):
     """The checksum is right, but it was made with another version of OpenVINO, and holds what is none."""
-    import hashlib
-
-    content = filled.read_bytes()[64:]
+    content = filled.read_bytes()[8:]
     line, _ = content.split(b"\n", 1)
     for stamp in (line.replace(b'"openvino": "', b'"openvino": "9'), line):
         other = stamp + b"\nno graph"
-        filled.write_bytes(hashlib.sha256(other).hexdigest().encode() + other)
+        filled.write_bytes(b"%08x" % zlib.crc32(other) + other)
         model = ichprog.load_model(COMPACT, fold=0)
         grids = np.random.default_rng(1).random((1, 24, 112, 112), np.float32)
         assert np.abs(logits(model, grids)[0] - right).max() < 1e-4

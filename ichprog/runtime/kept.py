@@ -5,10 +5,11 @@ A file of its own for each graph of a fold:
     <cache>/compiled/<the weights' checksum>/<graph>-<precision>-<D>x<H>x<W>.blob
 
 It is a checksum, a line of JSON that says what it was made from and with, and what OpenVINO exported. A damaged one
-could crash the reader or give a wrong number, so each is hashed before it is used.
+could crash the reader or give a wrong number, so each is held against its checksum before it is used. That is a CRC-32:
+who may write here could write the checksum too, so a cryptographic one would tell no more and take fifteen times as
+long.
 """
 
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from isal import isal_zlib
 
 from ichprog import registry
 from ichprog.hub import WeightFile
@@ -24,7 +26,7 @@ from ichprog.results import whole_file
 from ichprog.spec import ModelSpec
 
 _RECIPE = 4  # raised when the same network would be made into another graph
-_HEX = 64
+_HEX = 8
 
 
 class Kept:
@@ -68,7 +70,7 @@ class Kept:
             held = np.memmap(self._path(graph, shape), mode="c")  # a file here is replaced whole, never changed
         except (OSError, ValueError):  # an empty one cannot be mapped
             return None
-        if hashlib.sha256(held[_HEX:].data).hexdigest().encode() != held[:_HEX].tobytes():
+        if _checksum(held[_HEX:].data) != held[:_HEX].tobytes():
             return None
         end = int(np.argmax(held == ord("\n"))) + 1
         noted = self._noted(held[:end].tobytes())
@@ -113,7 +115,7 @@ class Kept:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with whole_file(path) as part, part.open("wb") as file:
-                file.write(hashlib.sha256(content).hexdigest().encode())
+                file.write(_checksum(content))
                 file.write(content)
         except OSError:
             return
@@ -143,6 +145,10 @@ class Kept:
 
     def _path(self, graph: str, shape: Sequence[int]) -> Path:
         return self._folder / f"{graph}-{self._precision}-{'x'.join(map(str, shape))}.blob"
+
+
+def _checksum(content: bytes | memoryview) -> bytes:
+    return b"%08x" % isal_zlib.crc32(content)
 
 
 def _owner(plugins: Registry, name: str) -> str | None:
