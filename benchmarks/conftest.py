@@ -30,6 +30,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--rounds", type=int, help="Times that each is measured, instead of what its suite says.")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def bytecode() -> Iterator[None]:
+    """What is timed keeps its bytecode from process to process, as all that pip installs has it from the beginning."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
+        yield
+
+
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A cache of its own with the default model's seeded weights, and no way to anything beyond the loopback."""
