@@ -1,8 +1,10 @@
 """Plugins by entry points: lazy, isolated, one owner a name. The distributions here are real metadata on the path."""
 
+import gc
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 from importlib.metadata import entry_points
 
 import pytest
@@ -65,6 +67,21 @@ def test_a_broken_plugin_spoils_its_own_name_only(distribution, code, cause):
         registry.backbones.load("bad")
     assert callable(registry.backbones.load("perez2023"))
     assert len(ichprog.list_models()) >= 10
+
+
+@pytest.mark.parametrize("on", [True, False])
+@pytest.mark.parametrize("end", ["pass", "raise RuntimeError"])
+def test_an_import_leaves_garbage_collection_as_it_was(distribution, on, end):
+    code = f"import gc\ncollects = gc.isenabled()\nbuild = print\n{end}\n"
+    distribution("plug-heavy", "plug_heavy", code, {"ichprog.backbones": {"heavy": "plug_heavy:build"}})
+    try:
+        (gc.enable if on else gc.disable)()
+        with pytest.raises(PluginError) if end != "pass" else nullcontext():
+            assert registry.backbones.load("heavy") is print
+            assert not sys.modules["plug_heavy"].collects
+        assert gc.isenabled() is on
+    finally:
+        gc.enable()
 
 
 def test_two_owners_of_a_name_are_both_named(distribution):
