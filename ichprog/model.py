@@ -306,8 +306,10 @@ def explain(
     spec = loaded.spec
     tasks = [spec.tasks[0]] if task is None else [spec.task(name) for name in _several(task)]
     labels = {each.name: _label_of(each, label, sole=len(tasks) == 1) for each in tasks}
-    loaded.members[0].expect_to_explain()  # while torch is imported for the methods, and the scan is read
-    attributions = _attributions(_several(method), options)
+    methods = _several(method)
+    if all(registry.saliency.entry(name).distribution == "ichprog" for name in methods):  # others may want the network
+        loaded.members[0].expect_to_explain()  # while torch is imported for the methods, and the scan is read
+    attributions = _attributions(methods, options)
     examined = loaded.examine(scan, brain=brain)
     prepared = grid.prepare(examined.hu, spec.input)
     maps: dict[tuple[str, str], np.ndarray] = {}

@@ -415,6 +415,20 @@ print(0)
     assert in_a_process(code=code)[0] == ["True", "False", "False"]
 
 
+@pytest.mark.parametrize(
+    ("method", "loaded"), [("grad_cam", {"answers", "forward", "backward"}), ("itself", {"answers"})]
+)
+def test_kept_graphs_that_explain_are_loaded_where_they_serve(method, loaded, filled, image):
+    ichprog.explain(ichprog.load_model(COMPACT, fold=0), image, method="grad_cam")
+    model = ichprog.load_model(COMPACT, fold=0)
+    ichprog.register_saliency("itself", lambda score, grid, network: grid[0, 0])
+    try:
+        ichprog.explain(model, image, method=method)
+    finally:
+        registry.saliency.unregister("itself")
+    assert {graph for graph, _ in model.members[0]._programs} == loaded
+
+
 def test_logging_and_warnings_are_left_alone():
     code = f"""
 import logging, warnings, torch, monai.networks.nets, ichprog
