@@ -1,7 +1,8 @@
 """Start-up.
 
 Whole processes, from the command to its end, with the weights in the cache and not for the first time. The peer of a
-command is the import of the libraries that the published code begins with, which does nothing more.
+command is the import of the libraries that the published code begins with, which does nothing more. All have their
+bytecode, as what pip installs has.
 """
 
 import sys
