@@ -155,12 +155,12 @@ def ichprog_train(scans: str, precision: str, folder: str) -> Iterator[Any]:
     import torch
     from our_training import passes
 
-    from ichprog.train import memory
+    from ichprog.train import allocator
 
     paths = sorted(Path(scans).iterdir())
     run_pass = passes(paths, _targets(len(paths)), Path(folder), precision=precision, batch=len(paths))
     yield None
-    with memory.kept(torch.device("cpu")) as keep_memory:  # as a training of many passes has it
+    with allocator.kept(torch.device("cpu")) as keep_memory:  # as a training of many passes has it
         while True:
             loss = run_pass()
             keep_memory()

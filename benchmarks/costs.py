@@ -7,7 +7,7 @@ few are measured.
 import sys
 from pathlib import Path
 
-from ichprog import costs
+from ichprog import profiling
 from ichprog.errors import IchprogError
 
 PAGE = Path(__file__).parents[1] / "docs" / "costs.md"
@@ -60,20 +60,20 @@ network.
 """
 
 
-def page(found: list[costs.Cost], failed: list[tuple[str, str]]) -> str:
+def page(found: list[profiling.Cost], failed: list[tuple[str, str]]) -> str:
     """The page's text."""
-    return f"{OPENING}\nTimes are of {costs.machine()}.\n\n{costs.table(found, failed=failed)}\n"
+    return f"{OPENING}\nTimes are of {profiling.machine()}.\n\n{profiling.table(found, failed=failed)}\n"
 
 
 def main() -> None:
     """Measures and writes."""
     found, failed = [], []
-    families = [name for name in costs.REGISTRIES["backbone"].names() if name.endswith("/*")]
+    families = [name for name in profiling.REGISTRIES["backbone"].names() if name.endswith("/*")]
     more = [("backbone", name) for name in OF_FAMILIES if any(name.startswith(family[:-1]) for family in families)]
-    for kind, name in sorted([*costs.claims(), *more], key=lambda one: list(costs.REGISTRIES).index(one[0])):
+    for kind, name in sorted([*profiling.claims(), *more], key=lambda one: list(profiling.REGISTRIES).index(one[0])):
         print(name, file=sys.stderr)
         try:
-            found.append(costs.measure(kind, name))
+            found.append(profiling.measure(kind, name))
         except IchprogError as error:
             failed.append((name, str(error)))
     PAGE.write_text(page(found, failed), encoding="utf-8")

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 
 from ichprog import zoo
-from ichprog.train import PRESETS, grids, loop
+from ichprog.train import PRESETS, grid_cache, trainer
+from ichprog.train.distributed import Team
 from ichprog.train.folds import Fold
-from ichprog.train.team import Team
 
 
 def passes(
@@ -38,18 +38,18 @@ def passes(
     if shape:
         spec = dataclasses.replace(spec, input=dataclasses.replace(spec.input, shape=shape))
     changes = {"accumulate": 1, "balance": "none", "precision": precision, "batch": batch, "seed": seed}
-    protocol = PRESETS["paper"].but(**changes)
+    protocol = PRESETS["paper"].replace(**changes)
     poor, some, severe, old = targets.long().T.numpy()
     labels = dict(zip((task.name for task in spec.tasks), (poor, some + severe, old), strict=True))
     everyone = np.arange(len(scans))
-    files = grids.prepare(scans, spec.input, brain="given", folder=folder / "grids")
+    files = grid_cache.prepare(scans, spec.input, brain="given", folder=folder / "grids")
     names, checkpoint = [path.name for path in scans], folder / "none"
-    job = loop.Job(spec, protocol, 0, Fold(everyone, everyone, everyone), names, files, labels, checkpoint)
+    job = trainer.Job(spec, protocol, 0, Fold(everyone, everyone, everyone), names, files, labels, checkpoint)
     team = Team("cpu")
-    state = loop.State(job, team)
+    state = trainer.State(job, team)
 
     def run_pass() -> float:
-        loss = loop.run_pass(state, job, team, loop.Watch())["loss"]
+        loss = trainer.run_pass(state, job, team, trainer.Watch())["loss"]
         state.epoch += 1
         return loss
 

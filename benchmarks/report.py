@@ -66,14 +66,14 @@ def condense(run: dict[str, Any]) -> dict[str, Any]:
         },
         "date": run["datetime"][:10],
         "figures": [
-            {"suite": Path(test["fullname"].split("::")[0]).stem.removeprefix("test_"), **_spread(figure)}
+            {"suite": Path(test["fullname"].split("::")[0]).stem.removeprefix("test_"), **_run_jobs(figure)}
             for test in run["benchmarks"]
             for figure in test["extra_info"].get("figures", [])
         ],
     }
 
 
-def _spread(figure: dict[str, Any]) -> dict[str, Any]:
+def _run_jobs(figure: dict[str, Any]) -> dict[str, Any]:
     said = {key: value for key, value in figure.items() if key in ("what", "unit") or value}
     for who in {"ours", "peer"} & said.keys():
         values = said[who]

@@ -10,13 +10,13 @@ bfloat16, where the processor has it, comes right after the two.
 import numpy as np
 import pytest
 
-from ichprog.runtime import engine
+from ichprog.runtime.openvino import backend
 
 from process import Contestant
 
 MEDCAM = "medcam, eager float32"
 GB = 1e9
-ROUNDED = ["bfloat16"] if engine.computes_in_bfloat16() else []
+ROUNDED = ["bfloat16"] if backend.computes_in_bfloat16() else []
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ once.
 import numpy as np
 import pytest
 
-from ichprog.runtime import engine
+from ichprog.runtime.openvino import backend
 
 from process import Contestant
 
@@ -28,7 +28,7 @@ def rates(scans, timed):
     ("bfloat16", 16, 4.5, 2e-3),
 ])  # fmt: skip
 def test_a_list(beside, figure, cache, cohort, precision, scans, least, differs):
-    if precision == "bfloat16" and not engine.computes_in_bfloat16():
+    if precision == "bfloat16" and not backend.computes_in_bfloat16():
         pytest.skip("this processor does not compute in bfloat16")
     folder = cohort(scans)
     with (

@@ -7,7 +7,7 @@ nothing. Both give the same grid.
 import pytest
 
 import ichprog
-from ichprog.grid import prepare
+from ichprog.preprocessing import prepare
 
 import published
 
@@ -17,7 +17,7 @@ def test_a_scan(beside, figure, cache, scan, slices):
     model, path = ichprog.load_model(), scan(slices)
 
     def ours():
-        return prepare(model.examine(path, brain="given").hu, model.spec.input)
+        return prepare(model.load_scan(path, brain="given").hu, model.spec.input)
 
     mine, peer = beside(ours, lambda: published.grid(path), rounds=9)
     what, peer_is = f"512 x 512 x {slices}, `.nii.gz` to grid", "MONAI's chain"

@@ -29,12 +29,12 @@ BYTES = {"float32": 4, "bfloat16": 2}
 def test_the_network(beside, figure, cache, precision):
     model = ichprog.load_model(precision=precision)
     if model.precision != precision:
-        pytest.skip(model.note)
+        pytest.skip(model.fallback_reason)
     shape = model.spec.input.shape
     grid = np.random.default_rng(0).random((1, *shape), np.float32)
     operations, computed, values = work(shape)
     product, product_operations, product_is = fastest_product(precision)
-    ours, peer = beside(lambda: model.answers(grid), product, rounds=15)
+    ours, peer = beside(lambda: model.predict_grids(grid), product, rounds=15)
     figure(
         precision, "GFLOP/s",
         [computed / s / 1e9 for s in ours.seconds], [product_operations / s / 1e9 for s in peer.seconds],

@@ -18,7 +18,7 @@ import torch
 from our_training import passes
 from published_training import Training
 
-from ichprog.train import rounding
+from ichprog.train import mixed_precision
 
 from process import Contestant
 
@@ -28,7 +28,7 @@ ROUNDS = 2
 
 
 def needs_bfloat16():
-    if (why := rounding.lack(torch.device("cpu"))) is not None:
+    if (why := mixed_precision.lack(torch.device("cpu"))) is not None:
         pytest.skip(why)
 
 
@@ -52,7 +52,7 @@ def test_a_step(benchmark, figure, cohort, tmp_path, precision):
 
     mine, peers = zip(*benchmark.pedantic(lambda: [turn() for _ in range(ROUNDS)]), strict=True)
     rates = [[BATCH / seconds for seconds in timed] for timed in (mine, peers)]
-    best = precision == "bfloat16" or rounding.lack(torch.device("cpu")) is not None
+    best = precision == "bfloat16" or mixed_precision.lack(torch.device("cpu")) is not None
     target = ("ratio", "at least", 2.0) if best else None
     figure(f"steps of {BATCH} scans, precision `{precision}`", "scans/s", *rates, beside=PIPELINE, target=target)
 

@@ -27,7 +27,7 @@ ZOO = Path(ichprog.__file__).parent / "zoo"
 TRAINED_ON = {"patients": 600, "seed": 1}
 MEASURED_ON = {"patients": 300, "seed": 2}
 FOLDS = 3
-PROTOCOL = PRESETS["default"].but(epochs=36, warm_up=2)
+PROTOCOL = PRESETS["default"].replace(epochs=36, warm_up=2)
 DRAWS = 2000
 _FIGURE = "AUC for"
 SHOWN = ("ventricular", "midline_shift_mm", "atrophy", "white_matter", "calcification")

@@ -8,7 +8,7 @@ import textwrap
 from pathlib import Path
 
 from ichprog import zoo
-from ichprog.release import CAUTION, sections, table
+from ichprog.export import CAUTION, sections, table
 from ichprog.spec import ModelSpec
 
 FOLDER = Path(__file__).with_suffix("")

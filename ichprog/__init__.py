@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ichprog.errors import ScanError as ScanError
     from ichprog.errors import ScanWarning as ScanWarning
     from ichprog.errors import SpecError as SpecError
-    from ichprog.errors import UnknownName as UnknownName
+    from ichprog.errors import UnknownNameError as UnknownNameError
     from ichprog.errors import WeightsError as WeightsError
     from ichprog.model import Model as Model
     from ichprog.model import explain as explain
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ichprog.registry import register_backbone as register_backbone
     from ichprog.registry import register_head as register_head
     from ichprog.registry import register_saliency as register_saliency
-    from ichprog.report import plot as plot
+    from ichprog.reporting.overlay import plot as plot
     from ichprog.results import Prediction as Prediction
     from ichprog.results import Saliency as Saliency
     from ichprog.scan import Scan as Scan
@@ -41,7 +41,7 @@ _ROOM_OF = {
     "predict": "model",
     "explain": "model",
     "brain_mask": "scan",
-    "plot": "report",
+    "plot": "reporting.overlay",
     "register_backbone": "registry",
     "register_head": "registry",
     "register_saliency": "registry",
@@ -59,7 +59,7 @@ _ROOM_OF = {
     "ScanError": "errors",
     "ScanWarning": "errors",
     "SpecError": "errors",
-    "UnknownName": "errors",
+    "UnknownNameError": "errors",
     "WeightsError": "errors",
 }
 

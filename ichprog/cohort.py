@@ -4,15 +4,15 @@ import csv
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 
-from ichprog.errors import CohortError, UnknownName
-from ichprog.results import whole_file
+from ichprog.errors import CohortError, UnknownNameError
+from ichprog.io import atomic_write
 from ichprog.spec import Task
 
 _In = TypeVar("_In")
@@ -156,7 +156,7 @@ class Cohort:
         target = Path(path)
         folder = target.parent.resolve()
         columns = list(self._columns())
-        with whole_file(target) as partial, partial.open("w", encoding="utf-8", newline="") as file:
+        with atomic_write(target) as partial, partial.open("w", encoding="utf-8", newline="") as file:
             table = csv.writer(file)
             table.writerow([*NEEDED, *columns])
             for patient in self.patients:
@@ -180,11 +180,11 @@ class Cohort:
             `(N,)` float64, in the order of the patients; NaN where the cell is blank.
 
         Raises:
-            UnknownName: No patient has such a column.
+            UnknownNameError: No patient has such a column.
             CohortError: A cell is no number; it names the patient.
         """
         if column not in self._columns():
-            raise UnknownName(f"column of {self.source}", column, self._columns())
+            raise UnknownNameError(f"column of {self.source}", column, self._columns())
         cells = [patient.columns.get(column, "") for patient in self.patients]
         values = [_number(cell) if cell else math.nan for cell in cells]
         _refuse(
@@ -204,7 +204,7 @@ class Cohort:
             `(N,)` int64, the index of the label; -1 where the cell is blank.
 
         Raises:
-            UnknownName: No patient has the target's column.
+            UnknownNameError: No patient has the target's column.
             CohortError: A cell is no number; it names the patient.
         """
         values = self.numbers(task.target.column)
@@ -253,43 +253,6 @@ def from_csic(folder: str | Path) -> Cohort:
         scan = images.resolve() / (found_in or CSIC_GROUPS)[0] / file
         rows[number] = {CSIC_COLUMNS.get(column, column): cell for column, cell in row.items()} | {"scan": str(scan)}
     return Cohort._checked(rows, problems, tables[0], scans=False)
-
-
-def each(work: Callable[[_In], _Out], items: Sequence[_In], *, workers: int = 1) -> Iterator[_Out]:
-    """Does the same for every patient, in their order, in this process or in several that end with it.
-
-    Args:
-        work: What is done; several processes need a function that can be pickled.
-        items: What it is done to.
-        workers: The number of processes.
-    """
-    if workers <= 1 or len(items) < 2:
-        yield from map(work, items)
-        return
-    from concurrent.futures import ProcessPoolExecutor
-    from multiprocessing import get_context
-
-    spawn = get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(items)), mp_context=spawn, initializer=end_with_parent) as pool:
-        jobs = [pool.submit(work, item) for item in items]
-        try:
-            for job in jobs:
-                yield job.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def end_with_parent() -> None:
-    """A worker whose parent is killed would wait for ever; this one goes too."""
-    import threading
-    from multiprocessing import parent_process
-
-    def wait() -> None:
-        if parent := parent_process():
-            parent.join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
 
 
 def _table(path: Path, needed: Sequence[str]) -> tuple[dict[int, dict[str, str]], list[tuple[int, str]]]:

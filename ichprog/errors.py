@@ -12,7 +12,7 @@ class IchprogError(Exception):
     """Any error this library raises on purpose."""
 
 
-class UnknownName(IchprogError):
+class UnknownNameError(IchprogError):
     """A name that is not among the known ones.
 
     Args:

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, cast, overl
 
 import numpy as np
 
-from ichprog import grid, hub, registry, zoo
-from ichprog import scan as scan_room
-from ichprog.errors import PluginError, ScanError, UnknownName
+from ichprog import hub, preprocessing, registry, zoo
+from ichprog import scan as scan_package
+from ichprog.errors import PluginError, ScanError, UnknownNameError
 from ichprog.hub import WeightFile
 from ichprog.results import Prediction, Saliency, TaskPrediction
-from ichprog.runtime import Answer, Choice, Runtime, choose, members
+from ichprog.runtime import Runtime, RuntimeConfig, TaskOutput, build_runtimes, resolve_runtime
 from ichprog.scan import Scan
-from ichprog.spec import Input, ModelSpec, Task
+from ichprog.spec import InputSpec, ModelSpec, Task
 
 if TYPE_CHECKING:
     import nibabel as nib
@@ -52,21 +52,26 @@ class Model:
     Raises:
         WeightsError: The weights do not fit the network.
         SpecError: The spec names options that its plugins refuse.
-        UnknownName: The spec names a plugin that is not installed.
+        UnknownNameError: The spec names a plugin that is not installed.
         PluginError: A plugin of the spec cannot be loaded or breaks its contract.
     """
 
-    def __init__(self, spec: ModelSpec, weights: Sequence[WeightFile], choice: Choice, cache: Path) -> None:
+    def __init__(self, spec: ModelSpec, weights: Sequence[WeightFile], choice: RuntimeConfig, cache: Path) -> None:
         self.spec = spec
         self.weights = tuple(weights)
-        self.members, done = members(spec, self.weights, choice, cache)
-        self.runtime, self.device, self.precision, self.note = done.runtime, done.device, done.precision, done.note
+        self.fold_runtimes, done = build_runtimes(spec, self.weights, choice, cache)
+        self.runtime, self.device, self.precision, self.fallback_reason = (
+            done.runtime,
+            done.device,
+            done.precision,
+            done.fallback_reason,
+        )
 
     def __repr__(self) -> str:
         folds = ", ".join(str(file.fold) for file in self.weights)
         return f"<Model {self.spec.name}, folds {folds}, {self.runtime} on {self.device}, {self.precision}>"
 
-    def examine(self, source: "Source", *, brain: scan_room.BrainMode = "auto") -> Scan:
+    def load_scan(self, source: "Source", *, brain: scan_package.BrainMode = "auto") -> Scan:
         """A scan read, checked against what this model was made for, and left with its brain alone.
 
         `predict` and `explain` do this first, and take what it gives as it is.
@@ -79,18 +84,20 @@ class Model:
             ScanError: The scan cannot be read, or the model cannot be asked about it.
         """
         contract = self.spec.input
-        return scan_room.examine(source, plausible=contract.plausible, brain=brain if contract.brain_only else "given")
+        return scan_package.examine(
+            source, expected_ranges=contract.expected_ranges, brain=brain if contract.brain_only else "given"
+        )
 
-    def answers(self, grids: np.ndarray) -> list[dict[str, Answer]]:
+    def predict_grids(self, grids: np.ndarray) -> list[dict[str, TaskOutput]]:
         """Each fold's answer to each task.
 
         Args:
-            grids: `(B, D, H, W)` float32, as `grid.prepare` gives them.
+            grids: `(B, D, H, W)` float32, as `preprocessing.prepare` gives them.
         """
-        return [member.answer(np.ascontiguousarray(grids, np.float32)) for member in self.members]
+        return [member.run(np.ascontiguousarray(grids, np.float32)) for member in self.fold_runtimes]
 
-    def stream(
-        self, sources: "Iterable[Source]", *, brain: scan_room.BrainMode = "auto"
+    def predict_iter(
+        self, sources: "Iterable[Source]", *, brain: scan_package.BrainMode = "auto"
     ) -> "Iterator[tuple[Prediction, Scan | ScanError]]":
         """A prediction for each scan, with the scan as it was examined, or what is wrong with it.
 
@@ -103,57 +110,57 @@ class Model:
         with ThreadPoolExecutor(1, thread_name_prefix="ichprog-answer") as beside:
             for source, begun in _ahead(functools.partial(self._begin, brain=brain), sources):
                 if isinstance(begun, ScanError):
-                    yield self.failure(source, begun), begun
+                    yield self.error_prediction(source, begun), begun
                     continue
                 prepared, finish = begun
-                answer = beside.submit(self.members[0].answer, prepared[None])
+                answer = beside.submit(self.fold_runtimes[0].run, prepared[None])
                 try:  # what is left to check changes nothing about the grid
                     examined = finish()
                     provenance = self.provenance(examined)
                 except ScanError as error:
-                    yield self.failure(source, error), error
+                    yield self.error_prediction(source, error), error
                     continue
                 folds = [answer.result()]
-                for last, member in itertools.pairwise(self.members):
-                    last.rest()  # many folds take no more memory to run than one
-                    folds.append(member.answer(prepared[None]))
+                for last, member in itertools.pairwise(self.fold_runtimes):
+                    last.release_memory()  # many folds take no more memory to run than one
+                    folds.append(member.run(prepared[None]))
                 tasks = {task.name: _over_folds(task, [fold[task.name] for fold in folds]) for task in self.spec.tasks}
                 yield Prediction(examined.name, self.spec.name, tasks, examined.warnings, provenance), examined
 
     def _begin(
-        self, source: "Source", *, brain: scan_room.BrainMode
+        self, source: "Source", *, brain: scan_package.BrainMode
     ) -> tuple[np.ndarray, Callable[[], Scan]] | ScanError:
         """A scan's grid, and what finishes its examination."""
         contract = self.spec.input
         mode = brain if contract.brain_only else "given"
         try:
-            hu, finish = scan_room.begin(source, plausible=contract.plausible, brain=mode)
+            hu, finish = scan_package.begin(source, expected_ranges=contract.expected_ranges, brain=mode)
         except ScanError as error:
             return error
-        return grid.prepare(hu, contract), finish
+        return preprocessing.prepare(hu, contract), finish
 
-    def failure(self, source: "Source", error: ScanError) -> Prediction:
+    def error_prediction(self, source: "Source", error: ScanError) -> Prediction:
         """The prediction that records why a scan has none."""
         details = {"code": error.code, "message": str(error), "measured": error.measured}
         details |= {"expected": error.expected, "unit": error.unit}
         return Prediction(_name(source), self.spec.name, {}, (), self.provenance(), details)
 
-    def probe(self) -> dict[str, Any]:
+    def check_golden_output(self) -> dict[str, Any]:
         """Runs the spec's golden input, where it has one, and compares.
 
         Returns:
             `state`, one of "none stored", "holds" and "differs", and `difference`, the largest one of any logit.
         """
-        probe = self.spec.probe
+        probe = self.spec.golden_output
         if probe is None:
             seeded = np.random.default_rng(0).random((1, *self.spec.input.shape), np.float32)
-            logits = [answer.logits for fold in self.answers(seeded) for answer in fold.values()]
+            logits = [answer.logits for fold in self.predict_grids(seeded) for answer in fold.values()]
             finite = all(bool(np.isfinite(values).all()) for values in logits)
             return {"state": "none stored" if finite else "differs", "difference": None if finite else float("nan")}
         seeded = np.random.default_rng(probe.seed).random((1, *probe.shape), np.float32)
         difference = max(
             float(np.abs(answer.logits[0] - probe.logits[str(file.fold)][task]).max())
-            for file, fold in zip(self.weights, self.answers(seeded), strict=True)
+            for file, fold in zip(self.weights, self.predict_grids(seeded), strict=True)
             for task, answer in fold.items()
         )
         tolerance = 1e-4 if self.precision == "float32" else 2e-2
@@ -175,12 +182,12 @@ class Model:
                 {"fold": f.fold, "source": f.source, "source_sha256": f.source_sha256, "sha256": f.sha256}
                 for f in self.weights
             ],
-            "preprocessing": {key: value for key, value in spec["input"].items() if key != "plausible"},
+            "preprocessing": {key: value for key, value in spec["input"].items() if key != "expected_ranges"},
             "scan": {} if examined is None else dict(examined.record),
             "runtime": self.runtime,
             "device": self.device,
             "precision": self.precision,
-            "note": self.note,
+            "note": self.fallback_reason,
             "versions": dict(_versions()),
             "notice": self.spec.notice,
         }
@@ -210,37 +217,37 @@ def load_model(
         offline: Whether the network is left alone, as with `HF_HUB_OFFLINE=1`.
 
     Raises:
-        UnknownName: There is no such model, fold, device, runtime or precision.
+        UnknownNameError: There is no such model, fold, device, runtime or precision.
         SpecError: The model's description is not valid.
         WeightsError: The weights cannot be had, are not the ones promised, or do not fit.
         PluginError: A plugin that the model needs cannot be loaded.
     """
-    choice = choose(runtime, device, precision)
+    choice = resolve_runtime(runtime, device, precision)
     spec, files = hub.fetch(name, fold=fold, cache_dir=cache_dir, offline=offline)
     return Model(spec, files, choice, hub.cache_folder(cache_dir))
 
 
 @overload
 def predict(  # type: ignore[overload-overlap]  # some sources are iterable too, but one is meant
-    model: Model | str, scans: "Source", *, brain: scan_room.BrainMode = ..., on_error: OnError = ...
+    model: Model | str, scans: "Source", *, brain: scan_package.BrainMode = ..., on_error: OnError = ...
 ) -> Prediction: ...
 @overload
 def predict(  # type: ignore[overload-overlap]
     model: Model | str,
     scans: "list[Source] | tuple[Source, ...]",
     *,
-    brain: scan_room.BrainMode = ...,
+    brain: scan_package.BrainMode = ...,
     on_error: OnError = ...,
 ) -> list[Prediction]: ...
 @overload
 def predict(
-    model: Model | str, scans: "Iterable[Source]", *, brain: scan_room.BrainMode = ..., on_error: OnError = ...
+    model: Model | str, scans: "Iterable[Source]", *, brain: scan_package.BrainMode = ..., on_error: OnError = ...
 ) -> Iterator[Prediction]: ...
 def predict(
     model: Model | str,
     scans: "Source | Iterable[Source]",
     *,
-    brain: scan_room.BrainMode = "auto",
+    brain: scan_package.BrainMode = "auto",
     on_error: OnError = "raise",
 ) -> Prediction | list[Prediction] | Iterator[Prediction]:
     """Predicts every task of a model for one scan or several.
@@ -256,9 +263,9 @@ def predict(
         ScanError: A scan cannot be read or is none that the model can be asked about.
     """
     loaded = load_model(model) if isinstance(model, str) else model
-    scan_room.refuse_unknown_mode(brain)
+    scan_package.refuse_unknown_mode(brain)
     if on_error not in ("raise", "record"):
-        raise UnknownName("way to treat errors", on_error, ("raise", "record"))
+        raise UnknownNameError("way to treat errors", on_error, ("raise", "record"))
     single = isinstance(scans, str | Path | Scan) or hasattr(scans, "dataobj")
     predictions = _predictions(loaded, cast("Iterable[Source]", [scans] if single else scans), brain, on_error)
     if single:
@@ -273,7 +280,7 @@ def explain(
     task: str | Sequence[str] | None = None,
     label: str | Mapping[str, str] | None = None,
     method: str | Sequence[str] = "guided_backprop",
-    brain: scan_room.BrainMode = "auto",
+    brain: scan_package.BrainMode = "auto",
     **options: Any,
 ) -> Saliency | dict[tuple[str, str], Saliency]:
     """Explains what in a scan speaks for a label.
@@ -298,7 +305,7 @@ def explain(
 
     Raises:
         ScanError: The scan cannot be read or is none that the model can be asked about.
-        UnknownName: There is no such task, label, method, layer or option.
+        UnknownNameError: There is no such task, label, method, layer or option.
         PluginError: A method cannot be loaded, breaks its contract, refuses its options, or does not apply to the
             model's network.
     """
@@ -308,18 +315,18 @@ def explain(
     labels = {each.name: _label_of(each, label, sole=len(tasks) == 1) for each in tasks}
     methods = _several(method)
     if all(registry.saliency.entry(name).distribution == "ichprog" for name in methods):  # others may want the network
-        loaded.members[0].expect_to_explain()  # while torch is imported for the methods, and the scan is read
+        loaded.fold_runtimes[0].prefetch_explanation()  # while torch is imported for the methods, and the scan is read
     attributions = _attributions(methods, options)
-    examined = loaded.examine(scan, brain=brain)
-    prepared = grid.prepare(examined.hu, spec.input)
+    examined = loaded.load_scan(scan, brain=brain)
+    prepared = preprocessing.prepare(examined.hu, spec.input)
     maps: dict[tuple[str, str], np.ndarray] = {}
     ran: dict[str, Any] = {}
-    for member in loaded.members:
+    for member in loaded.fold_runtimes:
         found, ran = _maps_of(member, prepared, tasks, labels, attributions)
-        if len(loaded.members) > 1:
-            member.rest()  # many folds take no more memory to run than one
+        if len(loaded.fold_runtimes) > 1:
+            member.release_memory()  # many folds take no more memory to run than one
         for key, values in found.items():
-            maps[key] = maps.get(key, np.float32(0)) + values / np.float32(len(loaded.members))
+            maps[key] = maps.get(key, np.float32(0)) + values / np.float32(len(loaded.fold_runtimes))
     provenance = loaded.provenance(examined) | ran
     size = examined.hu.shape, examined.source_shape, examined.source_affine  # and not the scan, which is large
     over_scan = functools.partial(_over_scan, *size, spec.input)
@@ -346,16 +353,16 @@ def _over_scan(
     shape: tuple[int, int, int],
     source_shape: tuple[int, ...],
     source_affine: np.ndarray,
-    contract: Input,
+    contract: InputSpec,
     grid_map: np.ndarray,
 ) -> "nib.Nifti1Image":
-    return scan_room.image(grid.to_scan(grid_map, shape, contract), source_shape, source_affine)
+    return scan_package.image(preprocessing.to_scan(grid_map, shape, contract), source_shape, source_affine)
 
 
 def _predictions(
-    model: Model, sources: "Iterable[Source]", brain: scan_room.BrainMode, on_error: OnError
+    model: Model, sources: "Iterable[Source]", brain: scan_package.BrainMode, on_error: OnError
 ) -> Iterator[Prediction]:
-    for prediction, examined in model.stream(sources, brain=brain):
+    for prediction, examined in model.predict_iter(sources, brain=brain):
         if isinstance(examined, ScanError) and on_error == "raise":
             raise examined
         yield prediction
@@ -390,7 +397,7 @@ def _several(names: str | Sequence[str]) -> list[str]:
     return [names] if isinstance(names, str) else list(dict.fromkeys(names))
 
 
-def _over_folds(task: Task, answers: Sequence[Answer]) -> TaskPrediction:
+def _over_folds(task: Task, answers: Sequence[TaskOutput]) -> TaskPrediction:
     """One scan's answers of several folds as one."""
     each = np.stack([answer.probabilities[0] for answer in answers]).astype(float)
     means = dict(zip(task.labels, each.mean(0).tolist(), strict=True))
@@ -402,10 +409,10 @@ def _over_folds(task: Task, answers: Sequence[Answer]) -> TaskPrediction:
 def _label_of(task: Task, label: str | Mapping[str, str] | None, *, sole: bool) -> str:
     """The label of a task that is to be explained."""
     if isinstance(label, str) and not sole:
-        raise UnknownName("label of several tasks", label, [], hint="Give a label for each task, {task: label}.")
+        raise UnknownNameError("label of several tasks", label, [], hint="Give a label for each task, {task: label}.")
     chosen = label if isinstance(label, str) else (label or {}).get(task.name, task.labels[-1])
     if chosen not in task.labels:
-        raise UnknownName(f"label of {task.name}", chosen, task.labels)
+        raise UnknownNameError(f"label of {task.name}", chosen, task.labels)
     return chosen
 
 
@@ -429,7 +436,7 @@ def _attributions(methods: Sequence[str], options: Mapping[str, Any]) -> dict[st
         found[name] = _Attribution(attribute, chosen, "layer" in own)
         taken |= own
     for unknown in options.keys() - taken:
-        raise UnknownName(f"option of {', '.join(methods)}", unknown, sorted(taken))
+        raise UnknownNameError(f"option of {', '.join(methods)}", unknown, sorted(taken))
     return found
 
 
@@ -447,7 +454,7 @@ def _maps_of(
 
     maps: dict[tuple[str, str], np.ndarray] = {}
     layers = {how.options.get("layer") for how in attributions.values() if how.has_layer}
-    with member.forward_pass(prepared, [how.method for how in attributions.values()], layers) as known:
+    with member.explanation_session(prepared, [how.method for how in attributions.values()], layers) as known:
         for task in tasks:
             score = saliency.Score(known, _log_odds(known.network, task.name, task.labels.index(labels[task.name])))
             for name, how in attributions.items():
@@ -462,7 +469,10 @@ def _maps_of(
                         f"has shape {tuple(found.shape)}{'' if found.ndim != 3 else ' and numbers that are not'}."
                     )
                 maps[task.name, name] = found.float().cpu().numpy()
-        return maps, {"runtime": known.runtime, **({} if known.note is None else {"note": known.note})}
+        return maps, {
+            "runtime": known.runtime,
+            **({} if known.fallback_reason is None else {"note": known.fallback_reason}),
+        }
 
 
 def _log_odds(network: Any, task: str, label: int) -> "Callable[[dict[str, torch.Tensor]], torch.Tensor]":

@@ -18,7 +18,7 @@ from importlib.metadata import EntryPoint, EntryPoints, entry_points, version
 from pathlib import Path
 from typing import Any, cast
 
-from ichprog.errors import PluginError, UnknownName
+from ichprog.errors import PluginError, UnknownNameError
 
 _HERE = "this session"
 
@@ -108,7 +108,7 @@ class Registry:
         """The plugin of that name.
 
         Raises:
-            UnknownName: There is none.
+            UnknownNameError: There is none.
             PluginError: Two distributions claim the name, it was made for another version, or its import fails.
         """
         entry = self.entry(name)
@@ -119,12 +119,12 @@ class Registry:
         """The one claim to a name.
 
         Raises:
-            UnknownName: There is none.
+            UnknownNameError: There is none.
             PluginError: There are several; all owners are named.
         """
         claims = [entry for entry in self.entries() if entry.claims(name)]
         if not claims:
-            raise UnknownName(self.kind, name, self.names(), hint="`ichprog plugins` lists all.")
+            raise UnknownNameError(self.kind, name, self.names(), hint="`ichprog plugins` lists all.")
         return sole(claims)
 
     def register(self, name: str, plugin: Any) -> None:

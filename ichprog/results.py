@@ -3,7 +3,6 @@
 import csv
 import functools
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,7 +11,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 
-from ichprog.errors import ScanError, ScanWarning, UnknownName
+from ichprog.errors import ScanError, ScanWarning, UnknownNameError
+from ichprog.io import atomic_write
 from ichprog.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -61,12 +61,12 @@ class Prediction:
 
         Raises:
             ScanError: The scan could not be read and there is no answer.
-            UnknownName: The model has no such task.
+            UnknownNameError: The model has no such task.
         """
         if self.error is not None:
             raise ScanError(f"there is no answer for {self.scan}: {self.error['message']}", code=self.error["code"])
         if task not in self.tasks:
-            raise UnknownName(f"task of {self.model}", task, self.tasks)
+            raise UnknownNameError(f"task of {self.model}", task, self.tasks)
         return self.tasks[task]
 
     def to_dict(self) -> dict[str, Any]:
@@ -151,38 +151,9 @@ class Saliency:
         target = Path(path)
         if not target.name.endswith((".nii", ".nii.gz")):
             raise ValueError(f"{target}: a map is written as NIfTI; end its name in .nii or .nii.gz")
-        with whole_file(target) as partial:
+        with atomic_write(target) as partial:
             nib.save(self.image, partial)
         return target
-
-
-@contextmanager
-def whole_file(target: Path) -> Iterator[Path]:
-    """A file that appears whole or not at all: what the block writes takes its name only when the block ends well.
-
-    Args:
-        target: The file to be.
-
-    Returns:
-        The path to write to meanwhile, in the same folder and with the same suffixes.
-    """
-    partial = target.with_name(f".{os.getpid()}-{target.name}")
-    try:
-        yield partial
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def write_json(target: Path, data: Any) -> None:
-    """Writes data as JSON that people can read too, whole or not at all.
-
-    Args:
-        target: The file to be.
-        data: Plain data.
-    """
-    with whole_file(target) as partial:
-        partial.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 @contextmanager
@@ -197,12 +168,12 @@ def results_file(target: Path, spec: ModelSpec) -> Iterator[Callable[[Prediction
         The function that adds a prediction.
 
     Raises:
-        UnknownName: The name ends in something else.
+        UnknownNameError: The name ends in something else.
         OSError: The file cannot be written.
     """
     if target.suffix not in _WRITERS:
-        raise UnknownName("format of results", target.suffix or target.name, _WRITERS)
-    with whole_file(target) as partial, partial.open("w", encoding="utf-8", newline="") as file:
+        raise UnknownNameError("format of results", target.suffix or target.name, _WRITERS)
+    with atomic_write(target) as partial, partial.open("w", encoding="utf-8", newline="") as file:
         with _WRITERS[target.suffix](file, spec) as add:
             yield add
         file.flush()

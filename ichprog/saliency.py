@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ichprog.errors import PluginError, UnknownName
+from ichprog.errors import PluginError, UnknownNameError
 
 ScoreFunction = Callable[[Tensor], Tensor]
 
@@ -40,7 +40,7 @@ class Pass(Protocol):
     """
 
     runtime: str
-    note: str | None
+    fallback_reason: str | None
     grid: Tensor
     network: Any
     logits: dict[str, Tensor]
@@ -63,11 +63,11 @@ class ForwardPass:
         rounding: The context in which the network computes.
 
     Raises:
-        UnknownName: The network has no such layer.
+        UnknownNameError: The network has no such layer.
     """
 
     runtime = "torch"
-    note: str | None = None
+    fallback_reason: str | None = None
 
     def __init__(
         self,
@@ -98,7 +98,7 @@ class CompiledPass:
     """
 
     runtime = "openvino"
-    note: str | None = None
+    fallback_reason: str | None = None
 
     def __init__(
         self,
@@ -176,7 +176,7 @@ def grad_cam(score: ScoreFunction, grid: Tensor, network: nn.Module, *, layer: s
         layer: Name of the layer, from the network or its backbone down; the backbone's own choice where not given.
 
     Raises:
-        UnknownName: The network has no such layer.
+        UnknownNameError: The network has no such layer.
         PluginError: The layer's output is not `(B, C, d, h, w)`, or the score does not depend on it.
 
     Source: Selvaraju et al., ICCV 2017 (arXiv 1610.02391).
@@ -201,7 +201,7 @@ def guided_grad_cam(score: ScoreFunction, grid: Tensor, network: nn.Module, *, l
         layer: Name of Grad-CAM's layer, as there.
 
     Raises:
-        UnknownName: The network has no such layer.
+        UnknownNameError: The network has no such layer.
         PluginError: As for either of the two.
 
     Source: Selvaraju et al., ICCV 2017 (arXiv 1610.02391).
@@ -255,7 +255,7 @@ def kept_outputs(network: nn.Module, layers: Iterable[str]) -> Iterator[dict[str
         layers: Names of layers from the network down.
 
     Raises:
-        UnknownName: The network has no such layer.
+        UnknownNameError: The network has no such layer.
     """
     outputs: dict[str, Tensor] = {}
 
@@ -269,7 +269,7 @@ def kept_outputs(network: nn.Module, layers: Iterable[str]) -> Iterator[dict[str
     with ExitStack() as hooks:
         for name in set(layers):
             if not _has(network, name):
-                raise UnknownName("layer", name, [n for n, _ in network.named_modules() if n])
+                raise UnknownNameError("layer", name, [n for n, _ in network.named_modules() if n])
             hooks.callback(network.get_submodule(name).register_forward_hook(keeper(name)).remove)
         yield outputs
 

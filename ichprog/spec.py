@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from importlib.resources.abc import Traversable
 from typing import Any, Literal
 
-from ichprog.errors import SpecError, UnknownName
+from ichprog.errors import SpecError, UnknownNameError
 
 
 @dataclass(frozen=True)
-class Part:
+class PluginRef:
     """A plugin by name, with the options it is built with.
 
     Attributes:
@@ -37,18 +37,18 @@ class Target:
 
     Attributes:
         column: The column of a cohort that holds the number.
-        cuts: Where one label ends and the next begins, from the first label on: one fewer than labels. A number that
+        bin_edges: Where one label ends and the next begins, from the first label on: one fewer than labels. A number that
             is exactly a cut belongs to its higher side.
-        severe: Whether "high" or "low" numbers stand for the later labels.
+        severity: Whether "high" or "low" numbers stand for the later labels.
     """
 
     column: str
-    cuts: tuple[float, ...]
-    severe: Literal["high", "low"]
+    bin_edges: tuple[float, ...]
+    severity: Literal["high", "low"]
 
     def index(self, value: float) -> int:
         """The index of the label that a number stands for."""
-        return sum(value >= cut if self.severe == "high" else value < cut for cut in self.cuts)
+        return sum(value >= cut if self.severity == "high" else value < cut for cut in self.bin_edges)
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Task:
     meaning: str
     labels: tuple[str, ...]
     target: Target
-    head: Part
+    head: PluginRef
     threshold: float | None
     loss_weight: float
 
@@ -102,7 +102,7 @@ class Window:
 
 
 @dataclass(frozen=True)
-class Plausible:
+class ExpectedRanges:
     """What a scan for this model looks like; outside of it a scan is doubted, in units.
 
     Attributes:
@@ -127,7 +127,7 @@ class Plausible:
 
 
 @dataclass(frozen=True)
-class Input:
+class InputSpec:
     """From a scan to the grid the network sees.
 
     Attributes:
@@ -137,7 +137,7 @@ class Input:
         shape: Grid shape (D, H, W): slices, rows, columns.
         pad_slices: Whether fewer slices than D are zero-padded symmetrically before resizing.
         resize: How other shapes become `shape`: "area" is averaging over each cell.
-        plausible: What the scan is checked against.
+        expected_ranges: What the scan is checked against.
     """
 
     orientation: Literal["LPS"]
@@ -146,7 +146,7 @@ class Input:
     shape: tuple[int, int, int]
     pad_slices: bool
     resize: Literal["area"]
-    plausible: Plausible
+    expected_ranges: ExpectedRanges
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,7 @@ class Citation:
 
 
 @dataclass(frozen=True)
-class Probe:
+class GoldenOutput:
     """A golden input and the logits it must give, to tell weights that load from weights that compute.
 
     Attributes:
@@ -232,21 +232,21 @@ class ModelSpec:
         intended_use: Who may use it for what.
         limits: What a reader of its results must know.
         notice: The sentence that goes with every output.
-        probe: A golden input with its outputs, or null.
+        golden_output: A golden input with its outputs, or null.
     """
 
     name: str
     summary: str
-    backbone: Part
+    backbone: PluginRef
     tasks: tuple[Task, ...]
-    input: Input
+    input: InputSpec
     weights: Weights
     licence: Licence
     citation: Citation
     intended_use: str
     limits: tuple[str, ...]
     notice: str
-    probe: Probe | None
+    golden_output: GoldenOutput | None
 
     def __post_init__(self) -> None:
         _check(self)
@@ -255,12 +255,12 @@ class ModelSpec:
         """The task of that name.
 
         Raises:
-            UnknownName: The model has no such task.
+            UnknownNameError: The model has no such task.
         """
         for task in self.tasks:
             if task.name == name:
                 return task
-        raise UnknownName(f"task of {self.name}", name, [task.name for task in self.tasks])
+        raise UnknownNameError(f"task of {self.name}", name, [task.name for task in self.tasks])
 
     def to_dict(self) -> dict[str, Any]:
         """The spec as plain data; `from_dict` of it gives an equal spec."""
@@ -304,12 +304,12 @@ def _check(spec: ModelSpec) -> None:
     for task in spec.tasks:
         if len(task.labels) < 2 or len(set(task.labels)) != len(task.labels):
             raise SpecError(f"tasks.{task.name}.labels: needs two or more different labels, has {list(task.labels)}")
-        cuts = sorted(task.target.cuts, reverse=task.target.severe == "low")
-        if len(cuts) != len(task.labels) - 1 or len(set(cuts)) != len(cuts) or list(task.target.cuts) != cuts:
-            order = "rising" if task.target.severe == "high" else "falling"
+        cuts = sorted(task.target.bin_edges, reverse=task.target.severity == "low")
+        if len(cuts) != len(task.labels) - 1 or len(set(cuts)) != len(cuts) or list(task.target.bin_edges) != cuts:
+            order = "rising" if task.target.severity == "high" else "falling"
             raise SpecError(
-                f"tasks.{task.name}.target.cuts: {len(task.labels)} labels need {len(task.labels) - 1} {order} cuts, "
-                f"has {list(task.target.cuts)}"
+                f"tasks.{task.name}.target.bin_edges: {len(task.labels)} labels need {len(task.labels) - 1} {order} cuts, "
+                f"has {list(task.target.bin_edges)}"
             )
         if task.threshold is not None and not 0 < task.threshold < 1:
             raise SpecError(f"tasks.{task.name}.threshold: must lie between 0 and 1, is {task.threshold}")
@@ -321,10 +321,10 @@ def _check(spec: ModelSpec) -> None:
         )
     if min(spec.input.shape) < 1:
         raise SpecError(f"input.shape: sizes must be positive, are {list(spec.input.shape)}")
-    for field in dataclasses.fields(spec.input.plausible):
-        bounds = getattr(spec.input.plausible, field.name)
+    for field in dataclasses.fields(spec.input.expected_ranges):
+        bounds = getattr(spec.input.expected_ranges, field.name)
         if isinstance(bounds, tuple) and bounds[0] > bounds[1]:
-            raise SpecError(f"input.plausible.{field.name}: the lower bound comes first, are {list(bounds)}")
+            raise SpecError(f"input.expected_ranges.{field.name}: the lower bound comes first, are {list(bounds)}")
     revision = spec.weights.revision
     if (spec.weights.repo is None) != (revision is None):
         raise SpecError("weights: repo and revision are given both or neither")

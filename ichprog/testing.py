@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ichprog import network, registry, zoo
+from ichprog import networks, registry, zoo
 from ichprog.errors import PluginError
 from ichprog.registry import Registry
-from ichprog.runtime import members
-from ichprog.spec import ModelSpec, Part
+from ichprog.runtime import build_runtimes
+from ichprog.spec import ModelSpec, PluginRef
 
 Shape = tuple[int, int, int]
 
@@ -47,15 +47,15 @@ def check_backbone(name: str, *, shape: Shape = (32, 64, 64), export: bool = Tru
 
     Raises:
         PluginError: It breaks a promise.
-        UnknownName: There is none of that name.
+        UnknownNameError: There is none of that name.
         SpecError: It refuses its options.
     """
     broken = _broken(registry.backbones, name)
-    spec = _spec(Part(name, options), shape)
+    spec = _spec(PluginRef(name, options), shape)
     with _seeded():
         grids = torch.rand(2, 1, *shape)
         torch.manual_seed(1)
-        whole = network.build(spec).eval()
+        whole = networks.build(spec).eval()
         backbone: Any = whole.backbone
         layer = backbone.get_submodule(backbone.cam_layer)
         seen: list[Any] = []
@@ -79,11 +79,11 @@ def check_backbone(name: str, *, shape: Shape = (32, 64, 64), export: bool = Tru
         _check_another_shape(broken, backbone, shape)
         _check_learning(broken, backbone, grids)
         torch.manual_seed(1)
-        twin: Any = network.build(spec).eval().backbone
+        twin: Any = networks.build(spec).eval().backbone
         if not _alike(twin(grids), features):
             raise broken("built twice from one seed, it must be the same")
         torch.manual_seed(2)
-        other: Any = network.build(spec).eval().backbone
+        other: Any = networks.build(spec).eval().backbone
         if list(other.state_dict()) != list(backbone.state_dict()):
             raise broken("its keys must be the same each time it is built")
         other.load_state_dict(copy.deepcopy(backbone.state_dict()))
@@ -108,7 +108,7 @@ def check_head(name: str, *, labels: Sequence[str] = ("low", "middle", "high"), 
 
     Raises:
         PluginError: It breaks a promise.
-        UnknownName: There is none of that name.
+        UnknownNameError: There is none of that name.
         SpecError: It refuses its options.
     """
     broken = _broken(registry.heads, name)
@@ -116,7 +116,7 @@ def check_head(name: str, *, labels: Sequence[str] = ("low", "middle", "high"), 
 
     def build(seed: int) -> Any:
         torch.manual_seed(seed)
-        return network.build_head(Part(name, options), channels, labels).eval()
+        return networks.build_head(PluginRef(name, options), channels, labels).eval()
 
     with _seeded():
         features = torch.rand(2 * count, channels, 2, 3, 4)
@@ -184,7 +184,7 @@ def check_saliency(name: str, **options: Any) -> None:
 
     Raises:
         PluginError: It breaks a promise.
-        UnknownName: There is none of that name.
+        UnknownNameError: There is none of that name.
     """
     broken = _broken(registry.saliency, name)
     attribute = registry.saliency.load(name)
@@ -294,11 +294,11 @@ def _broken(plugins: Registry, name: str) -> Callable[[str], PluginError]:
     return told
 
 
-def _spec(backbone: Part, shape: Shape) -> ModelSpec:
+def _spec(backbone: PluginRef, shape: Shape) -> ModelSpec:
     """A model with a backbone, on a grid of a shape, whose weights are nowhere."""
     like = zoo.find(zoo.DEFAULT)
     nowhere = replace(like.weights, repo=None, revision=None, folder="", format="safetensors", keys={}, sha256={})
-    return replace(like, backbone=backbone, input=replace(like.input, shape=shape), weights=nowhere, probe=None)
+    return replace(like, backbone=backbone, input=replace(like.input, shape=shape), weights=nowhere, golden_output=None)
 
 
 def _tried(broken: Callable[[str], PluginError], work: Callable[[], Any]) -> Any:
@@ -365,7 +365,7 @@ def _check_compiled(broken: Callable[[str], PluginError], spec: ModelSpec, whole
     from safetensors.torch import save_file
 
     from ichprog.hub import WeightFile
-    from ichprog.runtime import choose
+    from ichprog.runtime import resolve_runtime
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.safetensors"
@@ -374,8 +374,10 @@ def _check_compiled(broken: Callable[[str], PluginError], spec: ModelSpec, whole
         answers = []
         for runtime in ("openvino", "torch"):
             try:
-                (member,), _ = members(spec, [file], choose(runtime, "cpu", "float32"), Path(folder) / runtime)
-                answers.append(member.answer(grid[:, 0].numpy()))
+                (member,), _ = build_runtimes(
+                    spec, [file], resolve_runtime(runtime, "cpu", "float32"), Path(folder) / runtime
+                )
+                answers.append(member.run(grid[:, 0].numpy()))
             except PluginError as error:
                 raise broken(f"it must run outside of torch: {error}") from error
     for task, compiled in answers[0].items():

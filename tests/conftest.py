@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import save_file
 
 import ichprog
-from ichprog import network, registry, zoo
+from ichprog import networks, registry, zoo
 from ichprog.backbones import Backbone
-from ichprog.spec import Part
+from ichprog.spec import PluginRef
 
 import published
 from hub_server import HubServer
@@ -105,7 +105,7 @@ def local_model(folder, backbone, *, shape, folds=1, adjust=lambda state: state)
     spec = dataclasses.replace(
         spec,
         name=f"{backbone}.prognosis_gcs3_age",
-        backbone=Part(backbone, {}),
+        backbone=PluginRef(backbone, {}),
         weights=weights,
         input=contract,
     )
@@ -113,5 +113,5 @@ def local_model(folder, backbone, *, shape, folds=1, adjust=lambda state: state)
     (folder / "config.json").write_text(json.dumps(spec.to_dict()))
     torch.manual_seed(0)
     for fold in range(folds):
-        save_file(adjust(network.build(spec).state_dict()), folder / f"fold{fold}.safetensors")
+        save_file(adjust(networks.build(spec).state_dict()), folder / f"fold{fold}.safetensors")
     return f"local-dir:{folder}"

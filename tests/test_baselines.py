@@ -12,11 +12,11 @@ from sklearn.metrics import roc_auc_score
 from sklearn.tree import DecisionTreeClassifier
 from torch import nn
 
-from ichprog import RunError, UnknownName, zoo
+from ichprog import RunError, UnknownNameError, zoo
 from ichprog.cohort import Cohort, Patient
+from ichprog.evaluation.predictions import TaskPredictions
 from ichprog.study import baselines
-from ichprog.study.plan import Baseline
-from ichprog.study.predictions import Answers
+from ichprog.study.config import Baseline
 from ichprog.train import folds
 
 TASK = zoo.find("densenet121.prognosis").tasks[0]
@@ -168,7 +168,7 @@ def image_of(parts, labels, seed=3):
         fold = np.concatenate([np.full(len(getattr(f, split)), n) for n, f in enumerate(parts)])
         p = 1 / (1 + np.exp(-(labels[places] * 2 - 1 + random.normal(0, 2, len(places)))))
         names = tuple(f"P{i:03}" for i in places)
-        found[split] = Answers(names, fold, labels[places], np.stack([1 - p, p], 1))
+        found[split] = TaskPredictions(names, fold, labels[places], np.stack([1 - p, p], 1))
     return found
 
 
@@ -233,9 +233,9 @@ def test_a_column_that_is_blank_throughout_or_blank_only_when_asked(kind):
 
 def test_what_is_not_there(patients):
     cohort, labels, *_ = patients
-    with pytest.raises(UnknownName, match=r"no column of made\.csv 'gsc'\. The nearest: gcs"):
+    with pytest.raises(UnknownNameError, match=r"no column of made\.csv 'gsc'\. The nearest: gcs"):
         baselines.predict(baseline("logistic", ("gsc",)), cohort, TASK, folds.split(labels, 2))
-    with pytest.raises(UnknownName, match=r"no kind of baseline 'forrest'\. The nearest: forest"):
+    with pytest.raises(UnknownNameError, match=r"no kind of baseline 'forrest'\. The nearest: forest"):
         baselines.fit("forrest", np.zeros((4, 1)), np.array([0, 1, 0, 1]))
 
 

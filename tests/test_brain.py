@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from ichprog.errors import ScanError, UnknownName
+from ichprog.errors import ScanError, UnknownNameError
 from ichprog.scan import morphology, read
 from ichprog.scan.brain import brain_only, extract, sees_skull
 from ichprog.scan.morphology import resample
@@ -147,7 +147,7 @@ def test_a_given_brain_is_left_as_it_is(mode, empty):
 
 def test_errors_say_what_is_wrong():
     alone = heads.alone(plain())
-    with pytest.raises(UnknownName, match="given"):
+    with pytest.raises(UnknownNameError, match="given"):
         brain_only(alone, "givn")
     with pytest.raises(ScanError, match="brain='given'") as e:
         extract(alone)

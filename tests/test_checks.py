@@ -9,12 +9,12 @@ from ichprog.errors import ScanError
 from ichprog.scan import read
 from ichprog.scan.brain import brain_only
 from ichprog.scan.checks import check, refuse_unless_ct
-from ichprog.spec import Plausible
+from ichprog.spec import ExpectedRanges
 
 import heads
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
-USUAL = Plausible(
+USUAL = ExpectedRanges(
     slices=(20, 64),
     in_plane_spacing_mm=(0.3, 1.6),
     slice_spacing_mm=(2.0, 8.0),

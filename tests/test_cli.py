@@ -258,12 +258,12 @@ def test_the_golden_probe_tells_weights_that_compute_wrongly(run, bright_model, 
     seeded = np.random.default_rng(3).random((1, 8, 12, 12), np.float32)
     config = tmp_path / "bright" / "config.json"
     data = json.loads(config.read_text())
-    data["probe"] = {
+    data["golden_output"] = {
         "seed": 3,
         "shape": [8, 12, 12],
         "logits": {
             str(fold): {task: answer.logits[0].tolist() for task, answer in answers.items()}
-            for fold, answers in enumerate(model.answers(seeded))
+            for fold, answers in enumerate(model.predict_grids(seeded))
         },
     }
     config.write_text(json.dumps(data))

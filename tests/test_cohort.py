@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ichprog import UnknownName, zoo
+from ichprog import UnknownNameError, zoo
 from ichprog.cli import main
 from ichprog.cohort import Cohort, Patient, from_csic
 from ichprog.errors import CohortError
@@ -219,9 +219,9 @@ def test_labels_are_the_published_ones(table, model, name, kind):
 
 def test_a_column_that_is_not_there_or_holds_words(table):
     cohort = Cohort.read(table("patient,scan,dose\n1,a.nii.gz,2e3\n2,b.zip,much\n3,b.zip,\n4,b.zip,nan\n"))
-    with pytest.raises(UnknownName, match=r"no column of .*cohort\.csv 'dosis'. The nearest: dose"):
+    with pytest.raises(UnknownNameError, match=r"no column of .*cohort\.csv 'dosis'. The nearest: dose"):
         cohort.numbers("dosis")
-    with pytest.raises(UnknownName, match="'gcs'"):
+    with pytest.raises(UnknownNameError, match="'gcs'"):
         cohort.labels(task("densenet121.gcs3", "gcs"))
     with pytest.raises(CohortError, match="patient 2: column dose is much; numbers are allowed, or blank") as error:
         cohort.numbers("dose")

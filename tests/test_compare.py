@@ -11,9 +11,9 @@ from scipy import stats
 from sklearn import metrics as peers
 
 from ichprog import zoo
-from ichprog.study import compare as room
-from ichprog.study import measure
-from ichprog.study.predictions import Answers
+from ichprog.evaluation.predictions import TaskPredictions
+from ichprog.metrics import comparisons as room
+from ichprog.metrics import discrimination
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -28,7 +28,7 @@ TWO, THREE, _ = zoo.find(zoo.DEFAULT).tasks
 def answered(truth, probabilities, names=None):
     truth = np.array(truth, np.int64)
     names = tuple(names or (f"p{number}" for number in range(len(truth))))
-    return Answers(names, np.zeros(len(truth), np.int64), truth, np.array(probabilities, np.float64))
+    return TaskPredictions(names, np.zeros(len(truth), np.int64), truth, np.array(probabilities, np.float64))
 
 
 def pair(n=120, seed=0, labels=2, better=1.0):
@@ -52,10 +52,10 @@ def test_a_comparison_is_what_drawing_both_by_hand_gives(task):
     found = room.compare(task, first, second, (0.4, 0.6), draws=200, seed=7)
     places = np.random.default_rng(7).integers(40, size=(200, 40))
     drawn = [
-        (measure.metrics(task, first.only(place), 0.4), measure.metrics(task, second.only(place), 0.6))
+        (discrimination.metrics(task, first.only(place), 0.4), discrimination.metrics(task, second.only(place), 0.6))
         for place in places
     ]
-    one, other = measure.metrics(task, first, 0.4), measure.metrics(task, second, 0.6)
+    one, other = discrimination.metrics(task, first, 0.4), discrimination.metrics(task, second, 0.6)
     assert list(found) == list(one)
     for name, row in found.items():
         assert (row["first"], row["second"], row["n"]) == (pytest.approx(one[name]), pytest.approx(other[name]), 40)

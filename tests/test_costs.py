@@ -12,10 +12,10 @@ from click.testing import CliRunner
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ichprog import costs, registry, zoo
+from ichprog import profiling, registry, zoo
 from ichprog.backbones import Backbone
 from ichprog.cli import main
-from ichprog.errors import PluginError, SpecError, UnknownName
+from ichprog.errors import PluginError, SpecError, UnknownNameError
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "costs.md"
@@ -64,7 +64,7 @@ def by_formula(name, shape):
     ("compact", (24, 112, 112)), ("perez2023", (40, 60, 50)), ("densenet121", (32, 48, 40)),
 ])  # fmt: skip
 def test_operations_of_convolutions_are_those_of_the_formula(name, shape):
-    found = costs.measure(BACKBONE, name, shape=shape)
+    found = profiling.measure(BACKBONE, name, shape=shape)
     expected, features = by_formula(name, shape)
     assert found.gflop == pytest.approx(expected, rel=1e-12)
     assert found.found == features
@@ -82,7 +82,7 @@ def test_a_convolution_by_hand(registered):
     registered(
         registry.backbones, lambda: Backbone(nn.Sequential(nn.Conv3d(1, 6, (1, 2, 3), (1, 2, 1))), 6, "features.0")
     )
-    found = costs.measure(BACKBONE, "mine", shape=(4, 6, 8))
+    found = profiling.measure(BACKBONE, "mine", shape=(4, 6, 8))
     assert found.parameters == 6 * 1 * 2 * 3 + 6
     assert found.found == (6, 4, 3, 6)
     assert found.gflop == pytest.approx(2 * (6 * 4 * 3 * 6) * (1 * 2 * 3) / 1e9)
@@ -111,7 +111,7 @@ def test_memory_is_what_tensors_hold_at_once(registered):
     registered(registry.backbones, Copies)
     shape = (16, 32, 32)
     grid = 4 * math.prod(shape)
-    found = costs.measure(BACKBONE, "mine", shape=shape)
+    found = profiling.measure(BACKBONE, "mine", shape=shape)
     # a copy of eight channels, of which the view keeps all, a half of it, and what repeats that; the ReLU needs less
     assert found.memory == 4000 + grid + (8 + 4 + 8) * grid
     assert found.parameters == 0
@@ -119,7 +119,7 @@ def test_memory_is_what_tensors_hold_at_once(registered):
 
 
 def test_memory_and_operations_of_a_head(registered):
-    found = costs.measure(HEAD, "softmax")
+    found = profiling.measure(HEAD, "softmax")
     assert found.given == by_formula("densenet121", zoo.find(zoo.DEFAULT).input.shape)[1] == (1024, 1, 9, 9)
     assert found.found == (3,)
     assert found.parameters == 1024 * 3 + 3
@@ -139,18 +139,18 @@ def test_passes_of_a_method_are_counted(registered):
         return total
 
     registered(registry.saliency, several)
-    found = costs.measure(METHOD, "mine")
+    found = profiling.measure(METHOD, "mine")
     assert (found.forward, found.back) == (1 + 4 + 3, 3)  # the first is the pass that all methods are given
     assert found.parameters is None
-    once = costs.measure(METHOD, "guided_backprop")
+    once = profiling.measure(METHOD, "guided_backprop")
     assert (once.forward, once.back) == (1, 1)
     assert once.given == once.found == found.found
-    assert costs.measure(METHOD, "grad_cam").found == costs.measure(BACKBONE, "compact").found[1:]
+    assert profiling.measure(METHOD, "grad_cam").found == profiling.measure(BACKBONE, "compact").found[1:]
     forward = by_formula("compact", once.given)[0] + 2 * 64 * 1e-9
     assert found.gflop > 8 * forward
     # on the way back a convolution costs what it did, but the weights are fixed; each pass is to the grid
     assert found.gflop == pytest.approx(8 * forward + 3 * forward, rel=1e-6)
-    assert costs.measure(METHOD, "guided_grad_cam").back == 2
+    assert profiling.measure(METHOD, "guided_grad_cam").back == 2
 
 
 def test_nothing_is_left_and_what_fails_is_told_whose_it_is(registered):
@@ -161,37 +161,37 @@ def test_nothing_is_left_and_what_fails_is_told_whose_it_is(registered):
     registered(registry.saliency, failing)
     before = torch.get_rng_state()
     with pytest.raises(PluginError, match=r"'mine' of this session fails on .*ZeroDivisionError: by zero"):
-        costs.measure(METHOD, "mine")
-    costs.measure(BACKBONE, "compact", shape=(8, 16, 16))
+        profiling.measure(METHOD, "mine")
+    profiling.measure(BACKBONE, "compact", shape=(8, 16, 16))
     assert torch.equal(torch.get_rng_state(), before)
     with pytest.raises(PluginError, match=r"'perez2023' of ichprog .* fails on \(1, 1, 8, 16, 16\)"):
-        costs.measure(BACKBONE, "perez2023", shape=(8, 16, 16))
+        profiling.measure(BACKBONE, "perez2023", shape=(8, 16, 16))
     with pytest.raises(PluginError, match="default backbone gives no features"):
-        costs.measure(HEAD, "softmax", shape=(8, 16, 16))
+        profiling.measure(HEAD, "softmax", shape=(8, 16, 16))
     registered(registry.heads, lambda channels, labels, *, needed: None)
     with pytest.raises(SpecError, match="needed"):
-        costs.measure(HEAD, "mine")
-    with pytest.raises(UnknownName, match="kind of plugin"):
-        costs.measure("layer", "mine")
+        profiling.measure(HEAD, "mine")
+    with pytest.raises(UnknownNameError, match="kind of plugin"):
+        profiling.measure("layer", "mine")
 
 
 def test_what_is_asked_for(registered):
     registered(
         registry.backbones, lambda rest, **options: Backbone(nn.Sequential(nn.ReLU()), 1, "features.0"), "many/*"
     )
-    everything = costs.claims()
+    everything = profiling.claims()
     assert ("backbone", "compact") in everything
     assert not any(name.endswith("*") for _, name in everything)
     assert len(everything) == len(set(everything)) >= 10
-    assert costs.claims(["many/one", "grad_cam"]) == [(BACKBONE, "many/one"), (METHOD, "grad_cam")]
-    assert costs.measure(BACKBONE, "many/one", shape=(2, 3, 4)).found == (1, 2, 3, 4)
-    assert costs.claims(kinds=[HEAD]) == [(HEAD, name) for name in registry.heads.names()]
-    with pytest.raises(UnknownName, match=r"no backbone or head or saliency method 'compakt'.*compact"):
-        costs.claims(["compakt"])
-    with pytest.raises(UnknownName, match="no head 'compact'"):
-        costs.claims(["compact"], [HEAD])
-    with pytest.raises(UnknownName, match="no kind of plugin 'layer'"):
-        costs.claims(kinds=["layer"])
+    assert profiling.claims(["many/one", "grad_cam"]) == [(BACKBONE, "many/one"), (METHOD, "grad_cam")]
+    assert profiling.measure(BACKBONE, "many/one", shape=(2, 3, 4)).found == (1, 2, 3, 4)
+    assert profiling.claims(kinds=[HEAD]) == [(HEAD, name) for name in registry.heads.names()]
+    with pytest.raises(UnknownNameError, match=r"no backbone or head or saliency method 'compakt'.*compact"):
+        profiling.claims(["compakt"])
+    with pytest.raises(UnknownNameError, match="no head 'compact'"):
+        profiling.claims(["compact"], [HEAD])
+    with pytest.raises(UnknownNameError, match="no kind of plugin 'layer'"):
+        profiling.claims(kinds=["layer"])
 
 
 def rows(text):
@@ -223,7 +223,7 @@ def test_the_command_says_it_as_tables_and_as_data(tmp_path):
         assert data["machine"] in text
     assert data["failed"] == []
     of_a_kind = CliRunner().invoke(main, ["plugins", "costs", "--kind", "head", "--kind", "saliency"])
-    assert set(rows(of_a_kind.stdout)) == {name for kind, name in costs.claims(kinds=[HEAD, METHOD])}
+    assert set(rows(of_a_kind.stdout)) == {name for kind, name in profiling.claims(kinds=[HEAD, METHOD])}
 
 
 def test_the_command_says_what_it_could_not_measure():
@@ -246,7 +246,7 @@ def test_the_page_is_up_to_date():
     page = rows(text)
     ours = [
         name
-        for plugins in costs.REGISTRIES.values()
+        for plugins in profiling.REGISTRIES.values()
         for name in plugins.names()
         if plugins.entry(name).distribution == "ichprog"
     ]
@@ -261,9 +261,9 @@ def test_the_page_is_up_to_date():
             assert page[name]["parameters"] == f"{sum(one.numel() for one in built.parameters()):,}"
     for name in registry.heads.names():
         if name in page:
-            assert page[name]["parameters"] == f"{costs.measure(HEAD, name).parameters:,}"
+            assert page[name]["parameters"] == f"{profiling.measure(HEAD, name).parameters:,}"
     for name in ("grad_cam", "guided_backprop", "guided_grad_cam"):
-        found = costs.measure(METHOD, name)
+        found = profiling.measure(METHOD, name)
         told = page[name]
         assert (told["forward"], told["back"], told["map"]) == (
             str(found.forward), str(found.back), " x ".join(map(str, found.found)),

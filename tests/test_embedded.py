@@ -41,7 +41,7 @@ def test_it_is_small_whole_and_says_what_it_is(model):
     assert len(model.weights) >= 3
     assert sum(file.path.stat().st_size for file in model.weights) <= 2_000_000
     assert {file.path.name: file.sha256 for file in model.weights} == dict(model.spec.weights.sha256)
-    assert model.probe()["state"] == "holds"
+    assert model.check_golden_output()["state"] == "holds"
     assert "simulated" in model.spec.notice
     prediction = ichprog.predict(model, picture(volume_ml=20.0))
     assert "simulated" in prediction.provenance["notice"]

@@ -15,15 +15,15 @@ from click.testing import CliRunner
 from safetensors.torch import save_file
 
 import ichprog
-from ichprog import CohortError, RunError, UnknownName, network, registry, zoo
+from ichprog import CohortError, RunError, UnknownNameError, networks, registry, zoo
 from ichprog.cli import main
 from ichprog.cli.evaluate import evaluate as command
 from ichprog.cohort import Cohort
-from ichprog.spec import Part
-from ichprog.study.evaluate import SEVERAL
-from ichprog.study.evaluate import evaluate as evaluate_model
-from ichprog.study.leak import guard
-from ichprog.study.predictions import Predictions
+from ichprog.evaluation.evaluate import SEVERAL
+from ichprog.evaluation.evaluate import evaluate as evaluate_model
+from ichprog.evaluation.leakage import guard
+from ichprog.evaluation.predictions import Predictions
+from ichprog.spec import PluginRef
 from ichprog.train import PRESETS, train
 
 from conftest import REPOSITORY, bright_backbone
@@ -67,9 +67,9 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def spec():
     found = zoo.find(zoo.DEFAULT)
-    plausible = dataclasses.replace(found.input.plausible, blood_dense_ml=0.0)
-    contract = dataclasses.replace(found.input, shape=(8, 24, 24), plausible=plausible)
-    return dataclasses.replace(found, name="small.three", backbone=Part("compact", {"width": 4}), input=contract)
+    plausible = dataclasses.replace(found.input.expected_ranges, blood_dense_ml=0.0)
+    contract = dataclasses.replace(found.input, shape=(8, 24, 24), expected_ranges=plausible)
+    return dataclasses.replace(found, name="small.three", backbone=PluginRef("compact", {"width": 4}), input=contract)
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def cohort(folder):
 @pytest.fixture(scope="module")
 def run(folder, cohort, spec, tmp_path_factory):
     """A run of three folds."""
-    protocol = PRESETS["default"].but(epochs=3, patience=0, batch=8, lr=0.02, validation=0.25)
+    protocol = PRESETS["default"].replace(epochs=3, patience=0, batch=8, lr=0.02, validation=0.25)
     out = tmp_path_factory.mktemp("run") / "run"
     return train(cohort, spec, out, folds=3, protocol=protocol, cache_dir=folder / "cache")
 
@@ -264,13 +264,13 @@ def released_model(root):
     weights = dataclasses.replace(found.weights, folder="Small", format="safetensors", keys={})
     contract = dataclasses.replace(found.input, shape=(8, 24, 24), pad_slices=False)
     spec = dataclasses.replace(
-        found, name="small.released", backbone=Part("bright", {}), weights=weights, input=contract
+        found, name="small.released", backbone=PluginRef("bright", {}), weights=weights, input=contract
     )
     place = root / REPOSITORY.repo / "Small"
     place.mkdir(parents=True)
     torch.manual_seed(0)
     for fold in (0, 3):
-        state = {k: v.abs() * 40 + fold for k, v in network.build(spec).state_dict().items()}
+        state = {k: v.abs() * 40 + fold for k, v in networks.build(spec).state_dict().items()}
         save_file(state, place / f"fold{fold}.safetensors")
     ichprog.register_model(spec)
     return spec.name
@@ -434,7 +434,7 @@ def test_a_cohort_with_none_of_the_columns_is_wrong_use(run, folder, tmp_path, a
     done = ask(f"local-dir:{run}", tmp_path / "bare.csv")
     assert done.exit_code == 2
     assert "Fill one of the columns poor_outcome, gcs, age" in done.output
-    with pytest.raises(UnknownName):
+    with pytest.raises(UnknownNameError):
         evaluate("small.nothing", tmp_path / "bare.csv")
 
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from monai import transforms
 
-from ichprog import grid, zoo
+from ichprog import preprocessing, zoo
 
 import published
 
@@ -32,7 +32,7 @@ def test_equals_the_published_chain(tmp_path, shape, dtype):
     hu = random_hu(shape).astype(dtype)
     nib.Nifti1Image(hu, np.diag([-0.5, -0.5, 5, 1])).to_filename(tmp_path / "brain.nii.gz")
     expected = published.grid(tmp_path / "brain.nii.gz")[0].numpy()
-    got = grid.prepare(hu, CONTRACT)
+    got = preprocessing.prepare(hu, CONTRACT)
     assert got.shape == (40, 301, 301)
     assert got.dtype == np.float32
     assert np.abs(got - expected).max() <= 1e-6
@@ -52,15 +52,15 @@ def test_equals_monai_at_any_size(shape, seed, order, small):
     y = (hu - 15) / 85
     y = np.where((y <= 0) | (y >= 1), 0, y).astype(np.float32)[None]
     y = transforms.Resize((13, 17, 9), mode="area")(transforms.SpatialPad((-1, -1, 9))(y)).numpy()
-    assert np.abs(grid.prepare(hu, contract) - y[0].transpose(2, 1, 0)).max() <= 1e-6
+    assert np.abs(preprocessing.prepare(hu, contract) - y[0].transpose(2, 1, 0)).max() <= 1e-6
 
 
 def test_what_is_denser_than_the_window_is_removed_or_kept_as_the_spec_says():
     hu = np.full((4, 4, 40), 150, np.float32)
-    assert grid.prepare(hu, CONTRACT).max() == 0
+    assert preprocessing.prepare(hu, CONTRACT).max() == 0
     window = type(CONTRACT.window)(15, 100, "one")
     contract = type(CONTRACT)(**{**vars(CONTRACT), "window": window})
-    assert grid.prepare(hu, contract).min() == 1
+    assert preprocessing.prepare(hu, contract).min() == 1
 
 
 @pytest.mark.parametrize("slices", [24, 40, 54])
@@ -68,8 +68,8 @@ def test_a_map_comes_back_to_the_voxels_it_was_made_of(slices):
     """A smooth pattern over the scan, averaged to the grid and brought back, is the pattern."""
     i, j, k = np.meshgrid(*(np.linspace(-1, 1, n) for n in (512, 480, slices)), indexing="ij", sparse=True)
     pattern = (55 + 10 * i - 10 * j + 5 * k + 10 * i * j).astype(np.float32)
-    there = grid.prepare(pattern, CONTRACT)
-    back = grid.to_scan(there, pattern.shape, CONTRACT)
+    there = preprocessing.prepare(pattern, CONTRACT)
+    back = preprocessing.to_scan(there, pattern.shape, CONTRACT)
     assert back.shape == pattern.shape
     inner = (slice(4, -4), slice(4, -4), slice(2, -2))
     assert np.abs(back[inner] * 85 + 15 - pattern[inner]).max() < 0.2
@@ -78,7 +78,7 @@ def test_a_map_comes_back_to_the_voxels_it_was_made_of(slices):
 def test_a_coarse_map_spreads_over_the_whole_scan():
     coarse = np.zeros((1, 9, 9), np.float32)
     coarse[0, 4, 1] = 1  # middle row, second column from the patient's right
-    back = grid.to_scan(coarse, (512, 512, 30), CONTRACT)
+    back = preprocessing.to_scan(coarse, (512, 512, 30), CONTRACT)
     i, j, _ = np.unravel_index(back.argmax(), back.shape)
     assert abs(i - 512 * 1.5 / 9) < 2
     assert abs(j - 256) < 2

@@ -14,11 +14,11 @@ from scipy import optimize, special, stats
 from torch import nn
 
 import ichprog
-from ichprog import SpecError, heads, network, registry, release, testing, zoo
+from ichprog import SpecError, export, heads, networks, registry, testing, zoo
 from ichprog.backbones import Backbone
 from ichprog.hub import WeightFile
-from ichprog.runtime import choose, members
-from ichprog.spec import Part, Target, Task
+from ichprog.runtime import members
+from ichprog.spec import PluginRef, Target, Task
 from ichprog.train import PRESETS, train
 
 RISING = {2: [80.0], 3: [60.0, 80.0], 7: [40.0, 50.0, 60.0, 65.0, 75.0, 90.0]}
@@ -221,7 +221,7 @@ def test_without_edges_labels_are_whole_numbers():
 )
 def test_edges_that_are_none_are_refused(edges):
     with pytest.raises(SpecError, match="'interval_regression' refuses its options"):
-        network.build_head(Part("interval_regression", {"edges": edges}), 3, names(3))
+        networks.build_head(PluginRef("interval_regression", {"edges": edges}), 3, names(3))
     if edges == [60.0, 60.0]:
         with pytest.raises(ValueError, match=r"3 labels need 2 edges that rise or fall.* given are \[60.0, 60.0\]"):
             heads.interval_regression(3, names(3), edges=edges)
@@ -326,22 +326,22 @@ def plain_backbone():
 
 def spec_of(*tasks):
     like = zoo.find(zoo.DEFAULT)
-    doubts = dataclasses.replace(like.input.plausible, blood_dense_ml=0.0)
+    doubts = dataclasses.replace(like.input.expected_ranges, blood_dense_ml=0.0)
     return dataclasses.replace(
         like,
         name="plain.new",
-        backbone=Part("plain", {}),
+        backbone=PluginRef("plain", {}),
         tasks=tasks,
-        input=dataclasses.replace(like.input, shape=(8, 24, 24), plausible=doubts),
+        input=dataclasses.replace(like.input, shape=(8, 24, 24), expected_ranges=doubts),
         weights=dataclasses.replace(
             like.weights, repo=None, revision=None, folder="", format="safetensors", keys={}, sha256={}
         ),
-        probe=None,
+        golden_output=None,
     )
 
 
 def task(name, labels, target, head, **given):
-    return Task(name, "", labels, target, Part(head, {"pool": "both", **given}), 0.5, 1.0)
+    return Task(name, "", labels, target, PluginRef(head, {"pool": "both", **given}), 0.5, 1.0)
 
 
 def new_tasks():
@@ -360,7 +360,7 @@ def test_openvino_answers_as_torch_does(number, plain_backbone, tmp_path):
     ]
     spec = spec_of(*made)
     torch.manual_seed(0)
-    state = {key: 20 * value for key, value in network.build(spec).state_dict().items()}
+    state = {key: 20 * value for key, value in networks.build(spec).state_dict().items()}
     save_file(state, tmp_path / "model.safetensors")
     file = WeightFile(0, tmp_path / "model.safetensors", "0" * 64, "here", "0" * 64)
     grids = np.random.default_rng(0).random((2, *spec.input.shape), np.float32)
@@ -379,9 +379,9 @@ def test_both_are_exported(plain_backbone, tmp_path):
     spec = spec_of(*new_tasks())
     (tmp_path / "model").mkdir()
     (tmp_path / "model/config.json").write_text(json.dumps(spec.to_dict()))
-    whole = network.build(spec).eval()
+    whole = networks.build(spec).eval()
     save_file(whole.state_dict(), tmp_path / "model/model.safetensors")
-    path = release.export(f"local-dir:{tmp_path / 'model'}", tmp_path / "out")
+    path = export.export(f"local-dir:{tmp_path / 'model'}", tmp_path / "out")
     grids = torch.rand(3, 1, *spec.input.shape)
     found = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(grids.numpy())
     with torch.no_grad():
@@ -412,7 +412,7 @@ def simulated(tmp_path_factory):
 def test_new_tasks_from_a_table_to_maps(simulated, plain_backbone, tmp_path):
     """Names, columns and heads that no model has had before, through training, answers and maps."""
     spec = spec_of(*new_tasks())
-    protocol = PRESETS["default"].but(epochs=12, patience=0, batch=6, lr=0.02, validation=0.34)
+    protocol = PRESETS["default"].replace(epochs=12, patience=0, batch=6, lr=0.02, validation=0.34)
     run = train(simulated / "cohort.csv", spec, tmp_path / "run", folds=2, protocol=protocol, cache_dir=tmp_path / "c")
     calibrations = [result["calibration"] for result in json.loads((run / "run.json").read_text())["results"].values()]
     assert all(found["rankin"] is None and found["years"] is not None for found in calibrations)

@@ -19,8 +19,8 @@ import safetensors.torch
 import torch
 
 from ichprog import hub, zoo
-from ichprog.errors import SpecError, UnknownName, WeightsError
-from ichprog.hub import remote
+from ichprog.errors import SpecError, UnknownNameError, WeightsError
+from ichprog.hub import client
 from ichprog.registry import Entry
 from ichprog.spec import ModelSpec
 
@@ -43,7 +43,8 @@ def make_spec(**weights: Any) -> ModelSpec:
     }  # fmt: skip
     task = {
         "name": "outcome", "meaning": "made up", "labels": ["good", "poor"], "threshold": 0.5, "loss_weight": 1.0,
-        "target": {"column": "outcome", "cuts": [1], "severe": "high"}, "head": {"name": "ordinal", "options": {}},
+        "target": {"column": "outcome", "bin_edges": [1], "severity": "high"},
+        "head": {"name": "ordinal", "options": {}},
     }  # fmt: skip
     return ModelSpec.from_dict(
         {
@@ -53,7 +54,7 @@ def make_spec(**weights: Any) -> ModelSpec:
             "tasks": [task],
             "input": {
                 "orientation": "LPS", "brain_only": True, "window": {"low": 0, "high": 1, "above": "zero"},
-                "shape": [2, 2, 2], "pad_slices": True, "resize": "area", "plausible": plausible,
+                "shape": [2, 2, 2], "pad_slices": True, "resize": "area", "expected_ranges": plausible,
             },
             "weights": published | weights,
             "licence": {"code": "MIT", "weights": "MIT", "data": "none"},
@@ -61,7 +62,7 @@ def make_spec(**weights: Any) -> ModelSpec:
             "intended_use": "tests",
             "limits": [],
             "notice": "made up",
-            "probe": None,
+            "golden_output": None,
         }
     )  # fmt: skip
 
@@ -139,7 +140,7 @@ def test_one_fold_fetches_one_file(server: HubServer) -> None:
     assert len(server.asked("GET /org/repo/resolve")) == 1
     manifest = json.loads((file.path.parent / "manifest.json").read_text())
     assert manifest["files"][FILE]["file"] is None
-    with pytest.raises(UnknownName, match=r"fold .* '1'.*0, 3"):
+    with pytest.raises(UnknownNameError, match=r"fold .* '1'.*0, 3"):
         hub.weights(make_spec(), 1)
 
 
@@ -346,8 +347,8 @@ def test_a_dead_endpoint_is_told_within_five_seconds(monkeypatch: pytest.MonkeyP
 
 
 def test_an_endpoint_that_hangs_is_given_up_on(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "_KNOCK", 0.3)
-    monkeypatch.setattr(remote, "_PATIENCE", 0.3)
+    monkeypatch.setattr(client, "_KNOCK", 0.3)
+    monkeypatch.setattr(client, "_PATIENCE", 0.3)
     for part in ("HEAD /", "GET /api"):
         server.faults = {part: "hang"}
         with pytest.raises(WeightsError, match="did not answer in time"):
@@ -355,7 +356,7 @@ def test_an_endpoint_that_hangs_is_given_up_on(server: HubServer, monkeypatch: p
 
 
 def test_a_resolver_that_hangs_is_given_up_on(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "_KNOCK", 0.3)
+    monkeypatch.setattr(client, "_KNOCK", 0.3)
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: server.closing.wait(60) and [])
     with pytest.raises(WeightsError, match="did not answer in time"):
         hub.weights(make_spec())
@@ -438,7 +439,7 @@ def test_a_hub_name_that_leads_nowhere(server: HubServer) -> None:
     with pytest.raises(WeightsError, match="ichprog fetch hf-hub:org/repo@v1"):
         hub.resolve("hf-hub:org/repo@v1", offline=True)
     for name in (f"hf-hub:{REPO}", "hf-hub:repo@main", "hf-hub:", "somewhere/else", f"hf-hub:{REPO}@"):
-        with pytest.raises(UnknownName, match=r"hf-hub:org/repo\[/folder\]@revision"):
+        with pytest.raises(UnknownNameError, match=r"hf-hub:org/repo\[/folder\]@revision"):
             hub.resolve(name)
     (published(server).parent / "config.json").write_text('{"name": "half a spec"}')
     server.refs["main"] = "1" * 40  # a commit's files never change
@@ -509,9 +510,9 @@ def test_a_model_of_the_zoo_is_fetched_by_its_name(server: HubServer, registered
     assert server.requests == []
     with pytest.raises(WeightsError, match=r"`ichprog fetch tiny\.outcome`"):
         hub.fetch(registered.name, cache_dir=tmp_path / "other", offline=True)
-    with pytest.raises(UnknownName, match=r"fold .* '1'.*0, 3"):
+    with pytest.raises(UnknownNameError, match=r"fold .* '1'.*0, 3"):
         hub.fetch(registered.name, fold=1)
-    with pytest.raises(UnknownName, match=r"nearest: tiny\.outcome.*`ichprog models`"):
+    with pytest.raises(UnknownNameError, match=r"nearest: tiny\.outcome.*`ichprog models`"):
         hub.fetch("tiny.outcomes")
 
 
@@ -535,9 +536,9 @@ def test_what_looks_like_a_path_is_refused_with_both_spellings(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here").mkdir()
-    with pytest.raises(UnknownName, match=r"local-dir:PATH.*hf-hub:org/repo\[/folder\]@revision"):
+    with pytest.raises(UnknownNameError, match=r"local-dir:PATH.*hf-hub:org/repo\[/folder\]@revision"):
         hub.fetch(name)
-    with pytest.raises(UnknownName, match="`ichprog models`"):
+    with pytest.raises(UnknownNameError, match="`ichprog models`"):
         hub.fetch("nowhere")
 
 
@@ -558,7 +559,7 @@ def test_a_hub_name_is_fetched_with_its_spec(server: HubServer) -> None:
     server.requests.clear()
     assert hub.fetch(f"hf-hub:{REPO}/{FOLDER}@main", offline=True) == (spec, [file])
     assert server.requests == []
-    with pytest.raises(UnknownName, match="revision is needed"):
+    with pytest.raises(UnknownNameError, match="revision is needed"):
         hub.fetch(f"hf-hub:{REPO}/{FOLDER}")
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import ichprog
-from ichprog import PluginError, ScanError, UnknownName, WeightsError, registry
+from ichprog import PluginError, ScanError, UnknownNameError, WeightsError, registry
 
 import published
 from conftest import REPOSITORY, SHARED, brain_hu
@@ -104,9 +104,9 @@ def test_the_other_label_is_explained_with_the_other_sign(bright_model, scan_pat
 
 def test_several_tasks_and_methods_come_from_one_forward_pass_a_fold(bright_model, scan_path):
     model = ichprog.load_model(bright_model, runtime="torch")
-    scan = model.examine(scan_path)
+    scan = model.load_scan(scan_path)
     runs = []
-    hooks = [m.network.backbone.register_forward_hook(lambda *_: runs.append(1)) for m in model.members]
+    hooks = [m.network.backbone.register_forward_hook(lambda *_: runs.append(1)) for m in model.fold_runtimes]
     methods = ["guided_backprop", "grad_cam", "guided_grad_cam"]
     found = ichprog.explain(model, scan, task=["prognosis", "gcs", "age"], method=methods, layer="features.1")
     for hook in hooks:
@@ -115,7 +115,7 @@ def test_several_tasks_and_methods_come_from_one_forward_pass_a_fold(bright_mode
     assert len(runs) == len(model.weights) == 2
     alone = ichprog.explain(model, scan, task="gcs", method="grad_cam", layer="features.1")
     assert np.allclose(alone.grid_map, found["gcs", "grad_cam"].grid_map)
-    assert all(not m._forward_hooks for member in model.members for m in member.network.modules())
+    assert all(not m._forward_hooks for member in model.fold_runtimes for m in member.network.modules())
 
 
 def test_a_list_of_one_is_answered_with_a_dict(bright_model, scan_path):
@@ -146,7 +146,7 @@ def test_explaining_works_inside_no_grad_and_changes_no_switch(bright_model, sca
     ],
 )
 def test_wrong_words_are_answered_with_the_right_ones(arguments, said, bright_model, scan_path):
-    with pytest.raises(UnknownName, match=said):
+    with pytest.raises(UnknownNameError, match=said):
         ichprog.explain(bright_model, scan_path, **arguments)
 
 
@@ -166,7 +166,7 @@ def test_an_empty_map_is_said_to_be_empty(bright_model):
     assert not ichprog.explain(bright_model, nib.Nifti1Image(hu, image.affine)).empty
 
 
-def test_folds_are_averaged_in_probability_with_their_spread(hub_server, scan_path):
+def test_folds_are_averaged_in_probability_with_their_run_jobs(hub_server, scan_path):
     both = ichprog.predict(ichprog.load_model("perez2023.prognosis"), scan_path)["prognosis"]
     each = [
         ichprog.predict(ichprog.load_model("perez2023.prognosis", fold=fold), scan_path)["prognosis"] for fold in (0, 1)
@@ -176,7 +176,7 @@ def test_folds_are_averaged_in_probability_with_their_spread(hub_server, scan_pa
     assert both.std["poor"] == pytest.approx(np.std(poor, ddof=1))
     assert both.std["poor"] > 0
     assert each[0].std is None
-    with pytest.raises(UnknownName, match=r"no fold of .*There is: 0, 1"):
+    with pytest.raises(UnknownNameError, match=r"no fold of .*There is: 0, 1"):
         ichprog.load_model("perez2023.prognosis", fold=7)
 
 
@@ -209,7 +209,7 @@ def test_several_processes_load_one_model_at_once(hub_server, scan_path):
 
 def test_lists_are_answered_with_lists_and_iterables_with_iterators(bright_model, scan_path):
     model = ichprog.load_model(bright_model)
-    scan = model.examine(scan_path)
+    scan = model.load_scan(scan_path)
     assert isinstance(ichprog.predict(model, scan), ichprog.Prediction)
     assert [p.scan for p in ichprog.predict(model, [scan, scan])] == [scan.name] * 2
     taken = []
@@ -254,7 +254,7 @@ def test_failures_are_recorded_and_the_rest_goes_on(bright_model, scan_path, tmp
         empty["prognosis"]
     with pytest.raises(ScanError):
         ichprog.predict(bright_model, sources)
-    with pytest.raises(UnknownName, match="way to treat errors"):
+    with pytest.raises(UnknownNameError, match="way to treat errors"):
         ichprog.predict(bright_model, sources, on_error="ignore")
 
 
@@ -300,7 +300,7 @@ def test_bfloat16_is_near_float32(bright_model, scan_path):
     ],
 )
 def test_wrong_choices_are_answered_with_the_right_ones(arguments, said):
-    with pytest.raises(UnknownName, match=said):
+    with pytest.raises(UnknownNameError, match=said):
         ichprog.load_model(**{"name": "perez2023.prognosis", **arguments})
 
 
@@ -308,7 +308,7 @@ def test_wrong_choices_are_answered_with_the_right_ones(arguments, said):
 def test_a_real_head_ct_is_answered_and_explained(hub_server, tmp_path):
     """DICOM of a whole, tilted head: extraction, straightening and the map in the straightened scan's space."""
     model = ichprog.load_model("densenet121.prognosis_gcs3_age")
-    scan = model.examine(SHARED / "head_ct_ge_dicom.zip")
+    scan = model.load_scan(SHARED / "head_ct_ge_dicom.zip")
     prediction = ichprog.predict(model, scan)
     assert prediction.provenance["scan"]["brain"] == "extracted"
     assert 1000 < prediction.provenance["scan"]["brain_ml"] < 1700
@@ -340,7 +340,7 @@ def test_a_dead_endpoint_answers_soon(tmp_path):
     started = time.time()
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     kind, seconds = done.stdout.split()
-    assert kind == "NoNetworkError"
+    assert kind == "HubUnreachableError"
     assert float(seconds) < 5
     assert time.time() - started < 30
 

@@ -8,8 +8,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 import ichprog
-from ichprog import PluginError, SpecError, UnknownName, WeightsError, hub, network, registry, zoo
-from ichprog.spec import Part
+from ichprog import PluginError, SpecError, UnknownNameError, WeightsError, hub, networks, registry, zoo
+from ichprog.spec import PluginRef
 
 import published
 
@@ -80,7 +80,7 @@ def test_a_published_checkpoint_gives_the_published_logits(name, tmp_path):
     spec = zoo.find(name)
     theirs = published.network(name, seed=7)
     save_file(hub.translate(theirs.state_dict(), spec.weights.keys, "test"), tmp_path / "fold0.safetensors")
-    ours = network.load(spec, tmp_path / "fold0.safetensors")
+    ours = networks.load(spec, tmp_path / "fold0.safetensors")
     grid = torch.rand(2, 1, 40, 64, 64)
     with torch.no_grad():
         expected, got = theirs(grid), ours(grid)
@@ -99,7 +99,7 @@ def test_parameters_are_as_many_as_stated():
 @pytest.mark.parametrize("change", ["missing", "extra", "shape", "not safetensors"])
 def test_weights_fit_to_the_letter_or_not_at_all(change, tmp_path):
     spec = zoo.find("perez2023.prognosis")
-    state = network.build(spec).state_dict()
+    state = networks.build(spec).state_dict()
     path = tmp_path / "fold0.safetensors"
     if change == "missing":
         del state["heads.prognosis.linear.bias"]
@@ -117,21 +117,21 @@ def test_weights_fit_to_the_letter_or_not_at_all(change, tmp_path):
         "not safetensors": "cannot be read as safetensors",
     }
     with pytest.raises(WeightsError, match=said[change]):
-        network.load(spec, path)
+        networks.load(spec, path)
 
 
 def with_backbone(name, **options):
-    return dataclasses.replace(zoo.find("perez2023.prognosis"), backbone=Part(name, options))
+    return dataclasses.replace(zoo.find("perez2023.prognosis"), backbone=PluginRef(name, options))
 
 
 def test_an_unknown_backbone_names_the_nearest():
-    with pytest.raises(UnknownName, match=r"no backbone 'densenet112'.*nearest: densenet121"):
-        network.build(with_backbone("densenet112"))
+    with pytest.raises(UnknownNameError, match=r"no backbone 'densenet112'.*nearest: densenet121"):
+        networks.build(with_backbone("densenet112"))
 
 
 def test_a_wrong_option_is_said():
     with pytest.raises(SpecError, match=r"refuses its options .*colour"):
-        network.build(with_backbone("perez2023", colour="red"))
+        networks.build(with_backbone("perez2023", colour="red"))
 
 
 @pytest.fixture
@@ -159,7 +159,7 @@ def plugin():
 def test_a_backbone_that_breaks_its_contract_is_named(build, said, plugin):
     plugin("broken", build)
     with pytest.raises(PluginError, match=f"backbone 'broken'.*{said}"):
-        network.build(with_backbone("broken"))
+        networks.build(with_backbone("broken"))
 
 
 def test_a_cam_layer_that_is_not_there_is_said(plugin):
@@ -170,14 +170,14 @@ def test_a_cam_layer_that_is_not_there_is_said(plugin):
 
     plugin("lost", build)
     with pytest.raises(PluginError, match="'nowhere' names none of its modules"):
-        network.build(with_backbone("lost"))
+        networks.build(with_backbone("lost"))
 
 
 def test_weights_are_laid_out_where_they_are_of_3d_convolutions():
     """A backbone may hold 2D convolutions, which slices go through."""
     module = nn.ModuleDict({"flat": nn.Conv2d(2, 3, 3), "deep": nn.Conv3d(2, 3, 3), "linear": nn.Linear(2, 3)})
     before = {key: values.clone() for key, values in module.state_dict().items()}
-    network.channels_last(module)
+    networks.channels_last(module)
     assert module["deep"].weight.is_contiguous(memory_format=torch.channels_last_3d)
     assert module["flat"].weight.is_contiguous()
     for key, values in module.state_dict().items():

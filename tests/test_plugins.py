@@ -377,7 +377,7 @@ def test_a_family_takes_the_rest_of_the_name(registered, bright_model):
         testing.check_backbone("many/of/them", width=3)
         assert registry.backbones.entry("many/of/them").name == "many/*"
         for name in ("many", "many/", "man/y"):
-            with pytest.raises(ichprog.errors.UnknownName, match=re.escape(name)):
+            with pytest.raises(ichprog.errors.UnknownNameError, match=re.escape(name)):
                 registry.backbones.load(name)
         with pytest.raises(PluginError, match=r"claimed by this session and this session"):
             registry.backbones.register("many/one", family)

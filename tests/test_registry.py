@@ -10,7 +10,7 @@ from importlib.metadata import entry_points
 import pytest
 
 import ichprog
-from ichprog import PluginError, SpecError, UnknownName, registry, zoo
+from ichprog import PluginError, SpecError, UnknownNameError, registry, zoo
 
 
 @pytest.fixture
@@ -99,7 +99,9 @@ def test_what_is_registered_by_hand_takes_no_name_that_is_taken():
 
 
 def test_an_unknown_name_says_what_there_is():
-    with pytest.raises(UnknownName, match=r"no saliency method 'x'. There is: grad_cam, guided_backprop, .*plugins"):
+    with pytest.raises(
+        UnknownNameError, match=r"no saliency method 'x'. There is: grad_cam, guided_backprop, .*plugins"
+    ):
         registry.saliency.load("x")
 
 

@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import ichprog
-from ichprog import network, registry, release, zoo
+from ichprog import export, networks, registry, zoo
 from ichprog.cli import main
-from ichprog.errors import IchprogError, PluginError, SpecError, UnknownName, WeightsError
-from ichprog.spec import ModelSpec, Part
+from ichprog.errors import IchprogError, PluginError, SpecError, UnknownNameError, WeightsError
+from ichprog.spec import ModelSpec, PluginRef
 
 import published
 from hub_server import HubServer
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload:De
 
 def shares(model, grids):
     """Each task's label probabilities, the mean over folds, as the library itself answers."""
-    answers = model.answers(grids)
+    answers = model.predict_grids(grids)
     return {task: np.mean([fold[task].probabilities for fold in answers], axis=0) for task in answers[0]}
 
 
@@ -76,8 +76,8 @@ def telling(bright_model):
 
 def test_the_file_answers_as_the_library_does_whatever_the_batch(telling, tmp_path):
     model = ichprog.load_model(telling)
-    path = release.export(model, tmp_path / "out" / "onnx")
-    other = release.export(telling, tmp_path / "out" / "ir", format="openvino")
+    path = export.export(model, tmp_path / "out" / "onnx")
+    other = export.export(telling, tmp_path / "out" / "ir", format="openvino")
     assert sorted(p.name for p in path.parent.iterdir()) == ["config.json", "model.onnx"]
     assert sorted(p.name for p in other.parent.iterdir()) == ["config.json", "model.bin", "model.xml"]
     assert sorted(p.name for p in path.parent.parent.iterdir()) == ["ir", "onnx"]
@@ -85,7 +85,7 @@ def test_the_file_answers_as_the_library_does_whatever_the_batch(telling, tmp_pa
     for batch in (1, 3):
         grids = np.random.default_rng(batch).random((batch, *model.spec.input.shape), np.float32)
         expected = shares(model, grids)
-        assert (model.answers(grids)[1]["gcs"].probabilities[:, 1] == 0).all()
+        assert (model.predict_grids(grids)[1]["gcs"].probabilities[:, 1] == 0).all()
         for found in (read_by_openvino(path, grids), read_by_openvino(other, grids), read_by_reference(path, grids)):
             agree(found, expected)
 
@@ -104,7 +104,7 @@ def test_published_networks_export(name, tmp_path):
     model = ichprog.load_model(f"local-dir:{folder}")
     grids = np.random.default_rng(0).random((3, 40, 64, 64), np.float32)
     expected = shares(model, grids)
-    found = read_by_openvino(release.export(model, tmp_path / "out"), grids)
+    found = read_by_openvino(export.export(model, tmp_path / "out"), grids)
     for task, values in expected.items():
         assert np.abs(found[task] - values).max() < 1e-5
 
@@ -113,7 +113,7 @@ def test_the_file_says_what_it_is_and_not_where_it_was_made(bright_model, tmp_pa
     import onnx
 
     model = ichprog.load_model(bright_model, fold=1)
-    path = release.export(model, tmp_path / "out")
+    path = export.export(model, tmp_path / "out")
     loaded = onnx.load(path)
     onnx.checker.check_model(loaded, full_check=True)
     assert {entry.key: entry.value for entry in loaded.metadata_props} == {
@@ -153,23 +153,23 @@ def test_a_head_that_cannot_be_exported_is_named(how, bright_model, tmp_path, mo
     monkeypatch.setattr(registry.heads, "_registered", {})
     ichprog.register_head("peculiar", Peculiar)
     first, second, third = (spec := ichprog.load_model(bright_model, fold=0).spec).tasks
-    tasks = (first, dataclasses.replace(second, head=Part("peculiar", {"how": how})), third)
+    tasks = (first, dataclasses.replace(second, head=PluginRef("peculiar", {"how": how})), third)
     spec = dataclasses.replace(spec, tasks=tasks)
-    save_file(network.build(spec).state_dict(), tmp_path / "fold0.safetensors")
+    save_file(networks.build(spec).state_dict(), tmp_path / "fold0.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(spec.to_dict()))
     with pytest.raises(PluginError, match="head 'peculiar' of 'gcs' cannot be exported"):
-        release.export(f"local-dir:{tmp_path}", tmp_path / "out")
+        export.export(f"local-dir:{tmp_path}", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob(".export-*"))
     assert tuple(capfd.readouterr()) == ("", "")
 
 
 def test_what_is_missing_or_unknown_is_said(bright_model, tmp_path, monkeypatch):
-    with pytest.raises(UnknownName, match=r"'tflite'.*onnx, openvino"):
-        release.export(bright_model, tmp_path / "out", format="tflite")
+    with pytest.raises(UnknownNameError, match=r"'tflite'.*onnx, openvino"):
+        export.export(bright_model, tmp_path / "out", format="tflite")
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(IchprogError, match=r"onnxscript: pip install 'ichprog\[export\]'"):
-        release.export(bright_model, tmp_path / "out")
+        export.export(bright_model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -178,7 +178,7 @@ def test_what_is_missing_or_unknown_is_said(bright_model, tmp_path, monkeypatch)
 
 def test_the_card_says_what_there_is_to_say(bright_model):
     spec = ichprog.load_model(bright_model).spec
-    text = release.card(spec, REPO)
+    text = export.card(spec, REPO)
     front, _, body = text.removeprefix("---\n").partition("\n---\n")
     assert front.splitlines()[:2] == ["license: other", "library_name: ichprog"]
     assert {"- ichprog", "- medical", "- intracranial-haemorrhage"} <= set(front.splitlines())
@@ -187,7 +187,7 @@ def test_the_card_says_what_there_is_to_say(bright_model):
         assert said in body
     assert "## Training" not in body
     free = dataclasses.replace(spec, licence=dataclasses.replace(spec.licence, weights="Apache-2.0"))
-    assert "\nlicense: apache-2.0\n" in release.card(free, REPO)
+    assert "\nlicense: apache-2.0\n" in export.card(free, REPO)
 
 
 def test_the_cards_python_runs(on_the_hub, scan_path):
@@ -238,7 +238,7 @@ def run(telling):
 
 @pytest.fixture
 def on_the_hub(hub, run):
-    return hub, release.publish(run, REPO)
+    return hub, export.publish(run, REPO)
 
 
 def test_what_was_published_loads_from_an_empty_cache_and_answers_the_same(on_the_hub, run):
@@ -271,19 +271,19 @@ def test_nothing_that_names_patients_is_sent(on_the_hub):
 def test_figures_of_other_weights_are_not_told(run):
     state = load_file(run / "fold1.safetensors")
     save_file({key: value + 1 for key, value in state.items()}, run / "fold1.safetensors")
-    text = release.pack(run, REPO).card
+    text = export.pack(run, REPO).card
     assert "1 of 10 are here" in text
     assert "0.650" not in text
 
 
 def test_publishing_again(on_the_hub, run, capfd):
     server, first = on_the_hub
-    assert release.publish(run, REPO) == first  # nothing changed, so there is no new commit
+    assert export.publish(run, REPO) == first  # nothing changed, so there is no new commit
     (run / "fold1.safetensors").unlink()
-    second = release.publish(run, REPO, message="one fold")
+    second = export.publish(run, REPO, message="one fold")
     assert second != first
     assert server.commits[-1] == ("one fold", ["README.md", "config.json", "fold1.safetensors"])
-    assert len(ichprog.load_model(second).members) == 1
+    assert len(ichprog.load_model(second).fold_runtimes) == 1
     assert tuple(capfd.readouterr()) == ("", "")
 
 
@@ -301,26 +301,26 @@ def test_publishing_again(on_the_hub, run, capfd):
 def test_refusals_say_what_to_do(faults, said, hub, run):
     hub.faults.update(faults)
     with pytest.raises(WeightsError, match=f"^{REPO}: nothing was published: .*{said}"):
-        release.publish(run, REPO)
+        export.publish(run, REPO)
     assert hub.commits == []
 
 
 def test_a_wrong_token_none_and_no_network(hub, run, monkeypatch, tmp_path):
     with pytest.raises(WeightsError, match=r"HTTP 403.*may not write.*HF_TOKEN"):
-        release.publish(run, REPO, token="hf_reader")
+        export.publish(run, REPO, token="hf_reader")
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "none"))
     hub.requests.clear()
     with pytest.raises(WeightsError, match=r"without a token.*`hf auth login`"):
-        release.publish(run, REPO)
+        export.publish(run, REPO)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(WeightsError, match="HF_HUB_OFFLINE is set"):
-        release.publish(run, REPO, token="hf_writer")
+        export.publish(run, REPO, token="hf_writer")
     assert hub.requests == []
     monkeypatch.delenv("HF_HUB_OFFLINE")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(WeightsError, match=r"nothing was published.*cannot be reached"):
-        release.publish(run, REPO, token="hf_writer")
+        export.publish(run, REPO, token="hf_writer")
 
 
 def change(run, **weights):
@@ -331,24 +331,24 @@ def change(run, **weights):
 
 def test_a_folder_that_is_no_whole_model_is_not_sent(hub, run):
     for repo in ("bright", "org/bright/more", "org/a b", "org/a..b"):
-        with pytest.raises(UnknownName, match="org/name"):
-            release.publish(run, repo)
+        with pytest.raises(UnknownNameError, match="org/name"):
+            export.publish(run, repo)
     with pytest.raises(SpecError, match=r"config\.json"):
-        release.publish(run.parent / "nowhere", REPO)
+        export.publish(run.parent / "nowhere", REPO)
     change(run, sha256={"fold7.safetensors": "0" * 64})
     with pytest.raises(WeightsError, match=r"fold7\.safetensors.*missing"):
-        release.publish(run, REPO)
+        export.publish(run, REPO)
     change(run, sha256={"fold1.safetensors": "0" * 64})
     with pytest.raises(WeightsError, match="SHA-256"):
-        release.publish(run, REPO)
+        export.publish(run, REPO)
     change(run, sha256={})
     save_file({"a": torch.ones(1)}, run / "fold1.safetensors")
     with pytest.raises(WeightsError, match="keys do not fit"):
-        release.publish(run, REPO)
+        export.publish(run, REPO)
     change(run, keys={"backbone.": "backbone.", "heads.": "heads."})
     (run / "fold1.safetensors").unlink()
     with pytest.raises(WeightsError, match="another project's form"):
-        release.publish(run, REPO)
+        export.publish(run, REPO)
     assert hub.requests == []
 
 
@@ -368,7 +368,7 @@ def test_export_and_publish_by_command(hub, run, tmp_path):
 
     done = call("publish", run, REPO, "--dry-run")
     assert "fold1.safetensors" in done.stdout
-    assert done.stdout.endswith(release.pack(run, REPO).card)
+    assert done.stdout.endswith(export.pack(run, REPO).card)
     done = call("publish", f"local-dir:{run}", REPO, "--dry-run", "--json")
     assert list(json.loads(done.stdout)["files"]) == [
         "README.md", "config.json", "fold0.safetensors", "fold1.safetensors",

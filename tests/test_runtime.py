@@ -16,7 +16,7 @@ from torch.nn import functional
 import ichprog
 from ichprog import registry
 from ichprog.backbones import Backbone
-from ichprog.errors import PluginError, UnknownName
+from ichprog.errors import PluginError, UnknownNameError
 
 from conftest import brain_hu, local_model
 
@@ -104,11 +104,11 @@ def grids():
 
 
 def logits(model, grids):
-    return np.concatenate([answer.logits for answer in model.answers(grids)[0].values()], 1)
+    return np.concatenate([answer.logits for answer in model.predict_grids(grids)[0].values()], 1)
 
 
 def probabilities(model, grids):
-    return np.concatenate([answer.probabilities for answer in model.answers(grids)[0].values()], 1)
+    return np.concatenate([answer.probabilities for answer in model.predict_grids(grids)[0].values()], 1)
 
 
 @pytest.mark.parametrize("backbone", [*BACKBONES, *UNCOVERED])
@@ -136,16 +136,16 @@ def test_bfloat16_is_near_float32(backbone, model_of, grids):
     ((1, 1, 2), (3, 1, 2), 0, 11),
 ])  # fmt: skip
 def test_columns_in_pairs_give_the_same_numbers(kernel, stride, padding, columns):
-    from ichprog.runtime import engine
+    from ichprog.runtime.openvino import backend
 
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv3d(1, 4, kernel, stride, padding), nn.ReLU(), nn.Conv3d(4, 3, 1)).eval()
     values = torch.rand(1, 1, 12, 13, columns)
-    graph = engine.converted(network, values.shape[2:])
-    engine.pair_columns(graph)
+    graph = backend.converted(network, values.shape[2:])
+    backend.pair_columns(graph)
     weights = [op.input_value(1) for op in graph.get_ordered_ops() if op.get_type_name() == "Convolution"]
     assert [tuple(each.get_shape())[:2] for each in weights] == [(4, 2), (3, 4)]
-    found = engine.core().compile_model(graph, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})([values.numpy()])[0]
+    found = backend.core().compile_model(graph, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})([values.numpy()])[0]
     assert np.abs(found - network(values).detach().numpy()).max() < 1e-5
 
 
@@ -185,7 +185,7 @@ def test_autograd_explains_at_another_layer_and_for_other_methods(model_of, imag
     inner = ichprog.explain(model, image, method="grad_cam", layer="features.0.inner")
     assert (inner.provenance["runtime"], inner.grid_map.shape) == ("torch", (8, 12, 11))
     assert "layer" in inner.provenance["note"]
-    with pytest.raises(UnknownName, match="no layer 'nothing'"):
+    with pytest.raises(UnknownNameError, match="no layer 'nothing'"):
         ichprog.explain(model, image, method="grad_cam", layer="nothing")
     ichprog.register_saliency("itself", lambda score, grid, network: grid[0, 0])
     try:
@@ -200,17 +200,17 @@ def test_torch_stands_in_for_a_network_that_cannot_be_compiled(model_of, grids, 
     name = model_of("choosy")
     model = ichprog.load_model(name)
     assert model.runtime == "torch"
-    assert "OpenVINO cannot run its network" in model.note
-    assert ichprog.predict(model, image).provenance["note"] == model.note
+    assert "OpenVINO cannot run its network" in model.fallback_reason
+    assert ichprog.predict(model, image).provenance["note"] == model.fallback_reason
     assert np.array_equal(logits(model, grids), logits(ichprog.load_model(name, runtime="torch"), grids))
     with pytest.raises(PluginError, match=r"cannot run its network.*runtime='torch'"):
         ichprog.load_model(name, runtime="openvino")
 
 
 def test_a_compiled_network_that_answers_otherwise_is_not_used(model_of, monkeypatch, grids):
-    from ichprog.runtime import engine
+    from ichprog.runtime.openvino import backend
 
-    converted = engine.converted
+    converted = backend.converted
 
     def spoilt(module, *args):
         for parameter in module.parameters():
@@ -220,10 +220,10 @@ def test_a_compiled_network_that_answers_otherwise_is_not_used(model_of, monkeyp
             parameter.data -= 0.1
         return graph
 
-    monkeypatch.setattr(engine, "converted", spoilt)
+    monkeypatch.setattr(backend, "converted", spoilt)
     model = ichprog.load_model(model_of("dense"))
     assert model.runtime == "torch"
-    assert "differ" in model.note
+    assert "differ" in model.fallback_reason
 
 
 def test_other_shapes_than_the_models_own_are_answered(model_of):
@@ -246,7 +246,7 @@ import sys, numpy as np, ichprog
 model = ichprog.load_model({COMPACT!r}, fold=0, precision=sys.argv[1])
 grids = np.random.default_rng(1).random((1, 24, 112, 112), np.float32)
 print(model.runtime, *["torch" in sys.modules, "monai" in sys.modules, "openvino_telemetry" in sys.modules])
-print(*np.concatenate([a.logits for a in model.answers(grids)[0].values()], 1)[0])
+print(*np.concatenate([a.logits for a in model.predict_grids(grids)[0].values()], 1)[0])
 """
 
 
@@ -293,7 +293,7 @@ def test_the_second_use_needs_no_torch(filled, right):
 
 def test_a_precision_has_a_network_of_its_own(filled, right):
     model = ichprog.load_model(COMPACT, fold=0, precision="bfloat16")
-    if model.note is not None:
+    if model.fallback_reason is not None:
         pytest.skip("this processor does not compute in bfloat16")
     assert len(compiled_files()) == 2
     _, found = in_a_process("bfloat16")
@@ -387,9 +387,9 @@ def test_two_processes_at_once(right):
 
 
 def test_a_processor_without_bfloat16_answers_in_float32(monkeypatch, image):
-    from ichprog.runtime import engine
+    from ichprog.runtime.openvino import backend
 
-    monkeypatch.setattr(engine, "computes_in_bfloat16", lambda: False)
+    monkeypatch.setattr(backend, "computes_in_bfloat16", lambda: False)
     model = ichprog.load_model(COMPACT, fold=0, precision="bfloat16")
     assert (model.runtime, model.precision) == ("openvino", "float32")
     provenance = ichprog.predict(model, image).provenance
@@ -398,7 +398,7 @@ def test_a_processor_without_bfloat16_answers_in_float32(monkeypatch, image):
 
 
 def test_openvino_is_for_the_processor():
-    with pytest.raises(UnknownName, match=r"device of the runtime openvino.*runtime='torch'"):
+    with pytest.raises(UnknownNameError, match=r"device of the runtime openvino.*runtime='torch'"):
         ichprog.load_model(COMPACT, runtime="openvino", device="cuda")
     assert ichprog.load_model(COMPACT, fold=0, runtime="torch", device="cpu").runtime == "torch"
 
@@ -426,7 +426,7 @@ def test_kept_graphs_that_explain_are_loaded_where_they_serve(method, loaded, fi
         ichprog.explain(model, image, method=method)
     finally:
         registry.saliency.unregister("itself")
-    assert {graph for graph, _ in model.members[0]._programs} == loaded
+    assert {graph for graph, _ in model.fold_runtimes[0]._programs} == loaded
 
 
 def test_logging_and_warnings_are_left_alone():
@@ -442,13 +442,11 @@ print(0)
 
 def test_tasks_and_methods_share_one_forward_pass_and_one_way_back_a_task(model_of, image, monkeypatch):
     """Nine maps of a fold are one run of the forward graph and three of the backward one."""
-    from ichprog.runtime import compiled
+    from ichprog.runtime.openvino import runtime
 
     runs = []
-    infer = compiled._Program.infer
-    monkeypatch.setattr(
-        compiled._Program, "infer", lambda self, given: (runs.append(len(given)), infer(self, given))[1]
-    )
+    infer = runtime._Program.infer
+    monkeypatch.setattr(runtime._Program, "infer", lambda self, given: (runs.append(len(given)), infer(self, given))[1])
     model = ichprog.load_model(model_of("dense"))
     ichprog.explain(model, image)
     runs.clear()

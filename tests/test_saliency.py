@@ -7,10 +7,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from ichprog import PluginError, UnknownName, registry, saliency
+from ichprog import PluginError, UnknownNameError, registry, saliency
 from ichprog.backbones import Backbone
 from ichprog.heads import Ordinal, ordinal
-from ichprog.network import Network
+from ichprog.networks import Network
 
 METHODS = registry.saliency.names()
 
@@ -205,7 +205,7 @@ def test_nothing_is_left_behind(method, end, grid):
     elif end == "bad layer":
         if method == "guided_backprop":
             pytest.skip("takes no layer")
-        with pytest.raises(UnknownName, match=r"no layer 'features.66'.*nearest"):
+        with pytest.raises(UnknownNameError, match=r"no layer 'features.66'.*nearest"):
             attribute(score, grid, network, layer="features.66")
     else:
         with pytest.raises((IndexError, ZeroDivisionError)):

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 import ichprog
-from ichprog import ScanError, UnknownName, scan, zoo
+from ichprog import ScanError, UnknownNameError, scan, zoo
 
 import heads
 from conftest import brain_hu
 
-PLAUSIBLE = zoo.find(zoo.DEFAULT).input.plausible
+PLAUSIBLE = zoo.find(zoo.DEFAULT).input.expected_ranges
 AFFINE = np.diag([-2.5, -2.5, 5.0, 1.0])
 
 
@@ -107,9 +107,9 @@ def test_what_is_no_volume_in_space_is_refused(hu, values, affine, code):
 
 
 def test_an_oblique_scan_is_read_as_it_lies_and_said_in_degrees(hu):
-    straight = scan.examine(nib.Nifti1Image(hu, AFFINE), plausible=PLAUSIBLE)
-    slight = scan.examine(nib.Nifti1Image(hu, turned(12)), plausible=PLAUSIBLE)
-    much = scan.examine(nib.Nifti1Image(hu, turned(30)), plausible=PLAUSIBLE)
+    straight = scan.examine(nib.Nifti1Image(hu, AFFINE), expected_ranges=PLAUSIBLE)
+    slight = scan.examine(nib.Nifti1Image(hu, turned(12)), expected_ranges=PLAUSIBLE)
+    much = scan.examine(nib.Nifti1Image(hu, turned(30)), expected_ranges=PLAUSIBLE)
     assert np.array_equal(slight.hu, straight.hu)
     assert slight.record["obliquity_deg"] == pytest.approx(12, abs=0.1)
     assert "obliquity" not in {w.code for w in slight.warnings}
@@ -177,11 +177,11 @@ def test_what_is_no_scan_at_all_is_refused():
 @pytest.mark.parametrize("mode", ["auto", "given"])
 def test_what_a_network_needs_comes_before_the_examination_of_a_brain(hu, mode):
     image = nib.Nifti1Image(hu, AFFINE)
-    early, end = scan.begin(image, plausible=PLAUSIBLE, brain=mode)
+    early, end = scan.begin(image, expected_ranges=PLAUSIBLE, brain=mode)
     late = end()
     np.testing.assert_array_equal(early, late.hu)
     np.testing.assert_array_equal(early, scan.read(image).hu)
-    whole = scan.examine(image, plausible=PLAUSIBLE, brain=mode)
+    whole = scan.examine(image, expected_ranges=PLAUSIBLE, brain=mode)
     np.testing.assert_array_equal(late.brain, whole.brain)
     assert late.record == whole.record
     assert [w.code for w in late.warnings] == [w.code for w in whole.warnings]
@@ -189,7 +189,7 @@ def test_what_a_network_needs_comes_before_the_examination_of_a_brain(hu, mode):
 
 def test_a_brain_that_cannot_be_told_from_a_picture_is_refused_at_the_end(hu):
     picture = nib.Nifti1Image(np.where(hu == 0, 0, hu * 3 + 40).clip(0, 255).astype(np.uint8), AFFINE)
-    _, end = scan.begin(picture, plausible=PLAUSIBLE, brain="given")
+    _, end = scan.begin(picture, expected_ranges=PLAUSIBLE, brain="given")
     with pytest.raises(ScanError) as caught:
         end()
     assert caught.value.code == "eight-bit"
@@ -197,20 +197,20 @@ def test_a_brain_that_cannot_be_told_from_a_picture_is_refused_at_the_end(hu):
 
 def test_what_is_no_ct_is_refused_before_a_brain_is_looked_for(hu):
     with pytest.raises(ScanError) as caught:
-        scan.begin(nib.Nifti1Image((hu / 100).astype(np.float32), AFFINE), plausible=PLAUSIBLE, brain="extract")
+        scan.begin(nib.Nifti1Image((hu / 100).astype(np.float32), AFFINE), expected_ranges=PLAUSIBLE, brain="extract")
     assert caught.value.code == "not-hu"
 
 
 @pytest.mark.parametrize("mode", ["auto", "given", "extract"])
 def test_a_scan_of_no_possible_size_is_refused_at_once(hu, mode):
     with pytest.raises(ScanError) as caught:
-        scan.begin(nib.Nifti1Image(hu, AFFINE * 1000), plausible=PLAUSIBLE, brain=mode)
+        scan.begin(nib.Nifti1Image(hu, AFFINE * 1000), expected_ranges=PLAUSIBLE, brain=mode)
     assert caught.value.code == "spacing"
 
 
 def test_an_unknown_mode_is_refused_at_once(hu):
-    with pytest.raises(UnknownName, match="given"):
-        scan.begin(nib.Nifti1Image(hu, AFFINE), plausible=PLAUSIBLE, brain="givn")
+    with pytest.raises(UnknownNameError, match="given"):
+        scan.begin(nib.Nifti1Image(hu, AFFINE), expected_ranges=PLAUSIBLE, brain="givn")
 
 
 def test_examining_a_head_needs_no_scipy(tmp_path):
@@ -218,7 +218,7 @@ def test_examining_a_head_needs_no_scipy(tmp_path):
     head = heads.head(blood="deep").scan
     nib.Nifti1Image(head.hu, head.affine).to_filename(tmp_path / "head.nii.gz")
     code = "import sys, nibabel; before = set(sys.modules)\nfrom ichprog import scan, zoo\n"
-    code += "done = scan.examine(sys.argv[1], plausible=zoo.find(zoo.DEFAULT).input.plausible)\n"
+    code += "done = scan.examine(sys.argv[1], expected_ranges=zoo.find(zoo.DEFAULT).input.expected_ranges)\n"
     code += "print(done.record['brain'], *{m for m in set(sys.modules) - before if m.startswith('scipy')})"
     said = subprocess.run(
         [sys.executable, "-c", code, tmp_path / "head.nii.gz"], capture_output=True, text=True, check=True
@@ -227,9 +227,9 @@ def test_examining_a_head_needs_no_scipy(tmp_path):
 
 
 def test_an_examined_scan_is_taken_as_it_is(hu):
-    examined = scan.examine(nib.Nifti1Image(hu, AFFINE), plausible=PLAUSIBLE)
-    assert scan.examine(examined, plausible=PLAUSIBLE) is examined
-    early, end = scan.begin(examined, plausible=PLAUSIBLE)
+    examined = scan.examine(nib.Nifti1Image(hu, AFFINE), expected_ranges=PLAUSIBLE)
+    assert scan.examine(examined, expected_ranges=PLAUSIBLE) is examined
+    early, end = scan.begin(examined, expected_ranges=PLAUSIBLE)
     assert early is examined.hu
     assert end() is examined
     assert np.array_equal(np.asarray(ichprog.brain_mask(examined).dataobj) > 0, examined.brain)

@@ -8,7 +8,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from ichprog import scores
+from ichprog import clinical_scores
 
 ICH = {
     "gcs": {3: 2, 4: 2, 5: 1, 12: 1, 13: 0, 15: 0},
@@ -24,7 +24,7 @@ FUNC = {
     "gcs": {3: 0, 8: 0, 9: 2, 15: 2},
     "impaired_before": {False: 1, True: 0},
 }
-SCORES = [(scores.ich_score, ICH), (scores.func_score, FUNC)]
+SCORES = [(clinical_scores.ich_score, ICH), (clinical_scores.func_score, FUNC)]
 
 
 @pytest.mark.parametrize(("score", "table"), SCORES)
@@ -43,31 +43,40 @@ def test_the_ends_of_both_scores_have_their_published_outcome():
     best = {"gcs": 15, "age": 50, "volume_ml": 5}
     worst = {"gcs": 3, "age": 85, "volume_ml": 90}
     ich = [
-        scores.ich_score(**best, intraventricular=False, infratentorial=False),
-        scores.ich_score(**worst, intraventricular=True, infratentorial=True),
+        clinical_scores.ich_score(**best, intraventricular=False, infratentorial=False),
+        clinical_scores.ich_score(**worst, intraventricular=True, infratentorial=True),
     ]
     func = [
-        scores.func_score(**worst, location="infratentorial", impaired_before=True),
-        scores.func_score(**best, location="lobar", impaired_before=False),
+        clinical_scores.func_score(**worst, location="infratentorial", impaired_before=True),
+        clinical_scores.func_score(**best, location="lobar", impaired_before=False),
     ]
     assert (ich, func) == ([0, 6], [0, 11])
-    assert [scores.ICH_MORTALITY[k] for k in range(7)] == [0, 0.13, 0.26, 0.72, 0.97, 1, 1]
+    assert [clinical_scores.ICH_MORTALITY[k] for k in range(7)] == [0, 0.13, 0.26, 0.72, 0.97, 1, 1]
     bands = [0, 4, 5, 7, 8, 9, 10, 11]
-    assert [scores.FUNC_INDEPENDENCE[k] for k in bands] == [0, 0, 0.13, 0.13, 0.42, 0.66, 0.66, 0.82]
-    assert [scores.FUNC_INDEPENDENCE_OF_SURVIVORS[k] for k in bands] == [0, 0, 0.29, 0.29, 0.48, 0.75, 0.75, 0.95]
-    assert len(scores.FUNC_INDEPENDENCE) == len(scores.FUNC_INDEPENDENCE_OF_SURVIVORS) == 12
+    assert [clinical_scores.FUNC_INDEPENDENCE[k] for k in bands] == [0, 0, 0.13, 0.13, 0.42, 0.66, 0.66, 0.82]
+    assert [clinical_scores.FUNC_INDEPENDENCE_OF_SURVIVORS[k] for k in bands] == [
+        0,
+        0,
+        0.29,
+        0.29,
+        0.48,
+        0.75,
+        0.75,
+        0.95,
+    ]
+    assert len(clinical_scores.FUNC_INDEPENDENCE) == len(clinical_scores.FUNC_INDEPENDENCE_OF_SURVIVORS) == 12
 
 
 def test_arrays_are_broadcast_and_what_is_not_known_is_nan():
-    found = scores.ich_score(
+    found = clinical_scores.ich_score(
         gcs=[[3], [15]], age=[70, np.nan, 90], volume_ml=10, intraventricular=[0, 0, None], infratentorial=False
     )
     np.testing.assert_array_equal(found, [[2, np.nan, np.nan], [0, np.nan, np.nan]])
     known = {"gcs": 12, "age": 75, "volume_ml": 40, "impaired_before": 0}
     for blank in (None, "", math.nan):
-        assert math.isnan(scores.func_score(**known, location=blank))
-    np.testing.assert_array_equal(scores.func_score(**known, location=["deep", None]), [7, np.nan])
-    assert math.isnan(scores.func_score(**known | {"gcs": None}, location="deep"))
+        assert math.isnan(clinical_scores.func_score(**known, location=blank))
+    np.testing.assert_array_equal(clinical_scores.func_score(**known, location=["deep", None]), [7, np.nan])
+    assert math.isnan(clinical_scores.func_score(**known | {"gcs": None}, location="deep"))
 
 
 @pytest.mark.parametrize(
@@ -84,9 +93,9 @@ def test_arrays_are_broadcast_and_what_is_not_known_is_nan():
 )
 def test_impossible_values_are_refused(changed, words):
     fine = {"gcs": 8, "age": 70, "volume_ml": 10, "impaired_before": False, "location": "deep"}
-    scores.func_score(**fine)
+    clinical_scores.func_score(**fine)
     with pytest.raises(ValueError, match=words):
-        scores.func_score(**fine | changed)
+        clinical_scores.func_score(**fine | changed)
 
 
 def test_the_scores_need_numpy_alone():

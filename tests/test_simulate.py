@@ -23,7 +23,7 @@ from ichprog.simulate.scanner import expose
 
 from conftest import SHARED
 
-PLAUSIBLE = zoo.find(zoo.DEFAULT).input.plausible
+PLAUSIBLE = zoo.find(zoo.DEFAULT).input.expected_ranges
 
 
 def contents(folder):
@@ -154,7 +154,7 @@ def test_scans_are_written_as_a_scanner_would(cohort):
         assert 0.4 < image.header.get_zooms()[0] < 0.5
         assert 2.5 <= image.header.get_zooms()[2] <= 5
         assert "simulated" in str(image.header["descrip"])
-        examined = examine(cohort / row["scan"], plausible=PLAUSIBLE)
+        examined = examine(cohort / row["scan"], expected_ranges=PLAUSIBLE)
         assert {warning.code for warning in examined.warnings} <= {"no-blood"}
 
 
@@ -221,7 +221,7 @@ def test_whole_heads_as_dicom_give_their_brain_back(tmp_path):
         scan = read(tmp_path / row["scan"])
         np.testing.assert_array_equal(scan.hu, exposure.hu)
         np.testing.assert_allclose(scan.affine, exposure.affine, atol=1e-4)
-        examined = examine(scan, plausible=PLAUSIBLE)
+        examined = examine(scan, expected_ranges=PLAUSIBLE)
         assert examined.record["brain"] == "extracted"
         overlap = 2 * (examined.brain & exposure.inside).sum() / (examined.brain.sum() + exposure.inside.sum())
         assert overlap > 0.95

@@ -5,7 +5,7 @@ import json
 import pytest
 
 import ichprog
-from ichprog import SpecError, UnknownName
+from ichprog import SpecError, UnknownNameError
 from ichprog.spec import ModelSpec
 
 import published
@@ -67,7 +67,7 @@ def test_no_field_is_made_up(path):
         (("input", "shape"), [40, 0, 301], "positive"),
         (("input", "window", "above"), "clip", "must be one of"),
         (("input", "window", "high"), 10, "low must be below high"),
-        (("input", "plausible", "brain_ml"), [2000, 700], "lower bound comes first"),
+        (("input", "expected_ranges", "brain_ml"), [2000, 700], "lower bound comes first"),
         (("tasks",), [], "at least one task"),
         (("tasks", 1, "name"), "prognosis", "each name once"),
         (("tasks", 0, "labels"), ["good"], "two or more"),
@@ -107,7 +107,7 @@ def test_labels_without_order_are_decided_by_the_most_probable():
 
 
 def test_an_unknown_task_names_those_there_are():
-    with pytest.raises(UnknownName, match=r"no task of .* 'gsc'.*nearest: gcs"):
+    with pytest.raises(UnknownNameError, match=r"no task of .* 'gsc'.*nearest: gcs"):
         SPEC.task("gsc")
 
 

@@ -13,10 +13,11 @@ from click.testing import CliRunner
 from ichprog import CohortError, RunError
 from ichprog.cli import main
 from ichprog.cohort import Cohort
-from ichprog.study import explained, judge, measure
-from ichprog.study.plan import Study
-from ichprog.study.predictions import Answers, Predictions
-from ichprog.study.record import cohort_of
+from ichprog.evaluation.predictions import Predictions, TaskPredictions
+from ichprog.metrics import discrimination
+from ichprog.study import analysis, saliency_results
+from ichprog.study.config import Study
+from ichprog.study.manifest import cohort_of
 
 PATIENTS, FOLDS = 90, 3
 STUDY = """
@@ -76,13 +77,13 @@ def made(tmp_path_factory):
                 cuts = 1 / (1 + np.exp(-(score[:, None] - 2 * np.arange(labels - 1))))
                 above = np.column_stack([np.ones(len(own)), cuts, np.zeros(len(own))])
                 names = tuple(cohort.patients[n].name for n in own)
-                answers[run, name.name, split] = Answers(names, fold, truth[own], above[:, :-1] - above[:, 1:])
+                answers[run, name.name, split] = TaskPredictions(names, fold, truth[own], above[:, :-1] - above[:, 1:])
     return study, cohort, Predictions(answers)
 
 
 @pytest.fixture(scope="module")
 def found(made):
-    return judge.judge(*made)
+    return analysis.judge(*made)
 
 
 def test_figures_are_those_of_all_test_parts_together(made, found):
@@ -110,7 +111,7 @@ def test_figures_are_those_of_all_test_parts_together(made, found):
 def changed(predictions, split):
     """The same answers, with every truth of one split turned round."""
     turned = {
-        key: Answers(a.patients, a.fold, np.where(a.truth < 0, -1, 1 - a.truth), a.probabilities)
+        key: TaskPredictions(a.patients, a.fold, np.where(a.truth < 0, -1, 1 - a.truth), a.probabilities)
         if key[2] == split
         else a
         for key, a in predictions.answers.items()
@@ -123,7 +124,7 @@ def test_nothing_is_tuned_on_the_patients_it_is_told_of(made):
     study, cohort, predictions = made
     alike = Predictions({key: a for key, a in predictions.answers.items() if key[:2] == ("all", "prognosis")})
     whole, other_test, other_validation = (
-        judge.judge(study, cohort, each).judged["all"]["prognosis"]
+        analysis.judge(study, cohort, each).judged["all"]["prognosis"]
         for each in (alike, changed(alike, "test"), changed(alike, "validation"))
     )
     kept = np.isin(whole.answers.patients, other_test.answers.patients)
@@ -210,7 +211,7 @@ def test_the_most_confident_mistakes_come_first(made, found):
 
 def test_the_learning_curve_has_every_size(made, found):
     study, _, _ = made
-    curve = judge.curve(study, found.metrics, 50)
+    curve = analysis.curve(study, found.metrics, 50)
     assert {name: list(sizes) for name, sizes in curve.items()} == {"one": [10, 50], "all": [10, 50]}
     assert curve["all"][50] == found.metrics["all"]["prognosis"]["auroc"]
     assert curve["all"][10] == found.metrics["all@10"]["prognosis"]["auroc"]
@@ -229,7 +230,7 @@ def test_a_readers_table_that_cannot_be_used_is_told(text, said, made, tmp_path)
     study, cohort, predictions = made
     (tmp_path / "readers.csv").write_text(text)
     with pytest.raises(CohortError, match=said):
-        judge.judge(dataclasses.replace(study, readers=tmp_path / "readers.csv"), cohort, predictions)
+        analysis.judge(dataclasses.replace(study, readers=tmp_path / "readers.csv"), cohort, predictions)
 
 
 def test_a_table_of_predictions_is_read_as_it_was_written(made, tmp_path):
@@ -303,7 +304,7 @@ def test_figures_can_be_recomputed_from_the_table(smoke):
     predictions = Predictions.read(out / "predictions.csv")
     for run in predictions.variants:
         said = predictions.answers[run, "prognosis", "test"]
-        again = measure.metrics(study.task("prognosis"), said)["auroc"]
+        again = discrimination.metrics(study.task("prognosis"), said)["auroc"]
         assert metrics[run]["prognosis"]["auroc"]["value"] == pytest.approx(again, nan_ok=True)
 
 
@@ -364,14 +365,14 @@ def test_variants_of_which_a_fold_is_missing_are_not_explained(smoke, tmp_path):
     said = json.loads(config.read_text())
     said["weights"]["sha256"].popitem()
     config.write_text(json.dumps(said))
-    models = explained.members(study, copy)
+    models = saliency_results.members(study, copy)
     assert set(models) == {"prognosis", "prognosis_gcs"}
-    assert set(explained.with_task(study, models, "gcs")) == {"prognosis_gcs"}
+    assert set(saliency_results.with_task(study, models, "gcs")) == {"prognosis_gcs"}
     with pytest.raises(RunError, match=r"no variant .* with the task age is done in every fold"):
-        explained.with_task(study, models, "age")
+        saliency_results.with_task(study, models, "age")
     shutil.rmtree(copy / "patients" / "masks")
     (copy / "saliency.csv").unlink()
-    assert explained.measured(study, cohort_of(study, copy), copy, 2) == []
+    assert saliency_results.measured(study, cohort_of(study, copy), copy, 2) == []
     done = command("study", "report", toml, "--out", copy, "--maps-of", 2, "--cache-dir", toml.parent / "cache")
     assert done.exit_code == 0, done.output
     assert "Nothing was measured: no variant is done" in (copy / "report.html").read_text()

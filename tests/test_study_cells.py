@@ -15,13 +15,13 @@ import torch
 from filelock import FileLock
 
 import ichprog.train
-from ichprog import CohortError, RunError, SpecError, UnknownName, zoo
+from ichprog import CohortError, RunError, SpecError, UnknownNameError, parallel, zoo
 from ichprog.cohort import Cohort
-from ichprog.spec import Part
-from ichprog.study import cells, plan, workers
-from ichprog.study.plan import Study
-from ichprog.study.predictions import Predictions
-from ichprog.study.record import cohort_of, parts_of
+from ichprog.evaluation.predictions import Predictions
+from ichprog.spec import PluginRef
+from ichprog.study import config, jobs
+from ichprog.study.config import Study
+from ichprog.study.manifest import cohort_of, parts_of
 from ichprog.train import folds
 
 STUDY = """
@@ -106,9 +106,11 @@ def folder(tmp_path_factory):
     (root / "cohort.csv").write_text("\n".join(rows))
     spec = zoo.find("compact.prognosis_gcs3_age")
     contract = dataclasses.replace(
-        spec.input, shape=(8, 24, 24), plausible=dataclasses.replace(spec.input.plausible, blood_dense_ml=0.0)
+        spec.input,
+        shape=(8, 24, 24),
+        expected_ranges=dataclasses.replace(spec.input.expected_ranges, blood_dense_ml=0.0),
     )
-    small = dataclasses.replace(spec, name="small.three", backbone=Part("compact", {"width": 4}), input=contract)
+    small = dataclasses.replace(spec, name="small.three", backbone=PluginRef("compact", {"width": 4}), input=contract)
     (root / "spec.json").write_text(json.dumps(small.to_dict()))
     return root
 
@@ -129,7 +131,7 @@ def done(folder, tmp_path_factory):
     """A whole study, done by one process."""
     (folder / "whole.toml").write_text(STUDY + BASELINES)
     out = tmp_path_factory.mktemp("whole") / "out"
-    found = cells.run(Study.read(folder / "whole.toml"), out, cache_dir=folder / "c")
+    found = jobs.run(Study.read(folder / "whole.toml"), out, cache_dir=folder / "c")
     assert {status.state for status in found} == {"done"}, [status.said for status in found]
     return out
 
@@ -207,7 +209,7 @@ def test_what_is_done_is_left_alone(done, folder, study, tmp_path):
         path: path.stat().st_mtime_ns for path in out.rglob("*") if path.suffix in (".safetensors", ".json", ".log")
     }
     told = []
-    found = cells.run(study(), out, cache_dir=folder / "c", progress=told.append)
+    found = jobs.run(study(), out, cache_dir=folder / "c", progress=told.append)
     assert names(found) == names(told) == CELLS
     kept = {path: path.stat().st_mtime_ns for path in before if path.name != "study.json"}
     assert kept == {path: when for path, when in before.items() if path.name != "study.json"}
@@ -220,15 +222,15 @@ def test_only_what_is_missing_is_done(done, folder, study, tmp_path, monkeypatch
     (out / "runs/gcs/config.json").unlink()
     (out / "baselines/clinical.csv").unlink()
     trained = []
-    from ichprog.train import loop
+    from ichprog.train import trainer
 
-    fit = loop.fit
-    monkeypatch.setattr(loop, "fit", lambda job, *rest: trained.append((job.spec.name, job.fold)) or fit(job, *rest))
+    fit = trainer.fit
+    monkeypatch.setattr(trainer, "fit", lambda job, *rest: trained.append((job.spec.name, job.fold)) or fit(job, *rest))
     asked = study(
         STUDY + '[[variant]]\nname = "new"\nmodel = "spec.json"\ntasks = ["prognosis"]\nshape = [4, 16, 16]\n'
     )
-    assert names(cells.status(asked, out), "missing") == ["gcs-0", "gcs-1", "new-0", "new-1", "clinical"]
-    found = cells.run(asked, out, cache_dir=folder / "c")
+    assert names(jobs.status(asked, out), "missing") == ["gcs-0", "gcs-1", "new-0", "new-1", "clinical"]
+    found = jobs.run(asked, out, cache_dir=folder / "c")
     assert len(names(found)) == 11
     assert trained == [("new", 0), ("new", 1)]
     again, before = (Predictions.read(at / "predictions.csv").answers for at in (out, done))
@@ -238,7 +240,7 @@ def test_only_what_is_missing_is_done(done, folder, study, tmp_path, monkeypatch
 
 def test_a_baseline_that_changed_is_fitted_again(done, folder, study, tmp_path):
     out = copied(done, tmp_path / "out")
-    cells.run(study(more=BASELINES.replace('["age", "gcs"]', '["age"]')), out, cache_dir=folder / "c")
+    jobs.run(study(more=BASELINES.replace('["age", "gcs"]', '["age"]')), out, cache_dir=folder / "c")
     again, before = (Predictions.read(at / "predictions.csv").answers for at in (out, done))
     key = ("clinical", "prognosis", "test")
     assert again[key].probabilities.tolist() != before[key].probabilities.tolist()
@@ -249,7 +251,7 @@ def test_a_learning_curve_trains_on_fewer_and_tests_on_the_same(folder, study, t
     curve = '[learning_curve]\nsizes = [6, 8]\nvariants = ["one"]\n'
     asked = dataclasses.replace(study(more=curve), baselines=())
     asked = dataclasses.replace(asked, variants=asked.variants[:1])
-    found = cells.run(asked, tmp_path / "out", cache_dir=folder / "c")
+    found = jobs.run(asked, tmp_path / "out", cache_dir=folder / "c")
     assert names(found) == [f"{run}-{fold}" for run in ("one", "one@6", "one@8") for fold in (0, 1)]
     runs = {
         run: json.loads((tmp_path / "out/runs" / run / "run.json").read_text()) for run in ("one", "one@6", "one@8")
@@ -281,7 +283,7 @@ def test_a_cell_that_fails_is_recorded_and_the_others_go_on(folder, study, tmp_p
 
     monkeypatch.setattr(ichprog.train, "train", failing)
     told = []
-    found = cells.run(study(), tmp_path / "out", cache_dir=folder / "c", progress=told.append)
+    found = jobs.run(study(), tmp_path / "out", cache_dir=folder / "c", progress=told.append)
     assert names(found, "failed") == ["gcs-1", "all-0", "fusion"]
     assert sorted(names(told)) == sorted(names(found)) == sorted(set(CELLS) - {"gcs-1", "all-0", "fusion"})
     said = {status.cell.name: status.said for status in found}
@@ -291,26 +293,26 @@ def test_a_cell_that_fails_is_recorded_and_the_others_go_on(folder, study, tmp_p
     assert said["fusion"] == "RunError: variant all is not done in every fold; this comes after it."
     assert Predictions.read(tmp_path / "out/predictions.csv").variants == ("one", "majority", "clinical")
     monkeypatch.undo()
-    assert names(cells.run(study(), tmp_path / "out", cache_dir=folder / "c")) == CELLS
+    assert names(jobs.run(study(), tmp_path / "out", cache_dir=folder / "c")) == CELLS
     assert not list((tmp_path / "out/cells").glob("*.error"))
 
 
 def test_status_of_a_study_that_was_not_begun_and_of_a_cell_that_is_at_work(done, study, tmp_path):
-    found = cells.status(study(), tmp_path / "none")
+    found = jobs.status(study(), tmp_path / "none")
     assert names(found, "missing") == [*CELLS, "score"]
     assert not (tmp_path / "none").exists()
     out = copied(done, tmp_path / "out")
     (out / "baselines/majority.csv").unlink()
     with FileLock(out / "cells/.majority.lock"):
-        assert names(cells.status(study(), out), "running") == ["majority"]
-    assert names(cells.status(study(), out), "missing") == ["majority"]
+        assert names(jobs.status(study(), out), "running") == ["majority"]
+    assert names(jobs.status(study(), out), "missing") == ["majority"]
 
 
 def test_a_cell_that_another_process_does_is_left_to_it(done, folder, study, tmp_path):
     out = copied(done, tmp_path / "out")
     (out / "baselines/majority.csv").unlink()
     with FileLock(out / "cells/.majority.lock"):
-        found = cells.run(study(), out, cache_dir=folder / "c")
+        found = jobs.run(study(), out, cache_dir=folder / "c")
     assert names(found, "running") == ["majority"]
     assert "majority" not in Predictions.read(out / "predictions.csv").variants
 
@@ -321,7 +323,7 @@ def test_a_folder_of_another_study_is_refused_with_what_differs(done, folder, st
 
     def refused(said, text):
         with pytest.raises(RunError, match=said):
-            cells.run(study(text), out, cache_dir=folder / "c")
+            jobs.run(study(text), out, cache_dir=folder / "c")
         assert (out / "study.json").read_bytes() == before
 
     refused(r"holds another study: folds was 2, is 3\. Choose another", STUDY.replace("folds = 2", "folds = 3"))
@@ -333,7 +335,7 @@ def test_a_folder_of_another_study_is_refused_with_what_differs(done, folder, st
     (tmp_path / "else").mkdir()
     (tmp_path / "else/notes.txt").write_text("mine")
     with pytest.raises(RunError, match="is there and holds no study"):
-        cells.run(study(), tmp_path / "else", cache_dir=folder / "c")
+        jobs.run(study(), tmp_path / "else", cache_dir=folder / "c")
     assert [path.name for path in (tmp_path / "else").iterdir()] == ["notes.txt"]
 
 
@@ -341,18 +343,22 @@ def test_a_variant_that_was_never_trained_may_change(done, folder, study, tmp_pa
     out = copied(done, tmp_path / "out")
     shutil.rmtree(out / "runs/gcs")
     asked = study(STUDY.replace('tasks = ["gcs"]', 'tasks = ["gcs"]\nprotocol = { epochs = 1 }'))
-    assert names(cells.run(asked, out, cache_dir=folder / "c")) == CELLS
+    assert names(jobs.run(asked, out, cache_dir=folder / "c")) == CELLS
     assert len(table(out / "runs/gcs/folds/0/log.csv")) == 1
 
 
 @pytest.mark.parametrize(
     ("text", "error", "said"),
     [
-        (STUDY.replace('["age"]', '["agee"]'), UnknownName, r"no column of .*cohort\.csv 'agee'\. The nearest: age"),
+        (
+            STUDY.replace('["age"]', '["agee"]'),
+            UnknownNameError,
+            r"no column of .*cohort\.csv 'agee'\. The nearest: age",
+        ),
         (STUDY.replace("folds = 2", "folds = 20"), CohortError, "are fewer than 20 folds"),
         (
             STUDY + 'backbone = { name = "compakt", options = {} }\n',
-            UnknownName,
+            UnknownNameError,
             r"no backbone 'compakt'\. The nearest",
         ),
         (STUDY + 'backbone = { name = "compact", options = { w = 1 } }\n', SpecError, "backbone.*compact.*'w'"),
@@ -367,14 +373,16 @@ def test_a_variant_that_was_never_trained_may_change(done, folder, study, tmp_pa
 )
 def test_what_cannot_be_done_is_said_before_anything_is_trained(text, error, said, folder, study, tmp_path):
     with pytest.raises(error, match=said):
-        cells.run(study(text), tmp_path / "out", cache_dir=folder / "c")
+        jobs.run(study(text), tmp_path / "out", cache_dir=folder / "c")
     assert not list(tmp_path.glob("out/runs/*"))
     assert not (tmp_path / "out/predictions.csv").exists()
 
 
 def test_a_baselines_column_that_is_not_there(folder, study, tmp_path):
-    with pytest.raises(UnknownName, match=r"no column of .* 'ages'\. The nearest: age.* Baseline clinical needs it"):
-        cells.run(study(more=BASELINES.replace('"age", "gcs"', '"ages"')), tmp_path / "out", cache_dir=folder / "c")
+    with pytest.raises(
+        UnknownNameError, match=r"no column of .* 'ages'\. The nearest: age.* Baseline clinical needs it"
+    ):
+        jobs.run(study(more=BASELINES.replace('"age", "gcs"', '"ages"')), tmp_path / "out", cache_dir=folder / "c")
 
 
 # several processes
@@ -391,7 +399,7 @@ def test_processes_do_the_same_as_one_though_one_of_them_is_killed(done, folder,
             killed.append(working[0].pid)
             os.kill(killed[0], signal.SIGKILL)
 
-    found = cells.run(study(), tmp_path / "out", workers=2, cache_dir=folder / "c", progress=watch)
+    found = jobs.run(study(), tmp_path / "out", workers=2, cache_dir=folder / "c", progress=watch)
     assert names(found) == CELLS
     assert killed
     assert len(seen) > 2, "others took its place"
@@ -402,7 +410,7 @@ def test_what_kills_every_process_fails_alone():
     import mortal
 
     ended = {}
-    workers.spread(range(5), mortal.work, lambda item, error: ended.setdefault(item, error), workers=2)
+    parallel.run_jobs(range(5), mortal.work, lambda item, error: ended.setdefault(item, error), workers=2)
     assert ended.pop(2) == "its process died each time; it may need more memory than there is"
     assert ended == {0: None, 1: None, 3: "wrong", 4: None}
 
@@ -419,18 +427,18 @@ def test_workers_of_dask_do_the_same_though_one_of_them_is_killed(done, folder, 
                 killed.append(local.workers[0].pid)
                 os.kill(killed[0], signal.SIGKILL)
 
-        with workers.cluster(scheduler=local.scheduler_address) as executor:
-            found = cells.run(study(), tmp_path / "out", executor=executor, cache_dir=folder / "c", progress=watch)
+        with parallel.cluster(scheduler=local.scheduler_address) as executor:
+            found = jobs.run(study(), tmp_path / "out", executor=executor, cache_dir=folder / "c", progress=watch)
         assert killed[0] not in [nanny.pid for nanny in local.workers.values()]
     assert names(found) == CELLS
     assert (tmp_path / "out/predictions.csv").read_bytes() == (done / "predictions.csv").read_bytes()
 
 
 def test_no_scheduler_at_an_address(monkeypatch):
-    monkeypatch.setattr(workers, "_PATIENCE", 1)
+    monkeypatch.setattr(parallel, "_PATIENCE", 1)
     with (
         pytest.raises(RunError, match=r"no scheduler at tcp://127\.0\.0\.1:1: "),
-        workers.cluster(scheduler="tcp://127.0.0.1:1"),
+        parallel.cluster(scheduler="tcp://127.0.0.1:1"),
     ):
         pass
 
@@ -438,9 +446,9 @@ def test_no_scheduler_at_an_address(monkeypatch):
 @pytest.mark.slow
 def test_the_smoke_study_is_done_from_nothing(tmp_path):
     """Its patients are simulated on the spot, and are there for the cells of other processes."""
-    (tmp_path / "study.toml").write_text(plan.template("smoke"))
+    (tmp_path / "study.toml").write_text(config.template("smoke"))
     asked = Study.read(tmp_path / "study.toml")
-    found = cells.run(asked, tmp_path / "out", workers=2)
+    found = jobs.run(asked, tmp_path / "out", workers=2)
     assert {status.state for status in found} == {"done"}
     cohort = cohort_of(asked, tmp_path / "out")
     assert len(cohort) == 24

@@ -13,12 +13,12 @@ import scipy.stats
 import torch
 
 import ichprog
-from ichprog import ScanError, UnknownName, registry
+from ichprog import ScanError, UnknownNameError, registry
 from ichprog.backbones import Backbone
 from ichprog.cohort import Cohort
 from ichprog.errors import CohortError, RunError
-from ichprog.study import faithful, maps
-from ichprog.study.maps import Measured
+from ichprog.evaluation import faithfulness, localization
+from ichprog.evaluation.localization import MapMetrics
 
 from conftest import brain_hu, local_model
 
@@ -37,7 +37,7 @@ def row(**said):
     """A row of `measured`, with what the test says."""
     plain = {"variant": "v", "fold": 0, "patient": "p", "task": "prognosis", "label": "poor", "method": "m"}
     plain |= {"empty": False, "pointing": 1.0, "inside": 0.5, "chance": 0.1, "side": True}
-    return Measured(**plain | said)
+    return MapMetrics(**plain | said)
 
 
 # One map and one lesion
@@ -47,9 +47,9 @@ def test_the_highest_voxel_is_in_the_lesion_or_not():
     lesion = ball((20, 20, 10), (14, 10, 5), 3)
     values = RNG.random(lesion.shape) - 0.5
     values[14, 11, 5] = 2
-    assert maps.pointing(values, lesion) == 1
+    assert localization.pointing(values, lesion) == 1
     values[2, 11, 5] = 3
-    assert maps.pointing(values, lesion) == 0
+    assert localization.pointing(values, lesion) == 0
 
 
 def test_a_voxel_near_the_lesion_counts_within_the_tolerance_in_mm():
@@ -59,14 +59,14 @@ def test_a_voxel_near_the_lesion_counts_within_the_tolerance_in_mm():
     values[5, 7, 6] = 1  # 2 rows of 0.5 mm and a slice of 5 mm away
     away = math.hypot(2 * 0.5, 5)
     spacing = (0.5, 0.5, 5.0)
-    assert maps.pointing(values, lesion, spacing=spacing, tolerance_mm=away + 0.01) == 1
-    assert maps.pointing(values, lesion, spacing=spacing, tolerance_mm=away - 0.01) == 0
+    assert localization.pointing(values, lesion, spacing=spacing, tolerance_mm=away + 0.01) == 1
+    assert localization.pointing(values, lesion, spacing=spacing, tolerance_mm=away - 0.01) == 0
 
 
 def test_several_highest_voxels_count_as_if_one_were_drawn():
     lesion = np.zeros((4, 4, 4), bool)
     lesion[0] = True
-    assert maps.pointing(np.ones((4, 4, 4)), lesion) == 0.25
+    assert localization.pointing(np.ones((4, 4, 4)), lesion) == 0.25
 
 
 def test_the_share_inside_is_what_adding_up_gives():
@@ -75,12 +75,12 @@ def test_the_share_inside_is_what_adding_up_gives():
     for at in np.ndindex(values.shape):
         total += max(values[at], 0)
         within += max(values[at], 0) if lesion[at] else 0
-    assert maps.share_inside(values, lesion) == pytest.approx(within / total)
+    assert localization.share_inside(values, lesion) == pytest.approx(within / total)
 
 
 def test_a_map_spread_evenly_has_the_share_that_the_lesion_takes():
     lesion = ball((9, 8, 7), (5, 3, 3), 2)
-    assert maps.share_inside(np.full(lesion.shape, 0.3, np.float32), lesion) == pytest.approx(lesion.mean())
+    assert localization.share_inside(np.full(lesion.shape, 0.3, np.float32), lesion) == pytest.approx(lesion.mean())
 
 
 def turned_brain(degrees, lesion_side):
@@ -98,24 +98,26 @@ def turned_brain(degrees, lesion_side):
 def test_the_side_is_that_of_the_brain_and_not_of_the_array(degrees, side):
     brain, lesion, left = turned_brain(degrees, side)
     right_side, wrong_side = (brain & (left == (side * sign > 0)) for sign in (1, -1))
-    assert maps.side_correct(right_side.astype(float), lesion, brain) is True
-    assert maps.side_correct(wrong_side.astype(float), lesion, brain) is False
-    assert maps.side_correct(-right_side.astype(float), lesion, brain) is None  # it speaks against, so nothing for
+    assert localization.side_correct(right_side.astype(float), lesion, brain) is True
+    assert localization.side_correct(wrong_side.astype(float), lesion, brain) is False
+    assert (
+        localization.side_correct(-right_side.astype(float), lesion, brain) is None
+    )  # it speaks against, so nothing for
 
 
 def test_a_lesion_on_both_sides_has_no_side():
     brain, left_one, left = turned_brain(10, 1)
     _, right_one, _ = turned_brain(10, -1)
-    assert maps.side_correct(left.astype(float), left_one | right_one, brain) is None
+    assert localization.side_correct(left.astype(float), left_one | right_one, brain) is None
 
 
 def test_what_cannot_be_said_is_none():
     lesion, none = ball((6, 6, 6), (4, 2, 2), 1), np.zeros((6, 6, 6), bool)
     everywhere = np.ones((6, 6, 6), bool)
     for values, mask in ((np.zeros((6, 6, 6)), lesion), (-np.ones((6, 6, 6)), lesion), (np.ones((6, 6, 6)), none)):
-        assert maps.pointing(values, mask) is None
-        assert maps.share_inside(values, mask) is None
-        assert maps.side_correct(values, mask, everywhere) is None
+        assert localization.pointing(values, mask) is None
+        assert localization.share_inside(values, mask) is None
+        assert localization.side_correct(values, mask, everywhere) is None
 
 
 # Masks of a cohort
@@ -142,15 +144,18 @@ def cohort(tmp_path_factory):
 
 
 def test_masks_are_found_beside_the_scans(cohort):
-    assert {name: path.name for name, path in maps.masks(cohort).items()} == {"p0": "p0.nii.gz", "p1": "p1.nii.gz"}
-    assert all(path.parent.name == "masks" for path in maps.masks(cohort).values())
+    assert {name: path.name for name, path in localization.masks(cohort).items()} == {
+        "p0": "p0.nii.gz",
+        "p1": "p1.nii.gz",
+    }
+    assert all(path.parent.name == "masks" for path in localization.masks(cohort).values())
 
 
 def test_a_column_names_the_masks_and_a_blank_says_there_is_none(tmp_path):
     named = cohort_in(tmp_path / "a", column=["masks/p1.nii.gz", ""])
-    assert maps.masks(named) == {"p0": tmp_path / "a/masks/p1.nii.gz"}
+    assert localization.masks(named) == {"p0": tmp_path / "a/masks/p1.nii.gz"}
     joined = Cohort.join([named, cohort_in(tmp_path / "b", column=["masks/p0.nii.gz", "masks/p1.nii.gz"])])
-    assert {name: str(path.relative_to(tmp_path)) for name, path in maps.masks(joined).items()} == {
+    assert {name: str(path.relative_to(tmp_path)) for name, path in localization.masks(joined).items()} == {
         "a_cohort_p0": "a/masks/p1.nii.gz",
         "b_cohort_p0": "b/masks/p0.nii.gz",
         "b_cohort_p1": "b/masks/p1.nii.gz",
@@ -159,21 +164,21 @@ def test_a_column_names_the_masks_and_a_blank_says_there_is_none(tmp_path):
 
 def test_a_mask_that_is_not_there_is_named(tmp_path):
     with pytest.raises(CohortError, match=r"patient p1.*masks/nowhere\.nii\.gz"):
-        maps.masks(cohort_in(tmp_path / "c", column=["", "masks/nowhere.nii.gz"]))
+        localization.masks(cohort_in(tmp_path / "c", column=["", "masks/nowhere.nii.gz"]))
 
 
 def test_a_mask_may_have_another_voxel_order_but_not_another_place(cohort):
     patient = cohort.patients[0]
-    scan, image = ichprog.scan.read(patient.scan), nib.load(maps.masks(cohort)["p0"])
+    scan, image = ichprog.scan.read(patient.scan), nib.load(localization.masks(cohort)["p0"])
     expected = np.asarray(image.dataobj) > 0
     turned = nib.as_closest_canonical(image)  # RAS
     assert turned.affine[0, 0] > 0
-    assert np.array_equal(maps.lesion_in(turned, scan), expected)
+    assert np.array_equal(localization.lesion_in(turned, scan), expected)
     moved = image.affine.copy()
     moved[:3, 3] += 20
     for other in (nib.Nifti1Image(expected.astype(np.uint8), moved), image.slicer[:, :, :-1]):
         with pytest.raises(ScanError) as error:
-            maps.lesion_in(other, scan)
+            localization.lesion_in(other, scan)
         assert error.value.code == "other-scan"
 
 
@@ -187,7 +192,9 @@ def loaded(name, fold=None):
 
 def test_a_network_that_sees_blood_points_at_it(bright_model, cohort):
     rows = list(
-        maps.measured({"v": loaded(bright_model)}, cohort, folds={"p0": 0, "p1": 1}, methods=["guided_backprop"])
+        localization.measured(
+            {"v": loaded(bright_model)}, cohort, folds={"p0": 0, "p1": 1}, methods=["guided_backprop"]
+        )
     )
     assert [(r.patient, r.fold, r.task) for r in rows] == [
         (name, fold, task) for name, fold in (("p0", 0), ("p1", 1)) for task in ("prognosis", "gcs", "age")
@@ -201,7 +208,7 @@ def test_a_network_that_sees_blood_points_at_it(bright_model, cohort):
 
 def test_masks_of_the_other_side_turn_all_of_it_round(bright_model, tmp_path):
     mirrored = cohort_in(tmp_path / "mirrored", flip=True)
-    for each in maps.measured(
+    for each in localization.measured(
         {"v": loaded(bright_model)}, mirrored, folds=None, methods=["guided_backprop", "grad_cam"]
     ):
         assert (each.pointing, each.side) == (0.0, False)
@@ -223,27 +230,29 @@ def test_only_the_network_that_has_not_seen_the_patient_explains_it(tmp_path, co
             "function": lambda f: ichprog.load_model(name, fold=f),
         }
         rows = list(
-            maps.measured(sources, cohort, folds={"p0": 1, "p1": 0}, tasks=["gcs"], methods=["guided_backprop"])
+            localization.measured(sources, cohort, folds={"p0": 1, "p1": 0}, tasks=["gcs"], methods=["guided_backprop"])
         )
         assert {(r.variant, r.patient, r.fold): r.empty for r in rows} == {
             (variant, patient, fold): fold == 1 for variant in sources for patient, fold in (("p0", 1), ("p1", 0))
         }
         assert all(r.pointing is None and r.inside is None and r.side is None for r in rows if r.empty)
         left_out = list(
-            maps.measured({"v": sources["model"]}, cohort, folds={"p1": 0}, tasks=["gcs"], methods=["guided_backprop"])
+            localization.measured(
+                {"v": sources["model"]}, cohort, folds={"p1": 0}, tasks=["gcs"], methods=["guided_backprop"]
+            )
         )
         assert [r.patient for r in left_out] == ["p1"]
-        with pytest.raises(UnknownName, match="fold"):
-            list(maps.measured({"v": sources["model"]}, cohort, folds={"p1": 7}, methods=["guided_backprop"]))
+        with pytest.raises(UnknownNameError, match="fold"):
+            list(localization.measured({"v": sources["model"]}, cohort, folds={"p1": 7}, methods=["guided_backprop"]))
     finally:
         registry.backbones.unregister("plain")
 
 
 def test_what_cannot_be_measured_is_said(bright_model, cohort):
     with pytest.raises(CohortError, match="none of 2 patients"):
-        list(maps.measured({"v": loaded(bright_model)}, cohort, folds={"someone else": 0}))
-    with pytest.raises(UnknownName, match="task of any model"):
-        list(maps.measured({"v": loaded(bright_model)}, cohort, folds=None, tasks=["mortality"]))
+        list(localization.measured({"v": loaded(bright_model)}, cohort, folds={"someone else": 0}))
+    with pytest.raises(UnknownNameError, match="task of any model"):
+        list(localization.measured({"v": loaded(bright_model)}, cohort, folds=None, tasks=["mortality"]))
 
 
 # The summary
@@ -252,7 +261,7 @@ def test_what_cannot_be_measured_is_said(bright_model, cohort):
 def test_the_summary_is_the_mean_with_an_interval_over_patients():
     inside = RNG.beta(2, 5, 60)
     rows = [row(patient=f"p{n}", inside=float(value), chance=0.1) for n, value in enumerate(inside)]
-    (said,) = maps.summary(rows, draws=4000)
+    (said,) = localization.summary(rows, draws=4000)
     assert (said["variant"], said["task"], said["method"], said["maps"]) == ("v", "prognosis", "m", 60)
     assert said["inside"]["value"] == pytest.approx(inside.mean())
     expected = scipy.stats.bootstrap(
@@ -268,14 +277,14 @@ def test_the_summary_is_the_mean_with_an_interval_over_patients():
 def test_empty_maps_are_counted_as_empty_and_not_as_misses():
     rows = [row(patient=f"p{n}", pointing=float(n % 2)) for n in range(8)]
     rows += [row(patient=f"e{n}", empty=True, pointing=None, inside=None, side=None) for n in range(2)]
-    (said,) = maps.summary(rows)
+    (said,) = localization.summary(rows)
     assert (said["maps"], said["empty"]["value"]) == (10, 0.2)
     assert (said["pointing"]["value"], said["pointing"]["patients"]) == (0.5, 8)
 
 
 def test_each_variant_task_and_method_is_summed_up_alone_and_one_patient_has_no_interval():
     rows = [row(variant=v, task=t, method=m) for v in "ab" for t in "cd" for m in "ef"]
-    said = maps.summary(rows)
+    said = localization.summary(rows)
     assert [(s["variant"], s["task"], s["method"]) for s in said] == [
         (v, t, m) for v in "ab" for t in "cd" for m in "ef"
     ]
@@ -322,9 +331,9 @@ def by_hand(cells, order, steps):
 def test_curves_of_a_score_that_can_be_written_down(plain_model, cohort):
     model, path = loaded(plain_model), cohort.patients[0].scan
     saliency = ichprog.explain(model, path)
-    cells = ichprog.grid.prepare(model.examine(path).hu, model.spec.input)
+    cells = ichprog.preprocessing.prepare(model.load_scan(path).hu, model.spec.input)
     ranked = dataclasses.replace(saliency, grid_map=cells + 1e-6 * RNG.random(cells.shape, np.float32))
-    found = faithful.curves(model, path, ranked, steps=7)
+    found = faithfulness.curves(model, path, ranked, steps=7)
     there = np.flatnonzero(cells)
     order = there[np.argsort(-ranked.grid_map.ravel()[there])]
     deletion, insertion = by_hand(cells.ravel(), order, 7)
@@ -333,7 +342,7 @@ def test_curves_of_a_score_that_can_be_written_down(plain_model, cohort):
     assert curve.insertion == pytest.approx(insertion, abs=1e-5)
     for area, values in ((curve.deletion_area, deletion), (curve.insertion_area, insertion)):
         assert area == pytest.approx(sum((a + b) / 14 for a, b in itertools.pairwise(values)), abs=1e-5)
-    random = found["prognosis", faithful.RANDOM]
+    random = found["prognosis", faithfulness.RANDOM]
     even = by_hand(np.where(cells, cells[cells > 0].mean(), 0).ravel(), there, 7)  # a random order takes the mean
     assert random.deletion == pytest.approx(even[0], abs=0.01)
     assert random.insertion == pytest.approx(even[1], abs=0.01)
@@ -344,41 +353,45 @@ def test_curves_of_a_score_that_can_be_written_down(plain_model, cohort):
 def test_a_map_without_an_order_is_no_better_than_chance(plain_model, cohort):
     """The gradient of a mean is the same everywhere, and so is this network's guided gradient."""
     model, path = loaded(plain_model), cohort.patients[0].scan
-    found = faithful.curves(model, path, ichprog.explain(model, path), steps=5)
-    assert found["prognosis", "guided_backprop"].deletion_area == found["prognosis", faithful.RANDOM].deletion_area
+    found = faithfulness.curves(model, path, ichprog.explain(model, path), steps=5)
+    assert found["prognosis", "guided_backprop"].deletion_area == found["prognosis", faithfulness.RANDOM].deletion_area
 
 
 def test_a_blurred_baseline_is_where_curves_end(bright_model, cohort):
     path = cohort.patients[0].scan
     model = loaded(bright_model)
-    found = faithful.curves(model, path, ichprog.explain(model, path, method=["grad_cam"]), steps=3, baseline="blurred")
+    found = faithfulness.curves(
+        model, path, ichprog.explain(model, path, method=["grad_cam"]), steps=3, baseline="blurred"
+    )
     curve = found["prognosis", "grad_cam"]
     probability = ichprog.predict(model, path)["prognosis"].probabilities["poor"]
     assert [curve.deletion[0], curve.insertion[-1]] == pytest.approx([probability] * 2, abs=1e-6)
-    cells = ichprog.grid.prepare(model.examine(path).hu, model.spec.input)
+    cells = ichprog.preprocessing.prepare(model.load_scan(path).hu, model.spec.input)
     blurred = scipy.ndimage.gaussian_filter(cells, [0.03 * n for n in cells.shape])
-    expected = np.mean([fold["prognosis"].probabilities[0, 1] for fold in model.answers(blurred[None])])
+    expected = np.mean([fold["prognosis"].probabilities[0, 1] for fold in model.predict_grids(blurred[None])])
     assert [curve.deletion[-1], curve.insertion[0]] == pytest.approx([expected] * 2, abs=1e-6)
 
 
 def test_curves_refuse_what_there_is_not(plain_model, cohort):
     model, path = loaded(plain_model), cohort.patients[0].scan
     saliency = ichprog.explain(model, path)
-    with pytest.raises(UnknownName, match="baseline"):
-        faithful.curves(model, path, saliency, baseline="noise")
+    with pytest.raises(UnknownNameError, match="baseline"):
+        faithfulness.curves(model, path, saliency, baseline="noise")
     with pytest.raises(RunError, match="1 step"):
-        faithful.curves(model, path, saliency, steps=0)
+        faithfulness.curves(model, path, saliency, steps=0)
 
 
 def test_areas_are_measured_beside_the_lesion(bright_model, cohort):
     model, path = loaded(bright_model), cohort.patients[0].scan
-    rows = list(maps.measured({"v": model}, cohort, folds=None, tasks=["prognosis"], methods=["grad_cam"], steps=4))
-    found = faithful.curves(model, path, ichprog.explain(model, path, method=["grad_cam"]), steps=4)
-    curve, random = found["prognosis", "grad_cam"], found["prognosis", faithful.RANDOM]
+    rows = list(
+        localization.measured({"v": model}, cohort, folds=None, tasks=["prognosis"], methods=["grad_cam"], steps=4)
+    )
+    found = faithfulness.curves(model, path, ichprog.explain(model, path, method=["grad_cam"]), steps=4)
+    curve, random = found["prognosis", "grad_cam"], found["prognosis", faithfulness.RANDOM]
     assert (rows[0].deletion, rows[0].insertion) == (curve.deletion_area, curve.insertion_area)
     assert (rows[0].random_deletion, rows[0].random_insertion) == (random.deletion_area, random.insertion_area)
     assert rows[0].deletion < rows[0].random_deletion
-    (said,) = maps.summary(rows)
+    (said,) = localization.summary(rows)
     assert said["deletion_gain"]["value"] > 0
 
 
@@ -404,14 +417,14 @@ def compact_model(tmp_path_factory):
 
 def test_a_map_of_the_network_goes_with_its_weights_and_an_edge_detector_stays(compact_model, cohort, methods):
     path = cohort.patients[0].scan
-    found = faithful.randomised(loaded(compact_model), path, method=["guided_backprop", "edges"], stages=2)
+    found = faithfulness.randomised(loaded(compact_model), path, method=["guided_backprop", "edges"], stages=2)
     assert all(abs(value) < 0.5 for value in dataclasses.astuple(found["prognosis", "guided_backprop"][-1])[2:4])
     for stage in found["prognosis", "edges"]:
         assert (stage.pearson, stage.spearman, stage.spearman_absolute) == pytest.approx((1, 1, 1))
 
 
 def test_a_head_of_one_channel_can_only_scale_the_map_and_a_dead_network_has_none(bright_model, cohort):
-    heads, whole = faithful.randomised(loaded(bright_model), cohort.patients[0].scan, stages=1)[
+    heads, whole = faithfulness.randomised(loaded(bright_model), cohort.patients[0].scan, stages=1)[
         "prognosis", "guided_backprop"
     ]
     assert heads.down_to.startswith("heads.")
@@ -423,9 +436,9 @@ def test_a_head_of_one_channel_can_only_scale_the_map_and_a_dead_network_has_non
 def test_correlations_are_those_of_scipy_in_the_brain(bright_model, cohort, methods):
     path = cohort.patients[0].scan
     model = loaded(bright_model)
-    found = faithful.randomised(model, path, method="told", stages=3)["prognosis", "told"]
+    found = faithfulness.randomised(model, path, method="told", stages=3)["prognosis", "told"]
     assert len(found) == 2  # the heads, and the only layer of the backbone
-    inside = ichprog.grid.prepare(model.examine(path).hu, model.spec.input) > 0
+    inside = ichprog.preprocessing.prepare(model.load_scan(path).hu, model.spec.input) > 0
     first, *later = (values[inside].astype(np.float32) for values in methods[:3])
     for stage, values in zip(found, later, strict=True):
         assert stage.pearson == pytest.approx(scipy.stats.pearsonr(first, values).statistic, abs=1e-6)
@@ -435,10 +448,12 @@ def test_correlations_are_those_of_scipy_in_the_brain(bright_model, cohort, meth
 
 
 def test_a_deeper_network_loses_its_weights_from_the_heads_down(compact_model, cohort):
-    found = faithful.randomised(loaded(compact_model), cohort.patients[0].scan, method=["guided_backprop"], stages=3)
+    found = faithfulness.randomised(
+        loaded(compact_model), cohort.patients[0].scan, method=["guided_backprop"], stages=3
+    )
     stages = found["prognosis", "guided_backprop"]
     assert [stage.down_to.split(".")[0] for stage in stages] == ["heads", "backbone", "backbone", "backbone"]
-    network = ichprog.network.build(ichprog.load_model(compact_model, runtime="torch").spec)
+    network = ichprog.networks.build(ichprog.load_model(compact_model, runtime="torch").spec)
     own = [n for n, module in network.named_modules() if list(module.parameters(recurse=False))]
     assert stages[-1].layers == len(own)
     assert stages[-1].down_to == next(n for n in own if n.startswith("backbone."))
@@ -448,19 +463,21 @@ def test_a_deeper_network_loses_its_weights_from_the_heads_down(compact_model, c
 
 def test_the_model_stays_as_it_was(bright_model, cohort):
     model = ichprog.load_model(bright_model, runtime="torch")
-    before = [copy.deepcopy(member.network.state_dict()) for member in model.members]
+    before = [copy.deepcopy(member.network.state_dict()) for member in model.fold_runtimes]
     files = [Path(file.path).read_bytes() for file in model.weights]
     dice = torch.get_rng_state()
-    faithful.randomised(model, cohort.patients[0].scan, stages=1)
+    faithfulness.randomised(model, cohort.patients[0].scan, stages=1)
     assert torch.equal(torch.get_rng_state(), dice)
     assert [Path(file.path).read_bytes() for file in model.weights] == files
-    for member, state in zip(model.members, before, strict=True):
+    for member, state in zip(model.fold_runtimes, before, strict=True):
         assert all(torch.equal(values, state[key]) for key, values in member.network.state_dict().items())
 
 
 def test_the_same_seed_draws_the_same_weights(compact_model, cohort):
     path = cohort.patients[0].scan
-    first, again, other = (faithful.randomised(loaded(compact_model), path, stages=1, seed=seed) for seed in (1, 1, 2))
+    first, again, other = (
+        faithfulness.randomised(loaded(compact_model), path, stages=1, seed=seed) for seed in (1, 1, 2)
+    )
     assert first == again
     assert first != other
 
@@ -474,7 +491,7 @@ def panels(figure):
 
 def test_a_figure_has_a_row_a_slice_and_a_panel_a_model(bright_model, plain_model, cohort):
     models = {"bright": loaded(bright_model), "plain": loaded(plain_model)}
-    drawn = maps.figure(models, cohort, [("p0", None), ("p1", 12)], folds=None)
+    drawn = localization.figure(models, cohort, [("p0", None), ("p1", 12)], folds=None)
     axes = panels(drawn)
     assert len(axes) == 6
     assert [len(axis.images) for axis in axes] == [1, 2, 2] * 2
@@ -482,7 +499,7 @@ def test_a_figure_has_a_row_a_slice_and_a_panel_a_model(bright_model, plain_mode
         said = ichprog.predict(name, patient.scan)["prognosis"].probabilities["poor"]
         axis = [a for n, a in enumerate(axes) if n % 3][at]
         assert axis.get_title().startswith(f"{('bright', 'plain')[at % 2]}\np(poor) = {said:.2f}, map up to ")
-    mask = np.asarray(nib.load(maps.masks(cohort)["p0"]).dataobj)
+    mask = np.asarray(nib.load(localization.masks(cohort)["p0"]).dataobj)
     most = mask.sum((0, 1))
     first, second = axes[0].get_title(), axes[3].get_title()
     assert first == f"p0, truth: poor\nslice {most.argmax() + 1} of 30"
@@ -492,7 +509,7 @@ def test_a_figure_has_a_row_a_slice_and_a_panel_a_model(bright_model, plain_mode
 
 
 def test_the_figure_shows_the_slice_and_its_map_over_it(bright_model, cohort):
-    drawn = maps.figure({"v": loaded(bright_model)}, cohort, [("p0", None)], folds=None)
+    drawn = localization.figure({"v": loaded(bright_model)}, cohort, [("p0", None)], folds=None)
     slice_, (under, over) = panels(drawn)[0].images[0], panels(drawn)[1].images
     hu = brain_hu(SHAPE, LEFT, seed=0)
     number = int(panels(drawn)[0].get_title().split()[-3]) - 1
@@ -514,7 +531,7 @@ def test_an_empty_map_is_said_in_the_figure(tmp_path, cohort):
     ichprog.register_backbone("plain", plain)
     try:
         name = local_model(tmp_path / "mute", "plain", shape=(20, 48, 48), adjust=lambda state: known(state, -3.0, 0.0))
-        drawn = maps.figure({"v": loaded(name)}, cohort, [("p0", None)], folds=None)
+        drawn = localization.figure({"v": loaded(name)}, cohort, [("p0", None)], folds=None)
         axis = panels(drawn)[1]
         assert [text.get_text() for text in axis.texts] == ["empty map"]
         assert len(axis.images) == 1
@@ -524,5 +541,5 @@ def test_an_empty_map_is_said_in_the_figure(tmp_path, cohort):
 
 def test_the_figure_refuses_who_is_not_there(bright_model, cohort):
     for chosen, folds in (([("nobody", None)], None), ([("p0", 31)], None), ([("p0", None)], {"p1": 0})):
-        with pytest.raises(UnknownName):
-            maps.figure({"v": loaded(bright_model)}, cohort, chosen, folds=folds)
+        with pytest.raises(UnknownNameError):
+            localization.figure({"v": loaded(bright_model)}, cohort, chosen, folds=folds)

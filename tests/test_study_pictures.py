@@ -15,9 +15,9 @@ import pytest
 
 from ichprog import PluginError
 from ichprog.errors import RunError
-from ichprog.study import draw, page, tables
-from ichprog.study.measure import calibration_curve, histogram, net_benefit
-from ichprog.study.plan import Study, template
+from ichprog.metrics.discrimination import calibration_curve, histogram, net_benefit
+from ichprog.reporting import figures, html, tables
+from ichprog.study.config import Study, template
 
 VARIANTS = ["one_task", "two & tasks", "<all>"]
 
@@ -41,7 +41,7 @@ def answers():
 
 
 @pytest.fixture(scope="module")
-def figures(answers):
+def drawings(answers):
     """One of each kind, from functions so that each can be drawn again."""
     truth = answers["one_task"][0]
     at, up = np.linspace(20, 90, 15), np.linspace(3, 15, 12)
@@ -54,25 +54,25 @@ def figures(answers):
     ]
     readers = {"reader A": {"sensitivity": interval(0.7), "specificity": interval(0.8)}, "reader B": {}}
     return {
-        "ablation": lambda: draw.ablation(METRICS, "prognosis", "auroc", chance=0.5),
-        "forest": lambda: draw.forest({"men": interval(0.1), "women": None}, "difference of AUROC", line=0),
-        "roc": lambda: draw.roc({**answers, "constant": (np.ones(4), np.full(4, 0.5))}, readers),
-        "calibration": lambda: draw.calibration(
+        "ablation": lambda: figures.ablation(METRICS, "prognosis", "auroc", chance=0.5),
+        "forest": lambda: figures.forest({"men": interval(0.1), "women": None}, "difference of AUROC", line=0),
+        "roc": lambda: figures.roc({**answers, "constant": (np.ones(4), np.full(4, 0.5))}, readers),
+        "calibration": lambda: figures.calibration(
             {v: {"as trained": calibration_curve(truth, q), "recalibrated": calibration_curve(truth, q**2)}
              for v, (_, q) in answers.items()}
         ),
-        "decision": lambda: draw.decision_curve(
+        "decision": lambda: figures.decision_curve(
             {v: net_benefit(truth, q, np.linspace(0.01, 0.99, 50)) for v, (_, q) in answers.items()}
         ),
-        "histograms": lambda: draw.histograms({v: histogram(truth, q) for v, (_, q) in answers.items()}, ["ok", "bad"]),
-        "folds": lambda: draw.folds({v: [0.7, None, 0.8] for v in VARIANTS}, "auroc", {"one_task": interval(0.75)}),
-        "learning": lambda: draw.learning_curve(
+        "histograms": lambda: figures.histograms({v: histogram(truth, q) for v, (_, q) in answers.items()}, ["ok", "bad"]),
+        "folds": lambda: figures.folds({v: [0.7, None, 0.8] for v in VARIANTS}, "auroc", {"one_task": interval(0.75)}),
+        "learning": lambda: figures.learning_curve(
             {v: {50: interval(0.6), 100: interval(0.7), 200: None} for v in VARIANTS}, "auroc", chance=0.5
         ),
-        "boundaries": lambda: draw.boundaries(
+        "boundaries": lambda: figures.boundaries(
             dict.fromkeys(VARIANTS, (at, up, surface)), points, ("age", "gcs"), ("ok", "bad")
         ),
-        "training": lambda: draw.training(log, title="one_task"),
+        "training": lambda: figures.training(log, title="one_task"),
     }  # fmt: skip
 
 
@@ -88,11 +88,11 @@ def texts(svg):
 
 
 @pytest.fixture(scope="module")
-def saved(figures, tmp_path_factory):
+def saved(drawings, tmp_path_factory):
     """Each figure with the files that it was written to."""
     folder = tmp_path_factory.mktemp("study") / "figures"
-    drawn = {kind: figures[kind]() for kind in KINDS}
-    return {kind: (figure, draw.save(figure, folder, kind)) for kind, figure in drawn.items()}
+    drawn = {kind: drawings[kind]() for kind in KINDS}
+    return {kind: (figure, figures.save(figure, folder, kind)) for kind, figure in drawn.items()}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -111,40 +111,40 @@ def test_axes_are_labelled_and_names_are_text(saved, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_same_figure_gives_the_same_bytes(figures, saved, tmp_path, kind):
+def test_the_same_figure_gives_the_same_bytes(drawings, saved, tmp_path, kind):
     figure, paths = saved[kind]
     first = [path.read_bytes() for path in paths]
-    assert [path.read_bytes() for path in draw.save(figure, tmp_path, kind)] == first
+    assert [path.read_bytes() for path in figures.save(figure, tmp_path, kind)] == first
     if kind in ("roc", "boundaries"):
-        assert [path.read_bytes() for path in draw.save(figures[kind](), tmp_path, "again")] == first
+        assert [path.read_bytes() for path in figures.save(drawings[kind](), tmp_path, "again")] == first
 
 
-def test_nothing_of_the_callers_style_changes_or_gets_in(figures, tmp_path):
+def test_nothing_of_the_callers_style_changes_or_gets_in(drawings, tmp_path):
     import matplotlib as mpl
 
-    plain = draw.save(figures["ablation"](), tmp_path, "plain")[0].read_bytes()
+    plain = figures.save(drawings["ablation"](), tmp_path, "plain")[0].read_bytes()
     with mpl.rc_context({"font.size": 20, "axes.facecolor": "black"}):
         before = dict(mpl.rcParams)
-        assert draw.save(figures["ablation"](), tmp_path, "styled")[0].read_bytes() == plain
+        assert figures.save(drawings["ablation"](), tmp_path, "styled")[0].read_bytes() == plain
         assert dict(mpl.rcParams) == before
 
 
-def test_a_failed_save_leaves_nothing(figures, tmp_path, monkeypatch):
-    figure = figures["forest"]()
+def test_a_failed_save_leaves_nothing(drawings, tmp_path, monkeypatch):
+    figure = drawings["forest"]()
     monkeypatch.setattr(type(figure), "savefig", lambda *a, **k: (_ for _ in ()).throw(OSError("full")))
     with pytest.raises(OSError, match="full"):
-        draw.save(figure, tmp_path, "forest")
+        figures.save(figure, tmp_path, "forest")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_without_matplotlib_it_is_said_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(PluginError, match=r"ichprog\[study\]"):
-        draw.forest({}, "x")
+        figures.forest({}, "x")
 
 
 def test_an_ablation_draws_values_and_intervals_of_the_task_alone():
-    axis, beside = draw.ablation(METRICS, "gcs", "mae").axes
+    axis, beside = figures.ablation(METRICS, "gcs", "mae").axes
     assert [label.get_text() for label in axis.get_yticklabels()] == ["two & tasks"]
     assert [label.get_text() for label in beside.get_yticklabels()] == ["0.600 (0.550 to 0.650)"]
     whole, dot = axis.lines
@@ -157,32 +157,32 @@ def test_roc_points_and_their_area_are_those_of_scikit_learn(answers):
 
     for truth, p in answers.values():
         assert len(np.unique(p)) < len(p), "ties are wanted here"
-        false, true = draw.roc_points(truth, p)
+        false, true = figures.roc_points(truth, p)
         expected_false, expected_true, _ = roc_curve(truth, p, drop_intermediate=False)
         np.testing.assert_allclose(false, expected_false)
         np.testing.assert_allclose(true, expected_true)
-    figure = draw.roc(answers)
+    figure = figures.roc(answers)
     for name, (truth, p) in answers.items():
         assert f"{name}  {roc_auc_score(truth, p):.3f}" in figure.axes[0].get_legend_handles_labels()[1]
 
 
-def test_readers_stand_at_their_operating_points(figures):
-    axis = figures["roc"]().axes[0]
+def test_readers_stand_at_their_operating_points(drawings):
+    axis = drawings["roc"]().axes[0]
     dots = {line.get_label(): line.get_xydata() for line in axis.lines if str(line.get_label()).startswith("reader")}
     assert list(dots) == ["reader A"]  # nothing is known of reader B
     np.testing.assert_allclose(dots["reader A"], [[0.2, 0.7]])
     assert "constant  one class only" in axis.get_legend_handles_labels()[1]
 
 
-def test_training_means_are_over_the_folds(figures):
-    means = {line.get_label(): line.get_ydata() for line in figures["training"]().axes[0].lines}
+def test_training_means_are_over_the_folds(drawings):
+    means = {line.get_label(): line.get_ydata() for line in drawings["training"]().axes[0].lines}
     np.testing.assert_allclose(means["training, mean of 2 folds"], [2, 1, 2 / 3, 1 / 2])
     np.testing.assert_allclose(means["validation, mean of 1 folds"], [1, 1 / 2, 1 / 3, 1 / 4])
 
 
 def test_ten_variants_look_different():
     curves = {f"v{k}": {50: interval(0.5), 100: interval(0.6)} for k in range(10)}
-    axis = draw.learning_curve(curves, "auroc").axes[0]
+    axis = figures.learning_curve(curves, "auroc").axes[0]
     looks = {(line.get_color(), line.get_linestyle()) for line in axis.lines if str(line.get_label()).startswith("v")}
     assert len(looks) == 10
 
@@ -190,17 +190,17 @@ def test_ten_variants_look_different():
 @pytest.mark.parametrize(
     "drawn",
     [
-        lambda: draw.ablation({}, "prognosis", "auroc"),
-        lambda: draw.forest({"a": None}, "x"),
-        lambda: draw.roc({}),
-        lambda: draw.calibration({}),
-        lambda: draw.calibration({"a": {"b": calibration_curve([], [])}}),
-        lambda: draw.decision_curve({}),
-        lambda: draw.histograms({}, ["a", "b"]),
-        lambda: draw.folds({"a": [None]}, "auroc"),
-        lambda: draw.learning_curve({"a": {}}, "auroc"),
-        lambda: draw.boundaries({}, (np.empty(0), np.empty(0), np.empty(0)), ("a", "b"), ("c", "d")),
-        lambda: draw.training([]),
+        lambda: figures.ablation({}, "prognosis", "auroc"),
+        lambda: figures.forest({"a": None}, "x"),
+        lambda: figures.roc({}),
+        lambda: figures.calibration({}),
+        lambda: figures.calibration({"a": {"b": calibration_curve([], [])}}),
+        lambda: figures.decision_curve({}),
+        lambda: figures.histograms({}, ["a", "b"]),
+        lambda: figures.folds({"a": [None]}, "auroc"),
+        lambda: figures.learning_curve({"a": {}}, "auroc"),
+        lambda: figures.boundaries({}, (np.empty(0), np.empty(0), np.empty(0)), ("a", "b"), ("c", "d")),
+        lambda: figures.training([]),
     ],
 )
 def test_nothing_to_draw_is_drawn_as_nothing(drawn):
@@ -320,30 +320,30 @@ def study(tmp_path):
 
 
 @pytest.fixture
-def contents(study, figures, tmp_path):
+def contents(study, drawings, tmp_path):
     truth = {"prognosis": np.array([0, 1, 1, -1, 0, 1]), "gcs": np.array([0, -1, -1, 2, 1, 1])}
-    vector, raster = draw.save(figures["ablation"](), tmp_path / "figures", "ablation")
+    vector, raster = figures.save(drawings["ablation"](), tmp_path / "figures", "ablation")
     rows = [{"variant": name, **tasks["prognosis"]} for name, tasks in METRICS.items()]
-    return page.Contents(
+    return html.Contents(
         title="Fish & <chips>",
         simulated=True,
         sections=[
-            page.Section("What was compared", tables=[page.compared(study)]),
-            page.Section("Patients", tables=[page.people(study, truth)]),
-            page.Section(
+            html.Section("What was compared", tables=[html.compared(study)]),
+            html.Section("Patients", tables=[html.people(study, truth)]),
+            html.Section(
                 "Results",
                 ["Out of fold."],
-                [page.Table(rows, ["variant", "auroc", "brier"], "All <variants>")],
-                [page.Picture(vector, "Bars & dots"), page.Picture(raster, "The same")],
+                [html.Table(rows, ["variant", "auroc", "brier"], "All <variants>")],
+                [html.Picture(vector, "Bars & dots"), html.Picture(raster, "The same")],
             ),
         ],
         limits=["Six patients."],
-        facts=page.facts(study, truth, METRICS, simulated=True),
+        facts=html.facts(study, truth, METRICS, simulated=True),
     )
 
 
 def test_a_report_stands_alone_and_says_what_it_was_given(contents, tmp_path):
-    path = page.report(tmp_path, contents)
+    path = html.report(tmp_path, contents)
     assert path == tmp_path / "report.html"
     seen = Page(path.read_text(encoding="utf-8"))
     assert seen.open == []
@@ -367,39 +367,39 @@ def test_a_report_stands_alone_and_says_what_it_was_given(contents, tmp_path):
 def test_that_patients_are_simulated_stands_at_the_top_and_only_then(contents, tmp_path):
     import dataclasses
 
-    text = page.report(tmp_path, contents).read_text(encoding="utf-8")
+    text = html.report(tmp_path, contents).read_text(encoding="utf-8")
     assert text.index("patients of this study are simulated") < text.index("<nav>")
     assert text.index("For research only") < text.index("<nav>")
-    real = page.report(tmp_path, dataclasses.replace(contents, simulated=False, facts={})).read_text(encoding="utf-8")
+    real = html.report(tmp_path, dataclasses.replace(contents, simulated=False, facts={})).read_text(encoding="utf-8")
     assert "of this study are simulated" not in real
     assert "For research only" in real
 
 
 def test_a_report_is_the_same_each_time(contents, tmp_path):
-    first = page.report(tmp_path, contents).read_bytes()
-    assert page.report(tmp_path, contents).read_bytes() == first
+    first = html.report(tmp_path, contents).read_bytes()
+    assert html.report(tmp_path, contents).read_bytes() == first
 
 
 def test_a_report_refuses_pictures_it_cannot_hold(contents, tmp_path):
     import dataclasses
 
     for name, match in (("lost.png", "cannot be read"), ("figure.pdf", "as one of them")):
-        section = page.Section("x", pictures=[page.Picture(tmp_path / name, "x")])
+        section = html.Section("x", pictures=[html.Picture(tmp_path / name, "x")])
         with pytest.raises(RunError, match=match):
-            page.report(tmp_path, dataclasses.replace(contents, sections=[section]))
+            html.report(tmp_path, dataclasses.replace(contents, sections=[section]))
     assert not (tmp_path / "report.html").exists()
 
 
 def test_people_are_counted_by_label(study):
     truth = {"prognosis": np.array([0, 1, 1, -1]), "gcs": np.array([2, 2, 0, -1])}
-    rows = {row["task"]: row for row in page.people(study, truth).rows}
+    rows = {row["task"]: row for row in html.people(study, truth).rows}
     assert rows["prognosis"] == {"task": "prognosis", "patients": 4, "missing": 1, "labels": "good: 1, poor: 2"}
     assert rows["gcs"]["labels"] == "13-15: 1, 9-12: 0, 3-8: 2"
 
 
 def test_the_checklist_has_every_item_once_and_in_order():
     """27 items with 52 parts, by the statement's own count."""
-    numbers = [row["number"] for row in page.checklist({})]
+    numbers = [row["number"] for row in html.checklist({})]
     assert len(numbers) == len(set(numbers)) == 52
     split = [re.fullmatch(r"(\d+)([a-g]?)", number).groups() for number in numbers]
     assert sorted(split, key=lambda each: (int(each[0]), each[1])) == split
@@ -407,13 +407,13 @@ def test_the_checklist_has_every_item_once_and_in_order():
     for number in range(1, 28):
         letters = "".join(letter for of, letter in split if int(of) == number)
         assert letters == string.ascii_lowercase[: len(letters)], number
-    assert {row["said"] for row in page.checklist({}) if "{" in row["said"]} == set()
+    assert {row["said"] for row in html.checklist({}) if "{" in row["said"]} == set()
 
 
 def test_the_checklist_takes_what_is_known_and_leaves_the_rest(study):
     truth = {"prognosis": np.array([0, 1, 1, -1, 0, 1])}
-    known = page.facts(study, truth, METRICS, simulated=True)
-    said = {row["number"]: row["said"] for row in page.checklist(known)}
+    known = html.facts(study, truth, METRICS, simulated=True)
+    said = {row["number"]: row["said"] for row in html.checklist(known)}
     assert said["17"] == "To be written by the authors."
     assert said["20a"].startswith("6 patients: prognosis (good: 2, poor: 3).")
     assert "prognosis 1" in said["11"]
@@ -422,7 +422,7 @@ def test_the_checklist_takes_what_is_known_and_leaves_the_rest(study):
     assert "one_task 0.712 (0.662 to 0.762)" in said["23a"]
     assert "<all>" not in said["23a"]  # its AUROC is not defined
     assert "Patients simulated by ichprog" in said["5a"]
-    unknown = {row["number"]: row["said"] for row in page.checklist(known | {"patients": None})}
+    unknown = {row["number"]: row["said"] for row in html.checklist(known | {"patients": None})}
     assert unknown["20a"] == "To be written by the authors."
     assert unknown["12a"] == said["12a"]
 
@@ -430,5 +430,5 @@ def test_the_checklist_takes_what_is_known_and_leaves_the_rest(study):
 def test_every_fact_that_the_checklist_asks_for_is_made(study):
     items = tomllib.loads((files("ichprog.study") / "tripod.toml").read_text(encoding="utf-8"))["item"]
     asked = {name for item in items for _, name, _, _ in string.Formatter().parse(item.get("filled", "")) if name}
-    made = page.facts(study, {"prognosis": np.array([0, 1])}, METRICS, simulated=False)
+    made = html.facts(study, {"prognosis": np.array([0, 1])}, METRICS, simulated=False)
     assert asked == set(made)

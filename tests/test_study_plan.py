@@ -5,10 +5,10 @@ import json
 
 import pytest
 
-from ichprog import SpecError, UnknownName, zoo
-from ichprog.spec import Part
-from ichprog.study import plan
-from ichprog.study.plan import Baseline, Simulated, Study
+from ichprog import SpecError, UnknownNameError, zoo
+from ichprog.spec import PluginRef
+from ichprog.study import config
+from ichprog.study.config import Baseline, Simulated, Study
 from ichprog.train import PRESETS
 
 SMALL = """
@@ -41,17 +41,17 @@ def read(tmp_path):
 
 @pytest.mark.parametrize("preset", ["default", "paper", "smoke"])
 def test_templates_are_studies_with_words(preset, read):
-    text = plan.template(preset)
+    text = config.template(preset)
     study = read(text)
     assert text.startswith("# ")
-    assert preset in plan.presets()
+    assert preset in config.presets()
     assert study.task(study.split_by).name == study.variants[0].spec.tasks[0].name
     assert len({variant.name for variant in study.variants}) >= 3
     assert study.baselines[0] == Baseline("majority", "majority", (), None, study.split_by, False)
 
 
 def test_the_paper_is_its_seven_image_models_and_their_published_weights(read):
-    study = read(plan.template("paper"))
+    study = read(config.template("paper"))
     image = [variant for variant in study.variants if variant.spec.tasks[0].name == "prognosis"]
     zoo_names = {spec.name for spec in zoo.list_models() if not spec.name.startswith("compact")}
     assert len(image) == 7
@@ -91,10 +91,10 @@ saliency = ["grad_cam"]
     zoo_spec, (one, changed) = zoo.find("compact.prognosis_gcs3_age"), study.variants
     assert one.spec == zoo.find("densenet121.prognosis")
     assert [(task.name, task.loss_weight) for task in changed.spec.tasks] == [("gcs", 0.25), ("prognosis", 1.0)]
-    assert all(task.head == Part("softmax", {}) for task in changed.spec.tasks)
-    assert changed.spec.backbone == Part("densenet121", {"dropout": 0.1})
+    assert all(task.head == PluginRef("softmax", {}) for task in changed.spec.tasks)
+    assert changed.spec.backbone == PluginRef("densenet121", {"dropout": 0.1})
     assert changed.spec.input == dataclasses.replace(zoo_spec.input, shape=(8, 24, 24))
-    assert changed.protocol == one.protocol.but(loss_weighting="uncertainty")
+    assert changed.protocol == one.protocol.replace(loss_weighting="uncertainty")
     assert changed.saliency == ("grad_cam",)
     assert one.saliency == ()
 
@@ -102,7 +102,7 @@ saliency = ["grad_cam"]
 def test_what_is_not_written(read):
     study = read()
     assert study.split_by == "prognosis"
-    assert study.protocol == PRESETS["default"].but(recalibrate=False)
+    assert study.protocol == PRESETS["default"].replace(recalibrate=False)
     assert study.protocol.recalibrate is False
     assert (study.draws, study.coverage, study.sizes, study.readers, study.simulated) == (1000, 0.9, (), None, None)
     kinds = {baseline.name: baseline for baseline in study.baselines}
@@ -172,12 +172,12 @@ def test_what_is_wrong_is_named_with_what_is_allowed(new, more, said, read):
 
 
 def test_a_model_that_is_not_there(read):
-    with pytest.raises(UnknownName, match="no model 'densenet12'"):
+    with pytest.raises(UnknownNameError, match="no model 'densenet12'"):
         read(more='[[variant]]\nname = "x"\nmodel = "densenet12"\n')
 
 
 def test_no_file_and_no_preset(tmp_path):
     with pytest.raises(SpecError, match=r"none\.toml: cannot be read as TOML"):
         Study.read(tmp_path / "none.toml")
-    with pytest.raises(UnknownName, match=r"no preset of a study 'smok'\. The nearest: smoke"):
-        plan.template("smok")
+    with pytest.raises(UnknownNameError, match=r"no preset of a study 'smok'\. The nearest: smoke"):
+        config.template("smok")

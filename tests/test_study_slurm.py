@@ -14,8 +14,8 @@ from contextlib import ExitStack, contextmanager
 import pytest
 import test_study_cells as tiny
 
-from ichprog import RunError
-from ichprog.study import cells, workers
+from ichprog import RunError, parallel
+from ichprog.study import jobs
 
 folder, study, done = tiny.folder, tiny.study, tiny.done
 one_thread, one_thread_in_workers = tiny.one_thread, tiny.one_thread_in_workers
@@ -109,10 +109,10 @@ def slurm(tmp_path_factory):
         until(lambda: subprocess.run(("sinfo", "-h", "-o", "%t"), capture_output=True).stdout.strip() == b"idle")
         yield root
         subprocess.run(("scancel", f"--user={getpass.getuser()}"), check=True)
-        until(lambda: not jobs())
+        until(lambda: not slurm_jobs())
 
 
-def jobs(state="pending,running,completing"):
+def slurm_jobs(state="pending,running,completing"):
     """The numbers of the jobs there are."""
     return asked("squeue", "-h", f"--states={state}", "-o", "%A").split()
 
@@ -142,19 +142,19 @@ def test_jobs_do_the_same_as_one_process_though_some_are_killed(dies, slurm, don
     asked_for, out, gone = study(), tmp_path / "out", []
 
     def kill():
-        until(lambda: len(tiny.names(cells.status(asked_for, out), "running")) == 2)
+        until(lambda: len(tiny.names(jobs.status(asked_for, out), "running")) == 2)
         if dies == "one worker":
             os.kill(min(default_client().run(os.getpid).values()), signal.SIGKILL)
         else:
-            gone.extend(jobs()[: None if dies == "every job" else 1])
+            gone.extend(slurm_jobs()[: None if dies == "every job" else 1])
             asked("scancel", *gone)
 
-    with workers.cluster(slurm={"queue": "gpu", "log_directory": str(tmp_path)}, workers=2) as executor, beside(kill):
-        found = cells.run(asked_for, out, executor=executor, cache_dir=folder / "c")
-        after = jobs()
+    with parallel.cluster(slurm={"queue": "gpu", "log_directory": str(tmp_path)}, workers=2) as executor, beside(kill):
+        found = jobs.run(asked_for, out, executor=executor, cache_dir=folder / "c")
+        after = slurm_jobs()
     assert tiny.names(found) == tiny.CELLS, [status.said for status in found]
     assert (out / "predictions.csv").read_bytes() == (done / "predictions.csv").read_bytes()
-    until(lambda: not jobs())
+    until(lambda: not slurm_jobs())
     if dies == "every job":
         assert len(gone) == 2
         assert after
@@ -164,20 +164,20 @@ def test_jobs_do_the_same_as_one_process_though_some_are_killed(dies, slurm, don
 @pytest.mark.slow
 def test_options_may_be_text_and_a_worker_has_the_processors_of_its_job(slurm, tmp_path):
     options = {"cores": "2", "memory": "1GiB", "walltime": "00:20:00", "job_extra_directives": "--comment=told"}
-    with workers.cluster(slurm=options | {"log_directory": str(tmp_path)}) as executor:
+    with parallel.cluster(slurm=options | {"log_directory": str(tmp_path)}) as executor:
         assert executor.submit(os.getenv, "OMP_NUM_THREADS").result(60) == "2"
-        (number,) = jobs()
+        (number,) = slurm_jobs()
         said = set(asked("scontrol", "show", "job", number).split())
     assert {"NumCPUs=2", "MinMemoryNode=1G", "TimeLimit=00:20:00", "Comment=told"} <= said
-    until(lambda: not jobs())
+    until(lambda: not slurm_jobs())
 
 
 @pytest.mark.slow
 def test_what_slurm_refuses_is_said(slurm):
     refused = pytest.raises(RunError, match=r"(?s)Slurm takes no such jobs.*invalid partition specified: none")
-    with refused, workers.cluster(slurm={"queue": "none"}):
+    with refused, parallel.cluster(slurm={"queue": "none"}):
         pass
-    assert not jobs()
+    assert not slurm_jobs()
 
 
 @pytest.mark.filterwarnings("ignore:unclosed cluster:ResourceWarning")  # dask-jobqueue's, where it takes no options
@@ -191,5 +191,5 @@ def test_what_slurm_refuses_is_said(slurm):
 )
 def test_options_that_are_none_and_a_machine_without_slurm(options, said, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(RunError, match=said), workers.cluster(slurm=options):
+    with pytest.raises(RunError, match=said), parallel.cluster(slurm=options):
         pass

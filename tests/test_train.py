@@ -26,17 +26,28 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 import ichprog
-from ichprog import CohortError, RunError, SpecError, UnknownName, heads, network, registry, zoo
+from ichprog import CohortError, RunError, SpecError, UnknownNameError, heads, networks, registry, zoo
 from ichprog.backbones import Backbone
 from ichprog.cli import main
 from ichprog.cohort import Cohort
-from ichprog.spec import Part
-from ichprog.train import PRESETS, QUIRKS, Protocol, folds, grids, loop, memory, rounding, spec_of, train
-from ichprog.train.augment import augment
-from ichprog.train.objective import Objective, label_weights, mean_loss, recalibrate
+from ichprog.spec import PluginRef
+from ichprog.train import (
+    PRESETS,
+    QUIRKS,
+    Protocol,
+    allocator,
+    folds,
+    grid_cache,
+    mixed_precision,
+    spec_of,
+    train,
+    trainer,
+)
+from ichprog.train.augmentation import augment
+from ichprog.train.losses import Objective, label_weights, mean_loss, recalibrate
 
 SHAPE = (8, 24, 24)
-QUICK = PRESETS["default"].but(epochs=16, patience=0, batch=5, lr=0.02, validation=0.2, rotation_p=0.3)
+QUICK = PRESETS["default"].replace(epochs=16, patience=0, batch=5, lr=0.02, validation=0.2, rotation_p=0.3)
 RESULTS = ["config.json", "out_of_fold.csv", "log.csv"]
 
 
@@ -81,11 +92,11 @@ def folder(tmp_path_factory):
     (root / "cohort.csv").write_text("\n".join(rows))
     spec = zoo.find(zoo.DEFAULT)
     contract = dataclasses.replace(
-        spec.input, shape=SHAPE, plausible=dataclasses.replace(spec.input.plausible, blood_dense_ml=0.0)
+        spec.input, shape=SHAPE, expected_ranges=dataclasses.replace(spec.input.expected_ranges, blood_dense_ml=0.0)
     )
-    small = dataclasses.replace(spec, name="small.three", backbone=Part("compact", {"width": 4}), input=contract)
+    small = dataclasses.replace(spec, name="small.three", backbone=PluginRef("compact", {"width": 4}), input=contract)
     (root / "spec.json").write_text(json.dumps(small.to_dict()))
-    grids.prepare(
+    grid_cache.prepare(
         [p.scan for p in Cohort.read(root / "cohort.csv").patients], contract, brain="auto", folder=root / "c/grids"
     )
     return root
@@ -166,13 +177,13 @@ def test_patients_without_the_first_label_only_train():
 def test_the_published_preset_has_its_quirks_and_ours_has_none():
     assert PRESETS["paper"].quirks() == [sentence for _, sentence in QUIRKS]
     assert PRESETS["default"].quirks() == []
-    assert len(PRESETS["paper"].but(zoom_how="random").quirks()) == len(QUIRKS) - 1
+    assert len(PRESETS["paper"].replace(zoom_how="random").quirks()) == len(QUIRKS) - 1
 
 
 @pytest.mark.parametrize(
     ("change", "error", "said"),
     [
-        ({"epoch": 3}, UnknownName, "no field of a protocol 'epoch'.*nearest: epochs"),
+        ({"epoch": 3}, UnknownNameError, "no field of a protocol 'epoch'.*nearest: epochs"),
         ({"epochs": 0}, RunError, "epochs lies between 1 and 1e.06, not at 0"),
         ({"epochs": 3.5}, RunError, "epochs is a int, not 3.5"),
         ({"lr": "fast"}, RunError, "lr is a float, not 'fast'"),
@@ -183,15 +194,15 @@ def test_the_published_preset_has_its_quirks_and_ours_has_none():
 )
 def test_a_protocol_refuses_what_it_cannot_be(change, error, said):
     with pytest.raises(error, match=said):
-        PRESETS["default"].but(**change)
+        PRESETS["default"].replace(**change)
 
 
 def test_a_whole_number_serves_for_a_fraction():
-    assert PRESETS["default"].but(lr=1).lr == 1.0
+    assert PRESETS["default"].replace(lr=1).lr == 1.0
 
 
 def test_steps_take_every_patient_and_never_a_batch_of_one():
-    protocol = PRESETS["default"].but(batch=4, accumulate=2)
+    protocol = PRESETS["default"].replace(batch=4, accumulate=2)
     for number in range(2, 40):
         made = steps_of(number, protocol)
         assert sorted(p for step in made for batch in step for p in batch) == list(range(number))
@@ -202,7 +213,7 @@ def test_steps_take_every_patient_and_never_a_batch_of_one():
 
 
 def steps_of(number, protocol, team_size=1):
-    return [[batch.tolist() for batch in step] for step in loop.steps(np.arange(number), protocol, team_size)]
+    return [[batch.tolist() for batch in step] for step in trainer.steps(np.arange(number), protocol, team_size)]
 
 
 def test_published_steps_begin_short_and_drop_what_is_left():
@@ -220,7 +231,7 @@ def test_published_steps_begin_short_and_drop_what_is_left():
 
 def still(**changes):
     nothing = {"rotation": 0, "zoom": 0, "shift": 0, "flip_p": 0, "noise": 0, "gain": 0, "offset": 0}
-    return PRESETS["default"].but(**nothing | changes)
+    return PRESETS["default"].replace(**nothing | changes)
 
 
 def smooth(shape, number=1):
@@ -285,7 +296,7 @@ def test_rotation_in_cells_is_that_of_the_published_transform(axis, spec, monkey
 def test_rotation_in_mm_leans_a_flat_grid_less(spec):
     """A grid of few high cells: an angle in cells leans the head by several times as many mm."""
     contract = dataclasses.replace(spec.input, shape=(8, 64, 64))
-    low, high = contract.plausible.coverage_mm
+    low, high = contract.expected_ranges.coverage_mm
     values = torch.zeros(1, 1, 8, 64, 64)
     values[..., 4, :, :] = 1
     kept = {}
@@ -362,21 +373,21 @@ def test_labels_weigh_inversely_to_their_number(spec):
 def test_batches_of_a_step_sum_to_the_loss_over_all_its_patients(weighting, spec):
     """However a step is cut into batches and processes, its gradient is that of all its patients at once."""
     random = np.random.default_rng(1)
-    spec = dataclasses.replace(spec, backbone=Part("plain", {}))
+    spec = dataclasses.replace(spec, backbone=PluginRef("plain", {}))
     labels = {task.name: random.integers(-1, len(task.labels), 16) for task in spec.tasks}
     labels["age"][:8] = -1
     values = torch.from_numpy(random.random((16, 1, *SHAPE))).float()
-    protocol = PRESETS["default"].but(loss_weighting=weighting)
+    protocol = PRESETS["default"].replace(loss_weighting=weighting)
     weights = label_weights(spec, labels, np.arange(16), "class_weights")
-    objective = Objective(network.build(spec), spec, protocol, weights)
+    objective = Objective(networks.build(spec), spec, protocol, weights)
     job = SimpleNamespace(labels=labels)
-    whole = loop._weight(objective, job, np.arange(16))
+    whole = trainer._weight(objective, job, np.arange(16))
 
     def gradient(batches):
         objective.zero_grad()
         total = 0.0
         for batch in batches:
-            mine = loop._weight(objective, job, batch)
+            mine = trainer._weight(objective, job, batch)
             targets = {task: torch.from_numpy(known[batch]) for task, known in labels.items()}
             loss, _ = objective(values[batch], targets, {task: mine[task] / whole[task] for task in whole})
             loss.backward()
@@ -391,7 +402,7 @@ def test_batches_of_a_step_sum_to_the_loss_over_all_its_patients(weighting, spec
 
 def test_uncertainty_weighs_a_task_by_its_own_loss(spec):
     """For losses that stay the same, every s ends at log L, and each task's weight at 1 / L."""
-    objective = Objective(network.build(spec), spec, PRESETS["default"].but(loss_weighting="uncertainty"), {})
+    objective = Objective(networks.build(spec), spec, PRESETS["default"].replace(loss_weighting="uncertainty"), {})
     losses = {"prognosis": torch.tensor(0.2), "gcs": torch.tensor(1.0), "age": torch.tensor(3.0)}
     optimiser = torch.optim.LBFGS([objective.log_variance], max_iter=50, line_search_fn="strong_wolfe")
 
@@ -454,8 +465,8 @@ def test_auc_is_the_mean_over_cuts(spec):
     probabilities, target = random.dirichlet([1, 1, 1], 60), random.integers(-1, 3, 60)
     known = target >= 0
     cuts = [roc_auc_score(target[known] >= k, probabilities[known, k:].sum(1)) for k in (1, 2)]
-    assert loop.auc(spec.task("gcs"), probabilities, target) == pytest.approx(np.mean(cuts))
-    assert math.isnan(loop.auc(spec.task("gcs"), probabilities, np.zeros(60, int)))
+    assert trainer.auc(spec.task("gcs"), probabilities, target) == pytest.approx(np.mean(cuts))
+    assert math.isnan(trainer.auc(spec.task("gcs"), probabilities, np.zeros(60, int)))
 
 
 # a run
@@ -486,7 +497,7 @@ def test_a_run_is_a_model_whose_answers_are_those_out_of_fold(trained, cohort):
                 assert value == pytest.approx(float(row[f"{task}_{label}"]), abs=1e-5)
             assert prediction[task].label == row[f"{task}_label"]
     whole = ichprog.load_model(f"local-dir:{trained}")
-    assert whole.probe()["state"] == "holds"
+    assert whole.check_golden_output()["state"] == "holds"
     assert [file.fold for file in whole.weights] == [0, 1, 2, 3]
 
 
@@ -555,7 +566,7 @@ def test_folds_made_elsewhere_are_taken_as_they_are(trained, folder, cohort, spe
     assert len(tested[0]) == 8
     with pytest.raises(RunError, match="holds another run: parts was"):
         train(cohort, spec, tmp_path / "fewer", folds=parts, resume=True, **asked)
-    with pytest.raises(UnknownName, match="no fold of this run '4'"):
+    with pytest.raises(UnknownNameError, match="no fold of this run '4'"):
         train(cohort, spec, tmp_path / "other", folds=parts, **asked | {"only": [4]})
 
 
@@ -564,7 +575,13 @@ def test_a_model_of_another_task_is_tested_on_the_folds_of_the_first(folder, coh
     parts = folds.split(cohort.labels(spec.task("prognosis")), 4, seed=1, validation=0.2)
     alone = dataclasses.replace(spec, tasks=(spec.task("gcs"),), name="small.one")
     run = train(
-        cohort, alone, tmp_path / "run", folds=parts, only=[0, 1], protocol=QUICK.but(epochs=2), cache_dir=folder / "c"
+        cohort,
+        alone,
+        tmp_path / "run",
+        folds=parts,
+        only=[0, 1],
+        protocol=QUICK.replace(epochs=2),
+        cache_dir=folder / "c",
     )
     rows = table(run / "out_of_fold.csv")
     tested = {cohort.patients[place].name for fold in parts[:2] for place in fold.test}
@@ -596,7 +613,7 @@ import pathlib
 import torch
 torch.set_num_threads(1)
 import ichprog
-from ichprog.train import loop, train
+from ichprog.train import trainer, train
 sys.path.insert(0, {tests!r})
 from test_train import QUICK, plain
 
@@ -611,7 +628,7 @@ def dying(work, at):
 
 what, _, at = os.environ.get("DIE", "").partition(":")
 if what == "batch":
-    loop.augment = dying(loop.augment, int(at))
+    trainer.augment = dying(trainer.augment, int(at))
 if what == "file":
     pathlib.Path.replace = dying(pathlib.Path.replace, int(at))
 ichprog.register_backbone("plain", plain)
@@ -651,7 +668,7 @@ def test_a_killed_run_goes_on_to_the_same_files(trained, folder, spec, tmp_path)
 
 def test_two_processes_train_as_one(folder, cohort, spec, tmp_path):
     """Without normalisation over a batch, two gloo processes and one give the same network."""
-    spec = dataclasses.replace(spec, backbone=Part("plain", {}))
+    spec = dataclasses.replace(spec, backbone=PluginRef("plain", {}))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -688,11 +705,11 @@ def test_accelerate_launch_runs_the_command(folder, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(f"local-dir:{tmp_path / 'run'}") == 1
-    assert ichprog.load_model(f"local-dir:{tmp_path / 'run'}").probe()["state"] == "holds"
+    assert ichprog.load_model(f"local-dir:{tmp_path / 'run'}").check_golden_output()["state"] == "holds"
 
 
 def test_the_published_preset_and_learned_weights_run(folder, cohort, spec, tmp_path):
-    protocol = PRESETS["paper"].but(epochs=2, validation=0.2, loss_weighting="uncertainty")
+    protocol = PRESETS["paper"].replace(epochs=2, validation=0.2, loss_weighting="uncertainty")
     asked = {"folds": 4, "only": [3], "name": "small.paper", "tensorboard": True, "cache_dir": folder / "c"}
     out = train(cohort, spec, tmp_path / "run", protocol=protocol, **asked)
     said = json.loads((out / "run.json").read_text())
@@ -706,15 +723,15 @@ def test_the_published_preset_and_learned_weights_run(folder, cohort, spec, tmp_
 
 def test_every_state_of_a_training_is_in_the_checkpoint(folder, cohort, spec, tmp_path, monkeypatch):
     """The second moments, the schedule by plateaus and the learned weights, with dropout."""
-    spec = dataclasses.replace(spec, backbone=Part("compact", {"width": 4, "dropout": 0.3}))
+    spec = dataclasses.replace(spec, backbone=PluginRef("compact", {"width": 4, "dropout": 0.3}))
     changes = {"epochs": 4, "validation": 0.2, "loss_weighting": "uncertainty", "lr": 0.05}
-    protocol = PRESETS["paper"].but(batch=4, plateau_patience=0, plateau_factor=0.5, **changes)
+    protocol = PRESETS["paper"].replace(batch=4, plateau_patience=0, plateau_factor=0.5, **changes)
     asked = {"folds": 4, "only": [1], "protocol": protocol, "cache_dir": folder / "c", "resume": True}
     whole = train(cohort, spec, tmp_path / "whole", **asked)
     rates = [float(row["lr"]) for row in table(whole / "log.csv")]
     assert rates == sorted(rates, reverse=True)
     assert rates[-1] < rates[0]
-    conclude = loop.State.conclude
+    conclude = trainer.State.conclude
 
     def interrupted(state, row):
         if state.epoch in (1, 2) and state.epoch not in stopped:
@@ -723,7 +740,7 @@ def test_every_state_of_a_training_is_in_the_checkpoint(folder, cohort, spec, tm
         conclude(state, row)
 
     stopped = []
-    monkeypatch.setattr(loop.State, "conclude", interrupted)
+    monkeypatch.setattr(trainer.State, "conclude", interrupted)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             train(cohort, spec, tmp_path / "run", **asked)
@@ -735,7 +752,7 @@ def test_a_fold_that_another_process_trains_is_left_to_it(folder, cohort, spec, 
     from filelock import FileLock
 
     theirs = tmp_path / "run" / "folds" / "0"
-    asked = {"folds": 4, "protocol": QUICK.but(epochs=1), "cache_dir": folder / "c", "resume": True}
+    asked = {"folds": 4, "protocol": QUICK.replace(epochs=1), "cache_dir": folder / "c", "resume": True}
     train(cohort, spec, tmp_path / "run", only=[1], **asked)
     theirs.mkdir()
     with FileLock(theirs / ".lock"), pytest.raises(RunError, match=r"fold 0 of .* is being trained by another process"):
@@ -743,7 +760,7 @@ def test_a_fold_that_another_process_trains_is_left_to_it(folder, cohort, spec, 
 
 
 def test_a_fold_stops_early_and_keeps_its_best(folder, cohort, spec, tmp_path):
-    protocol = QUICK.but(epochs=30, patience=2, lr=0.0001)
+    protocol = QUICK.replace(epochs=30, patience=2, lr=0.0001)
     out = train(cohort, spec, tmp_path / "run", folds=4, only=[0], protocol=protocol, cache_dir=folder / "c")
     log, result = table(out / "log.csv"), json.loads((out / "run.json").read_text())["results"]["0"]
     losses = [float(row["val_loss"]) for row in log]
@@ -754,7 +771,7 @@ def test_a_fold_stops_early_and_keeps_its_best(folder, cohort, spec, tmp_path):
 def test_training_leaves_no_switch_of_torch_changed(folder, cohort, spec, tmp_path):
     torch.manual_seed(5)
     before = torch.get_rng_state(), torch.backends.cudnn.deterministic, torch.is_grad_enabled()
-    train(cohort, spec, tmp_path / "run", folds=4, only=[0], protocol=QUICK.but(epochs=1), cache_dir=folder / "c")
+    train(cohort, spec, tmp_path / "run", folds=4, only=[0], protocol=QUICK.replace(epochs=1), cache_dir=folder / "c")
     after = torch.get_rng_state(), torch.backends.cudnn.deterministic, torch.is_grad_enabled()
     assert torch.equal(before[0], after[0])
     assert before[1:] == after[1:]
@@ -773,16 +790,16 @@ def test_a_loss_that_is_no_number_names_its_patients(folder, cohort, spec, tmp_p
     made = plain()
     registry.register_backbone("spoilt", lambda: Spoilt(made.features, made.out_channels, made.cam_layer))
     loaded = []
-    monkeypatch.setattr(loop, "augment", lambda values, *_: values)
-    load = loop.Job.load
+    monkeypatch.setattr(trainer, "augment", lambda values, *_: values)
+    load = trainer.Job.load
     monkeypatch.setattr(
-        loop.Job, "load", lambda job, patients, device: loaded.append(patients) or load(job, patients, device)
+        trainer.Job, "load", lambda job, patients, device: loaded.append(patients) or load(job, patients, device)
     )
     bad = folds.split(cohort.labels(spec.tasks[0]), 4, validation=QUICK.validation)[0].train[7]
     scan, name = cohort.patients[bad].scan, cohort.patients[bad].name
-    values = np.load(grids.prepare([scan], spec.input, brain="auto", folder=folder / "c/grids")[0])
+    values = np.load(grid_cache.prepare([scan], spec.input, brain="auto", folder=folder / "c/grids")[0])
     Spoilt.worst = float(values.max())
-    spec = dataclasses.replace(spec, backbone=Part("spoilt", {}))
+    spec = dataclasses.replace(spec, backbone=PluginRef("spoilt", {}))
     try:
         with pytest.raises(
             RunError, match=rf"fold 0, epoch 0: the loss is nan \(prognosis nan, gcs nan.*{name}"
@@ -796,7 +813,9 @@ def test_a_loss_that_is_no_number_names_its_patients(folder, cohort, spec, tmp_p
 # in what precision
 
 CPU = torch.device("cpu")
-needs_bfloat16 = pytest.mark.skipif(rounding.lack(CPU) is not None, reason="no processor that multiplies in bfloat16")
+needs_bfloat16 = pytest.mark.skipif(
+    mixed_precision.lack(CPU) is not None, reason="no processor that multiplies in bfloat16"
+)
 
 
 def plain_losses(network, values, targets, epochs):
@@ -828,14 +847,16 @@ def test_the_loss_curve_is_that_of_a_plain_loop(precision, within, folder, cohor
     changes = {"batch": 32, "balance": "none", "recalibrate": False, "validation": 0.2, "precision": precision}
     changes |= {"schedule": "plateau", "plateau_patience": 99, "weight_decay": 1e-4, "amsgrad": True}
     protocol, asked = still(**changes), {"folds": 4, "only": [0], "cache_dir": folder / "c"}
-    begun = train(cohort, spec, tmp_path / "begun", protocol=protocol.but(epochs=1, lr=1e-12), **asked)
-    out = train(cohort, spec, tmp_path / "run", protocol=protocol.but(epochs=12, lr=0.005), **asked)
+    begun = train(cohort, spec, tmp_path / "begun", protocol=protocol.replace(epochs=1, lr=1e-12), **asked)
+    out = train(cohort, spec, tmp_path / "run", protocol=protocol.replace(epochs=12, lr=0.005), **asked)
 
     part = folds.split(cohort.labels(spec.tasks[0]), 4, validation=0.2)[0].train
-    files = grids.prepare([cohort.patients[p].scan for p in part], spec.input, brain="auto", folder=folder / "c/grids")
+    files = grid_cache.prepare(
+        [cohort.patients[p].scan for p in part], spec.input, brain="auto", folder=folder / "c/grids"
+    )
     values = torch.from_numpy(np.stack([np.load(file) for file in files])[:, None])
     targets = {task.name: torch.from_numpy(cohort.labels(task)[part]) for task in spec.tasks}
-    first = network.build(spec)
+    first = networks.build(spec)
     first.load_state_dict(load_file(begun / "fold0.safetensors"))
     expected = plain_losses(first, values, targets, 12)
     assert expected[-1] < 0.7 * expected[0]
@@ -854,7 +875,7 @@ def test_convolutions_are_right_however_short_their_input(kernel, stride, depth)
     found = []
     for rounded in (False, True):
         given = values.contiguous(memory_format=torch.channels_last_3d).requires_grad_()
-        with rounding.computing(CPU, rounded=rounded):
+        with mixed_precision.computing(CPU, rounded=rounded):
             made = layer(given)
         direction = torch.randn_like(made) if direction is None else direction
         found.append([made, *torch.autograd.grad(made, [given, layer.weight], direction.to(made.dtype))])
@@ -865,7 +886,7 @@ def test_convolutions_are_right_however_short_their_input(kernel, stride, depth)
 @needs_bfloat16
 def test_pooling_keeps_precision_and_layout():
     values = torch.rand(2, 4, 6, 6, 6, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last_3d)
-    with rounding.computing(CPU, rounded=True):
+    with mixed_precision.computing(CPU, rounded=True):
         for pool, own in ((nn.AvgPool3d(2), functional.avg_pool3d), (nn.MaxPool3d(3, 2), functional.max_pool3d)):
             made = pool(values)
             assert made.dtype == torch.bfloat16
@@ -885,12 +906,12 @@ class Faulty(TorchFunctionMode):
 @needs_bfloat16
 def test_bfloat16_on_a_processor_is_asked_for_and_refused_to_a_network_it_would_spoil(folder, cohort, spec, tmp_path):
     asked = {"folds": 4, "only": [0], "cache_dir": folder / "c"}
-    protocol = QUICK.but(epochs=2)
+    protocol = QUICK.replace(epochs=2)
     wrong = pytest.raises(RunError, match=r"(?s)'bfloat16': on this processor a convolution of 2 x 1 x 8.*'float32'")
     with Faulty(), wrong:
-        train(cohort, spec, tmp_path / "asked", protocol=protocol.but(precision="bfloat16"), **asked)
+        train(cohort, spec, tmp_path / "asked", protocol=protocol.replace(precision="bfloat16"), **asked)
     for precision in ("auto", "float32", "bfloat16"):
-        train(cohort, spec, tmp_path / precision, protocol=protocol.but(precision=precision), **asked)
+        train(cohort, spec, tmp_path / precision, protocol=protocol.replace(precision=precision), **asked)
     said = {
         run: json.loads((tmp_path / run / "run.json").read_text())["results"]["0"]["precision"]
         for run in ("auto", "float32", "bfloat16")
@@ -901,10 +922,10 @@ def test_bfloat16_on_a_processor_is_asked_for_and_refused_to_a_network_it_would_
 
 
 def test_a_processor_without_bfloat16_does_not_train_in_it(folder, cohort, spec, tmp_path, monkeypatch):
-    monkeypatch.setattr(rounding, "computes_in_bfloat16", lambda: False)
+    monkeypatch.setattr(mixed_precision, "computes_in_bfloat16", lambda: False)
     with pytest.raises(RunError, match="'bfloat16': this processor does not multiply in bfloat16"):
         train(cohort, spec, tmp_path / "run", folds=4, only=[0], cache_dir=folder / "c", device="cpu",
-              protocol=QUICK.but(precision="bfloat16"))  # fmt: skip
+              protocol=QUICK.replace(precision="bfloat16"))  # fmt: skip
     assert not (tmp_path / "run").exists()
 
 
@@ -932,7 +953,7 @@ def rewritten(cohort, **columns):
         ({}, {"folds": 1}, "1 folds: at least 2"),
         (
             {},
-            {"folds": 4, "protocol": QUICK.but(validation=0.01)},
+            {"folds": 4, "protocol": QUICK.replace(validation=0.01)},
             "leave 24 to train on, and 0.01 of them for validation",
         ),
     ],
@@ -956,7 +977,7 @@ def test_scans_that_cannot_be_read_are_all_named(cohort, spec, tmp_path):
             spec,
             tmp_path / "run",
             folds=2,
-            protocol=QUICK.but(validation=0.4),
+            protocol=QUICK.replace(validation=0.4),
             cache_dir=tmp_path / "c",
             workers=2,
         )
@@ -967,32 +988,34 @@ def test_scans_that_cannot_be_read_are_all_named(cohort, spec, tmp_path):
 def test_grids_are_prepared_once(folder, cohort, spec, monkeypatch):
     monkeypatch.setattr("ichprog.scan.examine", None)
     scans = [patient.scan for patient in cohort.patients]
-    files = grids.prepare(scans, spec.input, brain="auto", folder=folder / "c/grids")
+    files = grid_cache.prepare(scans, spec.input, brain="auto", folder=folder / "c/grids")
     assert np.load(files[0]).shape == SHAPE
     others = grids_of(scans, dataclasses.replace(spec.input, pad_slices=False), "auto")
     given = grids_of(scans, spec.input, "given")
     assert not set(files) & {*others, *given}
-    doubted = dataclasses.replace(spec.input, plausible=dataclasses.replace(spec.input.plausible, slices=(1, 2)))
+    doubted = dataclasses.replace(
+        spec.input, expected_ranges=dataclasses.replace(spec.input.expected_ranges, slices=(1, 2))
+    )
     assert grids_of(scans, doubted, "auto") == [path.name for path in files]
 
 
 def grids_of(scans, contract, brain):
     recipe = json.dumps(
-        [grids._RECIPE, brain, {k: v for k, v in dataclasses.asdict(contract).items() if k != "plausible"}]
+        [grid_cache._RECIPE, brain, {k: v for k, v in dataclasses.asdict(contract).items() if k != "expected_ranges"}]
     )
-    return [f"{grids._key(scan, recipe)}.npy" for scan in scans]
+    return [f"{grid_cache._key(scan, recipe)}.npy" for scan in scans]
 
 
 def test_a_changed_scan_is_prepared_anew(folder, tmp_path):
     shutil.copy(folder / "0.nii.gz", tmp_path / "scan.nii.gz")
-    before = grids._key(tmp_path / "scan.nii.gz", "recipe")
+    before = grid_cache._key(tmp_path / "scan.nii.gz", "recipe")
     os.utime(tmp_path / "scan.nii.gz", ns=(1, 1))
-    assert grids._key(tmp_path / "scan.nii.gz", "recipe") != before
+    assert grid_cache._key(tmp_path / "scan.nii.gz", "recipe") != before
     (tmp_path / "series").mkdir()
     (tmp_path / "series" / "1.dcm").write_bytes(b"1")
-    before = grids._key(tmp_path / "series", "recipe")
+    before = grid_cache._key(tmp_path / "series", "recipe")
     (tmp_path / "series" / "2.dcm").write_bytes(b"2")
-    assert grids._key(tmp_path / "series", "recipe") != before
+    assert grid_cache._key(tmp_path / "series", "recipe") != before
 
 
 @pytest.mark.parametrize(
@@ -1020,18 +1043,18 @@ def test_a_disk_that_fills_up_is_said_with_what_to_do(folder, cohort, spec, tmp_
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(loop.State, "save", full)
+    monkeypatch.setattr(trainer.State, "save", full)
     with pytest.raises(RunError, match=r"disk of .*run is full\. Make room and go on by `--resume`"):
         train(cohort, spec, tmp_path / "run", folds=4, only=[0], protocol=QUICK, cache_dir=folder / "c")
 
 
 def test_a_folder_of_another_run_is_refused_with_what_differs(trained, folder, cohort, spec, tmp_path):
     asked = {"folds": 4, "protocol": QUICK, "cache_dir": folder / "c", "resume": True}
-    other = dataclasses.replace(spec, backbone=Part("compact", {"width": 8}))
+    other = dataclasses.replace(spec, backbone=PluginRef("compact", {"width": 8}))
     with pytest.raises(RunError, match=r"holds another run: model\.backbone differs"):
         train(cohort, other, trained, **asked)
     with pytest.raises(RunError, match=r"protocol\.lr was 0\.02, is 0\.1; folds was 4, is 3"):
-        train(cohort, spec, trained, **asked | {"protocol": QUICK.but(lr=0.1), "folds": 3})
+        train(cohort, spec, trained, **asked | {"protocol": QUICK.replace(lr=0.1), "folds": 3})
     with pytest.raises(RunError, match=r"cohort\.sha256 was"):
         train(rewritten(cohort, age=lambda i: str(20 + 70 * (i % 2))), spec, trained, **asked)
     with pytest.raises(RunError, match="`--resume`"):
@@ -1039,7 +1062,7 @@ def test_a_folder_of_another_run_is_refused_with_what_differs(trained, folder, c
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(RunError, match="holds no run"):
         train(cohort, spec, tmp_path, **asked)
-    with pytest.raises(UnknownName, match="no fold of this run '7'"):
+    with pytest.raises(UnknownNameError, match="no fold of this run '7'"):
         train(cohort, spec, tmp_path / "run", **asked | {"only": [7]})
 
 
@@ -1047,7 +1070,7 @@ def test_what_is_trained_may_be_named_in_any_way(trained, folder, tmp_path):
     assert spec_of(str(folder / "spec.json")).name == "small.three"
     assert spec_of(f"local-dir:{trained}").name == "small.three"
     assert spec_of("perez2023.prognosis").name == "perez2023.prognosis"
-    with pytest.raises(UnknownName, match="no model 'perez'"):
+    with pytest.raises(UnknownNameError, match="no model 'perez'"):
         spec_of("perez")
     with pytest.raises(SpecError, match="cannot be read"):
         spec_of(tmp_path / "none.json")
@@ -1146,7 +1169,7 @@ def test_the_protocol_is_explained():
 FAULTS = """
 import resource, sys
 import torch
-from ichprog.train import memory
+from ichprog.train import allocator
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -1155,9 +1178,9 @@ def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 if sys.argv[1] == "none":
-    memory._room = lambda page: 0
+    allocator._room = lambda page: 0
 found = [faults()]
-with memory.kept(torch.device("cpu")) as keep:
+with allocator.kept(torch.device("cpu")) as keep:
     faults()
     keep()
     faults()
@@ -1178,5 +1201,5 @@ def test_memory_is_kept_from_step_to_step_where_there_is_room(room):
 
 def test_memory_of_other_devices_is_left_alone(monkeypatch):
     monkeypatch.setattr("ctypes.CDLL", lambda *_: pytest.fail("the C library was asked"))
-    with memory.kept(torch.device("cuda")) as keep:
+    with allocator.kept(torch.device("cuda")) as keep:
         keep()

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from ichprog.cli import ask, cohorts, demo, evaluate, inventory, plugins, release, simulate, study, train
+from ichprog.cli import cohorts, demo, evaluate, export, models, plugins, predict, simulate, study, train
 from ichprog.cli.options import WRONG_USE
 from ichprog.errors import IchprogError
 
@@ -29,8 +29,8 @@ def main() -> None:
 
 
 for command in (
-    inventory.models, plugins.plugins, inventory.fetch, inventory.doctor, ask.predict, ask.explain, cohorts.cohort,
-    demo.demo, simulate.simulate, train.train, study.study, evaluate.evaluate, release.export, release.publish,
+    models.models, plugins.plugins, models.fetch, models.doctor, predict.predict, predict.explain, cohorts.cohort,
+    demo.demo, simulate.simulate, train.train, study.study, evaluate.evaluate, export.export, export.publish,
 ):  # fmt: skip
     main.add_command(command)
 

@@ -22,15 +22,16 @@ def demo(out: Path, as_json: bool) -> None:
     """Simulate a patient, predict and explain: scan, answers, maps and a picture, with no data and no network."""
     import nibabel as nib
 
-    from ichprog.report import plot
-    from ichprog.results import results_file, whole_file
+    from ichprog.io import atomic_write
+    from ichprog.reporting.overlay import plot
+    from ichprog.results import results_file
     from ichprog.simulate import Patient
 
     out.mkdir(parents=True, exist_ok=True)
     patient = Patient(*_PATIENT)
     scan, mask = patient.save(out)
     model = ichprog.load_model(_MODEL, runtime="torch")  # which nothing is kept of
-    examined = model.examine(scan)
+    examined = model.load_scan(scan)
     prediction = ichprog.predict(model, examined)
     with results_file(out / "results.csv", model.spec) as add:
         add(prediction)
@@ -38,7 +39,7 @@ def demo(out: Path, as_json: bool) -> None:
     for (task, method), saliency in maps.items():  # type: ignore[union-attr]  # several tasks give a dict
         saliency.save(out / f"{patient.name}_{task}_{method}.nii.gz")
     picture = out / "picture.png"
-    with whole_file(picture) as partial:
+    with atomic_write(picture) as partial:
         plot(maps, scan, prediction=prediction, outline=nib.load(mask)).savefig(partial, dpi=110)
     if as_json:
         print_json({"prediction": prediction.to_dict(), "truth": patient.truth(), "folder": str(out)})

@@ -10,7 +10,7 @@ import click
 from ichprog.cli.options import as_json, brain, loading, with_options
 
 if TYPE_CHECKING:
-    from ichprog.study.evaluate import Evaluation
+    from ichprog.evaluation.evaluate import Evaluation
 
 
 @click.command()
@@ -44,7 +44,7 @@ def evaluate(
     patients; several are taken together. Where it cannot be known whether the model has seen them, the output says so.
     """
     from ichprog.cohort import Cohort
-    from ichprog.study.evaluate import evaluate as evaluate_model
+    from ichprog.evaluation.evaluate import evaluate as evaluate_model
 
     read = [Cohort.read(path, scans=False) for path in cohorts]
     cohort = read[0] if len(read) == 1 else Cohort.join(read)
@@ -65,7 +65,7 @@ def evaluate(
 
 def _say(found: "Evaluation") -> None:
     """The figures as text, with what a reader must know first."""
-    from ichprog.study.tables import shown, words
+    from ichprog.reporting.tables import shown, words
 
     described = found.to_dict()
     counts = found.counts

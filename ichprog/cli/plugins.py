@@ -128,25 +128,25 @@ def costs(
     """
     from tqdm import tqdm
 
-    from ichprog import costs, registry
-    from ichprog.results import whole_file
+    from ichprog import profiling, registry
+    from ichprog.io import atomic_write
 
-    asked = costs.claims(names, [getattr(registry, _KINDS[kind]).kind for kind in kinds])
+    asked = profiling.claims(names, [getattr(registry, _KINDS[kind]).kind for kind in kinds])
     found, failed = [], []
     bar = tqdm(asked, unit="plugin", leave=False, disable=None)  # None: where there is no terminal
     for kind, name in bar:
         bar.set_postfix_str(name)
         try:
-            found.append(costs.measure(kind, name, shape=shape))
+            found.append(profiling.measure(kind, name, shape=shape))
         except IchprogError as error:
             failed.append((kind, name, str(error)))
-    text = f"{costs.table(found, failed=[(name, why) for _, name, why in failed])}\n\nOn {costs.machine()}.\n"
+    text = f"{profiling.table(found, failed=[(name, why) for _, name, why in failed])}\n\nOn {profiling.machine()}.\n"
     if output is not None:
-        with whole_file(output) as partial:
+        with atomic_write(output) as partial:
             partial.write_text(text, encoding="utf-8")
     if as_json:
         problems = [{"kind": kind, "name": name, "problem": why} for kind, name, why in failed]
-        print_json({"machine": costs.machine(), "costs": [asdict(cost) for cost in found], "failed": problems})
+        print_json({"machine": profiling.machine(), "costs": [asdict(cost) for cost in found], "failed": problems})
     else:
         click.echo(output if output is not None else text, nl=output is not None)
     if failed:

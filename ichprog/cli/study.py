@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ichprog.cli.options import as_json, parsed, print_json
-from ichprog.errors import RunError, UnknownName
+from ichprog.errors import RunError, UnknownNameError
 
 if TYPE_CHECKING:
-    from ichprog.study.cells import Status
+    from ichprog.study.jobs import Status
 
 _file = click.argument("study", type=click.Path(path_type=Path), metavar="STUDY.toml")
 _out = click.option("-o", "--out", type=click.Path(path_type=Path), help="The study's folder; its name if absent.")
@@ -38,7 +38,7 @@ def study() -> None:
 )
 def new(path: Path, preset: str) -> None:
     """Write a commented study to begin with."""
-    from ichprog.study.plan import template
+    from ichprog.study.config import template
 
     text = template(preset)
     if path.exists():
@@ -70,10 +70,10 @@ def run(
     maps_of: int,
 ) -> None:
     """Do what of a study is missing, judge it, and write tables, figures and report.html."""
-    from ichprog.study import cells
-    from ichprog.study.plan import Study
-    from ichprog.study.present import present
-    from ichprog.study.workers import cluster
+    from ichprog.parallel import cluster
+    from ichprog.study import jobs
+    from ichprog.study.config import Study
+    from ichprog.study.report import present
 
     if scheduler and slurm:
         raise click.UsageError("--scheduler and --slurm are two ways to one end: give one of them.")
@@ -84,7 +84,7 @@ def run(
         if scheduler or slurm:
             executor = stack.enter_context(cluster(scheduler=scheduler, slurm=options or None, workers=workers))
         here = 1 if executor else workers  # processes of this machine, which may be one for logging in only
-        found = cells.run(asked, folder, executor=executor, workers=here, cache_dir=cache_dir, progress=_tell)
+        found = jobs.run(asked, folder, executor=executor, workers=here, cache_dir=cache_dir, progress=_tell)
     failed = [each for each in found if each.state != "done"]
     whole = {each.cell.run for each in found} - {each.cell.run for each in failed}
     if not whole:
@@ -102,10 +102,10 @@ def run(
 @as_json
 def status(study: Path, out: Path | None, as_json: bool) -> None:
     """Say how far every cell of a study is."""
-    from ichprog.study import cells
-    from ichprog.study.plan import Study
+    from ichprog.study import jobs
+    from ichprog.study.config import Study
 
-    found = cells.status(Study.read(study), out or study.with_suffix(""))
+    found = jobs.status(Study.read(study), out or study.with_suffix(""))
     if as_json:
         print_json([{"cell": each.cell.name, "state": each.state, "said": each.said} for each in found])
         return
@@ -122,8 +122,8 @@ def status(study: Path, out: Path | None, as_json: bool) -> None:
 @_maps_of
 def report(study: Path, out: Path | None, cache_dir: Path | None, maps_of: int) -> None:
     """Judge what is there anew, and write tables, figures and report.html again; nothing is trained."""
-    from ichprog.study.plan import Study
-    from ichprog.study.present import present
+    from ichprog.study.config import Study
+    from ichprog.study.report import present
 
     folder = out or study.with_suffix("")
     click.echo(present(Study.read(study), folder, maps_of=maps_of, cache_dir=cache_dir))
@@ -154,19 +154,20 @@ def figure(
     target: Path | None,
 ) -> None:
     """Draw slices in rows and variants in columns, each with its map and its probability above."""
-    from ichprog.study import explained, maps
-    from ichprog.study.plan import Study
-    from ichprog.study.record import cohort_of
+    from ichprog.evaluation import localization
+    from ichprog.study import saliency_results
+    from ichprog.study.config import Study
+    from ichprog.study.manifest import cohort_of
 
     asked, folder = Study.read(study), out or study.with_suffix("")
-    cohort, folds = cohort_of(asked, folder), explained.tested(folder)
+    cohort, folds = cohort_of(asked, folder), saliency_results.tested(folder)
     chosen: list[tuple[str, int | None]] = [_slice(patient) for patient in patients]
     if not chosen:
-        masked = [name for name in maps.masks(cohort) if name in folds] or list(folds)
+        masked = [name for name in localization.masks(cohort) if name in folds] or list(folds)
         chosen = [(name, None) for name in masked[:3]]
     task = task or asked.split_by
-    models = explained.with_task(asked, explained.members(asked, folder, cache_dir), task)
-    drawn: Any = maps.figure(models, cohort, chosen, folds=folds, task=task, method=method, brain=asked.brain)
+    models = saliency_results.with_task(asked, saliency_results.members(asked, folder, cache_dir), task)
+    drawn: Any = localization.figure(models, cohort, chosen, folds=folds, task=task, method=method, brain=asked.brain)
     target = target or folder / "figures" / f"{what}.png"
     target.parent.mkdir(parents=True, exist_ok=True)
     drawn.savefig(target)
@@ -179,7 +180,7 @@ def _slice(said: str) -> tuple[str, int | None]:
     if not colon:
         return said, None
     if not number.isdigit():
-        raise UnknownName("slice", number, [], hint="--patient takes NAME or NAME:SLICE, slices counted from 1.")
+        raise UnknownNameError("slice", number, [], hint="--patient takes NAME or NAME:SLICE, slices counted from 1.")
     return name, int(number)
 
 

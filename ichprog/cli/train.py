@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from ichprog.cli.options import brain, parsed
-from ichprog.errors import RunError, UnknownName
+from ichprog.errors import RunError, UnknownNameError
 from ichprog.zoo import DEFAULT
 
 
@@ -54,11 +54,11 @@ def train(
     from ichprog.train import train as train_model
 
     if preset not in PRESETS:
-        raise UnknownName("preset", preset, PRESETS)
+        raise UnknownNameError("preset", preset, PRESETS)
     short = {name: options.pop(name) for name in ("epochs", "seed", "loss_weighting")}
     fields = parsed("--set", changes, "lr=0.0005") | {name: value for name, value in short.items() if value is not None}
     try:
-        protocol = PRESETS[preset].but(**fields)
+        protocol = PRESETS[preset].replace(**fields)
     except RunError as error:
         raise click.UsageError(str(error)) from error
     speaks = os.environ.get("RANK", "0") == "0"  # one of several processes does

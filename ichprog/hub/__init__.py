@@ -13,9 +13,9 @@ from pathlib import Path
 from urllib.parse import quote
 
 from ichprog import zoo
-from ichprog.errors import SpecError, UnknownName, WeightsError
-from ichprog.hub.remote import NoNetworkError, Repository
-from ichprog.hub.shelf import Entry, Shelf, WeightFile, check_pin, recipe_of, save, sha256_of, translate
+from ichprog.errors import SpecError, UnknownNameError, WeightsError
+from ichprog.hub.cache import Entry, Shelf, WeightFile, check_pin, recipe_of, save, sha256_of, translate
+from ichprog.hub.client import HubUnreachableError, Repository
 from ichprog.spec import ModelSpec, Weights
 
 __all__ = ["WeightFile", "cache_folder", "cached", "fetch", "resolve", "translate", "weights"]
@@ -57,7 +57,7 @@ def fetch(
         offline: Never touch the network. `HF_HUB_OFFLINE=1` says the same.
 
     Raises:
-        UnknownName: There is no such model or fold.
+        UnknownNameError: There is no such model or fold.
         SpecError: Its description cannot be read.
         WeightsError: Its weights cannot be had, are not the ones promised, hold more than tensors, or have other keys.
         PluginError: Two distributions claim the name.
@@ -68,11 +68,11 @@ def fetch(
     else:
         try:
             entry = zoo.claim(name)
-        except UnknownName as error:
+        except UnknownNameError as error:
             if not re.search(r"^[~.]|[/\\]", name) and not os.path.lexists(name):
                 raise
             hint = "A folder is spelled `local-dir:PATH`, a place on the Hub `hf-hub:org/repo[/folder]@revision`."
-            raise UnknownName("model", name, error.known, hint) from None
+            raise UnknownNameError("model", name, error.known, hint) from None
         spec = zoo.spec_of(entry)
         directory = entry.target.parent if isinstance(entry.target, Path) else None
     return spec, weights(spec, fold, name=name, directory=directory, cache_dir=cache_dir, offline=offline)
@@ -91,7 +91,7 @@ def resolve(name: str, *, cache_dir: str | Path | None = None, offline: bool = F
         The spec, whose `weights` say where they really are, and the folder they lie in: null for the Hub.
 
     Raises:
-        UnknownName: The name has another form.
+        UnknownNameError: The name has another form.
         SpecError: The `config.json` there is no spec, or a folder has none.
         WeightsError: It cannot be had from the Hub.
     """
@@ -106,7 +106,7 @@ def resolve(name: str, *, cache_dir: str | Path | None = None, offline: bool = F
         return _placed(ModelSpec.read(config), None, None, ""), directory
     if not (parts := _HUB_NAME.fullmatch(name)):
         hint = "The revision is needed: a commit of 40 hex digits at best, or a tag or branch."
-        raise UnknownName("model", name, ["hf-hub:org/repo[/folder]@revision", "local-dir:PATH"], hint)
+        raise UnknownNameError("model", name, ["hf-hub:org/repo[/folder]@revision", "local-dir:PATH"], hint)
     place, root = (
         Repository(parts["repo"], parts["revision"], parts["folder"] or "", name, offline),
         cache_folder(cache_dir),
@@ -139,7 +139,7 @@ def weights(
         One for each fold, in order.
 
     Raises:
-        UnknownName: There is no such fold.
+        UnknownNameError: There is no such fold.
         WeightsError: They cannot be had, are not the ones promised, hold more than tensors, or have other keys.
     """
     published, root = spec.weights, cache_folder(cache_dir)
@@ -206,7 +206,7 @@ def _pin(place: Repository, root: Path) -> None:
     try:
         place.refuse_offline(f"the commit of {place.label}, expected in {ref}")
         commit = place.commit()
-    except NoNetworkError:
+    except HubUnreachableError:
         if seen is None:
             raise
         commit = seen
@@ -263,5 +263,5 @@ def _folds(form: str, names: Collection[str], fold: int | None, where: str) -> d
     if not found:
         raise WeightsError(f"{where}: holds no file like {like}. There is: {sorted(names)}.")
     if fold is not None and fold not in found:
-        raise UnknownName(f"fold of {where}", fold, sorted(found))
+        raise UnknownNameError(f"fold of {where}", fold, sorted(found))
     return {k: name for k, name in sorted(found.items()) if fold in (None, k)}

@@ -14,20 +14,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
-from ichprog.errors import PluginError, UnknownName
+from ichprog.errors import PluginError, UnknownNameError
 from ichprog.hub import WeightFile
 from ichprog.spec import ModelSpec
 
 if TYPE_CHECKING:
     from ichprog.saliency import Pass
 
-__all__ = ["PRECISIONS", "RUNTIMES", "Answer", "Choice", "Runtime", "choose", "members"]
+__all__ = ["PRECISIONS", "RUNTIMES", "Runtime", "RuntimeConfig", "TaskOutput", "build_runtimes", "resolve_runtime"]
 
 RUNTIMES = ("auto", "openvino", "torch")
 PRECISIONS = ("float32", "bfloat16")
 
 
-class Answer(NamedTuple):
+class TaskOutput(NamedTuple):
     """What a network says of one task.
 
     Attributes:
@@ -42,20 +42,20 @@ class Answer(NamedTuple):
 class Runtime(Protocol):
     """One fold's network, ready to run."""
 
-    def answer(self, grids: np.ndarray) -> dict[str, Answer]:
+    def run(self, grids: np.ndarray) -> dict[str, TaskOutput]:
         """The answer to each task.
 
         Args:
             grids: `(B, D, H, W)` float32.
         """
 
-    def rest(self) -> None:
+    def release_memory(self) -> None:
         """Gives back the memory that runs take, until the next."""
 
-    def expect_to_explain(self) -> None:
+    def prefetch_explanation(self) -> None:
         """Begins to load what explaining takes, beside whatever the caller does next."""
 
-    def forward_pass(
+    def explanation_session(
         self, grid: np.ndarray, methods: Collection[Callable[..., Any]], layers: Collection[str | None]
     ) -> "AbstractContextManager[Pass]":
         """One forward pass, from which saliency methods explain while the block runs.
@@ -66,29 +66,29 @@ class Runtime(Protocol):
             layers: The layers they ask for; None is the backbone's own choice.
 
         Raises:
-            UnknownName: The network has no such layer.
+            UnknownNameError: The network has no such layer.
         """
 
 
-class Choice(NamedTuple):
+class RuntimeConfig(NamedTuple):
     """How networks are run.
 
     Attributes:
         runtime: "openvino" or "torch".
         device: A device of torch.
         precision: One of `PRECISIONS`.
-        firm: Whether the runtime was asked for by name, so that no other stands in for it.
+        explicit: Whether the runtime was asked for by name, so that no other stands in for it.
         note: Why it is not what was asked for, or None.
     """
 
     runtime: str
     device: str
     precision: str
-    firm: bool
-    note: str | None = None
+    explicit: bool
+    fallback_reason: str | None = None
 
 
-def choose(runtime: str, device: str, precision: str) -> Choice:
+def resolve_runtime(runtime: str, device: str, precision: str) -> RuntimeConfig:
     """What "auto" stands for here: OpenVINO on a processor, torch on a graphics card.
 
     Args:
@@ -97,31 +97,31 @@ def choose(runtime: str, device: str, precision: str) -> Choice:
         precision: One of `PRECISIONS`; what a processor does not compute in becomes float32.
 
     Raises:
-        UnknownName: There is no such runtime, precision or device here.
+        UnknownNameError: There is no such runtime, precision or device here.
     """
     if runtime not in RUNTIMES:
-        raise UnknownName("runtime", runtime, RUNTIMES)
+        raise UnknownNameError("runtime", runtime, RUNTIMES)
     if precision not in PRECISIONS:
-        raise UnknownName("precision", precision, PRECISIONS)
+        raise UnknownNameError("precision", precision, PRECISIONS)
     if runtime == "openvino" and device not in ("auto", "cpu"):
-        raise UnknownName(
+        raise UnknownNameError(
             "device of the runtime openvino", device, ("auto", "cpu"), "Other devices take runtime='torch'."
         )
     where = "cpu" if runtime == "openvino" or device == "cpu" else _device(device)
     if where != "cpu" or runtime == "torch":
-        return Choice("torch", where, precision, firm=True)
-    from ichprog.runtime import engine
+        return RuntimeConfig("torch", where, precision, explicit=True)
+    from ichprog.runtime.openvino import backend
 
-    engine.wake()
-    if precision == "bfloat16" and not engine.computes_in_bfloat16():
+    backend.wake()
+    if precision == "bfloat16" and not backend.computes_in_bfloat16():
         note = "this processor does not compute in bfloat16, so float32 was taken"
-        return Choice("openvino", where, "float32", runtime == "openvino", note)
-    return Choice("openvino", where, precision, runtime == "openvino")
+        return RuntimeConfig("openvino", where, "float32", runtime == "openvino", note)
+    return RuntimeConfig("openvino", where, precision, runtime == "openvino")
 
 
-def members(
-    spec: ModelSpec, files: Sequence[WeightFile], choice: Choice, cache: Path
-) -> tuple[tuple[Runtime, ...], Choice]:
+def build_runtimes(
+    spec: ModelSpec, files: Sequence[WeightFile], choice: RuntimeConfig, cache: Path
+) -> tuple[tuple[Runtime, ...], RuntimeConfig]:
     """Each fold's network, ready to run, and how it is run in the end.
 
     Args:
@@ -133,19 +133,19 @@ def members(
     Raises:
         WeightsError: The weights do not fit the network.
         SpecError: The spec names options that its plugins refuse.
-        UnknownName: The spec names a plugin that is not installed.
+        UnknownNameError: The spec names a plugin that is not installed.
         PluginError: A plugin cannot be loaded or breaks its contract; or OpenVINO, asked for by name, cannot run it.
     """
     if choice.runtime == "openvino":
-        from ichprog.runtime.compiled import NotCompiledError, OpenVinoRuntime
+        from ichprog.runtime.openvino.runtime import CompilationError, OpenVinoRuntime
 
         try:
             return tuple(OpenVinoRuntime(spec, file, choice.precision, cache) for file in files), choice
-        except NotCompiledError as error:
-            if choice.firm:
+        except CompilationError as error:
+            if choice.explicit:
                 raise PluginError(f"{error}. Take runtime='torch', or 'auto', which does so by itself.") from error
-            choice = choice._replace(runtime="torch", note=str(error))
-    from ichprog.runtime.eager import TorchRuntime
+            choice = choice._replace(runtime="torch", fallback_reason=str(error))
+    from ichprog.runtime.torch_runtime import TorchRuntime
 
     return tuple(TorchRuntime(spec, file.path, choice.device, choice.precision) for file in files), choice
 
@@ -161,7 +161,7 @@ def _device(asked: str) -> str:
     here += ["mps"] if torch.backends.mps.is_available() else []
     device = "cuda:0" if asked == "cuda" else asked
     if device not in here:
-        raise UnknownName("device", asked, here)
+        raise UnknownNameError("device", asked, here)
     if device == "auto":
         return "cuda:0" if torch.cuda.is_available() else "cpu"
     return device

@@ -14,7 +14,7 @@ import numpy as np
 from ichprog.scan.brain import BrainMode, brain_only, extract, holds_brain_alone, refuse_unknown_mode
 from ichprog.scan.checks import check, refuse_geometry, refuse_unless_ct
 from ichprog.scan.volume import Scan, image, read
-from ichprog.spec import Plausible
+from ichprog.spec import ExpectedRanges
 
 if TYPE_CHECKING:
     import nibabel as nib
@@ -22,29 +22,31 @@ if TYPE_CHECKING:
 __all__ = ["BrainMode", "Scan", "begin", "brain_mask", "examine", "find", "image", "read", "refuse_unknown_mode"]
 
 
-def examine(source: Any, *, plausible: Plausible, brain: BrainMode = "auto") -> Scan:
+def examine(source: Any, *, expected_ranges: ExpectedRanges, brain: BrainMode = "auto") -> Scan:
     """Reads a scan, checks it, and leaves nothing but the brain in it.
 
     Args:
         source: What `read` takes. A scan that was examined already is returned as it is.
-        plausible: What the scan is checked against.
+        expected_ranges: What the scan is checked against.
         brain: "auto" extracts the brain where a skull is seen, "extract" always, "given" never.
 
     Raises:
         ScanError: The scan cannot be read, or nothing can be said about it.
-        UnknownName: There is no such way to treat the brain.
+        UnknownNameError: There is no such way to treat the brain.
     """
-    return begin(source, plausible=plausible, brain=brain)[1]()
+    return begin(source, expected_ranges=expected_ranges, brain=brain)[1]()
 
 
-def begin(source: Any, *, plausible: Plausible, brain: BrainMode = "auto") -> tuple[np.ndarray, Callable[[], Scan]]:
+def begin(
+    source: Any, *, expected_ranges: ExpectedRanges, brain: BrainMode = "auto"
+) -> tuple[np.ndarray, Callable[[], Scan]]:
     """Reads a scan as far as a network needs it, and leaves the rest of the examination for later.
 
     Where the brain is given, nothing that is checked changes what the network sees, so that it can start at once.
 
     Args:
         source: As in `examine`.
-        plausible: As in `examine`.
+        expected_ranges: As in `examine`.
         brain: As in `examine`.
 
     Returns:
@@ -53,7 +55,7 @@ def begin(source: Any, *, plausible: Plausible, brain: BrainMode = "auto") -> tu
 
     Raises:
         ScanError: The scan cannot be read, or no brain can be extracted from it.
-        UnknownName: There is no such way to treat the brain.
+        UnknownNameError: There is no such way to treat the brain.
     """
     scan = read(source)
     if scan.brain is not None:
@@ -62,7 +64,7 @@ def begin(source: Any, *, plausible: Plausible, brain: BrainMode = "auto") -> tu
     refuse_geometry(scan)
 
     def examined(kept: Scan, mask: np.ndarray, done: dict[str, Any]) -> Scan:
-        doubts = check(scan, mask, plausible, given=done["brain"] == "given")
+        doubts = check(scan, mask, expected_ranges, given=done["brain"] == "given")
         warnings = (*scan.warnings, *doubts)
         return dataclasses.replace(kept, brain=mask, record={**scan.record, **done}, warnings=warnings)
 

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from ichprog.errors import ScanError, UnknownName
+from ichprog.errors import ScanError, UnknownNameError
 from ichprog.scan.morphology import Box, banded, bounds, distance, filled, largest, pieces, weigh, weights, within
 from ichprog.scan.volume import AIR_HU, Scan
 
@@ -37,10 +37,10 @@ def refuse_unknown_mode(mode: str) -> None:
         mode: What was asked for.
 
     Raises:
-        UnknownName: There is no such mode.
+        UnknownNameError: There is no such mode.
     """
     if mode not in get_args(BrainMode):
-        raise UnknownName("brain mode", mode, get_args(BrainMode))
+        raise UnknownNameError("brain mode", mode, get_args(BrainMode))
 
 
 def sees_skull(scan: Scan) -> bool:
@@ -163,7 +163,7 @@ def brain_only(scan: Scan, mode: BrainMode) -> tuple[Scan, np.ndarray, dict[str,
         The scan with 0 HU outside the brain; the brain, `(i, j, k)` bool; and what was done, ready for JSON.
 
     Raises:
-        UnknownName: There is no such mode.
+        UnknownNameError: There is no such mode.
         ScanError: `no-brain`: no brain is found.
     """
     if holds_brain_alone(scan, mode):
@@ -185,7 +185,7 @@ def holds_brain_alone(scan: Scan, mode: BrainMode) -> bool:
         mode: As in `brain_only`.
 
     Raises:
-        UnknownName: There is no such mode.
+        UnknownNameError: There is no such mode.
     """
     refuse_unknown_mode(mode)
     return mode == "given" or (mode == "auto" and not sees_skull(scan))

@@ -13,7 +13,7 @@ from ichprog.errors import ScanError, ScanWarning
 from ichprog.scan.brain import LEAST_ML, SKULL_ML, sees_skull, skull_in
 from ichprog.scan.morphology import Box, banded, bounds, largest, weigh_slices, weights, within
 from ichprog.scan.volume import AIR_HU, Scan
-from ichprog.spec import Plausible
+from ichprog.spec import ExpectedRanges
 
 _FEWEST_SLICES = 8
 _VOXEL_MM = (0.1, 15.0)
@@ -90,13 +90,13 @@ def refuse_unless_ct(scan: Scan) -> None:
     raise refusal("not-hu", found, round(middle, 1), f"a median of {_TISSUE_HU[0]:g} to {_TISSUE_HU[1]:g}")
 
 
-def check(scan: Scan, mask: np.ndarray, plausible: Plausible, *, given: bool) -> tuple[ScanWarning, ...]:
+def check(scan: Scan, mask: np.ndarray, expected_ranges: ExpectedRanges, *, given: bool) -> tuple[ScanWarning, ...]:
     """Doubts about a scan whose brain is known.
 
     Args:
         scan: The scan as it was read.
         mask: `(i, j, k)` bool, true in the brain.
-        plausible: What a scan for the model looks like.
+        expected_ranges: What a scan for the model looks like.
         given: Whether the brain was given and not extracted.
 
     Returns:
@@ -119,16 +119,22 @@ def check(scan: Scan, mask: np.ndarray, plausible: Plausible, *, given: bool) ->
     extent = [n * mm for n, mm in zip(scan.hu.shape, scan.spacing, strict=True)]
     slices, obliquity = scan.hu.shape[2], float(scan.record.get("obliquity_deg", 0.0))
     measured = (
-        ("slices", "the number of slices", [slices], plausible.slices, "slices"),
-        ("in-plane-spacing", "the pixel spacing", scan.spacing[:2], plausible.in_plane_spacing_mm, "mm"),
-        ("slice-spacing", "the distance of slices", [scan.spacing[2]], plausible.slice_spacing_mm, "mm"),
-        ("coverage", "the extent from foot to head", [extent[2]], plausible.coverage_mm, "mm"),
-        ("field-of-view", "the extent of a slice", extent[:2], plausible.field_of_view_mm, "mm"),
-        ("obliquity", "the turn against the patient's axes", [obliquity], (0.0, plausible.obliquity_deg), "degrees"),
-        ("brain-volume", "the volume of the brain", [brain_ml], plausible.brain_ml, "mL"),
+        ("slices", "the number of slices", [slices], expected_ranges.slices, "slices"),
+        ("in-plane-spacing", "the pixel spacing", scan.spacing[:2], expected_ranges.in_plane_spacing_mm, "mm"),
+        ("slice-spacing", "the distance of slices", [scan.spacing[2]], expected_ranges.slice_spacing_mm, "mm"),
+        ("coverage", "the extent from foot to head", [extent[2]], expected_ranges.coverage_mm, "mm"),
+        ("field-of-view", "the extent of a slice", extent[:2], expected_ranges.field_of_view_mm, "mm"),
+        (
+            "obliquity",
+            "the turn against the patient's axes",
+            [obliquity],
+            (0.0, expected_ranges.obliquity_deg),
+            "degrees",
+        ),
+        ("brain-volume", "the volume of the brain", [brain_ml], expected_ranges.brain_ml, "mL"),
     )
     found = (_out_of_bounds(*row) for row in measured)
-    doubts = [*found, *_cropped(scan, mask), _bloodless(scan, mask, plausible.blood_dense_ml)]
+    doubts = [*found, *_cropped(scan, mask), _bloodless(scan, mask, expected_ranges.blood_dense_ml)]
     if given:
         doubts += [_skull_present(scan), _clipped(scan, mask)]
     return tuple(doubt for doubt in doubts if doubt is not None)

@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from ichprog.cohort import each
 from ichprog.errors import RunError
-from ichprog.results import whole_file
+from ichprog.io import atomic_write
+from ichprog.parallel import parallel_map
 from ichprog.simulate.anatomy import Individual
 from ichprog.simulate.haemorrhage import Shape, shape_of
 from ichprog.simulate.population import Person, draw
@@ -88,12 +88,12 @@ class Patient:
         scan, mask = self.paths(folder, dicom=dicom)
         for path in (scan, mask):
             path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(mask) as part:
+        with atomic_write(mask) as part:
             nib.save(_image(exposure.blood, exposure.affine), part)
         if dicom:
             save_series(exposure, scan, self.name, self.person.age, self.person.sex)
         else:
-            with whole_file(scan) as part:
+            with atomic_write(scan) as part:
                 nib.save(_image(exposure.hu, exposure.affine), part)
         return scan, mask
 
@@ -178,7 +178,7 @@ def simulate(
     with _claimed(folder, kind):
         missing = [p for p in everyone if not all(path.exists() for path in p.paths(folder, dicom=dicom))]
         done = patients - len(missing)
-        for _ in each(partial(Patient.save, folder=folder, skull=skull, dicom=dicom), missing, workers=workers):
+        for _ in parallel_map(partial(Patient.save, folder=folder, skull=skull, dicom=dicom), missing, workers=workers):
             done += 1
             if progress:
                 progress(done)
@@ -201,7 +201,7 @@ def _claimed(folder: Path, kind: dict[str, Any]) -> Iterator[None]:
             if not stamp.exists():
                 if (folder / "cohort.csv").exists():
                     raise RunError(f"{folder}: holds a cohort that was not simulated here. Give another folder.")
-                with whole_file(stamp) as part:
+                with atomic_write(stamp) as part:
                     part.write_text(json.dumps(kind), encoding="utf-8")
             try:
                 found = json.loads(stamp.read_text(encoding="utf-8"))
@@ -228,7 +228,7 @@ def _image(values: np.ndarray, affine: np.ndarray) -> Any:
 
 
 def _table(path: Path, rows: list[dict[str, Any]]) -> None:
-    with whole_file(path) as part, part.open("w", encoding="utf-8", newline="") as file:
+    with atomic_write(path) as part, part.open("w", encoding="utf-8", newline="") as file:
         table = csv.DictWriter(file, list(rows[0]))
         table.writeheader()
         table.writerows(rows)

@@ -29,7 +29,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ichprog import scores
+from ichprog import clinical_scores
 
 
 class Site(NamedTuple):
@@ -66,8 +66,8 @@ LEAST_ML = 2.0
 AGE = (73.0, 15.0)  # mean and standard deviation, years
 AGE_RANGE = (20.0, 98.0)
 MARKS = {"atrophy": 0.85, "white_matter": 0.70, "calcification": 0.50}  # correlation of each with age
-DEATH = np.array(scores.ICH_MORTALITY)  # by ICH score
-INDEPENDENCE = np.array(scores.FUNC_INDEPENDENCE_OF_SURVIVORS)  # by FUNC score
+DEATH = np.array(clinical_scores.ICH_MORTALITY)  # by ICH score
+INDEPENDENCE = np.array(clinical_scores.FUNC_INDEPENDENCE_OF_SURVIVORS)  # by FUNC score
 GCS = np.arange(3, 16)
 # log-odds of a GCS of at least 4, 5, ..., 15, for a supratentorial haemorrhage of 20 mL outside the ventricles
 _GCS_AT_LEAST = np.linspace(3.7, 0.0, 12)
@@ -139,7 +139,7 @@ class Person:
 
     def _ich(self, gcs: np.ndarray, age: np.ndarray) -> np.ndarray:
         return np.asarray(
-            scores.ich_score(
+            clinical_scores.ich_score(
                 gcs=gcs,
                 age=age,
                 volume_ml=self.volume_ml,
@@ -150,7 +150,7 @@ class Person:
 
     def _func(self, gcs: np.ndarray, age: np.ndarray, impaired: bool) -> np.ndarray:
         return np.asarray(
-            scores.func_score(
+            clinical_scores.func_score(
                 volume_ml=self.volume_ml,
                 age=age,
                 location=SITES[self.site].location,

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ichprog.cohort import Cohort
-from ichprog.errors import RunError, UnknownName
+from ichprog.errors import RunError, UnknownNameError
+from ichprog.evaluation.predictions import SPLITS, TaskPredictions
 from ichprog.spec import Task
-from ichprog.study.plan import Baseline
-from ichprog.study.predictions import SPLITS, Answers
+from ichprog.study.config import Baseline
 
 if TYPE_CHECKING:
     from ichprog.train.folds import Fold
@@ -31,8 +31,8 @@ def predict(
     parts: "Sequence[Fold]",
     *,
     seed: int = 1,
-    image: Mapping[str, Answers] | None = None,
-) -> dict[str, Answers]:
+    image: Mapping[str, TaskPredictions] | None = None,
+) -> dict[str, TaskPredictions]:
     """What a baseline says of the validation and test part of each fold.
 
     All but "fusion" are fitted to the training part. "fusion" is a logistic regression over the log-odds of an image
@@ -52,7 +52,7 @@ def predict(
         By split, "validation" and "test".
 
     Raises:
-        UnknownName: The cohort has not such a column.
+        UnknownNameError: The cohort has not such a column.
         CohortError: A column holds something else than numbers.
         RunError: Fusion is asked for without an image model's answers to all these patients.
     """
@@ -88,12 +88,12 @@ def fit(kind: str, x: np.ndarray, labels: np.ndarray, *, seed: int = 1) -> Fitte
         column is given, it is the share of that label.
 
     Raises:
-        UnknownName: There is no such kind.
+        UnknownNameError: There is no such kind.
 
     Source: the network is that of the tabular model of Cobo et al. 2024, with its optimiser.
     """
     if kind not in _KINDS:
-        raise UnknownName("kind of baseline", kind, _KINDS)
+        raise UnknownNameError("kind of baseline", kind, _KINDS)
     known = labels >= 0
     x, y = x[known], labels[known]
     if kind == "majority" or len(np.unique(y)) < 2:
@@ -196,7 +196,7 @@ def _each_by_others(x: np.ndarray, labels: np.ndarray, seed: int) -> np.ndarray:
 
 
 def _log_odds(
-    image: Mapping[str, Answers] | None, split: str, fold: int, part: np.ndarray, cohort: Cohort
+    image: Mapping[str, TaskPredictions] | None, split: str, fold: int, part: np.ndarray, cohort: Cohort
 ) -> np.ndarray:
     """An image model's log-odds of the last label, for patients of one part of a fold."""
     if image is None:
@@ -215,9 +215,9 @@ def _log_odds(
 
 def _answers(
     p: Sequence[np.ndarray], split: str, parts: "Sequence[Fold]", cohort: Cohort, labels: np.ndarray
-) -> Answers:
+) -> TaskPredictions:
     places = np.concatenate([getattr(fold, split) for fold in parts])
     of = np.concatenate([np.full(len(getattr(fold, split)), number) for number, fold in enumerate(parts)])
     last = np.concatenate(p)
     names = tuple(cohort.patients[int(place)].name for place in places)
-    return Answers(names, of.astype(np.int64), labels[places], np.stack([1 - last, last], axis=1))
+    return TaskPredictions(names, of.astype(np.int64), labels[places], np.stack([1 - last, last], axis=1))

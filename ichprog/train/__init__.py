@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ichprog.errors import RunError, UnknownName
+from ichprog.errors import RunError, UnknownNameError
 from ichprog.train.protocol import PRESETS, QUIRKS, Protocol
 
 if TYPE_CHECKING:
@@ -64,36 +64,36 @@ def train(
         RunError: The folder is of another run, the disk is full, a loss is no number, or bfloat16 was asked for where
             it does not serve.
         SpecError: The description is not valid.
-        UnknownName: There is no such model, plugin, fold or device.
+        UnknownNameError: There is no such model, plugin, fold or device.
         PluginError: A plugin of the model cannot be loaded or breaks its contract.
     """
     import torch
 
-    from ichprog import hub, network
+    from ichprog import hub, networks
     from ichprog.cohort import Cohort
-    from ichprog.train import folds as folds_room
-    from ichprog.train import grids, loop, rounding
-    from ichprog.train.run import Run, bytes_needed, identity, own_spec, surroundings
-    from ichprog.train.team import Team
-    from ichprog.train.watch import Onlooker
+    from ichprog.train import folds as folds_module
+    from ichprog.train import grid_cache, mixed_precision, trainer
+    from ichprog.train.callbacks import Onlooker
+    from ichprog.train.distributed import Team
+    from ichprog.train.run_dir import Run, bytes_needed, identity, own_spec, surroundings
 
     if not isinstance(cohort, Cohort):
         cohort = Cohort.read(cohort)
     spec = own_spec(spec_of(model), name, len(cohort))
     labels = {task.name: cohort.labels(task) for task in spec.tasks}
     if isinstance(folds, int):
-        folds_room.refuse_unless_enough(spec, labels, folds, protocol.validation)
+        folds_module.refuse_unless_enough(spec, labels, folds, protocol.validation)
         first = labels[spec.tasks[0].name]
-        parts = folds_room.split(first, folds, seed=protocol.split_seed, validation=protocol.validation)
+        parts = folds_module.split(first, folds, seed=protocol.split_seed, validation=protocol.validation)
     else:
         parts = list(folds)
-        folds_room.refuse_unless_usable(spec, labels, parts)
+        folds_module.refuse_unless_usable(spec, labels, parts)
     for fold in only or ():
         if fold not in range(len(parts)):
-            raise UnknownName("fold of this run", fold, range(len(parts)))
+            raise UnknownNameError("fold of this run", fold, range(len(parts)))
     names = [patient.name for patient in cohort.patients]
     with torch.random.fork_rng(devices=[]):
-        needed = bytes_needed(network.build(spec), protocol, len(only or parts))
+        needed = bytes_needed(networks.build(spec), protocol, len(only or parts))
 
     team = Team(device)
     if protocol.batch < 2 * team.size:
@@ -101,7 +101,7 @@ def train(
             f"{protocol.batch} patients a batch are too few for {team.size} processes: each needs 2 or more. Raise the "
             f"protocol's `batch` to {2 * team.size} at least."
         )
-    if protocol.precision == "bfloat16" and team.device.type == "cpu" and (why := rounding.lack(team.device)):
+    if protocol.precision == "bfloat16" and team.device.type == "cpu" and (why := mixed_precision.lack(team.device)):
         raise RunError(f"precision 'bfloat16': {why}. Choose 'auto' or 'float32'.")
     membership = {
         str(fold): {kind: [names[int(p)] for p in part] for kind, part in fold_parts._asdict().items()}
@@ -115,7 +115,7 @@ def train(
     chosen = [fold for fold in range(len(parts)) if only is None or fold in only]
     left = team.agree(lambda: [fold for fold in chosen if not run.done(fold)])
     scans = [patient.scan for patient in cohort.patients] if left else []
-    files = grids.prepare(
+    files = grid_cache.prepare(
         scans,
         spec.input,
         brain=brain,
@@ -126,9 +126,9 @@ def train(
     team.agree(run.begin)
     for fold in left:
         checkpoint = run.folder(fold) / "checkpoint.pt"
-        job = loop.Job(spec, protocol, fold, parts[fold], names, files, labels, checkpoint)
+        job = trainer.Job(spec, protocol, fold, parts[fold], names, files, labels, checkpoint)
         with watch.over(fold), run.room():
-            outcome = loop.fit(job, team, watch)
+            outcome = trainer.fit(job, team, watch)
             if team.leads:
                 run.finish(spec, job, outcome)
     with run.room():
@@ -144,7 +144,7 @@ def spec_of(model: "ModelSpec | str | Path") -> "ModelSpec":
 
     Raises:
         SpecError: The description is not valid.
-        UnknownName: There is no such model.
+        UnknownNameError: There is no such model.
     """
     from ichprog import hub, zoo
     from ichprog.spec import ModelSpec

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ichprog.errors import RunError, UnknownName
+from ichprog.errors import RunError, UnknownNameError
 
 
 @dataclass(frozen=True)
@@ -99,17 +99,17 @@ class Protocol:
             if not low <= value <= high:
                 raise RunError(f"protocol: {name} lies between {low:g} and {high:g}, not at {value!r}")
 
-    def but(self, **changes: Any) -> "Protocol":
+    def replace(self, **changes: Any) -> "Protocol":
         """This protocol with some of its fields changed.
 
         Raises:
-            UnknownName: There is no such field.
+            UnknownNameError: There is no such field.
             RunError: A field cannot have that value.
         """
         known = [field.name for field in dataclasses.fields(self)]
         for name in changes:
             if name not in known:
-                raise UnknownName("field of a protocol", name, known)
+                raise UnknownNameError("field of a protocol", name, known)
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from importlib.resources import files
 from typing import Any
 
 from ichprog import registry
-from ichprog.errors import IchprogError, PluginError, SpecError, UnknownName
+from ichprog.errors import IchprogError, PluginError, SpecError, UnknownNameError
 from ichprog.registry import Entry
 from ichprog.spec import ModelSpec
 
@@ -40,7 +40,7 @@ def find(name: str) -> ModelSpec:
     """The spec of a model of the zoo.
 
     Raises:
-        UnknownName: There is no such model.
+        UnknownNameError: There is no such model.
         PluginError: Two distributions claim the name.
         SpecError: Its JSON is no spec.
     """
@@ -51,13 +51,15 @@ def claim(name: str) -> Entry:
     """The one claim to a model's name.
 
     Raises:
-        UnknownName: There is no such model.
+        UnknownNameError: There is no such model.
         PluginError: Two distributions claim the name.
     """
     there = entries()
     claims = [entry for entry in there if entry.name == name]
     if not claims:
-        raise UnknownName("model", name, sorted({entry.name for entry in there}), hint="`ichprog models` lists all.")
+        raise UnknownNameError(
+            "model", name, sorted({entry.name for entry in there}), hint="`ichprog models` lists all."
+        )
     return registry.sole(claims)
 
 

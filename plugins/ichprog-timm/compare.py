@@ -20,19 +20,19 @@ from sklearn.metrics import roc_auc_score
 import ichprog
 from ichprog import registry
 from ichprog.simulate import simulate
-from ichprog.spec import ModelSpec, Part
+from ichprog.spec import ModelSpec, PluginRef
 from ichprog.train import PRESETS, train
 
 SHAPE = (24, 96, 96)
-PROTOCOL = PRESETS["default"].but(epochs=10, warm_up=1, lr=0.002)
+PROTOCOL = PRESETS["default"].replace(epochs=10, warm_up=1, lr=0.002)
 VARIANTS = (
-    Part("timm/test_efficientnet", {"window": 3, "pooling": "attention"}),
-    Part("timm/test_efficientnet", {"window": 3, "pooling": "transformer"}),
-    Part("timm/test_efficientnet", {"window": 3, "pooling": "none"}),
-    Part("timm/test_efficientnet", {"window": 1, "pooling": "attention"}),
-    Part("timm/test_efficientnet", {"window": 3, "pooling": "attention", "stride": 2}),
-    Part("timm/test_vit", {"window": 3, "pooling": "attention"}),
-    Part("compact", {}),  # ichprog's own, in three dimensions
+    PluginRef("timm/test_efficientnet", {"window": 3, "pooling": "attention"}),
+    PluginRef("timm/test_efficientnet", {"window": 3, "pooling": "transformer"}),
+    PluginRef("timm/test_efficientnet", {"window": 3, "pooling": "none"}),
+    PluginRef("timm/test_efficientnet", {"window": 1, "pooling": "attention"}),
+    PluginRef("timm/test_efficientnet", {"window": 3, "pooling": "attention", "stride": 2}),
+    PluginRef("timm/test_vit", {"window": 3, "pooling": "attention"}),
+    PluginRef("compact", {}),  # ichprog's own, in three dimensions
 )
 ASKED = (("prognosis", "poor"), ("age", ">=80"))
 

@@ -11,9 +11,9 @@ import math
 import torch
 from torch import Tensor, nn
 
+from ichprog._captum.loan import at_layer, features_of, layer_of, lent, refuse_functional_relus, seeded
 from ichprog.errors import PluginError
 from ichprog.saliency import ScoreFunction
-from ichprog_captum.loan import at_layer, features_of, layer_of, lent, refuse_functional_relus, seeded
 
 Steps = int | str | tuple[int, int, int]
 
@@ -167,7 +167,7 @@ def captum_grad_cam(score: ScoreFunction, grid: Tensor, network: nn.Module, *, l
         layer: Name of the layer, from the network or its backbone down; the backbone's own choice where not given.
 
     Raises:
-        UnknownName: The network has no such layer.
+        UnknownNameError: The network has no such layer.
         PluginError: The layer's output is not `(B, C, d, h, w)`, or the score does not depend on it.
 
     Source: Selvaraju et al., ICCV 2017 (arXiv 1610.02391).
@@ -195,7 +195,7 @@ def layer_gradient_x_activation(
         layer: Name of the layer, as for Grad-CAM.
 
     Raises:
-        UnknownName: The network has no such layer.
+        UnknownNameError: The network has no such layer.
         PluginError: As for Grad-CAM.
 
     Source: Draelos and Carin, 2020 (arXiv 2011.08891), who call it HiResCAM.
@@ -240,7 +240,7 @@ def captum_guided_grad_cam(
         layer: Name of Grad-CAM's layer, as there.
 
     Raises:
-        UnknownName: The network has no such layer.
+        UnknownNameError: The network has no such layer.
         PluginError: As for either of the two.
 
     Source: Selvaraju et al., ICCV 2017 (arXiv 1610.02391).

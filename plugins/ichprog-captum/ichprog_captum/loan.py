@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ichprog.errors import PluginError, UnknownName
+from ichprog.errors import PluginError, UnknownNameError
 from ichprog.saliency import ScoreFunction, layer_name
 
 
@@ -81,7 +81,7 @@ def layer_of(network: nn.Module, layer: str | None) -> str:
     try:
         network.get_submodule(name)
     except AttributeError as error:
-        raise UnknownName("layer", name, [one for one, _ in network.named_modules() if one]) from error
+        raise UnknownNameError("layer", name, [one for one, _ in network.named_modules() if one]) from error
     return name
 
 

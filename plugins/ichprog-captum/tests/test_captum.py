@@ -19,9 +19,9 @@ from torch.nn import functional
 import ichprog
 from ichprog import registry, saliency, testing
 from ichprog.cli import main
-from ichprog.errors import PluginError, UnknownName
-from ichprog.network import build as build_network
-from ichprog.spec import Part
+from ichprog.errors import PluginError, UnknownNameError
+from ichprog.networks import build as build_network
+from ichprog.spec import PluginRef
 
 AT_LAYERS = ["captum_grad_cam", "captum_guided_grad_cam", "layer_gradient_x_activation"]
 NAMES = [*AT_LAYERS, "captum_guided_backprop", "deep_lift", "integrated_gradients", "occlusion", "smooth_grad"]
@@ -188,7 +188,9 @@ def test_methods_hold_for_backbones_and_heads_of_ichprog(backbone, shape):
     """The ReLU of a head is a module, so captum sees all there are."""
     (like,) = ichprog.list_models("compact.prognosis_gcs3_age")
     torch.manual_seed(0)
-    spec = replace(like, backbone=Part(backbone, {}), tasks=(replace(like.tasks[0], head=Part("ordinal", {})),))
+    spec = replace(
+        like, backbone=PluginRef(backbone, {}), tasks=(replace(like.tasks[0], head=PluginRef("ordinal", {})),)
+    )
     network = build_network(spec).double().eval().requires_grad_(False)
     assert network.heads[spec.tasks[0].name].activation
     grid = torch.rand(1, 1, *shape, dtype=torch.float64).requires_grad_()
@@ -255,8 +257,8 @@ def test_deep_lift_refuses_where_it_does_not_hold():
 @pytest.mark.parametrize("name", AT_LAYERS)
 def test_layers_that_cannot_be_asked(name):
     for layer, error, said in (
-        ("backbone.9", UnknownName, "backbone.9"),
-        ("bakbone.3", UnknownName, r"bakbone.3.*backbone\.3"),
+        ("backbone.9", UnknownNameError, "backbone.9"),
+        ("bakbone.3", UnknownNameError, r"bakbone.3.*backbone\.3"),
         ("linear", PluginError, "'linear' gives no features"),
         ("never", PluginError, "does not depend on layer 'never'"),
         ("beside", PluginError, "does not depend on layer 'beside'"),
@@ -340,11 +342,11 @@ def model(tmp_path, monkeypatch):
     spec = replace(
         like,
         name="captum_bright.prognosis_gcs3_age",
-        backbone=Part("captum_bright", {}),
-        tasks=tuple(replace(task, head=Part("ordinal", linear)) for task in like.tasks),
+        backbone=PluginRef("captum_bright", {}),
+        tasks=tuple(replace(task, head=PluginRef("ordinal", linear)) for task in like.tasks),
         input=replace(like.input, shape=(20, 48, 48)),
         weights=replace(like.weights, repo=None, revision=None, folder="", format="safetensors", keys={}, sha256={}),
-        probe=None,
+        golden_output=None,
     )
     folder = tmp_path / "bright"
     folder.mkdir()

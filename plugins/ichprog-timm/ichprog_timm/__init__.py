@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ichprog.errors import PluginError, UnknownName, WeightsError
+from ichprog.errors import PluginError, UnknownNameError, WeightsError
 
 Pooling = Literal["attention", "transformer", "none"]
 
@@ -42,7 +42,7 @@ def backbone(
             normalisation then sees each batch twice, and its running averages move faster.
 
     Raises:
-        UnknownName: timm has no network of that name, or no weights of that tag.
+        UnknownNameError: timm has no network of that name, or no weights of that tag.
         ValueError: An option is none of those above, or the network cannot do it.
         WeightsError: The pretrained weights cannot be had.
 
@@ -52,9 +52,9 @@ def backbone(
 
     plain, _, tag = name.partition(".")
     if not timm.is_model(plain):
-        raise UnknownName("network of timm", name, timm.list_models())
+        raise UnknownNameError("network of timm", name, timm.list_models())
     if tag and name not in (tagged := timm.list_pretrained(f"{plain}.*")):
-        raise UnknownName("network of timm", name, [plain, *tagged])
+        raise UnknownNameError("network of timm", name, [plain, *tagged])
     if type(window) is not int or window < 1 or window % 2 == 0:
         raise ValueError(f"window is {window!r}; it must be an odd number from 1 on")
     if type(stride) is not int or stride < 1:

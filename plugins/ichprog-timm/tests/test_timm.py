@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import save_file
 
 import ichprog
-from ichprog import network, registry, testing
-from ichprog.errors import PluginError, SpecError, UnknownName
-from ichprog.spec import Part
+from ichprog import networks, registry, testing
+from ichprog.errors import PluginError, SpecError, UnknownNameError
+from ichprog.spec import PluginRef
 
 SHAPE = (6, 64, 96)
 POOLINGS = ["attention", "transformer", "none"]
@@ -115,16 +115,18 @@ def model(folder, **options):
     spec = replace(
         like,
         name="timm.example",
-        backbone=Part("timm/test_resnet", options),
+        backbone=PluginRef("timm/test_resnet", options),
         input=replace(like.input, shape=(20, 64, 64)),
         weights=replace(like.weights, folder="", sha256={}),
-        probe=None,
+        golden_output=None,
     )
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(spec.to_dict()))
-    plain = replace(spec, backbone=Part("timm/test_resnet", {k: v for k, v in options.items() if k != "pretrained"}))
+    plain = replace(
+        spec, backbone=PluginRef("timm/test_resnet", {k: v for k, v in options.items() if k != "pretrained"})
+    )
     torch.manual_seed(0)
-    save_file(network.build(plain).state_dict(), folder / "model.safetensors")
+    save_file(networks.build(plain).state_dict(), folder / "model.safetensors")
     return f"local-dir:{folder}"
 
 
@@ -172,9 +174,9 @@ def test_checkpointing_computes_again_and_changes_no_gradient(name):
 
 
 @pytest.mark.parametrize(("name", "options", "error", "said"), [
-    ("resnet81", {}, UnknownName, "nearest: resnet18"),
-    ("resnet18.a1_in2k", {}, UnknownName, "nearest: resnet18.a1_in1k"),
-    ("hf-hub:a/b", {}, UnknownName, "hf-hub:a/b"),
+    ("resnet81", {}, UnknownNameError, "nearest: resnet18"),
+    ("resnet18.a1_in2k", {}, UnknownNameError, "nearest: resnet18.a1_in1k"),
+    ("hf-hub:a/b", {}, UnknownNameError, "hf-hub:a/b"),
     ("test_resnet", {"window": 2}, ValueError, "window is 2; it must be an odd number"),
     ("test_resnet", {"window": "3"}, ValueError, "window is '3'"),
     ("test_resnet", {"stride": 0}, ValueError, "stride is 0"),
@@ -183,7 +185,7 @@ def test_checkpointing_computes_again_and_changes_no_gradient(name):
     ("test_resnet", {"width": 3}, TypeError, "width"),
     ("crossvit_tiny_240", {"checkpointing": True}, ValueError, "has no gradient checkpointing; take"),
     ("hiera_tiny_224", {}, ValueError, "timm/hiera_tiny_224 gives no features that lie on a slice"),
-    ("test_mambaout.none", {}, UnknownName, "test_mambaout"),
+    ("test_mambaout.none", {}, UnknownNameError, "test_mambaout"),
 ])  # fmt: skip
 def test_wrong_names_and_options(name, options, error, said):
     with pytest.raises(error, match=said):
