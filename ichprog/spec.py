@@ -37,8 +37,8 @@ class Target:
 
     Attributes:
         column: The column of a cohort that holds the number.
-        bin_edges: Where one label ends and the next begins, from the first label on: one fewer than labels. A number that
-            is exactly a cut belongs to its higher side.
+        bin_edges: Numbers at which one label ends and the next begins, from the first label on: one fewer than
+            labels. A number that equals an edge belongs to the higher side.
         severity: Whether "high" or "low" numbers stand for the later labels.
     """
 
@@ -308,8 +308,8 @@ def _check(spec: ModelSpec) -> None:
         if len(cuts) != len(task.labels) - 1 or len(set(cuts)) != len(cuts) or list(task.target.bin_edges) != cuts:
             order = "rising" if task.target.severity == "high" else "falling"
             raise SpecError(
-                f"tasks.{task.name}.target.bin_edges: {len(task.labels)} labels need {len(task.labels) - 1} {order} cuts, "
-                f"has {list(task.target.bin_edges)}"
+                f"tasks.{task.name}.target.bin_edges: {len(task.labels)} labels need {len(task.labels) - 1} "
+                f"{order} numbers, has {list(task.target.bin_edges)}"
             )
         if task.threshold is not None and not 0 < task.threshold < 1:
             raise SpecError(f"tasks.{task.name}.threshold: must lie between 0 and 1, is {task.threshold}")

@@ -17,7 +17,7 @@ import ichprog
 from ichprog import SpecError, export, heads, networks, registry, testing, zoo
 from ichprog.backbones import Backbone
 from ichprog.hub import WeightFile
-from ichprog.runtime import members
+from ichprog.runtime import build_runtimes, resolve_runtime
 from ichprog.spec import PluginRef, Target, Task
 from ichprog.train import PRESETS, train
 
@@ -366,8 +366,8 @@ def test_openvino_answers_as_torch_does(number, plain_backbone, tmp_path):
     grids = np.random.default_rng(0).random((2, *spec.input.shape), np.float32)
     answers = []
     for runtime in ("openvino", "torch"):
-        (member,), _ = members(spec, [file], choose(runtime, "cpu", "float32"), tmp_path / runtime)
-        answers.append(member.answer(grids))
+        (member,), _ = build_runtimes(spec, [file], resolve_runtime(runtime, "cpu", "float32"), tmp_path / runtime)
+        answers.append(member.run(grids))
     for name, compiled in answers[0].items():
         np.testing.assert_allclose(compiled.probabilities, answers[1][name].probabilities, atol=1e-5)
         assert (compiled.probabilities >= 0).all()

@@ -64,7 +64,9 @@ def drawings(answers):
         "decision": lambda: figures.decision_curve(
             {v: net_benefit(truth, q, np.linspace(0.01, 0.99, 50)) for v, (_, q) in answers.items()}
         ),
-        "histograms": lambda: figures.histograms({v: histogram(truth, q) for v, (_, q) in answers.items()}, ["ok", "bad"]),
+        "histograms": lambda: figures.histograms(
+            {v: histogram(truth, q) for v, (_, q) in answers.items()}, ["ok", "bad"]
+        ),
         "folds": lambda: figures.folds({v: [0.7, None, 0.8] for v in VARIANTS}, "auroc", {"one_task": interval(0.75)}),
         "learning": lambda: figures.learning_curve(
             {v: {50: interval(0.6), 100: interval(0.7), 200: None} for v in VARIANTS}, "auroc", chance=0.5

@@ -19,6 +19,7 @@ from ichprog.metrics.discrimination import calibration_curve, metrics_with_inter
 from ichprog.model import Model
 from ichprog.reporting import tables
 from ichprog.results import Prediction
+from ichprog.runtime import resolve_runtime
 from ichprog.spec import ModelSpec, Task
 
 SEVERAL = -1  # the fold of an answer that is the mean of several
