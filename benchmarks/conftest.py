@@ -15,11 +15,10 @@ import pytest
 
 from ichprog import zoo
 
-import heads
 import process
-import published
-from contestants import ICHPROG, SEED
-from hub_server import HubServer
+from support import phantoms, reference_pipeline
+from support.hub_server import HubServer
+from workloads import ICHPROG, SEED
 
 PIXEL, EXTENT, THINNEST = 0.47, 160.0, 128  # mm in the plane, mm from foot to head, the most slices a scan is made of
 HALF_FIELD = 512 * PIXEL / 2
@@ -43,7 +42,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A cache of its own with the default model's seeded weights, and no way to anything beyond the loopback."""
     root, cache = tmp_path_factory.mktemp("hub"), tmp_path_factory.mktemp("cache")
     repository = zoo.find(zoo.DEFAULT).weights
-    published.save(zoo.DEFAULT, root / str(repository.repo), SEED)
+    reference_pipeline.save(zoo.DEFAULT, root / str(repository.repo), SEED)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ICHPROG_CACHE", str(cache))
         patch.delenv("HF_HUB_OFFLINE", raising=False)
@@ -55,21 +54,21 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def anatomy() -> heads.Head:
+def anatomy() -> phantoms.Head:
     """A simulated head in 512 x 512 pixels and thin slices, without blood."""
     low, high = (-HALF_FIELD, -HALF_FIELD, -76.0), (HALF_FIELD, HALF_FIELD, EXTENT - 76.0)
-    return heads.head((PIXEL, PIXEL, EXTENT / THINNEST), low=low, high=high)
+    return phantoms.head((PIXEL, PIXEL, EXTENT / THINNEST), low=low, high=high)
 
 
 @pytest.fixture(scope="session")
-def head(anatomy: heads.Head, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def head(anatomy: phantoms.Head, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A simulated whole head, 512 x 512 x 32, with a haematoma."""
     path = tmp_path_factory.mktemp("head") / "head.nii.gz"
     return _write(path, _thick(_bled(anatomy, 0), 32))
 
 
 @pytest.fixture(scope="session")
-def scan(anatomy: heads.Head, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+def scan(anatomy: phantoms.Head, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
     """A simulated brain-only scan of so many slices, 512 x 512 pixels each, with a haematoma."""
     folder = tmp_path_factory.mktemp("scan")
 
@@ -81,7 +80,7 @@ def scan(anatomy: heads.Head, tmp_path_factory: pytest.TempPathFactory) -> Calla
 
 
 @pytest.fixture(scope="session")
-def cohort(anatomy: heads.Head, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+def cohort(anatomy: phantoms.Head, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
     """A folder of so many simulated brain-only scans, 512 x 512 x 32: links to eight with different haematomas."""
     folder = tmp_path_factory.mktemp("cohort")
     files: list[Path] = []
@@ -100,7 +99,7 @@ def cohort(anatomy: heads.Head, tmp_path_factory: pytest.TempPathFactory) -> Cal
     return make
 
 
-def _bled(anatomy: heads.Head, number: int) -> np.ndarray:
+def _bled(anatomy: phantoms.Head, number: int) -> np.ndarray:
     """The head's HU with a haematoma, another one for each number."""
     hu, random = anatomy.scan.hu.copy(), np.random.default_rng(number)
     centre = np.array(hu.shape) / 2 + random.uniform(-1, 1, 3) * (80, 100, 16)

@@ -10,7 +10,7 @@ from typing import Any, Self
 
 import psutil
 
-CONTESTANTS = Path(__file__).with_name("contestants.py")
+WORKLOADS = Path(__file__).with_name("workloads.py")
 
 
 def run(*command: str | Path) -> None:
@@ -30,7 +30,7 @@ class Contestant:
     A process of its own has only its own memory and none of its peer's threads. It is a context manager.
 
     Args:
-        name: A function of `contestants.py`.
+        name: A function of `workloads.py`.
         **options: Its arguments, as JSON can hold them.
 
     Attributes:
@@ -40,7 +40,7 @@ class Contestant:
     """
 
     def __init__(self, name: str, **options: Any) -> None:
-        self.command = [sys.executable, str(CONTESTANTS), name, json.dumps(options, default=str)]
+        self.command = [sys.executable, str(WORKLOADS), name, json.dumps(options, default=str)]
         self.peak = 0
 
     def __enter__(self) -> Self:

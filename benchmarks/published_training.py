@@ -9,7 +9,7 @@ from monai import transforms as t
 from monai.data import DataLoader  # PyTorch's, with a seed for each worker's transforms
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-import published
+from support import reference_pipeline
 
 HEADS = {"binary_head": (1, 0.4), "ordinal_headGCS": (2, 0.3), "ordinal_headAge": (1, 0.3)}  # outputs, weight of loss
 ANGLE = math.pi / 36
@@ -18,7 +18,7 @@ ANGLE = math.pi / 36
 def chain(shape: tuple[int, int, int]) -> t.Compose:
     """From a brain-only NIfTI in LPS order to an augmented grid `(1, D, H, W)`."""
     return t.Compose([
-        published.chain(shape),
+        reference_pipeline.chain(shape),
         t.RandRotate(range_x=ANGLE, range_y=ANGLE, range_z=ANGLE, prob=0.5),
         t.Zoom(1.1),  # every scan: the published probability is ignored
         t.RandGaussianNoise(std=0.01, prob=0.5),
@@ -62,7 +62,7 @@ class Training:
         seed: int = 0,
     ) -> None:
         torch.manual_seed(seed)
-        self.network = published.MultiTask({head: outputs for head, (outputs, _) in HEADS.items()})
+        self.network = reference_pipeline.MultiTask({head: outputs for head, (outputs, _) in HEADS.items()})
         self.optimiser = torch.optim.AdamW(self.network.parameters(), lr=1e-3, weight_decay=1e-4, amsgrad=True)
         self.plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(self.optimiser, patience=5, factor=0.98)
         self.loader = DataLoader(

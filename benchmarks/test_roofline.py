@@ -16,8 +16,8 @@ import torch
 import ichprog
 from ichprog import zoo
 
-import published
-from contestants import SEED
+from support import reference_pipeline
+from workloads import SEED
 
 SIZES = (384, 512, 768, 1024, 1536, 2048, 4096)
 PRODUCTS = 4e10  # operations in one go, so that small products are timed for as long as large ones
@@ -41,7 +41,7 @@ def test_the_network(beside, figure, cache, precision):
         beside=product_is, target=("ratio", "at least", 0.85), intensity=computed / (values * BYTES[precision]),
     )  # fmt: skip
     if precision == "float32":
-        eager = published.network(zoo.DEFAULT, SEED)
+        eager = reference_pipeline.network(zoo.DEFAULT, SEED)
         with torch.inference_mode():
             seconds = [timed(lambda: eager(torch.from_numpy(grid)[None])) for _ in range(4)][1:]
         figure("as published, eager float32", "GFLOP/s", [operations / s / 1e9 for s in seconds],
@@ -60,7 +60,7 @@ def work(shape):
         total["computed"] += operations // (8 if layer in transitions else 1)
         total["values"] += inputs[0].numel() + layer.weight.numel() + output.numel()
 
-    network = published.network(zoo.DEFAULT, SEED).to("meta")
+    network = reference_pipeline.network(zoo.DEFAULT, SEED).to("meta")
     transitions = {layer for name, layer in network.named_modules() if name.endswith(TRANSITIONS)}
     for layer in network.modules():
         if isinstance(layer, torch.nn.Conv3d):

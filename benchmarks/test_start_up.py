@@ -12,8 +12,8 @@ import pytest
 
 from ichprog import zoo
 
-from contestants import ICHPROG
 from process import run
+from workloads import ICHPROG
 
 
 def python(code):

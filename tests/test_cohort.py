@@ -18,7 +18,7 @@ from ichprog.cli import main
 from ichprog.cohort import Cohort, Patient, from_csic
 from ichprog.errors import CohortError
 
-from conftest import brain_hu
+from support.phantoms import brain_hu
 
 HEADER = """PatientID, Label (poor_prognosis), Gender, Age, Antihypertensive_drugs,
   Smoker, Alcohol, HT, DM, Dyslipidemia, MH_ICH, MH_CVD, MH_neuro, MH_dementia, MH_cancer, MH_hematho, MH_others,

@@ -20,9 +20,10 @@ import ichprog
 from ichprog import registry, zoo
 from ichprog.cli import main
 
-import published
-from conftest import REPOSITORY, brain_hu
-from hub_server import HubServer
+from support import reference_pipeline
+from support.hub_server import HubServer
+from support.models import REPOSITORY
+from support.phantoms import brain_hu
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -49,7 +50,7 @@ def small_hub(tmp_path_factory):
     """The two models that the pages use, in one fold as on the Hub, and a cache for all pages."""
     root = tmp_path_factory.mktemp("docs-hub")
     for name in (zoo.DEFAULT, "perez2023.prognosis"):
-        published.save(name, root / REPOSITORY.repo, seed=0)
+        reference_pipeline.save(name, root / REPOSITORY.repo, seed=0)
     with HubServer(root, REPOSITORY.revision) as server:
         yield server.url, tmp_path_factory.mktemp("docs-cache")
 

@@ -16,14 +16,15 @@ import torch
 import ichprog
 from ichprog import PluginError, ScanError, UnknownNameError, WeightsError, registry
 
-import published
-from conftest import REPOSITORY, SHARED, brain_hu
+from support import reference_pipeline
+from support.models import REPOSITORY, SHARED
+from support.phantoms import brain_hu
 
 
 def each_runtime():
     """Every published model in both runtimes; to compile a DenseNet takes long, and most of them are alike."""
     quick = ("densenet121.prognosis_gcs3_age", "perez2023.prognosis")
-    for name in published.PUBLISHED:
+    for name in reference_pipeline.PUBLISHED:
         yield name, "torch"
         yield pytest.param(name, "openvino", marks=() if name in quick else pytest.mark.slow)
 
@@ -33,10 +34,10 @@ def test_equals_the_published_pipeline(name, runtime, hub_server, scan_path):
     """File to probability: the real Hub client and our chain here, MONAI's chain and the published network there."""
     model = ichprog.load_model(name, fold=0, runtime=runtime)
     got = ichprog.predict(model, scan_path)
-    theirs = published.network(name, seed=list(published.PUBLISHED).index(name))
+    theirs = reference_pipeline.network(name, seed=list(reference_pipeline.PUBLISHED).index(name))
     with torch.no_grad():
-        logits = theirs(published.grid(scan_path)[None])
-    for task, expected in published.probabilities(name, logits).items():
+        logits = theirs(reference_pipeline.grid(scan_path)[None])
+    for task, expected in reference_pipeline.probabilities(name, logits).items():
         found = list(got[task].probabilities.values())
         assert np.abs(found - expected).max() < 1e-4
         assert np.abs(expected - 1 / len(expected)).max() > 0.02, "seeded weights must not answer with a shrug"

@@ -8,7 +8,7 @@ import ichprog
 from ichprog import SpecError, UnknownNameError
 from ichprog.spec import ModelSpec
 
-import published
+from support import reference_pipeline
 
 SPEC = {s.name: s for s in ichprog.list_models()}["densenet121.prognosis_gcs3_age"]
 
@@ -113,7 +113,7 @@ def test_an_unknown_task_names_those_there_are():
 
 def test_the_zoo_holds_the_published_models():
     specs = {spec.name: spec for spec in ichprog.list_models()}
-    for name, (folder, _, _, tasks) in published.PUBLISHED.items():
+    for name, (folder, _, _, tasks) in reference_pipeline.PUBLISHED.items():
         spec = specs[name]
         assert spec.weights.folder == folder
         assert tuple(task.name for task in spec.tasks) == tasks

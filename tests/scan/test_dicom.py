@@ -26,9 +26,9 @@ from pydicom.valuerep import DSfloat
 from ichprog.errors import ScanError
 from ichprog.scan import dicom
 
-from dicom_series import BLOB_SIGMA_MM, BLOBS_LPS, PIXEL_MM, TISSUE_HU, change, slices, write, write_enhanced
+from support.dicom_series import BLOB_SIGMA_MM, BLOBS_LPS, PIXEL_MM, TISSUE_HU, change, slices, write, write_enhanced
 
-REAL_HEAD = Path(__file__).parents[2] / "shared" / "data" / "head_ct_ge_dicom.zip"
+REAL_HEAD = Path(__file__).parents[3] / "shared" / "data" / "head_ct_ge_dicom.zip"
 RAS = np.diag([-1.0, -1.0, 1.0])  # from LPS and back
 
 

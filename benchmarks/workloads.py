@@ -1,4 +1,4 @@
-"""What is compared in processes of its own: `python benchmarks/contestants.py NAME OPTIONS`, with options as JSON.
+"""What is compared in processes of its own: `python benchmarks/workloads.py NAME OPTIONS`, with options as JSON.
 
 A contestant is a generator. What comes before its first `yield` makes it ready; then each line on its standard input
 asks for one more piece of work, whose answer it prints.
@@ -44,19 +44,19 @@ def published_predict(scans: str) -> Iterator[Any]:
 
     from ichprog import zoo
 
-    import published
+    from support import reference_pipeline
 
     name, paths = zoo.DEFAULT, sorted(Path(scans).iterdir())
-    network = published.network(name, SEED)
+    network = reference_pipeline.network(name, SEED)
     with torch.no_grad():
-        network(published.grid(paths[0])[None])
+        network(reference_pipeline.grid(paths[0])[None])
         yield None
         while True:
             found = []
             for grids in DataLoader(_Grids(paths), batch_size=BATCH, num_workers=LOADERS):
                 logits = network(grids)
                 for patient in range(len(grids)):
-                    said = published.probabilities(name, [values[patient : patient + 1] for values in logits])
+                    said = reference_pipeline.probabilities(name, [values[patient : patient + 1] for values in logits])
                     found.append(np.concatenate(list(said.values())).tolist())
             yield found
 
@@ -71,9 +71,9 @@ class _Grids:
         return len(self.paths)
 
     def __getitem__(self, number: int) -> Any:
-        import published
+        from support import reference_pipeline
 
-        return published.grid(self.paths[number])
+        return reference_pipeline.grid(self.paths[number])
 
 
 def ichprog_explain(scan: str, maps: str, precision: str = "float32") -> Iterator[Any]:
@@ -98,9 +98,9 @@ def medcam_explain(scan: str, maps: str, *, tried: bool = False) -> Iterator[Any
     """
     from medcam import medcam
 
-    import published
+    from support import reference_pipeline
 
-    grid, found = published.grid(Path(scan))[None], {}
+    grid, found = reference_pipeline.grid(Path(scan))[None], {}
     networks = {task: _one_task(task, grid) for task in TASKS}
 
     def inject(task: str, method: str) -> Any:
@@ -113,7 +113,7 @@ def medcam_explain(scan: str, maps: str, *, tried: bool = False) -> Iterator[Any
     yield None
     try:
         while True:
-            grid = published.grid(Path(scan))[None]
+            grid = reference_pipeline.grid(Path(scan))[None]
             for key in product(TASKS, METHODS):
                 network = injected.get(key) or inject(*key)
                 network(grid.clone().requires_grad_())
@@ -128,10 +128,10 @@ def brute_force_explain(scan: str, maps: str) -> Iterator[Any]:
     import torch
     from torch.nn import functional
 
-    import published
+    from support import reference_pipeline
 
     yield None
-    grid, found = published.grid(Path(scan))[None], {}
+    grid, found = reference_pipeline.grid(Path(scan))[None], {}
     for task in TASKS:
         network, label = _one_task(task, grid)
         kept = []
@@ -194,9 +194,9 @@ def _one_task(task: str, grid: Any) -> tuple[Any, int]:
 
     from ichprog import zoo
 
-    import published
+    from support import reference_pipeline
 
-    network = published.network(zoo.DEFAULT, SEED)
+    network = reference_pipeline.network(zoo.DEFAULT, SEED)
     head = network.get_submodule(TASKS[task])
     network.forward = lambda grid: head(network.feature_extractor.features(grid))
     with torch.no_grad():

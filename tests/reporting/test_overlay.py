@@ -10,7 +10,7 @@ import pytest
 import ichprog
 from ichprog import PluginError, ScanError
 
-from conftest import brain_hu
+from support.phantoms import brain_hu
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ from ichprog.scan.brain import brain_only
 from ichprog.scan.checks import check, refuse_unless_ct
 from ichprog.spec import ExpectedRanges
 
-import heads
+from support import phantoms
 
-DATA = Path(__file__).parents[2] / "shared" / "data"
+DATA = Path(__file__).parents[3] / "shared" / "data"
 USUAL = ExpectedRanges(
     slices=(20, 64),
     in_plane_spacing_mm=(0.3, 1.6),
@@ -28,7 +28,7 @@ USUAL = ExpectedRanges(
 
 @cache
 def bleeding():
-    return heads.head(blood="deep")
+    return phantoms.head(blood="deep")
 
 
 def doubts(scan, mode="auto", **usual):
@@ -39,7 +39,7 @@ def doubts(scan, mode="auto", **usual):
 
 
 def with_hu(hu):
-    return heads.scan_of(hu, bleeding().scan.affine)
+    return phantoms.scan_of(hu, bleeding().scan.affine)
 
 
 def refusal(scan):
@@ -82,7 +82,7 @@ def test_air_and_bone_may_be_clipped(low, high):
     ],
 )
 def test_what_is_out_of_bounds_is_said_in_units(usual, code, unit):
-    found = doubts(heads.alone(bleeding()), **usual)
+    found = doubts(phantoms.alone(bleeding()), **usual)
     assert list(found) == [code]
     assert found[code].unit == unit
     assert found[code].measured is not None
@@ -91,12 +91,12 @@ def test_what_is_out_of_bounds_is_said_in_units(usual, code, unit):
 
 
 def test_obliquity():
-    turned = heads.scan_of(bleeding().scan.hu, bleeding().scan.affine, obliquity_deg=31.0)
+    turned = phantoms.scan_of(bleeding().scan.hu, bleeding().scan.affine, obliquity_deg=31.0)
     assert doubts(turned)["obliquity"].measured == 31.0
 
 
 def test_too_few_slices_are_refused():
-    few = heads.scan_of(bleeding().scan.hu[:, :, 20:23], bleeding().scan.affine)
+    few = phantoms.scan_of(bleeding().scan.hu[:, :, 20:23], bleeding().scan.affine)
     assert refusal(few).code == "too-few-slices"
 
 
@@ -115,7 +115,7 @@ def test_constant_scans_are_empty():
 @pytest.mark.parametrize("alone", [False, True])
 @pytest.mark.parametrize("offset", [1000, 1024])
 def test_a_missing_intercept_is_named(offset, alone):
-    hu = heads.alone(bleeding()).hu if alone else bleeding().scan.hu
+    hu = phantoms.alone(bleeding()).hu if alone else bleeding().scan.hu
     error = refusal(with_hu(hu + offset))
     assert error.code == "not-hu"
     assert "1024" in str(error)
@@ -127,7 +127,7 @@ def test_an_intercept_subtracted_twice_is_refused():
 
 @pytest.mark.parametrize("alone", [False, True])
 def test_normalised_values_are_refused(alone):
-    hu = heads.alone(bleeding()).hu if alone else bleeding().scan.hu
+    hu = phantoms.alone(bleeding()).hu if alone else bleeding().scan.hu
     assert refusal(with_hu(hu.clip(0, 80) / 80)).code == "not-hu"
     assert refusal(with_hu((hu - hu.mean()) / hu.std())).code == "not-hu"
 
@@ -139,7 +139,7 @@ def test_eight_bit_pictures_are_refused(low, high):
 
 
 def test_an_eight_bit_brain_is_refused():
-    picture = np.round(heads.alone(bleeding()).hu.clip(0, 80) * 255 / 80)
+    picture = np.round(phantoms.alone(bleeding()).hu.clip(0, 80) * 255 / 80)
     assert refusal(with_hu(picture)).code == "eight-bit"
 
 
@@ -158,12 +158,12 @@ def test_a_whole_head_clipped_to_a_window_is_refused(low, high):
 
 @pytest.mark.parametrize("ceiling", [60, 80])
 def test_a_clipped_brain_is_doubted(ceiling):
-    found = doubts(with_hu(heads.alone(bleeding()).hu.clip(0, ceiling)))
+    found = doubts(with_hu(phantoms.alone(bleeding()).hu.clip(0, ceiling)))
     assert found["windowed"].measured == ceiling
 
 
 def test_little_brain_is_no_brain():
-    scan = heads.alone(bleeding())
+    scan = phantoms.alone(bleeding())
     mask = np.zeros(scan.hu.shape, bool)
     mask[:20, :20, :10] = True
     with pytest.raises(ScanError) as e:
@@ -183,30 +183,30 @@ def test_little_brain_is_no_brain():
     ],
 )
 def test_a_cut_brain_is_doubted(cut, side):
-    found = doubts(heads.alone(heads.head(blood="deep", **cut)), field_of_view_mm=(90.0, 350.0))
+    found = doubts(phantoms.alone(phantoms.head(blood="deep", **cut)), field_of_view_mm=(90.0, 350.0))
     assert side in found["cropped-brain"].message
     assert found["cropped-brain"].unit == "cm2"
 
 
 @pytest.mark.parametrize("lowest", [-65, -60])
 def test_a_scan_may_end_at_the_skull_base(lowest):
-    assert "cropped-brain" not in doubts(heads.head(blood="deep", low=(-95, -120, lowest)).scan)
+    assert "cropped-brain" not in doubts(phantoms.head(blood="deep", low=(-95, -120, lowest)).scan)
 
 
 @pytest.mark.parametrize("noise", [0, 4, 12])
 def test_a_head_without_blood_is_doubted(noise):
-    found = doubts(heads.alone(heads.head(noise=noise)))
+    found = doubts(phantoms.alone(phantoms.head(noise=noise)))
     assert list(found) == ["no-blood"]
     assert found["no-blood"].measured < 0.5
 
 
-@pytest.mark.parametrize("blood", [*heads.BLOOD, "subdural", ((25, 0, 10), 8.2), ((-30, 20, 30), 8.2)], ids=str)
+@pytest.mark.parametrize("blood", [*phantoms.BLOOD, "subdural", ((25, 0, 10), 8.2), ((-30, 20, 30), 8.2)], ids=str)
 def test_blood_is_seen_from_two_millilitres_and_against_the_skull(blood):
-    assert "no-blood" not in doubts(heads.alone(heads.head(blood=blood, noise=8, blood_hu=62)))
+    assert "no-blood" not in doubts(phantoms.alone(phantoms.head(blood=blood, noise=8, blood_hu=62)))
 
 
 def test_blood_is_not_asked_for_where_none_is_needed():
-    assert doubts(heads.alone(heads.head()), blood_dense_ml=0.0) == {}
+    assert doubts(phantoms.alone(phantoms.head()), blood_dense_ml=0.0) == {}
 
 
 def test_a_given_head_with_its_skull_is_doubted():

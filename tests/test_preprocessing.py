@@ -9,7 +9,7 @@ from monai import transforms
 
 from ichprog import preprocessing, zoo
 
-import published
+from support import reference_pipeline
 
 CONTRACT = zoo.find("densenet121.prognosis_gcs3_age").input
 EDGES = [-1024, -1, 0, 14, 15, 15.5, 16, 57.5, 99, 99.99, 100, 100.5, 101, 3071]
@@ -31,7 +31,7 @@ def random_hu(shape, seed=0):
 def test_equals_the_published_chain(tmp_path, shape, dtype):
     hu = random_hu(shape).astype(dtype)
     nib.Nifti1Image(hu, np.diag([-0.5, -0.5, 5, 1])).to_filename(tmp_path / "brain.nii.gz")
-    expected = published.grid(tmp_path / "brain.nii.gz")[0].numpy()
+    expected = reference_pipeline.grid(tmp_path / "brain.nii.gz")[0].numpy()
     got = preprocessing.prepare(hu, CONTRACT)
     assert got.shape == (40, 301, 301)
     assert got.dtype == np.float32

@@ -18,7 +18,8 @@ from ichprog import registry
 from ichprog.backbones import Backbone
 from ichprog.errors import PluginError, UnknownNameError
 
-from conftest import brain_hu, local_model
+from support.models import local_model
+from support.phantoms import brain_hu
 
 COMPACT = "compact.prognosis_gcs3_age"
 SHAPE = (16, 48, 44)

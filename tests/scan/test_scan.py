@@ -11,8 +11,8 @@ import pytest
 import ichprog
 from ichprog import ScanError, UnknownNameError, scan, zoo
 
-import heads
-from conftest import brain_hu
+from support import phantoms
+from support.phantoms import brain_hu
 
 PLAUSIBLE = zoo.find(zoo.DEFAULT).input.expected_ranges
 AFFINE = np.diag([-2.5, -2.5, 5.0, 1.0])
@@ -215,7 +215,7 @@ def test_an_unknown_mode_is_refused_at_once(hu):
 
 def test_examining_a_head_needs_no_scipy(tmp_path):
     """Its import alone takes longer than the whole examination."""
-    head = heads.head(blood="deep").scan
+    head = phantoms.head(blood="deep").scan
     nib.Nifti1Image(head.hu, head.affine).to_filename(tmp_path / "head.nii.gz")
     code = "import sys, nibabel; before = set(sys.modules)\nfrom ichprog import scan, zoo\n"
     code += "done = scan.examine(sys.argv[1], expected_ranges=zoo.find(zoo.DEFAULT).input.expected_ranges)\n"

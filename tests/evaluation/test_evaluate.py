@@ -26,8 +26,8 @@ from ichprog.evaluation.predictions import Predictions
 from ichprog.spec import PluginRef
 from ichprog.train import PRESETS, train
 
-from conftest import REPOSITORY, bright_backbone
-from hub_server import HubServer
+from support.hub_server import HubServer
+from support.models import REPOSITORY, bright_backbone
 
 PATIENTS = [f"P{number:02}" for number in range(24)]
 TRAIN_ONLY = {"P05", "P17"}  # their outcome is not known, their GCS is

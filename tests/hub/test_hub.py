@@ -24,7 +24,7 @@ from ichprog.hub import client
 from ichprog.registry import Entry
 from ichprog.spec import ModelSpec
 
-from hub_server import COMMIT, HubServer
+from support.hub_server import COMMIT, HubServer
 
 REPO, FOLDER, FILE = "org/repo", "Proposed", "Net_fold0.pth"
 KEYS = {"trunk.": "backbone.", "head.3.": "heads.outcome."}

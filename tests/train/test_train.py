@@ -1149,7 +1149,7 @@ def test_the_protocol_is_explained():
     """In the docstring, and in the page's table with the values of both presets."""
     names = [field.name for field in dataclasses.fields(Protocol)]
     assert all(f"{name}: " in Protocol.__doc__ for name in names)
-    page = (Path(__file__).parents[1] / "docs" / "training.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
     told = []
     for row in re.findall(r"^\| (`[a-z_]+`.*) \|$", page.partition("## Presets")[2], re.MULTILINE):
         cells = [cell.strip().replace("`", "") for cell in row.split("|")]

@@ -12,7 +12,8 @@ from click.testing import CliRunner
 from ichprog import zoo
 from ichprog.cli import main
 
-from conftest import REPOSITORY, brain_hu
+from support.models import REPOSITORY
+from support.phantoms import brain_hu
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from ichprog.simulate.haemorrhage import shape_of
 from ichprog.simulate.population import draw
 from ichprog.simulate.scanner import expose
 
-from conftest import SHARED
+from support.models import SHARED
 
 PLAUSIBLE = zoo.find(zoo.DEFAULT).input.expected_ranges
 

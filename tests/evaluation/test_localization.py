@@ -20,7 +20,8 @@ from ichprog.errors import CohortError, RunError
 from ichprog.evaluation import faithfulness, localization
 from ichprog.evaluation.localization import MapMetrics
 
-from conftest import brain_hu, local_model
+from support.models import local_model
+from support.phantoms import brain_hu
 
 SHAPE = (96, 96, 30)
 LEFT, RIGHT = (330, 220, 16), (182, 220, 16)  # where brain_hu puts the lesion, along i of 512

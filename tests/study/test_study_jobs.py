@@ -407,10 +407,10 @@ def test_processes_do_the_same_as_one_though_one_of_them_is_killed(done, folder,
 
 
 def test_what_kills_every_process_fails_alone():
-    import mortal
+    from support import crashing_job
 
     ended = {}
-    parallel.run_jobs(range(5), mortal.work, lambda item, error: ended.setdefault(item, error), workers=2)
+    parallel.run_jobs(range(5), crashing_job.work, lambda item, error: ended.setdefault(item, error), workers=2)
     assert ended.pop(2) == "its process died each time; it may need more memory than there is"
     assert ended == {0: None, 1: None, 3: "wrong", 4: None}
 

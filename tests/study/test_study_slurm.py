@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 
 import pytest
-import test_study_cells as tiny
+import test_study_jobs as tiny
 
 from ichprog import RunError, parallel
 from ichprog.study import jobs

@@ -11,7 +11,7 @@ import ichprog
 from ichprog import PluginError, SpecError, UnknownNameError, WeightsError, hub, networks, registry, zoo
 from ichprog.spec import PluginRef
 
-import published
+from support import reference_pipeline
 
 
 def build_small(backbone: str):
@@ -74,17 +74,17 @@ def test_ordinal_probabilities_follow_the_described_codes():
         assert torch.allclose(head.loss(logits[:1], torch.tensor([label])), expected)
 
 
-@pytest.mark.parametrize("name", published.PUBLISHED)
+@pytest.mark.parametrize("name", reference_pipeline.PUBLISHED)
 def test_a_published_checkpoint_gives_the_published_logits(name, tmp_path):
     """Same keys, same numbers: on a small grid here, on whole scans in test_model."""
     spec = zoo.find(name)
-    theirs = published.network(name, seed=7)
+    theirs = reference_pipeline.network(name, seed=7)
     save_file(hub.translate(theirs.state_dict(), spec.weights.keys, "test"), tmp_path / "fold0.safetensors")
     ours = networks.load(spec, tmp_path / "fold0.safetensors")
     grid = torch.rand(2, 1, 40, 64, 64)
     with torch.no_grad():
         expected, got = theirs(grid), ours(grid)
-    for task, values in zip(published.PUBLISHED[name][3], expected, strict=True):
+    for task, values in zip(reference_pipeline.PUBLISHED[name][3], expected, strict=True):
         assert torch.allclose(got[task], values, atol=1e-5)
     assert not ours.training
     assert not any(p.requires_grad for p in ours.parameters())

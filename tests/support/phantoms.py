@@ -122,3 +122,21 @@ def scan_of(hu, affine=None, **record) -> Scan:
 def alone(made: Head) -> Scan:
     """The brain of a head alone, everything else 0."""
     return scan_of(np.where(made.brain, made.scan.hu, 0), made.scan.affine)
+
+
+def brain_hu(shape=(512, 512, 30), lesion=(330, 220, 16), seed=0):
+    """A simulated brain in LPS order, 0 outside: an ellipsoid with ventricles and a ball of blood of about 30 mL."""
+    rng = np.random.default_rng(seed)
+    i, j, k = np.ogrid[: shape[0], : shape[1], : shape[2]]
+    middle = np.array(shape) / 2
+    half = np.array([0.29, 0.35, 0.47]) * shape
+
+    def ball(centre, radii):
+        return sum(((x - c) / r) ** 2 for x, c, r in zip((i, j, k), centre, radii, strict=True)) <= 1
+
+    brain = ball(middle, half)
+    hu = np.where(brain, 33 + 4 * rng.standard_normal(shape), 0)
+    hu[ball(middle + np.array([0, 20, 1]), (25, 60, 4)) & brain] = 8
+    scale = np.array(shape) / (512, 512, 30)
+    hu[ball(np.array(lesion) * scale, (40 * scale[0], 40 * scale[1], 4 * scale[2]))] = 68
+    return hu.round().astype(np.int16)

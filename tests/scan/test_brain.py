@@ -12,15 +12,15 @@ from ichprog.scan import morphology, read
 from ichprog.scan.brain import brain_only, extract, sees_skull
 from ichprog.scan.morphology import resample
 
-import heads
+from support import phantoms
 
-DATA = Path(__file__).parents[2] / "shared" / "data"
-KINDS = [*heads.BLOOD, "subdural"]
+DATA = Path(__file__).parents[3] / "shared" / "data"
+KINDS = [*phantoms.BLOOD, "subdural"]
 
 
 @cache
 def plain():
-    return heads.head(blood="lobar")
+    return phantoms.head(blood="lobar")
 
 
 @cache
@@ -49,7 +49,7 @@ def real(name):
     ("spacing", "least"), [((1.0, 1.0, 2.0), 0.99), ((1.5, 1.5, 5.0), 0.97), ((1.0, 1.0, 7.0), 0.95)], ids=str
 )
 def test_the_known_brain_is_found_at_any_slice_distance(spacing, least):
-    made = heads.head(spacing)
+    made = phantoms.head(spacing)
     mask = extract(made.scan)
     assert mask.shape == made.scan.hu.shape
     assert mask.dtype == bool
@@ -63,7 +63,7 @@ def test_the_known_brain_is_found_at_any_slice_distance(spacing, least):
     ("spacing", "hu", "noise"), [((1.5, 1.5, 5.0), 57, 4), ((1.2, 1.2, 7.0), 80, 8), ((1.5, 1.5, 3.0), 92, 12)], ids=str
 )
 def test_no_blood_is_lost_wherever_it_lies(spacing, hu, noise):
-    made = heads.head(spacing, blood=KINDS, blood_hu=hu, noise=noise)
+    made = phantoms.head(spacing, blood=KINDS, blood_hu=hu, noise=noise)
     assert kept(made, extract(made.scan), made.blood) == 1
 
 
@@ -71,7 +71,7 @@ def test_no_blood_is_lost_wherever_it_lies(spacing, hu, noise):
     "defect", [((70, 0, 15), 55), ((50, -50, 40), 9), ((0, -80, 20), 45)], ids=["side", "burr", "front"]
 )
 def test_a_missing_piece_of_skull_loses_no_brain_and_keeps_the_skin_out(defect):
-    made = heads.head(blood="epidural", defect=defect)
+    made = phantoms.head(blood="epidural", defect=defect)
     mask = extract(made.scan)
     assert dice(mask, made.brain) > 0.94
     assert kept(made, mask, made.brain) > 0.995
@@ -99,7 +99,7 @@ def test_fluid_and_calcification_inside_the_brain_stay():
     ids=["long neck", "no base", "no top", "tight", "no holder"],
 )
 def test_more_or_less_than_a_head_is_scanned(cut):
-    made = heads.head(**cut)
+    made = phantoms.head(**cut)
     mask = extract(made.scan)
     assert dice(mask, made.brain) > 0.97
     assert kept(made, mask, made.brain) > 0.995
@@ -110,14 +110,14 @@ def test_padding_of_a_straightened_scan_changes_nothing():
     padded = made.scan.hu.copy()
     corner = np.add.outer(np.arange(padded.shape[1]), 2 * np.arange(padded.shape[2])) < 40
     padded[:, corner] = -1024
-    again = extract(heads.scan_of(padded, made.scan.affine))
+    again = extract(phantoms.scan_of(padded, made.scan.affine))
     assert dice(again, plain_mask()) > 0.999
 
 
 def test_a_skull_is_seen_in_heads_and_not_in_brains():
     made = plain()
     assert sees_skull(made.scan)
-    alone = heads.alone(made)
+    alone = phantoms.alone(made)
     alone.hu[20:24, 30:34, 5:7] = 3000  # a clip and crumbs
     alone.hu[60:75, 20:22, 20:23] = 700
     assert not sees_skull(alone)
@@ -137,7 +137,7 @@ def test_auto_extracts_where_a_skull_is_seen():
 @pytest.mark.parametrize("mode", ["auto", "given"])
 def test_a_given_brain_is_left_as_it_is(mode, empty):
     made = plain()
-    alone = heads.alone(made)
+    alone = phantoms.alone(made)
     alone.hu[~made.brain] = empty
     scan, mask, record = brain_only(alone, mode)
     assert scan is alone
@@ -146,7 +146,7 @@ def test_a_given_brain_is_left_as_it_is(mode, empty):
 
 
 def test_errors_say_what_is_wrong():
-    alone = heads.alone(plain())
+    alone = phantoms.alone(plain())
     with pytest.raises(UnknownNameError, match="given"):
         brain_only(alone, "givn")
     with pytest.raises(ScanError, match="brain='given'") as e:
@@ -158,7 +158,7 @@ def test_a_skull_without_a_brain_is_no_brain():
     made = plain()
     hollow = np.where(made.brain, -1000, made.scan.hu)
     with pytest.raises(ScanError) as e:
-        extract(heads.scan_of(hollow, made.scan.affine))
+        extract(phantoms.scan_of(hollow, made.scan.affine))
     assert e.value.code == "no-brain"
 
 

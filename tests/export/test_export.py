@@ -18,8 +18,8 @@ from ichprog.cli import main
 from ichprog.errors import IchprogError, PluginError, SpecError, UnknownNameError, WeightsError
 from ichprog.spec import ModelSpec, PluginRef
 
-import published
-from hub_server import HubServer
+from support import reference_pipeline
+from support.hub_server import HubServer
 
 REPO = "org/bright"
 # The Hub's client uploads to LFS in a way that its own HTTP client gives up.
@@ -94,7 +94,7 @@ def test_the_file_answers_as_the_library_does_whatever_the_batch(telling, tmp_pa
     "name", ["perez2023.prognosis", pytest.param("densenet121.prognosis_gcs3_age", marks=pytest.mark.slow)]
 )
 def test_published_networks_export(name, tmp_path):
-    folder = published.save(name, tmp_path, seed=0).parent
+    folder = reference_pipeline.save(name, tmp_path, seed=0).parent
     spec = zoo.find(name)
     weights = dataclasses.replace(spec.weights, repo=None, revision=None, folder="")
     contract = dataclasses.replace(spec.input, shape=(40, 64, 64), pad_slices=False)

@@ -1,0 +1,46 @@
+"""Tiny models with known behaviour, and where the shared data are."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from ichprog import networks, zoo
+from ichprog.backbones import Backbone
+from ichprog.spec import PluginRef
+
+SHARED = Path(__file__).parents[3] / "shared" / "data"
+REPOSITORY = zoo.find(zoo.DEFAULT).weights
+
+
+def bright_backbone():
+    """One channel that is high where the grid is, so that what it explains is known."""
+    convolution = torch.nn.Conv3d(1, 1, 3, padding=1)
+    torch.nn.init.constant_(convolution.weight, 1 / 27)
+    torch.nn.init.constant_(convolution.bias, -0.45)
+    layers = torch.nn.Sequential(convolution, torch.nn.ReLU(inplace=True), torch.nn.AvgPool3d((2, 3, 3)))
+    return Backbone(layers, 1, "features.2")
+
+
+def local_model(folder, backbone, *, shape, folds=1, adjust=lambda state: state):
+    """Writes a model of three tasks with a registered backbone and seeded weights, and tells its name."""
+    spec = zoo.find("densenet121.prognosis_gcs3_age")
+    weights = dataclasses.replace(
+        spec.weights, repo=None, revision=None, folder="", format="safetensors", keys={}, sha256={}
+    )
+    contract = dataclasses.replace(spec.input, shape=shape, pad_slices=False)
+    spec = dataclasses.replace(
+        spec,
+        name=f"{backbone}.prognosis_gcs3_age",
+        backbone=PluginRef(backbone, {}),
+        weights=weights,
+        input=contract,
+    )
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(spec.to_dict()))
+    torch.manual_seed(0)
+    for fold in range(folds):
+        save_file(adjust(networks.build(spec).state_dict()), folder / f"fold{fold}.safetensors")
+    return f"local-dir:{folder}"
