@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from ichprog.cohort import Cohort as Cohort
     from ichprog.errors import CohortError as CohortError
     from ichprog.errors import IchprogError as IchprogError
+    from ichprog.errors import InvalidValueError as InvalidValueError
     from ichprog.errors import PluginError as PluginError
     from ichprog.errors import RunError as RunError
     from ichprog.errors import ScanError as ScanError
@@ -54,6 +55,7 @@ _ROOM_OF = {
     "Scan": "scan",
     "CohortError": "errors",
     "IchprogError": "errors",
+    "InvalidValueError": "errors",
     "PluginError": "errors",
     "RunError": "errors",
     "ScanError": "errors",

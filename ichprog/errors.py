@@ -1,68 +1,93 @@
-"""What can go wrong, by kind: every error says what was given, what is allowed and what to do next."""
+"""The errors of this library: each message says what was given, what is allowed and what to do next."""
 
 import difflib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-_FEW = 12  # names that are shown all
+_MAX_NAMES = 12  # names listed in one message
 
 
 class IchprogError(Exception):
-    """Any error this library raises on purpose."""
+    """Base class of every error that this library raises on purpose."""
 
 
 class UnknownNameError(IchprogError):
-    """A name that is not among the known ones.
+    """A name that is not in the list of known names.
 
     Args:
-        kind: What was looked for, such as "model" or "fold".
-        name: What was given.
+        kind: What the name should name, such as "model" or "fold".
+        name: The name that was given.
         known: The names that exist.
-        hint: What to do next, where there is more to say than the nearest names.
+        hint: What to do next, as a sentence.
+
+    Example:
+        >>> print(UnknownNameError("device", "cuda0", ["auto", "cpu", "cuda"], "Use --device cuda."))
+        Unknown device 'cuda0'. Did you mean cuda? Expected one of: auto, cpu, cuda. Use --device cuda.
     """
 
     def __init__(self, kind: str, name: object, known: Iterable[object], hint: str = "") -> None:
         self.kind, self.name = kind, name
         self.known = tuple(str(k) for k in known)
         near = difflib.get_close_matches(str(name), self.known, n=3, cutoff=0.5)
-        message = f"there is no {kind} {str(name)!r}."
+        parts = [f"Unknown {kind} {str(name)!r}."]
         if near:
-            message += f" The nearest: {', '.join(near)}."
-        if self.known and (not near or len(self.known) <= _FEW):
-            message += f" There is: {', '.join(self.known)}."
-        super().__init__(f"{message} {hint}".rstrip())
+            parts.append(f"Did you mean {' or '.join(near)}?")
+        if self.known and (not near or len(self.known) <= _MAX_NAMES):
+            listed = ", ".join(self.known[:_MAX_NAMES])
+            more = f" and {len(self.known) - _MAX_NAMES} more" if len(self.known) > _MAX_NAMES else ""
+            parts.append(f"Expected {'one of: ' if len(self.known) > 1 else ''}{listed}{more}.")
+        super().__init__(" ".join([*parts, hint]).rstrip())
+
+
+class InvalidValueError(IchprogError, ValueError):
+    """A value that an argument does not allow.
+
+    Args:
+        name: Name of the argument, field or option.
+        value: The value that was given.
+        expected: The allowed values as a phrase, such as "'raise' or 'record'" or "a positive number".
+        hint: What to do next, as a sentence.
+
+    Example:
+        >>> print(InvalidValueError("on_error", "foo", "'raise' or 'record'"))
+        Invalid on_error 'foo'. Expected 'raise' or 'record'.
+    """
+
+    def __init__(self, name: str, value: object, expected: str, hint: str = "") -> None:
+        self.name, self.value, self.expected = name, value, expected
+        super().__init__(f"Invalid {name} {value!r}. Expected {expected}. {hint}".rstrip())
 
 
 class SpecError(IchprogError):
-    """A model's description is incomplete, contradicts itself or holds something unknown."""
+    """A model, protocol or study file that cannot be read, is incomplete or contradicts itself."""
 
 
 class WeightsError(IchprogError):
-    """A model's weights cannot be had, are not the ones promised, or do not fit its network."""
+    """Weights that cannot be obtained, fail verification or do not fit the network."""
 
 
 class PluginError(IchprogError):
-    """A plugin cannot be imported, is claimed twice, or breaks its contract."""
+    """A plugin that cannot be imported, has two owners or breaks its contract."""
 
 
 class CohortError(IchprogError):
-    """A table of patients that cannot be used as it is; every row that is wrong is named."""
+    """A table of patients that cannot be used; the message names every wrong row."""
 
 
 class RunError(IchprogError):
-    """A run of many steps, a training or a simulation, that cannot begin, cannot be resumed or had to stop."""
+    """A training, simulation or study that cannot start, cannot be resumed or had to stop."""
 
 
 class ScanError(IchprogError):
-    """A scan that cannot be read, or that no model of this library can be asked about.
+    """A scan that cannot be read or that no model can process.
 
     Args:
-        message: What was found, what is allowed, what to do next.
+        message: What the scan has, what is allowed, what to do next.
         code: A short stable name of the problem, such as "not-3d".
-        measured: What the scan has.
-        expected: What it should have.
-        unit: The unit of both.
+        measured: Measured value.
+        expected: Expected value or range.
+        unit: Unit of both values.
     """
 
     def __init__(
@@ -74,14 +99,14 @@ class ScanError(IchprogError):
 
 @dataclass(frozen=True)
 class ScanWarning:
-    """A doubt about a scan that was read and answered all the same.
+    """A warning about an unusual scan for which a prediction was made.
 
     Attributes:
-        code: A short stable name of the doubt, such as "spacing".
-        message: The doubt in a sentence.
-        measured: What the scan has.
-        expected: What it should have.
-        unit: The unit of both, where they have one.
+        code: A short stable name of the problem, such as "spacing".
+        message: The problem in one sentence.
+        measured: Measured value.
+        expected: Expected value or range.
+        unit: Unit of both values, or None.
     """
 
     code: str
@@ -91,5 +116,5 @@ class ScanWarning:
     unit: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The warning as plain data, ready for JSON."""
+        """Return the warning as plain data, ready for JSON."""
         return asdict(self)

@@ -14,7 +14,7 @@ import numpy as np
 
 from ichprog import hub, preprocessing, registry, zoo
 from ichprog import scan as scan_package
-from ichprog.errors import PluginError, ScanError, UnknownNameError
+from ichprog.errors import InvalidValueError, PluginError, ScanError, UnknownNameError
 from ichprog.hub import WeightFile
 from ichprog.results import Prediction, Saliency, TaskPrediction
 from ichprog.runtime import Runtime, RuntimeConfig, TaskOutput, build_runtimes, resolve_runtime
@@ -265,7 +265,7 @@ def predict(
     loaded = load_model(model) if isinstance(model, str) else model
     scan_package.refuse_unknown_mode(brain)
     if on_error not in ("raise", "record"):
-        raise UnknownNameError("way to treat errors", on_error, ("raise", "record"))
+        raise InvalidValueError("on_error", on_error, "'raise' or 'record'")
     single = isinstance(scans, str | Path | Scan) or hasattr(scans, "dataobj")
     predictions = _predictions(loaded, cast("Iterable[Source]", [scans] if single else scans), brain, on_error)
     if single:

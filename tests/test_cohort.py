@@ -219,7 +219,7 @@ def test_labels_are_the_published_ones(table, model, name, kind):
 
 def test_a_column_that_is_not_there_or_holds_words(table):
     cohort = Cohort.read(table("patient,scan,dose\n1,a.nii.gz,2e3\n2,b.zip,much\n3,b.zip,\n4,b.zip,nan\n"))
-    with pytest.raises(UnknownNameError, match=r"no column of .*cohort\.csv 'dosis'. The nearest: dose"):
+    with pytest.raises(UnknownNameError, match=r"Unknown column of .*cohort\.csv 'dosis'. Did you mean dose"):
         cohort.numbers("dosis")
     with pytest.raises(UnknownNameError, match="'gcs'"):
         cohort.labels(task("densenet121.gcs3", "gcs"))

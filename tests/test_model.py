@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import ichprog
-from ichprog import PluginError, ScanError, UnknownNameError, WeightsError, registry
+from ichprog import InvalidValueError, PluginError, ScanError, UnknownNameError, WeightsError, registry
 
 from support import reference_pipeline
 from support.models import REPOSITORY, SHARED
@@ -137,13 +137,13 @@ def test_explaining_works_inside_no_grad_and_changes_no_switch(bright_model, sca
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"task": "prognosys"}, "no task of .* 'prognosys'.*nearest: prognosis"),
-        ({"label": "bad"}, "no label of prognosis 'bad'.*good, poor"),
+        ({"task": "prognosys"}, "Unknown task of .* 'prognosys'.*Did you mean prognosis"),
+        ({"label": "bad"}, "Unknown label of prognosis 'bad'.*good, poor"),
         ({"task": ["prognosis", "age"], "label": "poor"}, "a label for each task"),
-        ({"method": "gradcam"}, "no saliency method 'gradcam'.*nearest: grad_cam"),
-        ({"method": "grad_cam", "layers": "x"}, "no option of grad_cam 'layers'.*nearest: layer"),
-        ({"method": "grad_cam", "layer": "features.9"}, "no layer 'features.9'"),
-        ({"brain": "maybe"}, "no brain mode 'maybe'.*auto, extract, given"),
+        ({"method": "gradcam"}, "Unknown saliency method 'gradcam'.*Did you mean grad_cam"),
+        ({"method": "grad_cam", "layers": "x"}, "Unknown option of grad_cam 'layers'.*Did you mean layer"),
+        ({"method": "grad_cam", "layer": "features.9"}, "Unknown layer 'features.9'"),
+        ({"brain": "maybe"}, "Unknown brain mode 'maybe'.*auto, extract, given"),
     ],
 )
 def test_wrong_words_are_answered_with_the_right_ones(arguments, said, bright_model, scan_path):
@@ -177,7 +177,7 @@ def test_folds_are_averaged_in_probability_with_their_run_jobs(hub_server, scan_
     assert both.std["poor"] == pytest.approx(np.std(poor, ddof=1))
     assert both.std["poor"] > 0
     assert each[0].std is None
-    with pytest.raises(UnknownNameError, match=r"no fold of .*There is: 0, 1"):
+    with pytest.raises(UnknownNameError, match=r"Unknown fold of .*Expected one of: 0, 1"):
         ichprog.load_model("perez2023.prognosis", fold=7)
 
 
@@ -255,7 +255,7 @@ def test_failures_are_recorded_and_the_rest_goes_on(bright_model, scan_path, tmp
         empty["prognosis"]
     with pytest.raises(ScanError):
         ichprog.predict(bright_model, sources)
-    with pytest.raises(UnknownNameError, match="way to treat errors"):
+    with pytest.raises(InvalidValueError, match=r"Invalid on_error .*Expected 'raise' or 'record'"):
         ichprog.predict(bright_model, sources, on_error="ignore")
 
 
@@ -292,10 +292,10 @@ def test_bfloat16_is_near_float32(bright_model, scan_path):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"device": "gpu"}, "no device 'gpu'.*auto, cpu"),
-        ({"runtime": "onnx"}, "no runtime 'onnx'"),
-        ({"precision": "float16"}, "no precision 'float16'.*nearest: .*float"),
-        ({"name": "densenet121.prognosis_gcs4_age"}, "nearest: densenet121.prognosis_gcs3_age"),
+        ({"device": "gpu"}, "Unknown device 'gpu'.*auto, cpu"),
+        ({"runtime": "onnx"}, "Unknown runtime 'onnx'"),
+        ({"precision": "float16"}, "Unknown precision 'float16'.*Did you mean .*float"),
+        ({"name": "densenet121.prognosis_gcs4_age"}, "Did you mean densenet121.prognosis_gcs3_age"),
         ({"name": "weights/model"}, "local-dir:"),
         ({"name": "./weights"}, "hf-hub:"),
     ],

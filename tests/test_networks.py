@@ -125,7 +125,7 @@ def with_backbone(name, **options):
 
 
 def test_an_unknown_backbone_names_the_nearest():
-    with pytest.raises(UnknownNameError, match=r"no backbone 'densenet112'.*nearest: densenet121"):
+    with pytest.raises(UnknownNameError, match=r"Unknown backbone 'densenet112'.*Did you mean densenet121"):
         networks.build(with_backbone("densenet112"))
 
 

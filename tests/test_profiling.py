@@ -186,11 +186,11 @@ def test_what_is_asked_for(registered):
     assert profiling.claims(["many/one", "grad_cam"]) == [(BACKBONE, "many/one"), (METHOD, "grad_cam")]
     assert profiling.measure(BACKBONE, "many/one", shape=(2, 3, 4)).found == (1, 2, 3, 4)
     assert profiling.claims(kinds=[HEAD]) == [(HEAD, name) for name in registry.heads.names()]
-    with pytest.raises(UnknownNameError, match=r"no backbone or head or saliency method 'compakt'.*compact"):
+    with pytest.raises(UnknownNameError, match=r"Unknown backbone or head or saliency method 'compakt'.*compact"):
         profiling.claims(["compakt"])
-    with pytest.raises(UnknownNameError, match="no head 'compact'"):
+    with pytest.raises(UnknownNameError, match="Unknown head 'compact'"):
         profiling.claims(["compact"], [HEAD])
-    with pytest.raises(UnknownNameError, match="no kind of plugin 'layer'"):
+    with pytest.raises(UnknownNameError, match="Unknown kind of plugin 'layer'"):
         profiling.claims(kinds=["layer"])
 
 

@@ -100,7 +100,7 @@ def test_what_is_registered_by_hand_takes_no_name_that_is_taken():
 
 def test_an_unknown_name_says_what_there_is():
     with pytest.raises(
-        UnknownNameError, match=r"no saliency method 'x'. There is: grad_cam, guided_backprop, .*plugins"
+        UnknownNameError, match=r"Unknown saliency method 'x'. Expected one of: grad_cam, guided_backprop, .*plugins"
     ):
         registry.saliency.load("x")
 

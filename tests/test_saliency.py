@@ -205,7 +205,7 @@ def test_nothing_is_left_behind(method, end, grid):
     elif end == "bad layer":
         if method == "guided_backprop":
             pytest.skip("takes no layer")
-        with pytest.raises(UnknownNameError, match=r"no layer 'features.66'.*nearest"):
+        with pytest.raises(UnknownNameError, match=r"Unknown layer 'features.66'.*Did you mean"):
             attribute(score, grid, network, layer="features.66")
     else:
         with pytest.raises((IndexError, ZeroDivisionError)):

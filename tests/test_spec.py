@@ -107,7 +107,7 @@ def test_labels_without_order_are_decided_by_the_most_probable():
 
 
 def test_an_unknown_task_names_those_there_are():
-    with pytest.raises(UnknownNameError, match=r"no task of .* 'gsc'.*nearest: gcs"):
+    with pytest.raises(UnknownNameError, match=r"Unknown task of .* 'gsc'.*Did you mean gcs"):
         SPEC.task("gsc")
 
 

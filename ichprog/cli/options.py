@@ -7,10 +7,10 @@ from typing import Any
 
 import click
 
-from ichprog.errors import CohortError, SpecError, UnknownNameError
+from ichprog.errors import CohortError, InvalidValueError, SpecError, UnknownNameError
 from ichprog.zoo import DEFAULT
 
-WRONG_USE = (UnknownNameError, SpecError, CohortError)
+WRONG_USE = (UnknownNameError, InvalidValueError, SpecError, CohortError)
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 model_option = click.option(

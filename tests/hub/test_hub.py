@@ -512,7 +512,7 @@ def test_a_model_of_the_zoo_is_fetched_by_its_name(server: HubServer, registered
         hub.fetch(registered.name, cache_dir=tmp_path / "other", offline=True)
     with pytest.raises(UnknownNameError, match=r"fold .* '1'.*0, 3"):
         hub.fetch(registered.name, fold=1)
-    with pytest.raises(UnknownNameError, match=r"nearest: tiny\.outcome.*`ichprog models`"):
+    with pytest.raises(UnknownNameError, match=r"Did you mean tiny\.outcome.*`ichprog models`"):
         hub.fetch("tiny.outcomes")
 
 

@@ -186,7 +186,7 @@ def test_autograd_explains_at_another_layer_and_for_other_methods(model_of, imag
     inner = ichprog.explain(model, image, method="grad_cam", layer="features.0.inner")
     assert (inner.provenance["runtime"], inner.grid_map.shape) == ("torch", (8, 12, 11))
     assert "layer" in inner.provenance["note"]
-    with pytest.raises(UnknownNameError, match="no layer 'nothing'"):
+    with pytest.raises(UnknownNameError, match="Unknown layer 'nothing'"):
         ichprog.explain(model, image, method="grad_cam", layer="nothing")
     ichprog.register_saliency("itself", lambda score, grid, network: grid[0, 0])
     try:

@@ -233,9 +233,9 @@ def test_a_column_that_is_blank_throughout_or_blank_only_when_asked(kind):
 
 def test_what_is_not_there(patients):
     cohort, labels, *_ = patients
-    with pytest.raises(UnknownNameError, match=r"no column of made\.csv 'gsc'\. The nearest: gcs"):
+    with pytest.raises(UnknownNameError, match=r"Unknown column of made\.csv 'gsc'\. Did you mean gcs"):
         baselines.predict(baseline("logistic", ("gsc",)), cohort, TASK, folds.split(labels, 2))
-    with pytest.raises(UnknownNameError, match=r"no kind of baseline 'forrest'\. The nearest: forest"):
+    with pytest.raises(UnknownNameError, match=r"Unknown kind of baseline 'forrest'\. Did you mean forest"):
         baselines.fit("forrest", np.zeros((4, 1)), np.array([0, 1, 0, 1]))
 
 

@@ -353,7 +353,7 @@ def test_the_published_figure_is_drawn_by_a_command(smoke, tmp_path):
     assert target.read_bytes().startswith(b"\x89PNG")
     wrong = command("study", "figure", "saliency", toml, "--out", out, "--patient", "nobody")
     assert wrong.exit_code == 2
-    assert "there is no patient that can be explained 'nobody'" in wrong.output
+    assert "Unknown patient that can be explained 'nobody'" in wrong.output
 
 
 def test_variants_of_which_a_fold_is_missing_are_not_explained(smoke, tmp_path):
@@ -380,7 +380,7 @@ def test_variants_of_which_a_fold_is_missing_are_not_explained(smoke, tmp_path):
 
 def test_wrong_use_is_answered(tmp_path):
     toml = tmp_path / "study.toml"
-    assert "there is no preset of a study 'none'" in command("study", "new", toml, "--preset", "none").output
+    assert "Unknown preset of a study 'none'" in command("study", "new", toml, "--preset", "none").output
     assert command("study", "new", toml, "--preset", "smoke").exit_code == 0
     assert command("study", "new", toml).exit_code == 2
     both = command("study", "run", toml, "--scheduler", "tcp://127.0.0.1:1", "--slurm", "queue=a")

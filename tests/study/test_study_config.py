@@ -172,12 +172,12 @@ def test_what_is_wrong_is_named_with_what_is_allowed(new, more, said, read):
 
 
 def test_a_model_that_is_not_there(read):
-    with pytest.raises(UnknownNameError, match="no model 'densenet12'"):
+    with pytest.raises(UnknownNameError, match="Unknown model 'densenet12'"):
         read(more='[[variant]]\nname = "x"\nmodel = "densenet12"\n')
 
 
 def test_no_file_and_no_preset(tmp_path):
     with pytest.raises(SpecError, match=r"none\.toml: cannot be read as TOML"):
         Study.read(tmp_path / "none.toml")
-    with pytest.raises(UnknownNameError, match=r"no preset of a study 'smok'\. The nearest: smoke"):
+    with pytest.raises(UnknownNameError, match=r"Unknown preset of a study 'smok'\. Did you mean smoke"):
         config.template("smok")

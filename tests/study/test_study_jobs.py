@@ -353,13 +353,13 @@ def test_a_variant_that_was_never_trained_may_change(done, folder, study, tmp_pa
         (
             STUDY.replace('["age"]', '["agee"]'),
             UnknownNameError,
-            r"no column of .*cohort\.csv 'agee'\. The nearest: age",
+            r"Unknown column of .*cohort\.csv 'agee'\. Did you mean age",
         ),
         (STUDY.replace("folds = 2", "folds = 20"), CohortError, "are fewer than 20 folds"),
         (
             STUDY + 'backbone = { name = "compakt", options = {} }\n',
             UnknownNameError,
-            r"no backbone 'compakt'\. The nearest",
+            r"Unknown backbone 'compakt'\. Did you mean",
         ),
         (STUDY + 'backbone = { name = "compact", options = { w = 1 } }\n', SpecError, "backbone.*compact.*'w'"),
         (STUDY + "[learning_curve]\nsizes = [14]\n", CohortError, "14 patients are asked for, and a fold has 10"),
@@ -380,7 +380,7 @@ def test_what_cannot_be_done_is_said_before_anything_is_trained(text, error, sai
 
 def test_a_baselines_column_that_is_not_there(folder, study, tmp_path):
     with pytest.raises(
-        UnknownNameError, match=r"no column of .* 'ages'\. The nearest: age.* Baseline clinical needs it"
+        UnknownNameError, match=r"Unknown column of .* 'ages'\. Did you mean age.* Baseline clinical needs it"
     ):
         jobs.run(study(more=BASELINES.replace('"age", "gcs"', '"ages"')), tmp_path / "out", cache_dir=folder / "c")
 

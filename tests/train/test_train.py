@@ -183,7 +183,7 @@ def test_the_published_preset_has_its_quirks_and_ours_has_none():
 @pytest.mark.parametrize(
     ("change", "error", "said"),
     [
-        ({"epoch": 3}, UnknownNameError, "no field of a protocol 'epoch'.*nearest: epochs"),
+        ({"epoch": 3}, UnknownNameError, "Unknown field of a protocol 'epoch'.*Did you mean epochs"),
         ({"epochs": 0}, RunError, "epochs lies between 1 and 1e.06, not at 0"),
         ({"epochs": 3.5}, RunError, "epochs is a int, not 3.5"),
         ({"lr": "fast"}, RunError, "lr is a float, not 'fast'"),
@@ -566,7 +566,7 @@ def test_folds_made_elsewhere_are_taken_as_they_are(trained, folder, cohort, spe
     assert len(tested[0]) == 8
     with pytest.raises(RunError, match="holds another run: parts was"):
         train(cohort, spec, tmp_path / "fewer", folds=parts, resume=True, **asked)
-    with pytest.raises(UnknownNameError, match="no fold of this run '4'"):
+    with pytest.raises(UnknownNameError, match="Unknown fold of this run '4'"):
         train(cohort, spec, tmp_path / "other", folds=parts, **asked | {"only": [4]})
 
 
@@ -1062,7 +1062,7 @@ def test_a_folder_of_another_run_is_refused_with_what_differs(trained, folder, c
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(RunError, match="holds no run"):
         train(cohort, spec, tmp_path, **asked)
-    with pytest.raises(UnknownNameError, match="no fold of this run '7'"):
+    with pytest.raises(UnknownNameError, match="Unknown fold of this run '7'"):
         train(cohort, spec, tmp_path / "run", **asked | {"only": [7]})
 
 
@@ -1070,7 +1070,7 @@ def test_what_is_trained_may_be_named_in_any_way(trained, folder, tmp_path):
     assert spec_of(str(folder / "spec.json")).name == "small.three"
     assert spec_of(f"local-dir:{trained}").name == "small.three"
     assert spec_of("perez2023.prognosis").name == "perez2023.prognosis"
-    with pytest.raises(UnknownNameError, match="no model 'perez'"):
+    with pytest.raises(UnknownNameError, match="Unknown model 'perez'"):
         spec_of("perez")
     with pytest.raises(SpecError, match="cannot be read"):
         spec_of(tmp_path / "none.json")
@@ -1129,12 +1129,12 @@ def test_several_tables_are_taken_together(folder, cohort, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--preset", "papers"], "no preset 'papers'.*nearest: paper"),
-        (["--set", "lrr=1"], "no field of a protocol 'lrr'"),
+        (["--preset", "papers"], "Unknown preset 'papers'.*Did you mean paper"),
+        (["--set", "lrr=1"], "Unknown field of a protocol 'lrr'"),
         (["--set", "lr"], "--set takes NAME=VALUE"),
         (["--set", "lr=quick"], "lr is a float, not 'quick'"),
         (["--loss-weighting", "learned"], "loss_weighting is one of"),
-        (["-m", "densenet"], "no model 'densenet'"),
+        (["-m", "densenet"], "Unknown model 'densenet'"),
         (["--folds", "40"], "fewer than 40 folds"),
     ],
 )

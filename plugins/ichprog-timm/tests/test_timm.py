@@ -174,8 +174,8 @@ def test_checkpointing_computes_again_and_changes_no_gradient(name):
 
 
 @pytest.mark.parametrize(("name", "options", "error", "said"), [
-    ("resnet81", {}, UnknownNameError, "nearest: resnet18"),
-    ("resnet18.a1_in2k", {}, UnknownNameError, "nearest: resnet18.a1_in1k"),
+    ("resnet81", {}, UnknownNameError, "Did you mean resnet18"),
+    ("resnet18.a1_in2k", {}, UnknownNameError, "Did you mean resnet18.a1_in1k"),
     ("hf-hub:a/b", {}, UnknownNameError, "hf-hub:a/b"),
     ("test_resnet", {"window": 2}, ValueError, "window is 2; it must be an odd number"),
     ("test_resnet", {"window": "3"}, ValueError, "window is '3'"),
