@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all: atomic writes, JSON and CSV."""
+"""Write files atomically, as JSON and CSV, and lock them between processes."""
 
 import csv
 import json
@@ -31,6 +31,25 @@ def atomic_write(target: Path) -> Iterator[Path]:
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def file_lock(path: Path, *, timeout_s: float = -1) -> Iterator[None]:
+    """Hold an inter-process lock while the block runs.
+
+    Args:
+        path: Lock file. Missing folders are created.
+        timeout_s: Longest wait in seconds. 0 does not wait, a negative number waits without a limit.
+
+    Raises:
+        TimeoutError: Another process holds the lock.
+        OSError: The lock file cannot be written.
+    """
+    from filelock import FileLock
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path, timeout=timeout_s):
+        yield
 
 
 def write_json(target: Path, data: Any) -> None:
