@@ -79,6 +79,21 @@ class RunError(IchprogError):
     """A training, simulation or study that cannot start, cannot be resumed or had to stop."""
 
 
+def missing_extra(extra: str, package: str, what: str) -> IchprogError:
+    """Build the error of an optional dependency that is not installed.
+
+    Args:
+        extra: Extra of ichprog that installs the package, such as "train".
+        package: Package that cannot be imported, such as "accelerate"; several are separated by " and ".
+        what: What needs the package, as the subject of a sentence in the singular, such as "Training".
+
+    Returns:
+        The error to raise, such as "Training needs accelerate. Install it with: pip install 'ichprog[train]'."
+    """
+    it = "them" if " and " in package else "it"
+    return IchprogError(f"{what} needs {package}. Install {it} with: pip install 'ichprog[{extra}]'.")
+
+
 class ScanError(IchprogError):
     """A scan that cannot be read or that no model can process.
 

@@ -6,7 +6,7 @@ from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExec
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from ichprog.errors import RunError
+from ichprog.errors import RunError, missing_extra
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -151,12 +151,13 @@ def cluster(
         workers: The number of those jobs; one that ends, as at the end of its `walltime`, is submitted again.
 
     Raises:
-        RunError: dask is not installed, there is no scheduler at the address, or Slurm takes no such jobs.
+        RunError: There is no scheduler at the address, or Slurm refuses the jobs.
+        IchprogError: dask is not installed.
     """
     try:
         from distributed import Client
     except ImportError as error:
-        raise RunError("a cluster needs dask: pip install 'ichprog[distributed]'.") from error
+        raise missing_extra("distributed", "distributed", "Running on a cluster") from error
     if scheduler is not None:
         try:
             client = Client(scheduler, timeout=_PATIENCE)
@@ -172,7 +173,10 @@ def cluster(
 @contextmanager
 def _slurm(options: dict[str, Any], count: int) -> Iterator[Any]:
     """So many jobs of Slurm, from now to the end of the block, and the scheduler they ask for work."""
-    from dask_jobqueue import SLURMCluster
+    try:
+        from dask_jobqueue import SLURMCluster
+    except ImportError as error:
+        raise missing_extra("distributed", "dask-jobqueue", "Running on Slurm") from error
     from distributed import Status
     from tornado.ioloop import PeriodicCallback
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ichprog.cohort import Cohort
-from ichprog.errors import PluginError, RunError
+from ichprog.errors import RunError
 from ichprog.hub import WeightFile
 from ichprog.spec import ModelSpec
 
@@ -50,7 +50,7 @@ def guard(name: str, spec: ModelSpec, weights: Sequence[WeightFile], cohort: Coh
 
     Raises:
         RunError: The model's run.json cannot be read, or tells of other weights.
-        PluginError: The folds of released weights are needed, and scikit-learn is not installed.
+        IchprogError: The folds of released weights are needed, and scikit-learn is not installed.
     """
     here = tuple(file.fold for file in weights)
     folder = Path(name.removeprefix("local-dir:")).expanduser()
@@ -108,13 +108,7 @@ def _by_release(released: Mapping[str, Any], here: tuple[int, ...], cohort: Coho
     from ichprog.train import folds as folds_module
 
     labels = cohort.numbers(released["column"]).astype(np.int64)
-    try:
-        parts = folds_module.split(labels, released["folds"], seed=released["seed"])
-    except ImportError as error:
-        raise PluginError(
-            f"the folds of {released['cohort']} need scikit-learn ({error}). Install it by `pip install "
-            "'ichprog[study]'`."
-        ) from None
+    parts = folds_module.split(labels, released["folds"], seed=released["seed"])
     tested = {int(place): fold for fold, part in enumerate(parts) for place in part.test}
     folds = tuple((tested[place],) if tested[place] in here else () for place in range(len(cohort)))
     counts = " and ".join(f"{count} of {value}" for value, count in released["counts"].items())

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from ichprog.cohort import Cohort, Patient
-from ichprog.errors import CohortError, PluginError, ScanError, UnknownNameError
+from ichprog.errors import CohortError, ScanError, UnknownNameError, missing_extra
 from ichprog.evaluation.faithfulness import RANDOM, curves
 from ichprog.model import Model, explain, load_model, predict
 from ichprog.results import Saliency
@@ -407,16 +407,14 @@ def figure(
     Raises:
         UnknownNameError: There is no such patient, slice, task, label, method or fold.
         ScanError: A scan or a mask cannot be read, or they do not belong together.
-        PluginError: matplotlib is not installed.
+        IchprogError: matplotlib is not installed.
 
     Source: figure 3 of Cobo et al., MLMI 2024 (doi 10.1007/978-3-031-73290-4_2).
     """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise PluginError(
-            f"pictures need matplotlib ({error}). Install it by `pip install 'ichprog[study]'`."
-        ) from None
+        raise missing_extra("report", "matplotlib", "Drawing a figure") from error
 
     patients = {patient.name: patient for patient in cohort.patients}
     for name, _ in chosen:

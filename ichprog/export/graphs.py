@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ichprog import hub, networks
-from ichprog.errors import IchprogError, PluginError, UnknownNameError
+from ichprog.errors import PluginError, UnknownNameError, missing_extra
 from ichprog.export.model_card import config
 from ichprog.hub import WeightFile
 from ichprog.model import Model
@@ -74,7 +74,7 @@ def refuse_unless_possible(form: str) -> None:
     if form not in FORMATS:
         raise UnknownNameError("format to export to", form, FORMATS)
     if missing := [name for name in FORMATS[form] if not _installed(name)]:
-        raise IchprogError(f"a file for {form} needs {' and '.join(missing)}: pip install 'ichprog[export]'")
+        raise missing_extra("export", " and ".join(missing), f"Exporting to {form}")
 
 
 class _Folds(nn.Module):

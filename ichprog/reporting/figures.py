@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec
 
 import numpy as np
 
-from ichprog.errors import PluginError
+from ichprog.errors import missing_extra
 from ichprog.io import atomic_write
 from ichprog.reporting.tables import shown, words
 
@@ -51,7 +51,7 @@ def _style() -> Iterator[None]:
     try:
         from matplotlib import style
     except ImportError as error:
-        raise PluginError(f"figures need matplotlib ({error}). Install it by `pip install 'ichprog[study]'`.") from None
+        raise missing_extra("report", "matplotlib", "Drawing a figure") from error
     with style.context(["default", _STYLE]):
         yield
 
@@ -83,7 +83,7 @@ def save(figure: "Figure", folder: Path, name: str) -> tuple[Path, Path]:
         The SVG and the PNG.
 
     Raises:
-        PluginError: matplotlib is not installed.
+        IchprogError: matplotlib is not installed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     vector, raster = folder / f"{name}.svg", folder / f"{name}.png"

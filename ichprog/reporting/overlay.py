@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ichprog.errors import PluginError, ScanError
+from ichprog.errors import ScanError, missing_extra
 from ichprog.results import Prediction, Saliency
 from ichprog.scan import read
 from ichprog.scan.volume import AIR_HU, background
@@ -44,14 +44,12 @@ def plot(
 
     Raises:
         ScanError: `other-scan`: a map or the outline is of another shape than the scan.
-        PluginError: matplotlib is not installed.
+        IchprogError: matplotlib is not installed.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise PluginError(
-            f"pictures need matplotlib ({error}). Install it by `pip install 'ichprog[report]'`."
-        ) from None
+        raise missing_extra("report", "matplotlib", "Drawing a figure") from error
 
     if isinstance(result, Saliency):
         maps = [result]

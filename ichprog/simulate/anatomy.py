@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ichprog.errors import RunError
+from ichprog.errors import missing_extra
 
 _COARSE_MM = 2.0
 _MARGIN = 16  # coarse cells of nothing around the template, room for bone and scalp
@@ -68,16 +68,14 @@ def template() -> Template:
     """The template, read once in a process.
 
     Raises:
-        RunError: nilearn, which brings it, is not installed.
+        IchprogError: nilearn, which holds the template, is not installed.
     """
     from scipy import ndimage
 
     try:
         from nilearn.datasets import load_mni152_gm_template, load_mni152_template, load_mni152_wm_template
     except ImportError as error:
-        raise RunError(
-            f"simulated patients need nilearn ({error}). Install it by `pip install 'ichprog[simulate]'`."
-        ) from error
+        raise missing_extra("simulate", "nilearn", "Simulating patients") from error
     image = load_mni152_template(resolution=1)
     t1, grey, white = (
         np.asarray(each.dataobj, np.float32)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ichprog.cohort import Cohort
-from ichprog.errors import RunError, UnknownNameError
+from ichprog.errors import RunError, UnknownNameError, missing_extra
 from ichprog.evaluation.predictions import SPLITS, TaskPredictions
 from ichprog.spec import Task
 from ichprog.study.config import Baseline
@@ -99,7 +99,10 @@ def fit(kind: str, x: np.ndarray, labels: np.ndarray, *, seed: int = 1) -> Fitte
     if kind == "majority" or len(np.unique(y)) < 2:
         share = float(y.mean()) if len(y) else 0.5
         return lambda asked: np.full(len(asked), share)
-    from sklearn.impute import SimpleImputer
+    try:
+        from sklearn.impute import SimpleImputer
+    except ImportError as error:
+        raise missing_extra("study", "scikit-learn", "Fitting a baseline") from error
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from ichprog.errors import RunError
+from ichprog.errors import missing_extra
 from ichprog.train.run_dir import Run
 from ichprog.train.trainer import Job, Row, Watch
 
@@ -21,7 +21,7 @@ class Onlooker(Watch):
         tensorboard: Whether events are written.
 
     Raises:
-        RunError: Events are asked for, and TensorBoard is not installed.
+        IchprogError: Events are requested and TensorBoard is not installed.
     """
 
     def __init__(self, run: Run, *, leads: bool, progress: bool, tensorboard: bool) -> None:
@@ -34,7 +34,7 @@ class Onlooker(Watch):
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as error:
-                raise RunError("TensorBoard is not installed: pip install 'ichprog[train]'.") from error
+                raise missing_extra("train", "tensorboard", "Writing TensorBoard events") from error
             self.writer = SummaryWriter
 
     @contextmanager

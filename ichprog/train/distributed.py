@@ -9,7 +9,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import nn
 
-from ichprog.errors import IchprogError, RunError
+from ichprog.errors import IchprogError, RunError, missing_extra
 from ichprog.runtime import resolve_runtime
 
 _T = TypeVar("_T")
@@ -23,7 +23,8 @@ class Team:
 
     Raises:
         UnknownNameError: There is no such device.
-        RunError: Several processes were started, and Accelerate is not installed or the device is one for all.
+        RunError: Several processes were started with one device for all.
+        IchprogError: Several processes were started and Accelerate is not installed.
     """
 
     def __init__(self, device: str) -> None:
@@ -36,7 +37,7 @@ class Team:
         try:
             from accelerate import Accelerator
         except ImportError as error:
-            raise RunError("several processes need Accelerate: pip install 'ichprog[train]'.") from error
+            raise missing_extra("train", "accelerate", "Training in several processes") from error
         # Precision is the protocol's, whatever the launcher was configured for.
         self._accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no", gradient_accumulation_steps=1)
         atexit.register(self._accelerator.end_training)  # a process that ends before its group's threads is aborted

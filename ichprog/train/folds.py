@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ichprog.errors import CohortError
+from ichprog.errors import CohortError, missing_extra
 from ichprog.spec import ModelSpec, Task
 
 _SHOWN = 10  # problems that are spelt out
@@ -39,7 +39,10 @@ def split(labels: np.ndarray, n: int, *, seed: int = 1, validation: float = 0.1)
 
     Source: the protocol of Cobo et al. 2024, with scikit-learn's `StratifiedKFold` and `train_test_split`.
     """
-    from sklearn.model_selection import StratifiedKFold, train_test_split
+    try:
+        from sklearn.model_selection import StratifiedKFold, train_test_split
+    except ImportError as error:
+        raise missing_extra("train", "scikit-learn", "Splitting a cohort into folds") from error
 
     known, unknown = np.flatnonzero(labels >= 0), np.flatnonzero(labels < 0)
     folds = []

@@ -168,7 +168,7 @@ def test_what_is_missing_or_unknown_is_said(bright_model, tmp_path, monkeypatch)
     with pytest.raises(UnknownNameError, match=r"'tflite'.*onnx, openvino"):
         export.export(bright_model, tmp_path / "out", format="tflite")
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    with pytest.raises(IchprogError, match=r"onnxscript: pip install 'ichprog\[export\]'"):
+    with pytest.raises(IchprogError, match=r"needs onnxscript. Install it with: pip install 'ichprog\[export\]'"):
         export.export(bright_model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -13,7 +13,7 @@ from importlib.resources import files
 import numpy as np
 import pytest
 
-from ichprog import PluginError
+from ichprog import IchprogError
 from ichprog.errors import RunError
 from ichprog.metrics.discrimination import calibration_curve, histogram, net_benefit
 from ichprog.reporting import figures, html, tables
@@ -141,7 +141,7 @@ def test_a_failed_save_leaves_nothing(drawings, tmp_path, monkeypatch):
 
 def test_without_matplotlib_it_is_said_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(PluginError, match=r"ichprog\[study\]"):
+    with pytest.raises(IchprogError, match=r"needs matplotlib. Install it with: pip install 'ichprog\[report\]'\."):
         figures.forest({}, "x")
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import ichprog
-from ichprog import PluginError, ScanError
+from ichprog import IchprogError, ScanError
 
 from support.phantoms import brain_hu
 
@@ -86,5 +86,5 @@ def test_a_map_of_another_scan_is_refused(explained):
 def test_without_matplotlib_it_says_what_to_install(explained, monkeypatch):
     path, maps, _ = explained
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(PluginError, match=r"pip install 'ichprog\[report\]'"):
+    with pytest.raises(IchprogError, match=r"needs matplotlib. Install it with: pip install 'ichprog\[report\]'\."):
         ichprog.plot(maps, path)

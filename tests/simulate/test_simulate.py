@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 from scipy import stats
 
-from ichprog import Cohort, RunError, zoo
+from ichprog import Cohort, IchprogError, RunError, zoo
 from ichprog.cli import main
 from ichprog.scan import examine, read
 from ichprog.simulate import Patient, anatomy, simulate
@@ -128,7 +128,7 @@ def test_its_table_is_a_cohort_and_the_truth_lies_beside(cohort):
 def test_without_the_template_it_says_what_to_install(tmp_path, monkeypatch):
     anatomy.template.cache_clear()
     monkeypatch.setitem(sys.modules, "nilearn.datasets", None)
-    with pytest.raises(RunError, match=r"pip install 'ichprog\[simulate\]'"):
+    with pytest.raises(IchprogError, match=r"needs nilearn. Install it with: pip install 'ichprog\[simulate\]'\."):
         simulate(tmp_path, patients=1)
 
 
