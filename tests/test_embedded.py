@@ -82,7 +82,7 @@ def test_the_demo_needs_no_network_and_no_cache(tmp_path):
     closed = {"HF_ENDPOINT": "http://127.0.0.1:9", "HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "none")}
     environment = {k: v for k, v in os.environ.items() if k != "ICHPROG_CACHE"} | closed
     done = subprocess.run(
-        [sys.executable, "-m", "ichprog", "demo", "--out", "out"],
+        [sys.executable, "-m", "ichprog", "demo", "--output", "out"],
         cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

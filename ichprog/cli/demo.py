@@ -14,7 +14,7 @@ _METHOD = "grad_cam"
 
 @click.command()
 @click.option(
-    "-o", "--out", type=click.Path(path_type=Path), default=Path("ichprog-demo"), show_default=True,
+    "-o", "--output", "out", type=click.Path(path_type=Path), default=Path("ichprog-demo"), show_default=True,
     help="Folder for what is made.",
 )  # fmt: skip
 @as_json

@@ -19,11 +19,16 @@ if TYPE_CHECKING:
 @with_options(loading)
 @brain
 @click.option(
-    "--draws", default=1000, show_default=True, type=click.IntRange(min=1), help="Bootstrap samples for the intervals."
+    "--n-bootstrap",
+    "draws",
+    default=1000,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Bootstrap samples for the intervals.",
 )
 @click.option("--seed", default=0, show_default=True, help="Where their chance comes from.")
 @click.option(
-    "--interval", "method", default="percentile", show_default=True, type=click.Choice(["percentile", "bca"]),
+    "--ci-method", "method", default="percentile", show_default=True, type=click.Choice(["percentile", "bca"]),
     metavar="percentile|bca", help="What kind of intervals.",
 )  # fmt: skip
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for predictions, figures and tables.")

@@ -16,12 +16,14 @@ if TYPE_CHECKING:
     from ichprog.study.jobs import Status
 
 _file = click.argument("study", type=click.Path(path_type=Path), metavar="STUDY.toml")
-_out = click.option("-o", "--out", type=click.Path(path_type=Path), help="The study's folder; its name if absent.")
+_out = click.option(
+    "-o", "--output", "out", type=click.Path(path_type=Path), help="The study's folder; its name if absent."
+)
 _cache = click.option(
     "--cache-dir", type=click.Path(path_type=Path), help="Where prepared grids and compiled networks are kept."
 )
 _maps_of = click.option(
-    "--maps-of", default=0, show_default=True, metavar="N",
+    "--saliency-patients", "maps_of", default=0, show_default=True, metavar="N",
     help="Measure maps of the first N patients with a lesion mask.",
 )  # fmt: skip
 

@@ -19,9 +19,9 @@ from ichprog.zoo import DEFAULT
     "-m", "--model", default=DEFAULT, show_default=True,
     help="What is trained: a name of `ichprog models`, a description as JSON, or local-dir:PATH.",
 )  # fmt: skip
-@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder of the run.")
+@click.option("-o", "--output", "out", required=True, type=click.Path(path_type=Path), help="Folder of the run.")
 @click.option("--folds", default=10, show_default=True, help="Number of folds.")
-@click.option("--fold", "only", multiple=True, type=int, help="Train this fold now, repeatable; all if absent.")
+@click.option("--only-fold", "only", multiple=True, type=int, help="Train this fold now, repeatable; all if absent.")
 @click.option("--preset", default="default", show_default=True, metavar="default|paper", help="How it is trained.")
 @click.option(
     "--set", "changes", multiple=True, metavar="NAME=VALUE", help="Change a field of the preset, repeatable: lr=0.0005."
@@ -48,7 +48,7 @@ def train(
     """Train a model on the patients of COHORT, by cross-validation.
 
     COHORT is a table of patients; several are taken together. The folder of the run is a model afterwards,
-    local-dir:OUT.
+    local-dir:OUTPUT.
     """
     from ichprog.train import PRESETS
     from ichprog.train import train as train_model

@@ -397,7 +397,7 @@ def test_the_command_writes_everything_and_says_what_failed(run, folder, tmp_pat
     shutil.copytree(folder, tmp_path / "patients", ignore=shutil.ignore_patterns("cache"))
     (tmp_path / "patients/P03.nii.gz").write_bytes(b"nothing")
     (tmp_path / "patients/P04.nii.gz").unlink()
-    given = f"local-dir:{run}", tmp_path / "patients/cohort.csv", "--draws", 50
+    given = f"local-dir:{run}", tmp_path / "patients/cohort.csv", "--n-bootstrap", 50
     text = ask(*given, "-o", tmp_path / "out")
     assert text.exit_code == 1, text.output
     assert "small.three on" in text.stdout

@@ -275,7 +275,7 @@ def smoke(tmp_path_factory):
         assert command("study", "new", toml, "--preset", "smoke").exit_code == 0
         text = toml.read_text()
         toml.write_text(text.replace("patients = 24", "patients = 16").replace("epochs = 6", "epochs = 2"))
-        done = command("study", "run", toml, "--out", out, "--maps-of", 2, "--cache-dir", folder / "cache")
+        done = command("study", "run", toml, "--output", out, "--saliency-patients", 2, "--cache-dir", folder / "cache")
         assert done.exit_code == 0, done.output
     return toml, out, done
 
@@ -330,10 +330,12 @@ def test_the_report_holds_everything(smoke):
 def test_again_it_does_only_what_is_missing(smoke):
     toml, out, _ = smoke
     before = {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("*.safetensors")}
-    said = command("study", "status", toml, "--out", out, "--json")
+    said = command("study", "status", toml, "--output", out, "--json")
     assert {each["state"] for each in json.loads(said.stdout)} == {"done"}
     report, table = (out / "report.html").read_bytes(), (out / "saliency.csv").read_bytes()
-    again = command("study", "report", toml, "--out", out, "--maps-of", 2, "--cache-dir", toml.parent / "cache")
+    again = command(
+        "study", "report", toml, "--output", out, "--saliency-patients", 2, "--cache-dir", toml.parent / "cache"
+    )
     assert again.exit_code == 0, again.output
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert (out / "saliency.csv").read_bytes() == table
@@ -346,12 +348,12 @@ def test_the_published_figure_is_drawn_by_a_command(smoke, tmp_path):
         patient = next(row["patient"] for row in csv.DictReader(file) if row["split"] == "test")
     target = tmp_path / "figure.png"
     done = command(
-        "study", "figure", "saliency", toml, "--out", out, "--patient", f"{patient}:12", "--method", "grad_cam",
+        "study", "figure", "saliency", toml, "--output", out, "--patient", f"{patient}:12", "--method", "grad_cam",
         "--figure", target, "--cache-dir", toml.parent / "cache",
     )  # fmt: skip
     assert done.exit_code == 0, done.output
     assert target.read_bytes().startswith(b"\x89PNG")
-    wrong = command("study", "figure", "saliency", toml, "--out", out, "--patient", "nobody")
+    wrong = command("study", "figure", "saliency", toml, "--output", out, "--patient", "nobody")
     assert wrong.exit_code == 2
     assert "Unknown patient that can be explained 'nobody'" in wrong.output
 
@@ -373,7 +375,9 @@ def test_variants_of_which_a_fold_is_missing_are_not_explained(smoke, tmp_path):
     shutil.rmtree(copy / "patients" / "masks")
     (copy / "saliency.csv").unlink()
     assert saliency_results.measured(study, cohort_of(study, copy), copy, 2) == []
-    done = command("study", "report", toml, "--out", copy, "--maps-of", 2, "--cache-dir", toml.parent / "cache")
+    done = command(
+        "study", "report", toml, "--output", copy, "--saliency-patients", 2, "--cache-dir", toml.parent / "cache"
+    )
     assert done.exit_code == 0, done.output
     assert "Nothing was measured: no variant is done" in (copy / "report.html").read_text()
 

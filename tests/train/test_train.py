@@ -697,7 +697,7 @@ def test_accelerate_launch_runs_the_command(folder, tmp_path):
         "-o",
         tmp_path / "run",
         "--folds=4",
-        "--fold=1",
+        "--only-fold=1",
     ]
     command += ["--epochs=2", "--cache-dir", folder / "c", "--preset=paper", "--set=validation=0.2"]
     done = subprocess.run(
@@ -1084,7 +1084,7 @@ def command(*arguments):
 
 
 def test_the_command_trains(folder, tmp_path):
-    asked = [folder / "cohort.csv", "-m", folder / "spec.json", "-o", tmp_path / "run", "--folds", 4, "--fold", 0]
+    asked = [folder / "cohort.csv", "-m", folder / "spec.json", "-o", tmp_path / "run", "--folds", 4, "--only-fold", 0]
     asked += ["--cache-dir", folder / "c", "--epochs", 1, "--set", "validation=0.2", "--preset", "paper", "--seed", 3]
     done = command(*asked)
     assert done.exit_code == 0, done.output
@@ -1112,7 +1112,7 @@ def test_several_tables_are_taken_together(folder, cohort, tmp_path):
         tmp_path / "run",
         "--folds",
         2,
-        "--fold",
+        "--only-fold",
         0,
         "--epochs",
         1,
