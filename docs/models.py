@@ -16,7 +16,7 @@ FOLDER = Path(__file__).with_suffix("")
 
 def pages() -> dict[str, str]:
     """Each page's text by its file name: one of each model of this project, and the list of them."""
-    specs = [zoo.spec_of(entry) for entry in zoo.entries() if entry.distribution == "ichprog"]
+    specs = [zoo.read_entry(entry) for entry in zoo.entries() if entry.distribution == "ichprog"]
     return {"index.md": _list(specs), **{f"{spec.name}.md": _page(spec) for spec in specs}}
 
 

@@ -93,7 +93,7 @@ def claims(names: Iterable[str] = (), kinds: Iterable[str] = ()) -> list[tuple[s
     known = {kind: REGISTRIES[kind].entries() for kind in kinds}
     if not names:
         return [(kind, one) for kind in kinds for one in REGISTRIES[kind].names() if not one.endswith("/*")]
-    found = [(kind, name) for name in names for kind in kinds if any(entry.claims(name) for entry in known[kind])]
+    found = [(kind, name) for name in names for kind in kinds if any(entry.matches(name) for entry in known[kind])]
     for name in names:
         if name not in {claimed for _, claimed in found}:
             there = sorted({entry.name for entries in known.values() for entry in entries})

@@ -1,18 +1,16 @@
-"""Name -> plugin, from entry points: listed from metadata alone, imported on first use, one owner a name.
+"""Find plugins by name through entry points.
 
-The built-in backbones, heads, saliency methods and models come through the same door as anybody's, by the entry
-points of this project's own `pyproject.toml`.
+Listing reads metadata only, a plugin is imported on first use, and each name has one owner. The built-in backbones,
+heads, saliency methods and models use the entry points of this project's own `pyproject.toml`.
 
-A name that ends in `/*` is a family: it claims every name that begins so, and its plugin takes the rest of the name as
-its first argument.
+A name that ends in `/*` is a family: it matches every name with that prefix, and its plugin receives the rest of the
+name as its first argument.
 """
 
 import functools
-import gc
 import sys
 import threading
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, EntryPoints, entry_points, version
 from pathlib import Path
@@ -20,19 +18,19 @@ from typing import Any, cast
 
 from ichprog.errors import PluginError, UnknownNameError
 
-_HERE = "this session"
+SESSION = "this session"  # owner of what `register` added
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One claim to a name.
+    """A plugin or model under a name.
 
     Attributes:
-        kind: What it is, such as "backbone".
-        name: The name it claims.
-        distribution: The distribution that brings it, or "this session" where it was registered by hand.
-        version: The distribution's version.
-        target: The entry point, or the object itself where it was registered by hand.
+        kind: Kind of plugin, such as "backbone".
+        name: Name, or family of names.
+        distribution: Name of the distribution that provides it, or `SESSION` if it was registered in this process.
+        version: Version of the distribution.
+        target: The entry point, or the object itself if it was registered in this process.
     """
 
     kind: str
@@ -43,41 +41,43 @@ class Entry:
 
     @property
     def owner(self) -> str:
-        """Who claims the name, for messages."""
+        """Return the distribution and its version, for messages."""
         return f"{self.distribution} {self.version}".rstrip()
 
     @property
-    def installed(self) -> bool:
-        """Whether a distribution brings it; what was registered by hand may be another thing tomorrow."""
-        return self.distribution != _HERE  # the type of `target` does not tell: some packages put another in its place
+    def is_installed(self) -> bool:
+        """Return whether a distribution provides it. A registered object may differ in the next process."""
+        return self.distribution != SESSION  # the type of `target` differs with packages that replace entry points
 
-    def claims(self, name: str) -> bool:
-        """Whether it is called so, or is the family of one that is."""
+    def matches(self, name: str) -> bool:
+        """Return whether the name is this entry's name or belongs to its family.
+
+        Args:
+            name: Name of a plugin.
+        """
         if not self.name.endswith("/*"):
             return name == self.name
         return name.startswith(self.name[:-1]) and len(name) >= len(self.name)
 
     def load(self) -> Any:
-        """The plugin itself, imported where it was not yet.
+        """Return the plugin itself, imported if necessary.
 
         Raises:
-            PluginError: It was made for another version of this library, or its import fails, for whatever reason.
+            PluginError: The plugin requires another version of this library, or its import fails.
         """
-        if not self.installed:
+        if not self.is_installed:
             return self.target
-        if (wanted := _made_for(self.target)) is not None:
+        if (required := _incompatible_requirement(self.target)) is not None:
             raise PluginError(
-                f"{self.kind} {self.name!r} of {self.owner} was made for {wanted}, and this is ichprog "
-                f"{version('ichprog')}. Install a version of either that goes with the other; other plugins go on "
-                "working."
+                f"{self.kind} {self.name!r} of {self.owner} requires {required}, but ichprog {version('ichprog')} is "
+                "installed. Install matching versions of the two; other plugins are not affected."
             )
         try:
-            with _uncollected():
-                return self.target.load()
-        except Exception as error:  # a plugin may fail in any way; it spoils its own name only
+            return self.target.load()
+        except Exception as error:  # a plugin may fail in any way; only its own name is affected
             raise PluginError(
                 f"{self.kind} {self.name!r} of {self.owner} cannot be loaded from {self.target.value}: "
-                f"{type(error).__name__}: {error}. Repair or uninstall that distribution; others go on working."
+                f"{type(error).__name__}: {error}. Repair or uninstall that distribution; others are not affected."
             ) from error
 
 
@@ -85,8 +85,12 @@ class Registry:
     """The plugins of one kind.
 
     Args:
-        kind: What they are, in the singular, for messages.
-        group: Their entry-point group.
+        kind: Kind of plugin in the singular, for messages.
+        group: Entry-point group.
+
+    Example:
+        >>> backbones.names()[:2]
+        ['compact', 'densenet121']
     """
 
     def __init__(self, kind: str, group: str) -> None:
@@ -95,118 +99,126 @@ class Registry:
         self._lock = threading.Lock()
 
     def entries(self) -> list[Entry]:
-        """Every claim to a name, by name, from metadata only: nothing is imported."""
-        folders = tuple((path, _changed(path)) for path in sys.path)
-        found = _installed(self.kind, self.group, folders)
-        return sorted([*found, *self._registered.values()], key=lambda entry: (entry.name, entry.owner))
+        """Return all entries sorted by name, from metadata only; nothing is imported."""
+        folders = tuple((path, _modified_ns(path)) for path in sys.path)
+        installed = _installed_entries(self.kind, self.group, folders)
+        return sorted([*installed, *self._registered.values()], key=lambda entry: (entry.name, entry.owner))
 
     def names(self) -> list[str]:
-        """The names there are."""
+        """Return all names."""
         return sorted({entry.name for entry in self.entries()})
 
     def load(self, name: str) -> Any:
-        """The plugin of that name.
+        """Return the plugin of a name.
+
+        Args:
+            name: Name of the plugin.
 
         Raises:
-            UnknownNameError: There is none.
-            PluginError: Two distributions claim the name, it was made for another version, or its import fails.
+            UnknownNameError: There is no such plugin.
+            PluginError: Two distributions claim the name, the plugin requires another version of this library, or its
+                import fails.
         """
         entry = self.entry(name)
         plugin = entry.load()
         return functools.partial(plugin, name.removeprefix(entry.name[:-1])) if entry.name != name else plugin
 
     def entry(self, name: str) -> Entry:
-        """The one claim to a name.
+        """Return the entry of a name.
+
+        Args:
+            name: Name of the plugin.
 
         Raises:
-            UnknownNameError: There is none.
-            PluginError: There are several; all owners are named.
+            UnknownNameError: There is no such plugin.
+            PluginError: Two distributions claim the name.
         """
-        claims = [entry for entry in self.entries() if entry.claims(name)]
-        if not claims:
-            raise UnknownNameError(self.kind, name, self.names(), hint="`ichprog plugins` lists all.")
-        return sole(claims)
+        matches = [entry for entry in self.entries() if entry.matches(name)]
+        if not matches:
+            raise UnknownNameError(self.kind, name, self.names(), hint="Run `ichprog plugins` for a list.")
+        return single_entry(matches)
 
     def register(self, name: str, plugin: Any) -> None:
-        """Adds a plugin for this process only; what a distribution installs needs an entry point instead.
+        """Add a plugin for this process only. An installed distribution adds plugins with an entry point.
+
+        Args:
+            name: Name of the plugin.
+            plugin: The plugin, as its contract describes it.
 
         Raises:
-            PluginError: The name is taken.
+            PluginError: The name is in use.
         """
         with self._lock:
-            entry = Entry(self.kind, name, _HERE, "", plugin)
-            sole([*(e for e in self.entries() if e.claims(name)), entry])
+            entry = Entry(self.kind, name, SESSION, "", plugin)
+            single_entry([*(e for e in self.entries() if e.matches(name)), entry])
             self._registered[name] = entry
 
     def unregister(self, name: str) -> None:
-        """Takes back what `register` added; a name that was not registered is left alone."""
+        """Remove a plugin that `register` added. Other names are ignored.
+
+        Args:
+            name: Name of the plugin.
+        """
         self._registered.pop(name, None)
 
 
-def sole(claims: Iterable[Entry]) -> Entry:
-    """The one claim to a name.
+def single_entry(entries: Iterable[Entry]) -> Entry:
+    """Return the only entry.
+
+    Args:
+        entries: All entries of one name.
 
     Raises:
-        PluginError: There are several; all owners are named.
+        PluginError: There are several; the message names their owners.
     """
-    first, *others = claims
+    first, *others = entries
     if others:
         owners = " and ".join(entry.owner for entry in (first, *others))
         raise PluginError(
-            f"{first.kind} {first.name!r} is claimed by {owners}. Uninstall one of them, or have it take another name."
+            f"{first.kind} {first.name!r} is claimed by {owners}. Uninstall one of them, or rename one plugin."
         )
     return first
 
 
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """No search for garbage meanwhile: nearly all that is imported stays, and searching makes it an eighth longer."""
-    was = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.enable()
-
-
-def _made_for(point: EntryPoint) -> str | None:
-    """What version of this library a plugin's distribution asks for, where that is not the one here."""
+def _incompatible_requirement(point: EntryPoint) -> str | None:
+    """Return the version of this library that a plugin's distribution requires, if this version does not meet it."""
     if point.dist is None or point.dist.name == "ichprog":
         return None
     from packaging.requirements import InvalidRequirement, Requirement
 
     for line in point.dist.requires or ():
         try:
-            wanted = Requirement(line)
-        except InvalidRequirement:  # not for this library to judge
+            requirement = Requirement(line)
+        except InvalidRequirement:  # only the installer needs to understand it
             continue
-        here = wanted.name == "ichprog" and (wanted.marker is None or wanted.marker.evaluate({"extra": ""}))
-        if here and not wanted.specifier.contains(version("ichprog"), prereleases=True):
-            return f"ichprog {wanted.specifier}"
+        applies = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+        if requirement.name != "ichprog" or not applies:
+            continue
+        if not requirement.specifier.contains(version("ichprog"), prereleases=True):
+            return f"ichprog {requirement.specifier}"
     return None
 
 
 @functools.lru_cache(maxsize=16)
-def _installed(kind: str, group: str, folders: tuple[tuple[str, int], ...]) -> tuple[Entry, ...]:
-    """What distributions bring; read anew only where a folder that may hold one has changed."""
-    found, owners = [], {}
-    for point in _points(folders).select(group=group):
+def _installed_entries(kind: str, group: str, folders: tuple[tuple[str, int], ...]) -> tuple[Entry, ...]:
+    """Return the entries of distributions, read again only if a folder of `sys.path` has changed."""
+    entries, owners = [], {}
+    for point in _all_entry_points(folders).select(group=group):
         if id(point.dist) not in owners:
-            about = point.dist.metadata if point.dist else {"Name": "an unknown distribution", "Version": ""}
-            owners[id(point.dist)] = about["Name"], about["Version"]
-        found.append(Entry(kind, point.name, *owners[id(point.dist)], point))
-    return tuple(found)
+            metadata = point.dist.metadata if point.dist else {"Name": "an unknown distribution", "Version": ""}
+            owners[id(point.dist)] = metadata["Name"], metadata["Version"]
+        entries.append(Entry(kind, point.name, *owners[id(point.dist)], point))
+    return tuple(entries)
 
 
 @functools.lru_cache(maxsize=1)
-def _points(_folders: tuple[tuple[str, int], ...]) -> EntryPoints:
-    return cast("EntryPoints", entry_points())  # in Python 3.11 a kind of its own, which selects as they do
+def _all_entry_points(_folders: tuple[tuple[str, int], ...]) -> EntryPoints:
+    return cast("EntryPoints", entry_points())  # Python 3.11 returns a subclass with the same `select`
 
 
-def _changed(path: str) -> int:
+def _modified_ns(path: str) -> int:
     try:
-        return Path(path).stat().st_mtime_ns  # "" is the folder where the process runs, as for Path
+        return Path(path).stat().st_mtime_ns  # "" is the working directory, for `sys.path` and for Path
     except OSError:
         return 0
 

@@ -79,7 +79,7 @@ def test_a_published_checkpoint_gives_the_published_logits(name, tmp_path):
     """Same keys, same numbers: on a small grid here, on whole scans in test_model."""
     spec = zoo.find(name)
     theirs = reference_pipeline.network(name, seed=7)
-    save_file(hub.translate(theirs.state_dict(), spec.weights.keys, "test"), tmp_path / "fold0.safetensors")
+    save_file(hub.remap_keys(theirs.state_dict(), spec.weights.keys, "test"), tmp_path / "fold0.safetensors")
     ours = networks.load(spec, tmp_path / "fold0.safetensors")
     grid = torch.rand(2, 1, 40, 64, 64)
     with torch.no_grad():

@@ -1,10 +1,11 @@
-"""Plugins by entry points: lazy, isolated, one owner a name. The distributions here are real metadata on the path."""
+"""Plugins are found by entry points: lazily, in isolation, with one owner for each name.
 
-import gc
+The distributions here are real metadata on `sys.path`.
+"""
+
 import json
 import subprocess
 import sys
-from contextlib import nullcontext
 from importlib.metadata import entry_points
 
 import pytest
@@ -15,7 +16,7 @@ from ichprog import PluginError, SpecError, UnknownNameError, registry, zoo
 
 @pytest.fixture
 def distribution(tmp_path, monkeypatch):
-    """Makes a distribution with one module and entry points, importable for one test."""
+    """Return a function that makes an importable distribution with one module and entry points."""
     monkeypatch.syspath_prepend(str(tmp_path))
 
     def make(name, module, code, points, version="1.0"):
@@ -34,7 +35,7 @@ def distribution(tmp_path, monkeypatch):
         del sys.modules[module]
 
 
-def test_the_built_ins_come_through_their_own_entry_points():
+def test_built_in_plugins_use_entry_points():
     for kind in (registry.backbones, registry.heads, registry.saliency):
         mine = {point.name for point in entry_points(group=kind.group) if point.dist.name == "ichprog"}
         assert {entry.name for entry in kind.entries()} == mine
@@ -61,27 +62,12 @@ def test_a_plugin_is_imported_on_first_use(distribution):
         ("def build(:", "SyntaxError"),
     ],
 )
-def test_a_broken_plugin_spoils_its_own_name_only(distribution, code, cause):
+def test_a_broken_plugin_affects_only_its_own_name(distribution, code, cause):
     distribution("plug-bad", "plug_bad", code, {"ichprog.backbones": {"bad": "plug_bad:build"}}, version="2.3")
     with pytest.raises(PluginError, match=rf"backbone 'bad' of plug-bad 2\.3 cannot be loaded.*{cause}"):
         registry.backbones.load("bad")
     assert callable(registry.backbones.load("perez2023"))
-    assert len(ichprog.list_models()) >= 10
-
-
-@pytest.mark.parametrize("on", [True, False])
-@pytest.mark.parametrize("end", ["pass", "raise RuntimeError"])
-def test_an_import_leaves_garbage_collection_as_it_was(distribution, on, end):
-    code = f"import gc\ncollects = gc.isenabled()\nbuild = print\n{end}\n"
-    distribution("plug-heavy", "plug_heavy", code, {"ichprog.backbones": {"heavy": "plug_heavy:build"}})
-    try:
-        (gc.enable if on else gc.disable)()
-        with pytest.raises(PluginError) if end != "pass" else nullcontext():
-            assert registry.backbones.load("heavy") is print
-            assert not sys.modules["plug_heavy"].collects
-        assert gc.isenabled() is on
-    finally:
-        gc.enable()
+    assert ichprog.list_models()
 
 
 def test_two_owners_of_a_name_are_both_named(distribution):
@@ -92,58 +78,58 @@ def test_two_owners_of_a_name_are_both_named(distribution):
     assert callable(registry.heads.load("softmax"))
 
 
-def test_what_is_registered_by_hand_takes_no_name_that_is_taken():
+def test_registering_refuses_a_name_in_use():
     with pytest.raises(PluginError, match=r"backbone 'densenet121' is claimed by ichprog .* and this session"):
         ichprog.register_backbone("densenet121", lambda: None)
     assert len([e for e in registry.backbones.entries() if e.name == "densenet121"]) == 1
 
 
-def test_an_unknown_name_says_what_there_is():
+def test_an_unknown_name_lists_the_known_names():
     with pytest.raises(
         UnknownNameError, match=r"Unknown saliency method 'x'. Expected one of: grad_cam, guided_backprop, .*plugins"
     ):
         registry.saliency.load("x")
 
 
-def spec_of(name):
+def spec_fields(name):
     return zoo.find("perez2023.prognosis").to_dict() | {"name": name}
 
 
-def test_a_distribution_brings_models(distribution):
+def test_a_distribution_adds_models(distribution):
     root = distribution("plug-models", "plug_unused", "", {"ichprog.models": {"mine": "plug_zoo"}})
     (root / "plug_zoo").mkdir()
     (root / "plug_zoo" / "__init__.py").touch()
-    (root / "plug_zoo" / "mine.prognosis.json").write_text(json.dumps(spec_of("mine.prognosis")))
-    (root / "plug_zoo" / "misnamed.json").write_text(json.dumps(spec_of("other")))
+    (root / "plug_zoo" / "mine.prognosis.json").write_text(json.dumps(spec_fields("mine.prognosis")))
+    (root / "plug_zoo" / "misnamed.json").write_text(json.dumps(spec_fields("other")))
     (root / "plug_zoo" / "broken.json").write_text("{")
     assert [s.name for s in ichprog.list_models("m*")] == ["mine.prognosis"]
     assert zoo.find("mine.prognosis").name == "mine.prognosis"
-    with pytest.raises(SpecError, match=r"misnamed.json: name: must be 'misnamed'"):
+    with pytest.raises(SpecError, match=r"misnamed.json: name: 'other' differs .*Expected 'misnamed'"):
         zoo.find("misnamed")
     with pytest.raises(SpecError, match=r"broken.json: cannot be read as JSON"):
         zoo.find("broken")
 
 
-def test_a_package_of_models_that_fails_takes_nothing_with_it(distribution):
+def test_a_broken_package_of_models_affects_no_other_model(distribution):
     distribution("plug-models", "plug_zoo", "1 / 0", {"ichprog.models": {"mine": "plug_zoo"}})
-    assert len(ichprog.list_models("densenet121.*")) == 9
+    assert zoo.find("densenet121.prognosis").name == "densenet121.prognosis"
 
 
-def test_a_model_is_registered_by_hand_once():
-    ichprog.register_model(spec_of("mine.prognosis"))
+def test_a_model_is_registered_once():
+    ichprog.register_model(spec_fields("mine.prognosis"))
     try:
         assert zoo.find("mine.prognosis").summary
         with pytest.raises(PluginError, match="claimed by this session and this session"):
-            ichprog.register_model(spec_of("mine.prognosis"))
+            ichprog.register_model(spec_fields("mine.prognosis"))
         with pytest.raises(PluginError, match="claimed by ichprog"):
-            ichprog.register_model(spec_of("perez2023.prognosis"))
+            ichprog.register_model(spec_fields("perez2023.prognosis"))
         with pytest.raises(SpecError):
             ichprog.register_model({"name": "x"})
     finally:
-        zoo._registered.pop("mine.prognosis")
+        zoo.unregister_model("mine.prognosis")
 
 
-def test_the_listing_of_plugins_tells_who_is_broken(distribution, tmp_path):
+def test_the_list_of_plugins_shows_which_one_is_broken(distribution, tmp_path):
     distribution("plug-bad", "plug_bad", "1 / 0", {"ichprog.saliency": {"bad": "plug_bad:build"}})
     command = [sys.executable, "-m", "ichprog", "plugins", "--json"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
@@ -154,8 +140,8 @@ def test_the_listing_of_plugins_tells_who_is_broken(distribution, tmp_path):
     assert ("model", "perez2023.prognosis") in states
 
 
-def test_a_package_that_replaces_entry_points_changes_nothing():
-    """As the backport of importlib.metadata does, which dask brings."""
+def test_a_package_that_replaces_entry_points_has_no_effect():
+    """The backport of importlib.metadata, a dependency of dask, replaces them."""
     pytest.importorskip("importlib_metadata")
     code = "import importlib_metadata\nfrom ichprog import registry\nprint(registry.backbones.load('compact'))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -76,12 +76,14 @@ def doctor(ctx: click.Context, name: str | None, cache_dir: Path | None, as_json
         "plugins": plugins.states(),
         "cache": {
             "folder": str(hub.cache_folder(cache_dir)),
-            "files": [{"source": f.source, "path": str(f.path), "holds": holds} for f, holds in hub.cached(cache_dir)],
+            "files": [
+                {"source": f.source, "path": str(f.path), "is_valid": f.is_valid} for f in hub.cached_files(cache_dir)
+            ],
         },
         "model": model
         and {"name": name, "weights": model.provenance()["weights"], "probe": model.check_golden_output()},
     }
-    broken = any(p["problem"] for p in report["plugins"]) or any(not f["holds"] for f in report["cache"]["files"])
+    broken = any(p["problem"] for p in report["plugins"]) or any(not f["is_valid"] for f in report["cache"]["files"])
     broken |= model is not None and report["model"]["probe"]["state"] == "differs"
     if as_json:
         print_json(report)
@@ -98,7 +100,7 @@ def _doctor_lines(report: dict[str, Any]) -> Iterator[str]:
     yield from (f"           {p['problem']}" for p in problems)
     yield f"cache      {report['cache']['folder']}: {len(report['cache']['files'])} files of weights"
     for file in report["cache"]["files"]:
-        yield f"           {'holds' if file['holds'] else 'BROKEN'}  {file['source']}"
+        yield f"           {'valid  ' if file['is_valid'] else 'DAMAGED'}  {file['source']}"
     if report["model"]:
         probe = report["model"]["probe"]
         difference = "" if probe["difference"] is None else f", largest difference {probe['difference']:.2g}"

@@ -39,10 +39,10 @@ def states() -> list[dict[str, Any]]:
 
     found = []
     kinds = [registry.backbones, registry.heads, registry.saliency, registry.models]
-    for entries, load in [*((kind.entries(), registry.Entry.load) for kind in kinds), (zoo.entries(), zoo.spec_of)]:
+    for entries, load in [*((kind.entries(), registry.Entry.load) for kind in kinds), (zoo.entries(), zoo.read_entry)]:
         for entry in entries:
             try:
-                registry.sole(other for other in entries if other.claims(entry.name))
+                registry.single_entry(other for other in entries if other.matches(entry.name))
                 load(entry)
                 problem = None
             except IchprogError as error:
@@ -74,7 +74,7 @@ def new(name: str, kind: str, output: Path | None) -> None:
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or keyword.iskeyword(name):
         raise click.UsageError(f"NAME is {name!r}; it takes small letters, digits and _, and begins with a letter.")
     group: registry.Registry = getattr(registry, _KINDS[kind])
-    if taken := [entry.owner for entry in group.entries() if entry.claims(name)]:
+    if taken := [entry.owner for entry in group.entries() if entry.matches(name)]:
         raise click.UsageError(f"The {group.kind} {name!r} is there already, from {taken[0]}. Take another name.")
     folder = output or Path(f"ichprog-{name}")
     if folder.exists():

@@ -122,7 +122,7 @@ def publish(
 
     parcel, place = pack(run, repo), Repository(repo, "main", "", repo, offline=False)
     try:
-        place.refuse_offline("")
+        place.refuse_offline("offline")
     except HubUnreachableError:
         raise WeightsError(f"{repo}: HF_HUB_OFFLINE is set, so nothing is published. Unset it first.") from None
     if not (token := token or get_token()):
@@ -173,7 +173,7 @@ def _sending(place: Repository, repo: str) -> Iterator[None]:
         if said := _REFUSALS.get(status):
             raise WeightsError(f"{what}: HTTP {status} from {place.endpoint}: {said}") from error
         try:
-            with place.asking(what):
+            with place.map_exceptions(what):
                 raise cause
         except HubUnreachableError:
             raise WeightsError(

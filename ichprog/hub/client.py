@@ -1,5 +1,6 @@
-"""A folder of a repository on the Hub, through the Hub's own client, telling what kind of trouble there was."""
+"""Read a folder of a repository on the Hugging Face Hub through its client, with clear errors."""
 
+import logging
 import os
 import re
 import threading
@@ -12,170 +13,212 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ichprog.errors import WeightsError
-from ichprog.hub.cache import AGAIN, Entry
+from ichprog.hub.cache import RETRY_HINT, Entry
 
-_KNOCK = 3.0  # seconds in which an endpoint shows that it is alive
-_PATIENCE = 10.0  # seconds in which it answers a question
+PROBE_TIMEOUT_S = 3.0  # for the first answer of an endpoint
+REQUEST_TIMEOUT_S = 10.0  # for each request
+
+_log = logging.getLogger(__name__)
 
 
 class HubUnreachableError(WeightsError):
-    """There is no network, or there shall be none: what is in the cache must do."""
+    """The network is unavailable or forbidden, so that only the cache can be used."""
 
 
 @dataclass
 class Repository:
-    """A folder of a repository on the Hub. The first use of `client` is the first touch of the network."""
+    """A folder of a repository on the Hub. The network is not used before the first access to `client`.
+
+    Attributes:
+        repo: Repository, "org/name".
+        revision: Commit, tag or branch.
+        folder: Folder in the repository; "" for the top.
+        name: Name of the model as the user wrote it, for the commands in messages.
+        offline: Whether the network is forbidden.
+    """
 
     repo: str
     revision: str
     folder: str
-    name: str  # what the user calls the model
+    name: str
     offline: bool
 
     def __post_init__(self) -> None:
         self.folder = self.folder.strip("/")
         parts = {*self.repo.split("/"), *self.folder.split("/")}
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", self.repo) or parts & {".", ".."}:
-            raise WeightsError(
-                f"{self.label}: is no place on the Hub; those look like hf-hub:org/repo/folder@revision."
-            )
+            raise WeightsError(f"Invalid location {self.label!r}. Expected the form hf-hub:org/repo/folder@revision.")
 
     @property
     def label(self) -> str:
-        """The folder as a name of a model."""
+        """Return the folder as the name of a model."""
         return f"hf-hub:{PurePosixPath(self.repo, self.folder)}@{self.revision}"
 
     @property
     def endpoint(self) -> str:
-        """The Hub, or the mirror of it that HF_ENDPOINT names."""
-        from huggingface_hub import constants
+        """Return the URL of the Hub or of the mirror in HF_ENDPOINT."""
+        from huggingface_hub import HfApi
 
-        return os.environ.get("HF_ENDPOINT", "").rstrip("/") or constants.ENDPOINT
+        return os.environ.get("HF_ENDPOINT", "").rstrip("/") or str(HfApi().endpoint)
 
-    def refuse_offline(self, missing: str) -> None:
-        """Says no where the network shall not be touched.
+    def refuse_offline(self, problem: str) -> None:
+        """Raise an error if the network is forbidden.
 
         Args:
-            missing: What it would be needed for.
+            problem: Why the network would be needed, as the beginning of a sentence.
 
         Raises:
-            HubUnreachableError: The network shall not be touched.
+            HubUnreachableError: The network is forbidden by `offline` or HF_HUB_OFFLINE.
         """
-        from huggingface_hub import constants
+        from huggingface_hub import is_offline_mode
 
-        said = os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "TRUE", "YES"} or constants.HF_HUB_OFFLINE
-        if self.offline or said:
+        by_environment = os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "TRUE", "YES"} or is_offline_mode()
+        if self.offline or by_environment:
             raise HubUnreachableError(
-                f"{self.name}: not in the cache: {missing}; and nothing is downloaded, as "
-                f"{'HF_HUB_OFFLINE is set' if said else 'offline=True was given'}. Where there is a network, run "
+                f"{self.name}: {problem}. Nothing was downloaded, because "
+                f"{'HF_HUB_OFFLINE is set' if by_environment else 'offline=True was given'}. With a network, run "
                 f"`ichprog fetch {self.name}`."
             )
 
     @cached_property
     def client(self) -> Any:
-        """The Hub's own client, after a knock at its endpoint.
+        """Return the client of the Hub, after a short probe of its endpoint.
 
-        The client retries for half a minute where nobody answers, and a resolver or a firewall that swallows packets
-        keeps to no time limit of a socket: so the knock is in a thread that is given up on.
+        The client itself retries for half a minute if nothing answers. A name server or firewall that drops packets
+        ignores the time limit of a socket. The probe therefore runs in a thread that is abandoned after
+        `PROBE_TIMEOUT_S`.
         """
         from huggingface_hub import HfApi, get_session
 
-        answer = Future[Any]()
+        response = Future[Any]()
 
-        def knock() -> None:
+        def probe() -> None:
             try:
-                answer.set_result(get_session().head(self.endpoint, timeout=_KNOCK, follow_redirects=False))
+                response.set_result(get_session().head(self.endpoint, timeout=PROBE_TIMEOUT_S, follow_redirects=False))
             except Exception as error:
-                answer.set_exception(error)
+                response.set_exception(error)
 
-        threading.Thread(target=knock, daemon=True).start()
-        answer.result(_KNOCK)
+        threading.Thread(target=probe, daemon=True).start()
+        response.result(PROBE_TIMEOUT_S)
         return HfApi(endpoint=self.endpoint)
 
     def commit(self) -> str:
-        """The commit that the revision is at now."""
+        """Return the current commit of the revision."""
         return str(self.info().sha)
 
     def info(self) -> Any:
-        """What the client says of the repository, its files included."""
-        with self.asking(self.label):
-            # Of the client's ways to list files the one that has a time limit and does not ask again and again.
-            return self.client.model_info(self.repo, revision=self.revision, files_metadata=True, timeout=_PATIENCE)
+        """Return the client's description of the repository, including its files."""
+        with self.map_exceptions(self.label):
+            # Of the client's functions that list files, `model_info` alone has a time limit and does not retry.
+            return self.client.model_info(
+                self.repo, revision=self.revision, files_metadata=True, timeout=REQUEST_TIMEOUT_S
+            )
 
     def listing(self) -> dict[str, Entry]:
-        """The published files of the folder, by name."""
-        files, inside, folder = self.info().siblings or [], {}, PurePosixPath(self.folder)
-        if any(file.size is None for file in files):  # some mirrors leave sizes and checksums out of that answer
-            with self.asking(self.label):
+        """Return the published files of the folder by name.
+
+        Raises:
+            WeightsError: The repository has no such folder or cannot be listed.
+        """
+        files, entries, folder = self.info().siblings or [], {}, PurePosixPath(self.folder)
+        if any(file.size is None for file in files):  # some mirrors omit sizes and checksums here
+            with self.map_exceptions(self.label):
                 tree = self.client.list_repo_tree(self.repo, self.folder or None, revision=self.revision)
                 files = [file for file in tree if hasattr(file, "size")]
         for file in files:
             if (path := PurePosixPath(file.rfilename)).parent == folder:
                 source = f"hf-hub:{self.repo}/{path}@{self.revision}"
-                inside[path.name] = Entry(source, file.size, file.blob_id, file.lfs.sha256 if file.lfs else None)
-        if not inside:
+                entries[path.name] = Entry(source, file.size, file.blob_id, file.lfs.sha256 if file.lfs else None)
+        if not entries:
             folders = sorted({str(PurePosixPath(file.rfilename).parent) for file in files})
-            raise WeightsError(f"{self.label}: the repository has no such folder. It has: {folders}.")
-        return inside
+            raise WeightsError(f"{self.label}: the repository has no such folder. Expected one of: {folders}.")
+        return entries
 
     def download(self, key: str, scratch: Path) -> Path:
-        """Brings one file of the folder into `scratch`."""
-        from huggingface_hub.utils.tqdm import silent_tqdm
+        """Download one file of the folder.
 
-        with self.asking(f"{self.label}: {key}"):
-            got = self.client.hf_hub_download(
+        Args:
+            key: Name of the file.
+            scratch: Folder to download into.
+
+        Returns:
+            Path of the downloaded file.
+
+        Raises:
+            WeightsError: The download failed.
+        """
+        from tqdm import tqdm
+
+        class SilentTqdm(tqdm):  # type: ignore[misc]  # tqdm has no types
+            def __init__(self, *args: Any, **options: Any) -> None:
+                options.pop("name", None)  # an argument that only the client's own progress bars take
+                super().__init__(*args, **{**options, "disable": True})
+
+        _log.info("Fetching %s of %s", key, self.label)
+        with self.map_exceptions(f"{self.label}: {key}"):
+            path = self.client.hf_hub_download(
                 self.repo,
                 str(PurePosixPath(self.folder, key)),
                 revision=self.revision,
                 local_dir=scratch,
-                force_download=True,  # else a file's metadata are asked for again and again
-                etag_timeout=_PATIENCE,
-                tqdm_class=silent_tqdm,
+                force_download=True,  # otherwise the client requests the metadata of a file repeatedly
+                etag_timeout=REQUEST_TIMEOUT_S,
+                tqdm_class=SilentTqdm,
             )
-        return Path(got)
+        return Path(path)
 
     @contextmanager
-    def asking(self, what: str) -> Iterator[None]:
-        """Tells what kind of trouble there was."""
+    def map_exceptions(self, subject: str) -> Iterator[None]:
+        """Turn the exceptions of the client into `WeightsError` with a cause and a remedy.
+
+        Args:
+            subject: The file or folder that is requested, for messages.
+
+        Raises:
+            HubUnreachableError: The endpoint does not answer.
+            WeightsError: The endpoint refuses the request or answers with wrong data.
+        """
+        from huggingface_hub.errors import FileMetadataError
+
         try:
             yield
         except Exception as error:
-            # Where the client wraps what really happened, it says no more than "see above".
+            # The client wraps some errors in one whose message says only "see above".
             cause = error.__cause__ if isinstance(error, ValueError | FileNotFoundError) else None
             cause = cause or error
-            kind, said = type(cause).__name__, " ".join(str(cause).split())
+            kind, detail = type(cause).__name__, " ".join(str(cause).split())
             if (response := getattr(cause, "response", None)) is not None:
                 status, code = response.status_code, response.headers.get("X-Error-Code", "")
-                trouble = f"HTTP {status} from {self.endpoint}: {_refusal(status, code)}"
+                problem = f"HTTP {status} from {self.endpoint}: {_explain_status(status, code)}"
             elif isinstance(cause, OSError) and cause.errno is not None:
-                raise  # the disk's trouble, not the Hub's
-            elif kind == "FileMetadataError" or isinstance(cause, ValueError | TypeError | LookupError):
-                trouble = (
-                    f"{self.endpoint} does not answer like a Hub ({kind}: {said}). Check HF_ENDPOINT, and whether "
-                    "a proxy or a login page of the network answers in its place."
+                raise  # an error of the disk, not of the Hub
+            elif isinstance(cause, FileMetadataError | ValueError | TypeError | LookupError):
+                problem = (
+                    f"{self.endpoint} does not answer like a Hub ({kind}: {detail}). Check HF_ENDPOINT, and whether "
+                    "a proxy or a login page of the network answers instead."
                 )
             elif isinstance(cause, OSError) and not isinstance(cause, TimeoutError):
-                trouble = f"what arrived has another size than what was published ({said}). {AGAIN}"
+                problem = f"the downloaded file has another size than the published one ({detail}). {RETRY_HINT}"
             else:
-                how = "did not answer in time" if "Timeout" in kind else "broke off"
+                how = "did not answer in time" if "Timeout" in kind else "closed the connection"
                 how = "cannot be reached" if kind.startswith("Connect") else how
                 raise HubUnreachableError(
-                    f"{what}: {self.endpoint} {how} ({kind}: {said}). Check the network, its proxy and HF_ENDPOINT. "
-                    f"After `ichprog fetch {self.name}` with a network, none is needed."
+                    f"{subject}: {self.endpoint} {how} ({kind}: {detail}). Check the network, its proxy and "
+                    f"HF_ENDPOINT. After `ichprog fetch {self.name}` with a network, none is needed."
                 ) from error
-            raise WeightsError(f"{what}: {trouble}") from error
+            raise WeightsError(f"{subject}: {problem}") from error
 
 
-def _refusal(status: int, code: str) -> str:
-    """What an HTTP status of the Hub means, and what to do."""
+def _explain_status(status: int, code: str) -> str:
+    """Return the meaning of an HTTP status of the Hub and a remedy."""
     if status in (401, 403):
         return (
-            "the repository is gated or private, does not exist, or the token is wrong. Check the name, ask for access "
+            "the repository is gated or private, does not exist, or the token is wrong. Check the name, request access "
             "on the repository's page, then run `hf auth login` or set HF_TOKEN."
         )
     if status == 404:
-        lost = {"RepoNotFound": "repository", "RevisionNotFound": "revision", "EntryNotFound": "file"}
-        return f"there is no such {lost.get(code, 'repository, revision or file')}. Check the name."
+        kinds = {"RepoNotFound": "repository", "RevisionNotFound": "revision", "EntryNotFound": "file"}
+        return f"no such {kinds.get(code, 'repository, revision or file')}. Check the name."
     if status == 429:
         return "too many requests. Wait some minutes, or log in with `hf auth login`."
-    return "the Hub is in trouble. Try again later." if status >= 500 else "refused. Check HF_ENDPOINT."
+    return "the Hub reports an internal error. Try again later." if status >= 500 else "refused. Check HF_ENDPOINT."

@@ -1,7 +1,7 @@
-"""The models there are: one JSON each, in this package and in packages that plugins bring.
+"""List and find models: one JSON file each, in this package and in the packages of plugins.
 
-An entry point of the group `ichprog.models` names a package; every `.json` file in it is the spec of one model, and
-the file's name without the suffix is the model's.
+An entry point of the group `ichprog.models` names a package. Each `.json` file in the package is the spec of one
+model, and the name of the file without its suffix is the name of the model.
 """
 
 import fnmatch
@@ -11,7 +11,7 @@ from typing import Any
 
 from ichprog import registry
 from ichprog.errors import IchprogError, PluginError, SpecError, UnknownNameError
-from ichprog.registry import Entry
+from ichprog.registry import SESSION, Entry
 from ichprog.spec import ModelSpec
 
 DEFAULT = "densenet121.prognosis_gcs3_age"
@@ -20,68 +20,98 @@ _registered: dict[str, Entry] = {}
 
 
 def list_models(pattern: str = "*") -> list[ModelSpec]:
-    """The models whose names match, in the order of their names; no weights and no network are needed.
+    """Return the specs of the models whose names match, sorted by name.
 
-    Models that cannot be read or that two distributions claim are left out; `entries` has them all.
+    The list leaves out models that cannot be read or that two distributions claim; `entries` includes them. Neither
+    weights nor a network are needed.
 
     Args:
-        pattern: A shell pattern, such as "densenet121.*".
+        pattern: Shell pattern.
+
+    Example:
+        >>> [spec.name for spec in list_models("perez2023.*")]
+        ['perez2023.prognosis']
     """
     specs = []
     for name in sorted({entry.name for entry in entries() if fnmatch.fnmatchcase(entry.name, pattern)}):
         try:
             specs.append(find(name))
-        except IchprogError:  # spoils its own name only, and says so when it is asked for
+        except IchprogError:  # affects only this name, and `find` raises the error
             continue
     return specs
 
 
 def find(name: str) -> ModelSpec:
-    """The spec of a model of the zoo.
+    """Return the spec of a model.
+
+    Args:
+        name: Name in the zoo.
 
     Raises:
         UnknownNameError: There is no such model.
         PluginError: Two distributions claim the name.
-        SpecError: Its JSON is no spec.
+        SpecError: The JSON file is invalid.
+
+    Example:
+        >>> [task.name for task in find("densenet121.prognosis_gcs3").tasks]
+        ['prognosis', 'gcs']
     """
-    return spec_of(claim(name))
+    return read_entry(find_entry(name))
 
 
-def claim(name: str) -> Entry:
-    """The one claim to a model's name.
+def find_entry(name: str) -> Entry:
+    """Return the registry entry of a model.
+
+    Args:
+        name: Name in the zoo.
 
     Raises:
         UnknownNameError: There is no such model.
         PluginError: Two distributions claim the name.
     """
-    there = entries()
-    claims = [entry for entry in there if entry.name == name]
-    if not claims:
-        raise UnknownNameError(
-            "model", name, sorted({entry.name for entry in there}), hint="`ichprog models` lists all."
-        )
-    return registry.sole(claims)
+    available = entries()
+    matches = [entry for entry in available if entry.name == name]
+    if not matches:
+        names = sorted({entry.name for entry in available})
+        raise UnknownNameError("model", name, names, hint="Run `ichprog models` for a list.")
+    return registry.single_entry(matches)
 
 
 def register_model(spec: ModelSpec | Mapping[str, Any]) -> None:
-    """Adds a model for this process only; a distribution brings models by an entry point.
+    """Add a model for this process only. An installed distribution adds models with an entry point.
 
     Args:
-        spec: The model's spec, or its fields as JSON gives them.
+        spec: Spec of the model, or its fields as in JSON.
 
     Raises:
-        SpecError: The fields make no spec.
-        PluginError: The name is taken.
+        SpecError: The fields are not a valid spec.
+        PluginError: The name is in use.
+
+    Example:
+        >>> fields = find("perez2023.prognosis").to_dict()
+        >>> register_model(fields | {"name": "mine.prognosis"})
+        >>> find("mine.prognosis").backbone.name
+        'perez2023'
+        >>> unregister_model("mine.prognosis")
     """
     if not isinstance(spec, ModelSpec):
         spec = ModelSpec.from_dict(spec)
-    entry = Entry("model", spec.name, "this session", "", spec)
-    registry.sole([*(e for e in entries() if e.name == spec.name), entry])
+    entry = Entry("model", spec.name, SESSION, "", spec)
+    registry.single_entry([*(e for e in entries() if e.name == spec.name), entry])
     _registered[spec.name] = entry
 
 
+def unregister_model(name: str) -> None:
+    """Remove a model that `register_model` added. Other names are ignored.
+
+    Args:
+        name: Name of the model.
+    """
+    _registered.pop(name, None)
+
+
 def entries() -> list[Entry]:
-    """Every claim to a model's name; a package that cannot be imported brings none."""
+    """Return the registry entry of every model. A package that cannot be imported contributes none."""
     found = list(_registered.values())
     for package in registry.models.entries():
         try:
@@ -96,15 +126,18 @@ def entries() -> list[Entry]:
     return sorted(found, key=lambda entry: (entry.name, entry.owner))
 
 
-def spec_of(entry: Entry) -> ModelSpec:
-    """The spec behind one claim.
+def read_entry(entry: Entry) -> ModelSpec:
+    """Return the spec of a registry entry.
+
+    Args:
+        entry: One of `entries`.
 
     Raises:
-        SpecError: It cannot be read, or names itself differently from its file.
+        SpecError: The JSON file is invalid, or its name differs from the name in the spec.
     """
     if isinstance(entry.target, ModelSpec):
         return entry.target
     spec = ModelSpec.read(entry.target)
     if spec.name != entry.name:
-        raise SpecError(f"{entry.target}: name: must be {entry.name!r} as the file is called, is {spec.name!r}")
+        raise SpecError(f"{entry.target}: name: {spec.name!r} differs from the file name. Expected {entry.name!r}.")
     return spec

@@ -238,7 +238,7 @@ def test_doctor_tells_what_is_whole_and_what_is_not(run, hub_server):
     assert report["model"]["probe"]["state"] == "none stored"
     assert "torch" in report["installed"]
     assert all(plugin["problem"] is None for plugin in report["plugins"])
-    assert [file["holds"] for file in report["cache"]["files"]] == [True, True]
+    assert [file["is_valid"] for file in report["cache"]["files"]] == [True, True]
     assert REPOSITORY.repo in report["cache"]["files"][0]["source"]
     from pathlib import Path
 
@@ -246,7 +246,7 @@ def test_doctor_tells_what_is_whole_and_what_is_not(run, hub_server):
     body = bytearray(path.read_bytes())
     body[-1] ^= 1
     path.write_bytes(body)
-    assert "BROKEN" in run("doctor", code=1).stdout
+    assert "DAMAGED" in run("doctor", code=1).stdout
 
 
 def test_the_golden_probe_tells_weights_that_compute_wrongly(run, bright_model, tmp_path):

@@ -153,5 +153,5 @@ def _checksum(content: bytes | memoryview) -> bytes:
 
 def _owner(plugins: Registry, name: str) -> str | None:
     """The distribution a plugin comes from, with its version; None for one that is here for this session only."""
-    entry = next((entry for entry in plugins.entries() if entry.claims(name)), None)
-    return entry.owner if entry and entry.installed else None
+    entry = next((entry for entry in plugins.entries() if entry.matches(name)), None)
+    return entry.owner if entry and entry.is_installed else None
