@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, cast, overl
 
 import numpy as np
 
-from ichprog import hub, preprocessing, registry, zoo
+from ichprog import hub, preprocessing, registry, sources, zoo
 from ichprog import scan as scan_package
 from ichprog.errors import InvalidValueError, PluginError, ScanError, UnknownNameError
 from ichprog.hub import WeightFile
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     import nibabel as nib
     import torch
 
-    Source = str | Path | nib.spatialimages.SpatialImage | Scan
+    from ichprog.cohort import Cohort
+    from ichprog.sources import ScanSource
 
 OnError = Literal["raise", "record"]
 _Item = TypeVar("_Item")
@@ -71,7 +72,7 @@ class Model:
         folds = ", ".join(str(file.fold) for file in self.weights)
         return f"<Model {self.spec.name}, folds {folds}, {self.runtime} on {self.device}, {self.precision}>"
 
-    def load_scan(self, source: "Source", *, brain: scan_package.BrainMode = "auto") -> Scan:
+    def load_scan(self, source: "ScanSource", *, brain: scan_package.BrainMode = "auto") -> Scan:
         """A scan read, checked against what this model was made for, and left with its brain alone.
 
         `predict` and `explain` do this first, and take what it gives as it is.
@@ -83,10 +84,9 @@ class Model:
         Raises:
             ScanError: The scan cannot be read, or the model cannot be asked about it.
         """
-        contract = self.spec.input
-        return scan_package.examine(
-            source, expected_ranges=contract.expected_ranges, brain=brain if contract.brain_only else "given"
-        )
+        contract, scan = self.spec.input, sources.scan_of(source)
+        mode = brain if contract.brain_only else "given"
+        return scan_package.examine(scan, expected_ranges=contract.expected_ranges, brain=mode)
 
     def predict_grids(self, grids: np.ndarray) -> list[dict[str, TaskOutput]]:
         """Each fold's answer to each task.
@@ -97,18 +97,18 @@ class Model:
         return [member.run(np.ascontiguousarray(grids, np.float32)) for member in self.fold_runtimes]
 
     def predict_iter(
-        self, sources: "Iterable[Source]", *, brain: scan_package.BrainMode = "auto"
+        self, scans: "Iterable[ScanSource]", *, brain: scan_package.BrainMode = "auto"
     ) -> "Iterator[tuple[Prediction, Scan | ScanError]]":
         """A prediction for each scan, with the scan as it was examined, or what is wrong with it.
 
         While a scan is answered the next one is read already.
 
         Args:
-            sources: Scans, as `predict` takes them.
+            scans: Sources of one scan each, as `sources.find_scans` returns them.
             brain: As in `predict`.
         """
         with ThreadPoolExecutor(1, thread_name_prefix="ichprog-answer") as beside:
-            for source, begun in _ahead(functools.partial(self._begin, brain=brain), sources):
+            for source, begun in _ahead(functools.partial(self._begin, brain=brain), scans):
                 if isinstance(begun, ScanError):
                     yield self.error_prediction(source, begun), begun
                     continue
@@ -125,25 +125,27 @@ class Model:
                     last.release_memory()  # many folds take no more memory to run than one
                     folds.append(member.run(prepared[None]))
                 tasks = {task.name: _over_folds(task, [fold[task.name] for fold in folds]) for task in self.spec.tasks}
-                yield Prediction(examined.name, self.spec.name, tasks, examined.warnings, provenance), examined
+                name, patient = examined.name, sources.patient_of(source)
+                yield Prediction(name, self.spec.name, tasks, examined.warnings, provenance, patient=patient), examined
 
     def _begin(
-        self, source: "Source", *, brain: scan_package.BrainMode
+        self, source: "ScanSource", *, brain: scan_package.BrainMode
     ) -> tuple[np.ndarray, Callable[[], Scan]] | ScanError:
         """A scan's grid, and what finishes its examination."""
-        contract = self.spec.input
+        contract, scan = self.spec.input, sources.scan_of(source)
         mode = brain if contract.brain_only else "given"
         try:
-            hu, finish = scan_package.begin(source, expected_ranges=contract.expected_ranges, brain=mode)
+            hu, finish = scan_package.begin(scan, expected_ranges=contract.expected_ranges, brain=mode)
         except ScanError as error:
             return error
         return preprocessing.prepare(hu, contract), finish
 
-    def error_prediction(self, source: "Source", error: ScanError) -> Prediction:
+    def error_prediction(self, source: "ScanSource", error: ScanError) -> Prediction:
         """The prediction that records why a scan has none."""
         details = {"code": error.code, "message": str(error), "measured": error.measured}
         details |= {"expected": error.expected, "unit": error.unit}
-        return Prediction(_name(source), self.spec.name, {}, (), self.provenance(), details)
+        name, patient = sources.name_of(source), sources.patient_of(source)
+        return Prediction(name, self.spec.name, {}, (), self.provenance(), details, patient)
 
     def check_golden_output(self) -> dict[str, Any]:
         """Runs the spec's golden input, where it has one, and compares.
@@ -229,53 +231,60 @@ def load_model(
 
 @overload
 def predict(  # type: ignore[overload-overlap]  # some sources are iterable too, but one is meant
-    model: Model | str, scans: "Source", *, brain: scan_package.BrainMode = ..., on_error: OnError = ...
+    model: Model | str, scans: "ScanSource", *, brain: scan_package.BrainMode = ..., on_error: OnError = ...
 ) -> Prediction: ...
 @overload
 def predict(  # type: ignore[overload-overlap]
     model: Model | str,
-    scans: "list[Source] | tuple[Source, ...]",
+    scans: "list[Any] | tuple[Any, ...] | Cohort",
     *,
     brain: scan_package.BrainMode = ...,
     on_error: OnError = ...,
 ) -> list[Prediction]: ...
 @overload
 def predict(
-    model: Model | str, scans: "Iterable[Source]", *, brain: scan_package.BrainMode = ..., on_error: OnError = ...
+    model: Model | str, scans: "Iterable[Any]", *, brain: scan_package.BrainMode = ..., on_error: OnError = ...
 ) -> Iterator[Prediction]: ...
 def predict(
     model: Model | str,
-    scans: "Source | Iterable[Source]",
+    scans: "ScanSource | Cohort | Iterable[Any]",
     *,
     brain: scan_package.BrainMode = "auto",
     on_error: OnError = "raise",
 ) -> Prediction | list[Prediction] | Iterator[Prediction]:
-    """Predicts every task of a model for one scan or several.
+    """Predict every task of a model for one scan or several.
 
     Args:
         model: A model, or a name that `load_model` takes.
-        scans: A NIfTI path, a DICOM folder or a .zip of one, or a nibabel image: one Prediction. A list or tuple of
-            these: a list. Any other iterable: an iterator, which reads one scan ahead.
+        scans: One scan or several. One scan is a NIfTI path, a DICOM folder or a .zip of one, a nibabel image, or a
+            tuple `(array, affine)`: HU of shape `(i, j, k)` and the `(4, 4)` affine from voxels to RAS mm. Several are
+            a folder of scans, a table of patients (.csv), a Cohort, or a list, tuple or other iterable of all these.
         brain: "auto" extracts the brain where a skull is seen, "extract" always, "given" never.
-        on_error: "raise" lets a scan's error through; "record" puts it into that scan's Prediction and goes on.
+        on_error: "raise" raises the error of a scan; "record" records the error in the scan's Prediction and continues
+            with the next scan.
+
+    Returns:
+        A Prediction for one scan. A list for a list, a tuple, a folder of scans, a table or a Cohort. An iterator for
+        any other iterable; the iterator reads one scan ahead.
 
     Raises:
-        ScanError: A scan cannot be read or is none that the model can be asked about.
+        InvalidValueError: `scans` holds something that is no scan, or `on_error` is unknown.
+        ScanError: A scan cannot be read, or the model cannot predict it.
+        CohortError: A table of patients cannot be read.
     """
-    loaded = load_model(model) if isinstance(model, str) else model
     scan_package.refuse_unknown_mode(brain)
     if on_error not in ("raise", "record"):
         raise InvalidValueError("on_error", on_error, "'raise' or 'record'")
-    single = isinstance(scans, str | Path | Scan) or hasattr(scans, "dataobj")
-    predictions = _predictions(loaded, cast("Iterable[Source]", [scans] if single else scans), brain, on_error)
-    if single:
+    found, is_single = sources.resolve(scans)
+    predictions = _predictions(load_model(model) if isinstance(model, str) else model, found, brain, on_error)
+    if is_single:
         return next(predictions)
-    return list(predictions) if isinstance(scans, list | tuple) else predictions
+    return list(predictions) if isinstance(found, list) else predictions
 
 
 def explain(
     model: Model | str,
-    scan: "Source",
+    scan: "ScanSource",
     *,
     task: str | Sequence[str] | None = None,
     label: str | Mapping[str, str] | None = None,
@@ -309,6 +318,7 @@ def explain(
         PluginError: A method cannot be loaded, breaks its contract, refuses its options, or does not apply to the
             model's network.
     """
+    scan = sources.find_one_scan(scan)
     loaded = load_model(model) if isinstance(model, str) else model
     spec = loaded.spec
     tasks = [spec.tasks[0]] if task is None else [spec.task(name) for name in _several(task)]
@@ -360,7 +370,7 @@ def _over_scan(
 
 
 def _predictions(
-    model: Model, sources: "Iterable[Source]", brain: scan_package.BrainMode, on_error: OnError
+    model: Model, sources: "Iterable[ScanSource]", brain: scan_package.BrainMode, on_error: OnError
 ) -> Iterator[Prediction]:
     for prediction, examined in model.predict_iter(sources, brain=brain):
         if isinstance(examined, ScanError) and on_error == "raise":
@@ -384,13 +394,6 @@ def _ahead(work: Callable[[_Item], _Done], items: Iterable[_Item]) -> Iterator[t
 @functools.cache
 def _versions() -> dict[str, str]:
     return {"python": python_version(), **{name: version(name) for name in DEPENDENCIES}}
-
-
-def _name(source: "Source") -> str:
-    """A scan's name before it has been read."""
-    if isinstance(source, Scan):
-        return source.name
-    return str(source) if isinstance(source, str | Path) else source.get_filename() or "image in memory"
 
 
 def _several(names: str | Sequence[str]) -> list[str]:

@@ -46,7 +46,8 @@ class Prediction:
         tasks: Each task's answer; empty where the scan could not be read.
         warnings: Doubts about the scan.
         provenance: Everything that went into the answer, as plain data.
-        error: What was wrong with the scan, with `code` and `message`; None where it was answered.
+        error: What was wrong with the scan, with `code` and `message`; None if the scan was predicted.
+        patient: Name of the patient in the cohort; None if the scan does not come from a cohort.
     """
 
     scan: str
@@ -55,6 +56,7 @@ class Prediction:
     warnings: tuple[ScanWarning, ...]
     provenance: Mapping[str, Any]
     error: Mapping[str, Any] | None = None
+    patient: str | None = None
 
     def __getitem__(self, task: str) -> TaskPrediction:
         """The answer to one task.
@@ -72,6 +74,7 @@ class Prediction:
     def to_dict(self) -> dict[str, Any]:
         """The prediction as plain data, ready for JSON."""
         return {
+            **({} if self.patient is None else {"patient": self.patient}),
             "scan": self.scan,
             "model": self.model,
             "tasks": {

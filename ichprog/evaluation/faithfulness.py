@@ -21,7 +21,7 @@ from ichprog.spec import InputSpec
 if TYPE_CHECKING:
     from torch import nn
 
-    from ichprog.model import Source
+    from ichprog.sources import ScanSource
 
     Maps = dict[tuple[str, str], Saliency]
 
@@ -58,7 +58,7 @@ class Curves:
 
 def curves(
     model: Model | str,
-    scan: "Source",
+    scan: "ScanSource",
     maps: Saliency | Mapping[tuple[str, str], Saliency],
     *,
     steps: int = 20,
@@ -172,7 +172,7 @@ class Stage:
 
 def randomised(
     model: Model | str,
-    scan: "Source",
+    scan: "ScanSource",
     *,
     task: str | Sequence[str] | None = None,
     label: str | Mapping[str, str] | None = None,

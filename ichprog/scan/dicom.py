@@ -91,7 +91,8 @@ def read(path: Path) -> Series:
     with ExitStack() as opened:
         images, files = images_of(files_in(path, opened))
         if not images:
-            message = f"{path}: none of {files['other']} files is DICOM; give the folder with one head CT's slices."
+            kind = "folder" if path.is_dir() else "archive" if path.suffix.lower() == ".zip" else "file"
+            message = f"{path}: the {kind} holds no scan: none of {files['other']} files is DICOM or NIfTI."
             raise ScanError(message, code="no-dicom", measured=0, expected="one head CT", unit="DICOM files")
         stack, record = choose(stacks_of(images), path)
         planes, doubts = _planes(stack, path)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ichprog.errors import ScanError, ScanWarning
+from ichprog.errors import InvalidValueError, ScanError, ScanWarning
 from ichprog.scan.morphology import banded, weigh_slices, weights
 
 if TYPE_CHECKING:
@@ -138,11 +138,11 @@ def read(source: Any) -> Scan:
         return source
     if isinstance(source, nib.spatialimages.SpatialImage):
         return _from_image(source, source.get_filename() or "image in memory", {"format": type(source).__name__})
+    if isinstance(source, tuple):
+        return _from_pair(source)
     if not isinstance(source, str | Path):
-        raise ScanError(
-            f"a scan is a path to NIfTI or DICOM, or a nibabel image; this is a {type(source).__name__}.",
-            code="unreadable",
-        )
+        expected = "a path to NIfTI or DICOM, a nibabel image, or a tuple (array, affine)"
+        raise InvalidValueError("type of scan", type(source).__name__, expected)
     path = Path(source)
     if not path.exists():
         raise ScanError(f"{path}: there is no such file or folder.", code="not-found")
@@ -165,11 +165,26 @@ def read(source: Any) -> Scan:
     return _from_array(series.hu, series.affine, str(path), {"format": "DICOM", **series.record}, series.warnings)
 
 
+def _from_pair(pair: tuple[Any, ...]) -> Scan:
+    """Return the Scan of an array and its affine."""
+    name = "array in memory"
+    if len(pair) != 2 or np.shape(pair[1]) != (4, 4):
+        expected = "(array, affine), with an affine of shape (4, 4) from voxels to RAS mm"
+        raise InvalidValueError("shapes of a tuple", tuple(np.shape(each) for each in pair), expected)
+    array, affine = np.asarray(pair[0]), np.asarray(pair[1], float)
+    _refuse_unless_numbers(array, name)
+    return _from_array(array, affine, name, {"format": "array"})
+
+
+def _refuse_unless_numbers(data: np.ndarray, name: str) -> None:
+    if data.dtype.kind not in "iuf":
+        raise ScanError(f"{name}: voxels are {data.dtype}, not one number each in HU.", code="not-scalar")
+
+
 def _from_image(image: Any, name: str, record: dict[str, Any]) -> Scan:
     """A nibabel image as a Scan, its data read once."""
     data = _stored(image.dataobj)
-    if data.dtype.kind not in "iuf":
-        raise ScanError(f"{name}: voxels are {data.dtype}, not one number each in HU.", code="not-scalar")
+    _refuse_unless_numbers(data, name)
     scan = _from_array(data, image.affine, name, record)
     header = image.header
     if hasattr(header, "get_sform") and not (int(header["sform_code"]) or int(header["qform_code"])):
