@@ -1,20 +1,20 @@
 """The built-in backbones.
 
-A backbone plugin is a function `build(**options)` that returns a module which turns a grid `(B, 1, D, H, W)` into
-features `(B, C, d, h, w)` and has two attributes: `out_channels`, which is C, and `cam_layer`, the name of the
-submodule whose output class activation maps are taken at.
+A backbone plugin is a function `build(**options)` that returns a `torch.nn.Module`. The module turns a grid
+`(B, 1, D, H, W)` into features `(B, C, d, h, w)` and has two attributes: `out_channels`, which is C, and `cam_layer`,
+the name of the submodule whose output is used for class activation maps.
 """
 
 from torch import Tensor, nn
 
 
 class Backbone(nn.Module):
-    """A stack of layers with what the contract asks for.
+    """Wrap a stack of layers so that it fulfils the contract.
 
     Args:
-        features: The layers, `(B, 1, D, H, W)` to `(B, C, d, h, w)`.
+        features: Layers from `(B, 1, D, H, W)` to `(B, C, d, h, w)`.
         out_channels: C.
-        cam_layer: Name of the submodule for class activation maps, from this module down.
+        cam_layer: Name of the submodule for class activation maps, relative to this module.
     """
 
     def __init__(self, features: nn.Sequential, out_channels: int, cam_layer: str) -> None:
@@ -24,20 +24,24 @@ class Backbone(nn.Module):
         self.cam_layer = cam_layer
 
     def forward(self, grid: Tensor) -> Tensor:
-        """Features `(B, C, d, h, w)` of a grid `(B, 1, D, H, W)`."""
+        """Return features `(B, C, d, h, w)` for a grid `(B, 1, D, H, W)`."""
         features: Tensor = self.features(grid)
         return features
 
 
 def densenet121(*, dropout: float = 0.0) -> Backbone:
-    """DenseNet121 in three dimensions without its classification layers; C is 1024.
+    """Build DenseNet121 in three dimensions without its classification layers. C is 1024.
 
     A grid of 40 x 301 x 301 becomes features of 1 x 9 x 9. 11.2 M parameters.
 
     Args:
-        dropout: Dropout rate inside the dense layers, in training.
+        dropout: Dropout rate in the dense layers during training.
 
-    Source: Huang et al., CVPR 2017 (arXiv 1608.06993), as MONAI builds it; the trunk of Cobo et al. 2024.
+    Example:
+        >>> densenet121().out_channels
+        1024
+
+    Source: Huang et al., CVPR 2017 (arXiv 1608.06993), as implemented in MONAI; used by Cobo et al. 2024.
     """
     from monai.networks.nets import DenseNet121
 
@@ -46,15 +50,19 @@ def densenet121(*, dropout: float = 0.0) -> Backbone:
 
 
 def perez2023(*, dropout: float = 0.5) -> Backbone:
-    """The four-layer convolutional network of Perez et al. 2023; C is 128.
+    """Build the four-layer convolutional network of Perez et al. 2023. C is 128.
 
-    A grid of 40 x 301 x 301 becomes features of 1 x 33 x 33. 0.3 M parameters. Slices, rows and columns each need 38
-    cells or more.
+    A grid of 40 x 301 x 301 becomes features of 1 x 33 x 33. 0.3 M parameters. Slices, rows and columns each need
+    at least 38 cells.
 
     Args:
-        dropout: Rate at which whole channels are dropped after the second layer, in training.
+        dropout: Rate at which whole channels are dropped after the second layer during training.
 
-    Source: Perez et al. 2023, as Cobo et al. 2024 rebuilt it for their baseline.
+    Example:
+        >>> perez2023().out_channels
+        128
+
+    Source: Perez et al. 2023, as reimplemented by Cobo et al. 2024 for their baseline.
     """
     features = nn.Sequential(
         nn.Conv3d(1, 16, 3, bias=False),
@@ -75,13 +83,17 @@ def perez2023(*, dropout: float = 0.5) -> Backbone:
 
 
 def compact(*, width: int = 16, dropout: float = 0.0) -> Backbone:
-    """A small convolutional network for a small grid; C is 4 x `width`.
+    """Build a small convolutional network for a small grid. C is 4 x `width`.
 
-    A grid of 24 x 112 x 112 becomes features of 6 x 14 x 14. 0.14 M parameters at the width of 16.
+    A grid of 24 x 112 x 112 becomes features of 6 x 14 x 14. 0.14 M parameters at a width of 16.
 
     Args:
-        width: Channels of the first layer; the others have twice, three and four times as many.
-        dropout: Rate at which whole channels of the features are dropped, in training.
+        width: Channels of the first layer; the other layers have two, three and four times as many.
+        dropout: Rate at which whole channels of the features are dropped during training.
+
+    Example:
+        >>> compact(width=8).out_channels
+        32
 
     Source: this project.
     """

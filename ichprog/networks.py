@@ -1,4 +1,4 @@
-"""A spec becomes a torch module, and a file of weights fills it, strictly."""
+"""Build the torch module of a spec and load weights into it, strictly."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,11 +14,11 @@ from ichprog.spec import ModelSpec, PluginRef
 
 
 class Network(nn.Module):
-    """One backbone and a head for each task; all heads read the same features.
+    """One backbone and one head for each task; all heads read the same features.
 
     Attributes:
-        backbone: Grid `(B, 1, D, H, W)` to features `(B, C, d, h, w)`.
-        heads: Task name to head.
+        backbone: Module from a grid `(B, 1, D, H, W)` to features `(B, C, d, h, w)`.
+        heads: Head of each task by name.
     """
 
     def __init__(self, backbone: nn.Module, heads: dict[str, nn.Module]) -> None:
@@ -28,79 +28,89 @@ class Network(nn.Module):
 
     @property
     def cam_layer(self) -> str:
-        """Name of the submodule class activation maps are taken at, from the network down."""
+        """Return the name of the submodule for class activation maps, relative to the network."""
         return f"backbone.{self.backbone.cam_layer}"
 
     def forward(self, grid: Tensor) -> dict[str, Tensor]:
-        """Each task's logits `(B, K)` of a grid `(B, 1, D, H, W)`."""
+        """Return the logits `(B, K)` of each task for a grid `(B, 1, D, H, W)`."""
         features = self.backbone(grid)
         return {task: head(features) for task, head in self.heads.items()}
 
     def probabilities(self, logits: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Each task's label probabilities `(B, labels)` of its logits `(B, K)`."""
+        """Return the label probabilities `(B, labels)` of each task for its logits `(B, K)`."""
         return {task: head.probabilities(logits[task]) for task, head in self.heads.items()}  # type: ignore[operator]
 
 
 def build(spec: ModelSpec) -> Network:
-    """The network of a spec, with the weights its plugins start from.
-
-    Raises:
-        UnknownNameError: A backbone or head of that name is not installed.
-        SpecError: A plugin refuses its options.
-        PluginError: A plugin cannot be loaded or breaks its contract.
-    """
-    backbone = _built(registry.backbones, spec.backbone)
-    channels, layer = getattr(backbone, "out_channels", None), getattr(backbone, "cam_layer", None)
-    if not isinstance(channels, int) or not isinstance(layer, str):
-        raise _broken(registry.backbones, spec.backbone, "needs the attributes out_channels (int) and cam_layer (str)")
-    if layer not in dict(backbone.named_modules()):
-        raise _broken(registry.backbones, spec.backbone, f"its cam_layer {layer!r} names none of its modules")
-    heads: dict[str, nn.Module] = {}
-    for task in spec.tasks:
-        heads[task.name] = build_head(task.head, channels, task.labels)
-    return Network(backbone, heads)
-
-
-def build_head(part: PluginRef, channels: int, labels: Sequence[str]) -> nn.Module:
-    """A head, with the weights it starts from.
+    """Build the network of a spec with its initial weights.
 
     Args:
-        part: Its name and options.
-        channels: C of the features `(B, C, d, h, w)` that it reads.
-        labels: The task's labels.
+        spec: The model.
 
     Raises:
-        UnknownNameError: A head of that name is not installed.
-        SpecError: It refuses its options.
-        PluginError: It cannot be loaded or breaks its contract.
+        UnknownNameError: No installed backbone or head has the name in the spec.
+        SpecError: A plugin refuses its options.
+        PluginError: A plugin cannot be loaded or breaks its contract.
+
+    Example:
+        >>> from ichprog import zoo
+        >>> list(build(zoo.find("compact.prognosis_gcs3_age")).heads)
+        ['prognosis', 'gcs', 'age']
     """
-    head = _built(registry.heads, part, channels, labels)
+    backbone = _build_plugin(registry.backbones, spec.backbone)
+    channels, layer = getattr(backbone, "out_channels", None), getattr(backbone, "cam_layer", None)
+    if not isinstance(channels, int) or not isinstance(layer, str):
+        problem = "needs the attributes out_channels (int) and cam_layer (str)"
+        raise _contract_error(registry.backbones, spec.backbone, problem)
+    if layer not in dict(backbone.named_modules()):
+        raise _contract_error(registry.backbones, spec.backbone, f"its cam_layer {layer!r} names none of its modules")
+    return Network(backbone, {task.name: build_head(task.head, channels, task.labels) for task in spec.tasks})
+
+
+def build_head(plugin: PluginRef, channels: int, labels: Sequence[str]) -> nn.Module:
+    """Build a head with its initial weights.
+
+    Args:
+        plugin: Name and options of the head.
+        channels: C of the features `(B, C, d, h, w)`.
+        labels: Labels of the task.
+
+    Raises:
+        UnknownNameError: No installed head has this name.
+        SpecError: The head refuses its options.
+        PluginError: The head cannot be loaded or breaks its contract.
+
+    Example:
+        >>> build_head(PluginRef("ordinal", {}), 8, ["good", "poor"])(torch.zeros(1, 8, 1, 3, 3)).shape
+        torch.Size([1, 1])
+    """
+    head = _build_plugin(registry.heads, plugin, channels, labels)
     for method in ("probabilities", "loss"):
         if not callable(getattr(head, method, None)):
-            raise _broken(registry.heads, part, f"needs a method {method}")
+            raise _contract_error(registry.heads, plugin, f"needs a method {method}")
     return head
 
 
 def load(spec: ModelSpec, path: Path) -> Network:
-    """The network of a spec filled with weights, ready to answer: in evaluation mode, its parameters fixed.
+    """Build the network of a spec and load its weights, in evaluation mode and without gradients.
 
     Args:
         spec: The model.
-        path: A safetensors file with exactly the network's keys.
+        path: Safetensors file with exactly the keys of the network.
 
     Raises:
         WeightsError: The file cannot be read, or a key is missing, unknown or of another shape.
     """
     network = build(spec)
-    _fill(network, _state(path), path, spec)
+    _load_state(network, _read_state(path), path, spec)
     return network.eval().requires_grad_(False)
 
 
 def channels_last(module: nn.Module) -> None:
-    """Lays out the weights of a module's 3D convolutions as these run fastest; others, of 2D ones say, stay.
+    """Convert the weights of 3D convolutions to the channels-last memory format, which is faster.
 
     Args:
-        module: A network or what holds one.
+        module: Module with the convolutions. Its other parameters stay unchanged.
     """
     for values in module.parameters():
         if values.ndim == 5:
@@ -108,23 +118,26 @@ def channels_last(module: nn.Module) -> None:
 
 
 def load_heads(spec: ModelSpec, path: Path, channels: int) -> dict[str, nn.Module]:
-    """Each task's head alone, filled with weights and ready to answer.
+    """Build only the heads of a spec and load their weights, in evaluation mode and without gradients.
 
     Args:
         spec: The model.
-        path: A safetensors file with the network's keys.
-        channels: C of the features `(B, C, d, h, w)` that the heads read.
+        path: Safetensors file with the keys of the network.
+        channels: C of the features `(B, C, d, h, w)`.
+
+    Returns:
+        The head of each task by name.
 
     Raises:
         WeightsError: The file cannot be read, or a key of the heads is missing, unknown or of another shape.
     """
     heads = nn.ModuleDict({task.name: build_head(task.head, channels, task.labels) for task in spec.tasks})
-    own = {key.removeprefix("heads."): v for key, v in _state(path).items() if key.startswith("heads.")}
-    _fill(heads, own, path, spec)
+    state = {key.removeprefix("heads."): v for key, v in _read_state(path).items() if key.startswith("heads.")}
+    _load_state(heads, state, path, spec)
     return dict(heads.eval().requires_grad_(False).items())
 
 
-def _state(path: Path) -> dict[str, Tensor]:
+def _read_state(path: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -134,8 +147,8 @@ def _state(path: Path) -> dict[str, Tensor]:
         raise WeightsError(f"{path}: cannot be read as safetensors: {error}") from error
 
 
-def _fill(module: nn.Module, state: dict[str, Tensor], path: Path, spec: ModelSpec) -> None:
-    """Puts a state into a module, whose keys and shapes must be the same."""
+def _load_state(module: nn.Module, state: dict[str, Tensor], path: Path, spec: ModelSpec) -> None:
+    """Load a state dict into a module with equal keys and shapes."""
     own = module.state_dict()
     problems = [f"{key} is missing" for key in own.keys() - state.keys()]
     problems += [f"{key} is not part of the network" for key in state.keys() - own.keys()]
@@ -148,27 +161,28 @@ def _fill(module: nn.Module, state: dict[str, Tensor], path: Path, spec: ModelSp
         shown = "; ".join(sorted(problems)[:5]) + ("; ..." if len(problems) > 5 else "")
         raise WeightsError(
             f"{path}: {len(problems)} of {len(own)} keys do not fit {spec.name}: {shown}. "
-            "The weights belong to another network than the spec describes."
+            "The weights belong to another network than the one in the spec."
         )
     module.load_state_dict(state)
 
 
-def _built(plugins: Registry, part: PluginRef, *args: Any) -> nn.Module:
-    """A plugin's module, built with the options of the spec."""
-    factory: Callable[..., Any] = plugins.load(part.name)
+def _build_plugin(plugins: Registry, plugin: PluginRef, *args: Any) -> nn.Module:
+    """Build the module of a plugin with the options in the spec."""
+    factory: Callable[..., Any] = plugins.load(plugin.name)
+    label = f"{plugins.kind} {plugin.name!r}"
     try:
-        module = factory(*args, **part.options)
+        module = factory(*args, **plugin.options)
+    except (TypeError, ValueError) as error:  # InvalidValueError is a ValueError
+        raise SpecError(f"{label} refuses its options {dict(plugin.options)}: {error}") from error
     except IchprogError:
         raise
-    except (TypeError, ValueError) as error:
-        raise SpecError(f"{plugins.kind} {part.name!r} refuses its options {dict(part.options)}: {error}") from error
     except Exception as error:  # a plugin may fail in any way
-        raise PluginError(f"{plugins.kind} {part.name!r} cannot be built: {type(error).__name__}: {error}") from error
+        raise PluginError(f"{label} cannot be built: {type(error).__name__}: {error}") from error
     if isinstance(module, nn.Module):
         return module
-    raise _broken(plugins, part, f"must build a torch.nn.Module, built a {type(module).__name__}")
+    raise _contract_error(plugins, plugin, f"must build a torch.nn.Module, built a {type(module).__name__}")
 
 
-def _broken(plugins: Registry, part: PluginRef, how: str) -> PluginError:
-    owner = plugins.entry(part.name).owner
-    return PluginError(f"{plugins.kind} {part.name!r} of {owner} breaks its contract: {how}.")
+def _contract_error(plugins: Registry, plugin: PluginRef, problem: str) -> PluginError:
+    owner = plugins.entry(plugin.name).owner
+    return PluginError(f"{plugins.kind} {plugin.name!r} of {owner} breaks its contract: {problem}.")

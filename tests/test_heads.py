@@ -1,4 +1,4 @@
-"""The built-in heads: each keeps its contract, and the two that are models of a likelihood are those models."""
+"""The built-in heads fulfil their contract, and the two likelihood models agree with SciPy."""
 
 import dataclasses
 import itertools
@@ -14,7 +14,7 @@ from scipy import optimize, special, stats
 from torch import nn
 
 import ichprog
-from ichprog import SpecError, export, heads, networks, registry, testing, zoo
+from ichprog import InvalidValueError, SpecError, export, heads, networks, registry, testing, zoo
 from ichprog.backbones import Backbone
 from ichprog.hub import WeightFile
 from ichprog.runtime import build_runtimes, resolve_runtime
@@ -43,17 +43,17 @@ def options(name, number):
 
 @pytest.mark.parametrize("number", [2, 3, 7])
 @pytest.mark.parametrize("name", [name for name in registry.heads.names() if not name.endswith("/*")])
-def test_every_head_keeps_its_contract(name, number):
+def test_a_head_fulfils_its_contract(name, number):
     testing.check_head(name, labels=names(number), **options(name, number))
 
 
 @pytest.mark.parametrize("number", [3, 7])
-def test_falling_edges_keep_the_contract_too(number):
+def test_decreasing_edges_fulfil_the_contract(number):
     testing.check_head("interval_regression", labels=names(number), edges=RISING[number][::-1])
 
 
 @pytest.mark.parametrize("name", [name for name in registry.heads.names() if not name.endswith("/*")])
-def test_the_relu_is_a_module_that_can_be_replaced_and_has_no_key(name):
+def test_the_relu_is_a_replaceable_module_without_keys(name):
     head = registry.heads.load(name)(3, names(3), **options(name, 3))
     assert {key for key in head.state_dict() if "relu" in key} == set()
     features = torch.randn(2, 3, 2, 2, 2)
@@ -66,7 +66,7 @@ def test_the_relu_is_a_module_that_can_be_replaced_and_has_no_key(name):
     assert torch.equal(head(features), plain(features))
 
 
-# a quantity of which the interval is known
+# --- interval regression
 
 
 def interval(edges):
@@ -74,13 +74,13 @@ def interval(edges):
 
 
 def some_logits(dtype=torch.float64):
-    """Usual ones, and such as no training should come to."""
+    """Return usual logits and extreme ones."""
     values = [-30.0, -4.0, -0.7, 0.0, 0.3, 5.0, 30.0]
     return torch.tensor(list(itertools.product(values, values)), dtype=dtype)
 
 
 def normal_intervals(edges, mean, sd):
-    """Each interval's probability `(B, labels)`, by scipy, from whichever tail is the smaller."""
+    """Return the probability `(B, labels)` of each interval by SciPy, from the smaller tail."""
     z = (np.asarray(edges) - mean[:, None]) / sd[:, None]
     z = z if edges[0] <= edges[-1] else -z
     low = np.pad(z, ((0, 0), (1, 0)), constant_values=-np.inf)
@@ -90,14 +90,14 @@ def normal_intervals(edges, mean, sd):
 
 
 @pytest.mark.parametrize("edges", [RISING[3], RISING[7], RISING[7][::-1]])
-def test_an_intervals_probability_is_that_of_the_normal_distribution(edges):
+def test_the_probability_of_an_interval_follows_the_normal_distribution(edges):
     head, logits = interval(edges), some_logits()
     found = head.probabilities(logits).numpy()
     mean, sd = head.estimate(logits).numpy().T
     np.testing.assert_allclose(found, normal_intervals(edges, mean, sd), rtol=1e-9, atol=1e-300)
 
 
-def test_two_intervals_are_a_probit():
+def test_two_intervals_are_a_probit_model():
     logits = some_logits()
     found = interval([80.0]).probabilities(logits)[:, 1]
     expected = stats.norm.cdf((logits[:, 0] / (1e-3 + logits[:, 1].clamp(max=10).exp())).numpy())
@@ -105,7 +105,7 @@ def test_two_intervals_are_a_probit():
 
 
 def precise_log(low, high):
-    """The log of a normal interval's probability, to many digits."""
+    """Return the log probability of a normal interval with high precision."""
     if low + high > 0:
         low, high = -high, -low
     with mpmath.workdps(60):
@@ -113,8 +113,8 @@ def precise_log(low, high):
         return float(mpmath.log(mpmath.ncdf(mpmath.mpf(float(high))) - below))
 
 
-def test_the_loss_is_the_log_likelihood_far_into_the_tails():
-    """Where the probability itself is no number of the machine any more."""
+def test_the_loss_is_the_log_likelihood_in_the_far_tails():
+    """The probability itself underflows there."""
     head, logits = interval(RISING[7]), some_logits()
     mean, sd = head.estimate(logits).numpy().T
     for label, (low, high) in enumerate(itertools.pairwise([-np.inf, *RISING[7], np.inf])):
@@ -133,8 +133,7 @@ def test_the_loss_is_the_mean_over_patients():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", ["interval_regression", "proportional_odds"])
-def test_nothing_breaks_in_the_far_tails(name, dtype):
-    """Far beyond any logits that are met: probabilities none of which is negative, and gradients that are numbers."""
+def test_probabilities_and_gradients_are_finite_in_the_far_tails(name, dtype):
     head = registry.heads.load(name)(3, names(7), **options(name, 7))
     logits = some_logits(dtype)
     if name == "proportional_odds":
@@ -154,7 +153,7 @@ def test_nothing_breaks_in_the_far_tails(name, dtype):
 
 
 def fitted(head, features, target):
-    """A head of which the loss is brought to its least."""
+    """Return the head with the parameters that minimise the loss."""
     head = head.double()
     optimiser = torch.optim.LBFGS(
         head.parameters(), max_iter=1000, tolerance_grad=1e-9, tolerance_change=1e-14, line_search_fn="strong_wolfe"
@@ -171,13 +170,13 @@ def fitted(head, features, target):
 
 
 def patients(number=3000, seed=0):
-    """Features `(N, 3, 1, 1, 1)` and their numbers."""
+    """Return features `(N, 3, 1, 1, 1)` and the same values as `(N, 3)`."""
     values = np.random.default_rng(seed).standard_normal((number, 3))
     return torch.from_numpy(values)[..., None, None, None], values
 
 
-def test_a_fit_is_that_of_maximum_likelihood():
-    """The mean and the spread behind ages that are known by the decade, as simulated and as fitted by scipy."""
+def test_interval_regression_equals_the_maximum_likelihood_fit_of_scipy():
+    """Recover mean and standard deviation of ages that are known only as decades."""
     features, x = patients()
     truth = {"mean": 66 + x @ [9.0, -4.0, 0.0], "sd": np.exp(1.8 + x @ [0.0, 0.0, 0.3])}
     ages = np.random.default_rng(1).normal(truth["mean"], truth["sd"])
@@ -199,8 +198,8 @@ def test_a_fit_is_that_of_maximum_likelihood():
         assert np.abs(ours - true).mean() < 0.4
 
 
-def test_with_fine_intervals_it_is_the_mean_and_the_standard_deviation():
-    """Of patients without any features; falling edges tell the same."""
+def test_fine_intervals_give_the_sample_mean_and_standard_deviation():
+    """Without features, for increasing and decreasing edges."""
     ages = np.random.default_rng(2).normal(71.3, 12.6, 2000)
     edges = np.arange(20.0, 121.0)
     nothing = torch.zeros(2000, 3, 1, 1, 1, dtype=torch.float64)
@@ -211,7 +210,7 @@ def test_with_fine_intervals_it_is_the_mean_and_the_standard_deviation():
         assert sd == pytest.approx(ages.std(), abs=0.02)
 
 
-def test_without_edges_labels_are_whole_numbers():
+def test_labels_are_whole_numbers_by_default():
     found = heads.interval_regression(3, names(7)).estimate(torch.tensor([[0.0, 0.0], [1.0, -50.0]]))
     assert found.numpy() == pytest.approx(np.array([[3.0, 2.5025], [5.5, 0.0025]]))
 
@@ -219,29 +218,29 @@ def test_without_edges_labels_are_whole_numbers():
 @pytest.mark.parametrize(
     "edges", [[60.0], [60.0, 60.0], [60.0, 80.0, 90.0], [60.0, float("nan")], [60.0, float("inf")], "old", 60]
 )
-def test_edges_that_are_none_are_refused(edges):
+def test_invalid_edges_are_refused(edges):
     with pytest.raises(SpecError, match="'interval_regression' refuses its options"):
         networks.build_head(PluginRef("interval_regression", {"edges": edges}), 3, names(3))
     if edges == [60.0, 60.0]:
-        with pytest.raises(ValueError, match=r"3 labels need 2 edges that rise or fall.* given are \[60.0, 60.0\]"):
+        with pytest.raises(InvalidValueError, match=r"edges \[60.0, 60.0\]. Expected 2 increasing or decreasing"):
             heads.interval_regression(3, names(3), edges=edges)
 
 
 def test_two_labels_have_no_estimate():
-    with pytest.raises(ValueError, match="needs three labels or more"):
+    with pytest.raises(InvalidValueError, match=r"number of labels 2. Expected three or more"):
         interval([80.0]).estimate(torch.zeros(1, 2))
 
 
-# labels in order by one score
+# --- proportional odds
 
 
 def cumulative(thresholds, score):
-    """Each label's probability `(B, labels)` by proportional odds."""
+    """Return the probability `(B, labels)` of each label by proportional odds."""
     beyond = special.expit(score[:, None] - thresholds)
     return -np.diff(np.pad(beyond, ((0, 0), (1, 1)), constant_values=((0, 0), (1, 0))))
 
 
-def test_a_logit_is_that_of_a_label_beyond_it():
+def test_a_logit_is_the_log_odds_of_a_later_label():
     head = heads.proportional_odds(3, names(7), activation=False).double()
     logits = head(patients(50)[0]).detach()
     beyond = 1 - head.probabilities(logits).cumsum(1)[:, :-1]
@@ -253,13 +252,13 @@ def test_a_logit_is_that_of_a_label_beyond_it():
     assert float(head.loss(logits, target)) == pytest.approx(-np.log(likelihood).mean(), rel=1e-10)
 
 
-def test_it_begins_with_every_label_as_probable():
+def test_initial_labels_are_equally_probable():
     head = heads.proportional_odds(3, RANKIN)
     found = head.probabilities(head(torch.zeros(1, 3, 1, 1, 1)))
     assert torch.allclose(found, torch.full((1, 7), 1 / 7), atol=1e-6)
 
 
-def test_the_fit_is_that_of_mccullaghs_model():
+def test_proportional_odds_equal_the_fit_of_scipy():
     features, x = patients(1500)
     slopes, thresholds = np.array([1.2, -0.5, 0.0]), np.array([-2.0, -1.2, -0.1, 0.6, 1.9, 2.2])
     score = x @ slopes + np.random.default_rng(3).logistic(size=len(x))
@@ -280,7 +279,7 @@ def test_the_fit_is_that_of_mccullaghs_model():
     assert head.thresholds.detach().numpy() - bias == pytest.approx(thresholds, abs=0.25)
 
 
-def test_thresholds_stay_in_order_where_a_label_is_never_seen():
+def test_thresholds_stay_in_order_if_a_label_is_absent():
     features, x = patients(200)
     target = torch.from_numpy(np.where(x[:, 0] > 0, 4, 1))  # neither 0, 2 nor 3
     head = heads.proportional_odds(3, names(5), activation=False).double()
@@ -295,7 +294,7 @@ def test_thresholds_stay_in_order_where_a_label_is_never_seen():
     assert (found.argmax(1) == target).double().mean() > 0.95
 
 
-def test_two_labels_are_the_binary_head():
+def test_two_labels_equal_the_binary_head():
     head, binary = heads.proportional_odds(3, names(2)), heads.ordinal(3, names(2))
     head.linear.load_state_dict(binary.linear.state_dict())
     features, target = patients(20)[0].float(), torch.arange(20) % 2
@@ -305,11 +304,11 @@ def test_two_labels_are_the_binary_head():
     assert head.loss(logits, target).item() == pytest.approx(binary.loss(logits, target).item(), rel=1e-5)
 
 
-def test_it_is_not_rescaled():
+def test_proportional_odds_cannot_be_rescaled():
     assert not hasattr(heads.proportional_odds(3, RANKIN), "rescale_")
 
 
-# in a model
+# --- in a model
 
 
 def plain(*, width=4):
@@ -324,7 +323,7 @@ def plain_backbone():
     registry.backbones.unregister("plain")
 
 
-def spec_of(*tasks):
+def make_spec(*tasks):
     like = zoo.find(zoo.DEFAULT)
     doubts = dataclasses.replace(like.input.expected_ranges, blood_dense_ml=0.0)
     return dataclasses.replace(
@@ -353,12 +352,12 @@ def new_tasks():
 
 
 @pytest.mark.parametrize("number", [2, 3, 7])
-def test_openvino_answers_as_torch_does(number, plain_backbone, tmp_path):
+def test_openvino_and_torch_agree(number, plain_backbone, tmp_path):
     made = [
         task(name, tuple(names(number)), Target("x", tuple(RISING[number]), "high"), name, **options(name, number))
         for name in ("proportional_odds", "interval_regression")
     ]
-    spec = spec_of(*made)
+    spec = make_spec(*made)
     torch.manual_seed(0)
     state = {key: 20 * value for key, value in networks.build(spec).state_dict().items()}
     save_file(state, tmp_path / "model.safetensors")
@@ -373,10 +372,10 @@ def test_openvino_answers_as_torch_does(number, plain_backbone, tmp_path):
         assert (compiled.probabilities >= 0).all()
 
 
-def test_both_are_exported(plain_backbone, tmp_path):
+def test_both_heads_can_be_exported(plain_backbone, tmp_path):
     openvino = pytest.importorskip("openvino")
     pytest.importorskip("onnxscript")
-    spec = spec_of(*new_tasks())
+    spec = make_spec(*new_tasks())
     (tmp_path / "model").mkdir()
     (tmp_path / "model/config.json").write_text(json.dumps(spec.to_dict()))
     whole = networks.build(spec).eval()
@@ -392,7 +391,7 @@ def test_both_are_exported(plain_backbone, tmp_path):
 
 @pytest.fixture(scope="module")
 def simulated(tmp_path_factory):
-    """A table of simulated patients: the larger a bleeding, the worse the outcome; the dimmer a brain, the older."""
+    """Return a cohort in which larger bleedings have worse outcomes and darker brains are older."""
     root = tmp_path_factory.mktemp("patients")
     random = np.random.default_rng(0)
     rows = ["patient,scan,mrs,age"]
@@ -409,9 +408,9 @@ def simulated(tmp_path_factory):
     return root
 
 
-def test_new_tasks_from_a_table_to_maps(simulated, plain_backbone, tmp_path):
-    """Names, columns and heads that no model has had before, through training, answers and maps."""
-    spec = spec_of(*new_tasks())
+def test_new_tasks_can_be_trained_predicted_and_explained(simulated, plain_backbone, tmp_path):
+    """The names, columns and heads of the tasks are unknown to the library."""
+    spec = make_spec(*new_tasks())
     protocol = PRESETS["default"].replace(epochs=12, patience=0, batch=6, lr=0.02, validation=0.34)
     run = train(simulated / "cohort.csv", spec, tmp_path / "run", folds=2, protocol=protocol, cache_dir=tmp_path / "c")
     calibrations = [result["calibration"] for result in json.loads((run / "run.json").read_text())["results"].values()]

@@ -1,4 +1,4 @@
-"""Networks from specs, held against the published ones; contracts over everything registered."""
+"""Networks are built from specs and equal the published ones; every registered plugin fulfils its contract."""
 
 import dataclasses
 
@@ -19,7 +19,7 @@ def build_small(backbone: str):
 
 
 @pytest.mark.parametrize("name", registry.backbones.names())
-def test_backbones_keep_their_contract(name):
+def test_a_backbone_fulfils_its_contract(name):
     backbone = build_small(name)
     grid = torch.rand(2, 1, 40, 64, 64)
     features = backbone(grid)
@@ -32,7 +32,7 @@ def test_backbones_keep_their_contract(name):
 
 @pytest.mark.parametrize("name", registry.heads.names())
 @pytest.mark.parametrize("labels", [("a", "b"), ("a", "b", "c"), tuple("abcdefg")])
-def test_heads_keep_their_contract(name, labels):
+def test_a_head_fulfils_its_contract(name, labels):
     head = registry.heads.load(name)(16, labels)
     features = torch.randn(5, 16, 1, 3, 2, requires_grad=True)
     logits = head(features)
@@ -48,7 +48,7 @@ def test_heads_keep_their_contract(name, labels):
 
 @pytest.mark.parametrize("name", registry.heads.names())
 def test_a_head_learns_its_labels(name):
-    """The loss falls to where the most probable label is the true one: loss and probabilities mean the same."""
+    """Minimising the loss makes the true label the most probable one, so loss and probabilities agree."""
     torch.manual_seed(0)
     head = registry.heads.load(name)(3, ("a", "b", "c"), activation=False)
     target = torch.arange(3).repeat(10)
@@ -76,28 +76,28 @@ def test_ordinal_probabilities_follow_the_described_codes():
 
 @pytest.mark.parametrize("name", reference_pipeline.PUBLISHED)
 def test_a_published_checkpoint_gives_the_published_logits(name, tmp_path):
-    """Same keys, same numbers: on a small grid here, on whole scans in test_model."""
+    """Keys and numbers are equal on a small grid; test_model compares whole scans."""
     spec = zoo.find(name)
-    theirs = reference_pipeline.network(name, seed=7)
-    save_file(hub.remap_keys(theirs.state_dict(), spec.weights.keys, "test"), tmp_path / "fold0.safetensors")
-    ours = networks.load(spec, tmp_path / "fold0.safetensors")
+    published = reference_pipeline.network(name, seed=7)
+    save_file(hub.remap_keys(published.state_dict(), spec.weights.keys, "test"), tmp_path / "fold0.safetensors")
+    network = networks.load(spec, tmp_path / "fold0.safetensors")
     grid = torch.rand(2, 1, 40, 64, 64)
     with torch.no_grad():
-        expected, got = theirs(grid), ours(grid)
+        expected, actual = published(grid), network(grid)
     for task, values in zip(reference_pipeline.PUBLISHED[name][3], expected, strict=True):
-        assert torch.allclose(got[task], values, atol=1e-5)
-    assert not ours.training
-    assert not any(p.requires_grad for p in ours.parameters())
+        assert torch.allclose(actual[task], values, atol=1e-5)
+    assert not network.training
+    assert not any(p.requires_grad for p in network.parameters())
 
 
-def test_parameters_are_as_many_as_stated():
+def test_the_number_of_parameters_is_as_documented():
     count = {n: sum(p.numel() for p in build_small(n).parameters()) for n in ("densenet121", "perez2023")}
     assert round(count["densenet121"] / 1e6, 2) == 11.24
     assert round(count["perez2023"] / 1e6, 1) == 0.3
 
 
 @pytest.mark.parametrize("change", ["missing", "extra", "shape", "not safetensors"])
-def test_weights_fit_to_the_letter_or_not_at_all(change, tmp_path):
+def test_weights_are_loaded_strictly(change, tmp_path):
     spec = zoo.find("perez2023.prognosis")
     state = networks.build(spec).state_dict()
     path = tmp_path / "fold0.safetensors"
@@ -110,13 +110,13 @@ def test_weights_fit_to_the_letter_or_not_at_all(change, tmp_path):
     save_file(state, path)
     if change == "not safetensors":
         path.write_bytes(b"not at all")
-    said = {
+    messages = {
         "missing": "heads.prognosis.linear.bias is missing",
         "extra": "heads.prognosis.linear.colour is not part of the network",
         "shape": r"backbone.features.3.weight has shape \[2, 2\] instead of \[32, 16, 3, 3, 3\]",
         "not safetensors": "cannot be read as safetensors",
     }
-    with pytest.raises(WeightsError, match=said[change]):
+    with pytest.raises(WeightsError, match=messages[change]):
         networks.load(spec, path)
 
 
@@ -129,14 +129,14 @@ def test_an_unknown_backbone_names_the_nearest():
         networks.build(with_backbone("densenet112"))
 
 
-def test_a_wrong_option_is_said():
+def test_a_wrong_option_is_refused():
     with pytest.raises(SpecError, match=r"refuses its options .*colour"):
         networks.build(with_backbone("perez2023", colour="red"))
 
 
 @pytest.fixture
 def plugin():
-    """Registers plugins for one test."""
+    """Return a function that registers a backbone for one test."""
     names = []
 
     def register(name, build):
@@ -149,20 +149,20 @@ def plugin():
 
 
 @pytest.mark.parametrize(
-    ("build", "said"),
+    ("build", "message"),
     [
         (lambda: "no module", "must build a torch.nn.Module"),
         (torch.nn.Identity, "needs the attributes out_channels"),
         (lambda: 1 / 0, "cannot be built: ZeroDivisionError"),
     ],
 )
-def test_a_backbone_that_breaks_its_contract_is_named(build, said, plugin):
+def test_a_backbone_that_breaks_its_contract_is_named(build, message, plugin):
     plugin("broken", build)
-    with pytest.raises(PluginError, match=f"backbone 'broken'.*{said}"):
+    with pytest.raises(PluginError, match=f"backbone 'broken'.*{message}"):
         networks.build(with_backbone("broken"))
 
 
-def test_a_cam_layer_that_is_not_there_is_said(plugin):
+def test_a_missing_cam_layer_is_refused(plugin):
     def build():
         module = torch.nn.Identity()
         module.out_channels, module.cam_layer = 1, "nowhere"
@@ -173,8 +173,8 @@ def test_a_cam_layer_that_is_not_there_is_said(plugin):
         networks.build(with_backbone("lost"))
 
 
-def test_weights_are_laid_out_where_they_are_of_3d_convolutions():
-    """A backbone may hold 2D convolutions, which slices go through."""
+def test_channels_last_changes_only_the_memory_format_of_3d_convolutions():
+    """A backbone may contain 2D convolutions, which process single slices."""
     module = nn.ModuleDict({"flat": nn.Conv2d(2, 3, 3), "deep": nn.Conv3d(2, 3, 3), "linear": nn.Linear(2, 3)})
     before = {key: values.clone() for key, values in module.state_dict().items()}
     networks.channels_last(module)
