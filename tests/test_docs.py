@@ -14,7 +14,6 @@ import nibabel as nib
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from test_architecture import FLOORS, HOUSE
 
 import ichprog
 from ichprog import registry, zoo
@@ -98,7 +97,7 @@ def test_the_model_pages_are_up_to_date():
 def codes_in_scans():
     """Every code of a ScanError or ScanWarning; those that are handed on are told by their hyphen or their table."""
     codes = set()
-    for path in (HOUSE / "scan").glob("*.py"):
+    for path in (ROOT / "ichprog" / "scan").glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             texts = []
             if isinstance(node, ast.keyword) and node.arg == "code":
@@ -152,14 +151,6 @@ def test_the_reference_has_every_public_name():
     text = (DOCS / "reference.md").read_text()
     for name in ichprog.__all__:
         assert f"::: ichprog.{name}\n" in text or f"`{name}(" in text, name
-
-
-def test_the_picture_and_the_page_have_every_room():
-    picture, page = (DOCS / "architecture.svg").read_text(), (DOCS / "architecture.md").read_text()
-    for number, rooms in enumerate(FLOORS, 1):
-        for room in rooms:
-            assert f">{room}<" in picture
-            assert re.search(rf"^\| {number} \| .*`{room}`.* \|", page, re.MULTILINE), room
 
 
 def test_the_site_builds_and_loads_nothing_from_outside(tmp_path):

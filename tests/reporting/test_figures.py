@@ -204,6 +204,19 @@ def test_ten_variants_look_different():
         lambda: figures.boundaries({}, (np.empty(0), np.empty(0), np.empty(0)), ("a", "b"), ("c", "d")),
         lambda: figures.training([]),
     ],
+    ids=[
+        "ablation",
+        "forest",
+        "roc",
+        "calibration",
+        "no_points",
+        "decision_curve",
+        "histograms",
+        "folds",
+        "learning_curve",
+        "boundaries",
+        "training",
+    ],
 )
 def test_nothing_to_draw_is_drawn_as_nothing(drawn):
     from matplotlib.figure import Figure
