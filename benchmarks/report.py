@@ -158,7 +158,7 @@ there is to compute. Measured on"""
 
 _HOW = """\
 ```bash
-pip install -e ".[bench]"
+pip install -e ".[study]" --group bench
 python benchmarks/report.py
 ```
 
