@@ -1,7 +1,8 @@
 """What the suites stand on: seeded weights in a cache, simulated scans, and a peer timed in turns with what is ours.
 
 `pytest benchmarks` runs the suites but for what takes very long, `pytest benchmarks/test_prepare.py` one of them,
-`python benchmarks/report.py` all of all and writes `docs/speed.md`. They need `pip install -e ".[study]" --group bench`.
+`python benchmarks/report.py` all of all and writes `docs/speed.md`. They need
+`pip install -e ".[study]" --group bench`.
 """
 
 import time
