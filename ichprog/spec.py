@@ -74,6 +74,18 @@ class Task:
     threshold: float | None
     loss_weight: float
 
+    @property
+    def kind(self) -> Literal["binary", "ordinal", "nominal"]:
+        """Return the kind of task: two labels, ordered labels, or labels without order."""
+        if len(self.labels) == 2:
+            return "binary"
+        return "nominal" if self.threshold is None else "ordinal"
+
+    @property
+    def decision_threshold(self) -> float:
+        """Return the threshold, 0.5 if the task has none."""
+        return 0.5 if self.threshold is None else self.threshold
+
     def decide(self, probabilities: Mapping[str, float]) -> str:
         """The label that these label probabilities stand for, by the task's `threshold`."""
         if self.threshold is None:

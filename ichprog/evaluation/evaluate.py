@@ -15,7 +15,8 @@ from ichprog.errors import CohortError, ScanError
 from ichprog.evaluation.leakage import LeakageReport, guard
 from ichprog.evaluation.predictions import Predictions, TaskPredictions
 from ichprog.io import write_json
-from ichprog.metrics.discrimination import calibration_curve, metrics_with_intervals
+from ichprog.metrics import compute_with_intervals
+from ichprog.metrics.calibration import calibration_curve
 from ichprog.model import Model
 from ichprog.reporting import tables
 from ichprog.results import Prediction
@@ -62,7 +63,7 @@ class Evaluation:
 
     def answers(self, task: str) -> TaskPredictions:
         """The answers to a task of those whose truth is known."""
-        return self.predictions.answers[self.model.name, task, "test"].known()
+        return self.predictions.entries[self.model.name, task, "test"].labelled()
 
     @property
     def counts(self) -> dict[str, int]:
@@ -231,8 +232,11 @@ def evaluate(
     figures: Figures = {}
     curves: dict[str, dict[str, dict[str, np.ndarray]]] = {}
     for task, said in answers.items():
-        if len(those := said.known()):
-            figures[task] = metrics_with_intervals(spec.task(task), those, draws=draws, seed=seed, method=method)
+        if len(those := said.labelled()):
+            figures[task] = compute_with_intervals(
+                those.truth, those.probabilities, kind=spec.task(task).kind,
+                thresholds=spec.task(task).decision_threshold, n_bootstrap=draws, seed=seed, ci_method=method,
+            )  # fmt: skip
             curves[task] = _calibration(spec.task(task), those)
     names = [patient.name for patient in table.patients]
     return Evaluation(

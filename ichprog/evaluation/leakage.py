@@ -165,7 +165,7 @@ def _tails(name: str) -> list[str]:
 
 
 def _released() -> list[dict[str, Any]]:
-    text = files("ichprog.study").joinpath("released.toml").read_text("utf-8")
+    text = files("ichprog.evaluation").joinpath("released.toml").read_text("utf-8")
     found: list[dict[str, Any]] = tomllib.loads(text)["released"]
     return found
 

@@ -1,8 +1,8 @@
-"""The table of what every variant says of every patient, from which every figure can be recomputed.
+"""The table of predictions: what every variant predicts for every patient, from which every metric can be recomputed.
 
-Columns: `variant, fold, split, patient, task, truth, p_0, p_1, ...`. `split` is "validation" or "test"; `truth` is the
-index of the label, blank where it is not known; `p_k` is the probability of label k in the task's order, blank beyond
-the task's last label.
+Columns: `variant, fold, split, patient, task, truth, p_0, p_1, ...`. `split` is "validation" or "test". `truth` is the
+index of the true label, blank if unknown. `p_k` is the probability of label k in the task's order, blank beyond the
+task's last label.
 """
 
 import csv
@@ -12,21 +12,22 @@ from pathlib import Path
 
 import numpy as np
 
-from ichprog.errors import RunError
+from ichprog.errors import InvalidValueError, RunError
 from ichprog.io import atomic_write
 
 SPLITS = ("validation", "test")
+Key = tuple[str, str, str]  # variant, task and split
 
 
 @dataclass(frozen=True)
 class TaskPredictions:
-    """What one variant says of one task, fold by fold, in one split.
+    """The predictions of one variant for one task in one split.
 
     Attributes:
-        patients: `N` names; in "test" each once, in "validation" once a fold at most.
-        fold: `(N,)` int64, the fold whose member says it.
-        truth: `(N,)` int64 label indices, -1 where not known.
-        probabilities: `(N, K)` float64, of each label in order.
+        patients: Names of N patients; in "test" each name once, in "validation" once for each fold at most.
+        fold: Fold whose network predicts the patient `(N,)` int64.
+        truth: Indices of the true labels `(N,)` int64, -1 if unknown.
+        probabilities: Probabilities of the K labels `(N, K)` float64.
     """
 
     patients: tuple[str, ...]
@@ -37,79 +38,122 @@ class TaskPredictions:
     def __len__(self) -> int:
         return len(self.patients)
 
-    def only(self, chosen: np.ndarray) -> "TaskPredictions":
-        """Those at these places.
+    def select(self, chosen: np.ndarray) -> "TaskPredictions":
+        """Return the predictions of some patients.
 
         Args:
-            chosen: `(N,)` bool, or places.
+            chosen: Whether each patient is chosen `(N,)` bool, or indices of patients.
         """
-        places = np.flatnonzero(chosen) if chosen.dtype == bool else chosen
-        patients = tuple(self.patients[int(place)] for place in places)
-        return TaskPredictions(patients, self.fold[places], self.truth[places], self.probabilities[places])
+        indices = np.flatnonzero(chosen) if chosen.dtype == bool else chosen
+        patients = tuple(self.patients[int(index)] for index in indices)
+        return TaskPredictions(patients, self.fold[indices], self.truth[indices], self.probabilities[indices])
 
-    def known(self) -> "TaskPredictions":
-        """Those whose truth is known."""
-        return self.only(self.truth >= 0)
+    def labelled(self) -> "TaskPredictions":
+        """Return the predictions of the patients whose true label is known."""
+        return self.select(self.truth >= 0)
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """The whole table.
+    """The whole table of predictions.
 
     Attributes:
-        answers: By (variant, task, split).
+        entries: Predictions by (variant, task, split).
     """
 
-    answers: Mapping[tuple[str, str, str], TaskPredictions]
+    entries: Mapping[Key, TaskPredictions]
 
     @property
     def variants(self) -> tuple[str, ...]:
-        """The variants, in the table's order."""
-        return tuple(dict.fromkeys(variant for variant, _, _ in self.answers))
+        """Return the variants, in the order of the table."""
+        return tuple(dict.fromkeys(variant for variant, _, _ in self.entries))
 
     def tasks(self, variant: str) -> tuple[str, ...]:
-        """The tasks of a variant, in the table's order."""
-        return tuple(dict.fromkeys(task for name, task, _ in self.answers if name == variant))
+        """Return the tasks of a variant, in the order of the table.
+
+        Args:
+            variant: Name of the variant.
+        """
+        return tuple(dict.fromkeys(task for name, task, _ in self.entries if name == variant))
 
     @classmethod
     def read(cls, path: Path) -> "Predictions":
-        """Reads the table.
+        """Read a table of predictions.
+
+        Args:
+            path: Path of the CSV file.
 
         Raises:
-            RunError: It is not there, or a row is not as it must be.
+            RunError: The file cannot be read, or a row is no prediction.
         """
-        rows: dict[tuple[str, str, str], list[tuple[str, int, int, list[float]]]] = {}
+        rows: dict[Key, list[tuple[str, int, int, list[float]]]] = {}
         try:
             with path.open(encoding="utf-8", newline="") as file:
                 for number, row in enumerate(csv.DictReader(file), start=2):
                     try:
                         if row["split"] not in SPLITS:
                             raise ValueError(f"split {row['split']!r} is none of {', '.join(SPLITS)}")
-                        said = [float(cell) for name, cell in row.items() if name.startswith("p_") and cell]
-                        entry = row["patient"], int(row["fold"]), int(row["truth"] or -1), said
+                        probabilities = [float(cell) for name, cell in row.items() if name.startswith("p_") and cell]
+                        entry = row["patient"], int(row["fold"]), int(row["truth"] or -1), probabilities
                         rows.setdefault((row["variant"], row["task"], row["split"]), []).append(entry)
                     except (KeyError, ValueError, TypeError, AttributeError) as error:
-                        raise RunError(f"{path}: row {number} is no prediction ({error})") from error
+                        raise RunError(f"{path}: row {number} is no prediction ({error}).") from error
         except OSError as error:
-            raise RunError(f"{path}: cannot be read: {error.strerror or error}") from error
-        return cls({key: _answers(entries) for key, entries in rows.items()})
+            raise RunError(f"{path}: cannot be read: {error.strerror or error}.") from error
+        return cls({key: _task_predictions(entries) for key, entries in rows.items()})
 
     def write(self, path: Path) -> Path:
-        """Writes the table, whole or not at all; `read` of it gives the same numbers again."""
-        most = max((each.probabilities.shape[1] for each in self.answers.values()), default=0)
+        """Write the table, so that `read` returns equal numbers. An interruption leaves no partial file.
+
+        Args:
+            path: Path of the CSV file.
+        """
+        columns = max((each.probabilities.shape[1] for each in self.entries.values()), default=0)
         with atomic_write(path) as part, part.open("w", encoding="utf-8", newline="") as file:
             table = csv.writer(file)
-            table.writerow(["variant", "fold", "split", "patient", "task", "truth", *(f"p_{k}" for k in range(most))])
-            for (variant, task, split), each in self.answers.items():
-                entries = zip(each.patients, each.fold, each.truth, each.probabilities.tolist(), strict=True)
-                for patient, fold, truth, said in entries:
-                    blank = [""] * (most - len(said))
-                    table.writerow(
-                        [variant, int(fold), split, patient, task, int(truth) if truth >= 0 else "", *said, *blank]
-                    )
+            heads = [f"p_{k}" for k in range(columns)]
+            table.writerow(["variant", "fold", "split", "patient", "task", "truth", *heads])
+            for (variant, task, split), each in self.entries.items():
+                rows = zip(each.patients, each.fold, each.truth, each.probabilities.tolist(), strict=True)
+                for patient, fold, truth, probabilities in rows:
+                    label = int(truth) if truth >= 0 else ""
+                    blank = [""] * (columns - len(probabilities))
+                    table.writerow([variant, int(fold), split, patient, task, label, *probabilities, *blank])
         return path
 
 
-def _answers(entries: Iterable[tuple[str, int, int, list[float]]]) -> TaskPredictions:
-    patients, fold, truth, said = zip(*entries, strict=True)
-    return TaskPredictions(patients, np.array(fold, np.int64), np.array(truth, np.int64), np.array(said, np.float64))
+def align(first: TaskPredictions, second: TaskPredictions) -> tuple[np.ndarray, np.ndarray]:
+    """Return the indices in both of the patients whom both predict, in the order of the first.
+
+    Args:
+        first: Predictions of one variant.
+        second: Predictions of another variant.
+
+    Raises:
+        InvalidValueError: A patient occurs twice, or has another true label in the second.
+
+    Example:
+        >>> a = TaskPredictions(("p1", "p2"), np.zeros(2, int), np.array([0, 1]), np.full((2, 2), 0.5))
+        >>> align(a, a.select(np.array([1])))
+        (array([1]), array([0]))
+    """
+    indices = []
+    for predictions in (first, second):
+        indices.append({patient: index for index, patient in enumerate(predictions.patients)})
+        if len(indices[-1]) < len(predictions):
+            twice = next(p for i, p in enumerate(predictions.patients) if indices[-1][p] != i)
+            raise InvalidValueError("patient", twice, "each patient once", "Compare predictions of the test split.")
+    both = [patient for patient in first.patients if patient in indices[1]]
+    one, other = (np.array([index[patient] for patient in both], np.int64) for index in indices)
+    differ = np.flatnonzero(first.truth[one] != second.truth[other])
+    if differ.size:
+        names = ", ".join(both[index] for index in differ[:5])
+        raise InvalidValueError("true labels of patients", names, "the same in both", "Compare on one cohort.")
+    return one, other
+
+
+def _task_predictions(entries: Iterable[tuple[str, int, int, list[float]]]) -> TaskPredictions:
+    patients, fold, truth, probabilities = zip(*entries, strict=True)
+    return TaskPredictions(
+        patients, np.array(fold, np.int64), np.array(truth, np.int64), np.array(probabilities, np.float64)
+    )

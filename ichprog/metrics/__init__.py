@@ -1,1 +1,58 @@
-"""TODO."""
+"""Metrics: arrays in, numbers out.
+
+The package knows no models, studies or files. `metric` registers a metric, which then appears in `metrics.json`,
+tables, comparisons and reports. The order of registration is the order of columns. `compute`, `compute_with_intervals`
+and `compare` evaluate every registered metric. The modules hold further methods: bootstrap intervals, thresholds,
+recalibration, conformal sets, tests and agreement.
+"""
+
+# isort: off
+from ichprog.metrics.metric import (
+    AT_HALF,
+    KINDS,
+    PRIMARY,
+    RECALIBRATED,
+    Interval,
+    Kind,
+    Metric,
+    WeightedPredictions,
+    compute,
+    compute_weighted,
+    compute_with_intervals,
+    label_of,
+    metric,
+    registered,
+    unregister,
+)
+from ichprog.metrics import discrimination, ordinal, calibration  # the order of columns
+
+# isort: on
+from ichprog.metrics import agreement, bootstrap, comparisons, conformal, subgroups
+from ichprog.metrics.comparisons import compare
+
+__all__ = [
+    "AT_HALF",
+    "KINDS",
+    "PRIMARY",
+    "RECALIBRATED",
+    "Interval",
+    "Kind",
+    "Metric",
+    "WeightedPredictions",
+    "agreement",
+    "bootstrap",
+    "calibration",
+    "compare",
+    "comparisons",
+    "compute",
+    "compute_weighted",
+    "compute_with_intervals",
+    "conformal",
+    "discrimination",
+    "label_of",
+    "metric",
+    "ordinal",
+    "registered",
+    "subgroups",
+    "unregister",
+]

@@ -16,6 +16,7 @@ import numpy as np
 
 from ichprog.errors import RunError
 from ichprog.io import atomic_write
+from ichprog.metrics import PRIMARY
 from ichprog.reporting import tables
 from ichprog.reporting.tables import Columns, Row
 from ichprog.spec import ModelSpec, Task
@@ -198,7 +199,7 @@ def facts(
     metrics: Mapping[str, Mapping[str, Mapping[str, Any]]],
     *,
     simulated: bool,
-    metric: str = "auroc",
+    metric: str = PRIMARY,
 ) -> dict[str, object]:
     """What the TRIPOD+AI list is filled with.
 

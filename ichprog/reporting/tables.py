@@ -16,20 +16,17 @@ from pathlib import Path
 from typing import Any
 
 from ichprog.io import atomic_write
+from ichprog.metrics import label_of
 
 Row = Mapping[str, Any]
 Columns = Mapping[str, str] | Sequence[str]  # names and what readers see in their place, or names alone
 
 NOTHING = "-"
-_SPELT = {
-    **{name: name.upper() for name in ("auroc", "auprc", "mae", "rmse", "ppv", "npv", "uoc", "rps", "f1")},
-    "brier": "Brier score",
-}
 
 
 def words(name: str) -> str:
     """A plain name such as `balanced_accuracy` or `auroc_1` as a reader sees it: "balanced accuracy", "AUROC 1"."""
-    return " ".join(_SPELT.get(part, part) for part in name.split("_"))
+    return label_of(name) or name.replace("_", " ")
 
 
 def shown(value: Any) -> str:

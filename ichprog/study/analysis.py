@@ -5,7 +5,6 @@ part of the fold that answers, and are only applied to its test part.
 """
 
 import csv
-import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
+from ichprog import metrics as metrics_package
 from ichprog.cohort import Cohort
 from ichprog.errors import CohortError
-from ichprog.evaluation.predictions import Predictions, TaskPredictions
-from ichprog.metrics import comparisons, discrimination
-from ichprog.metrics.bootstrap import finite, resamples, wilson
-from ichprog.metrics.bootstrap import interval as interval_of
+from ichprog.evaluation.predictions import Predictions, TaskPredictions, align
+from ichprog.metrics import agreement, calibration, comparisons, conformal, discrimination, subgroups
+from ichprog.metrics.bootstrap import finite
 from ichprog.spec import Task
 from ichprog.study.config import Study
 
@@ -27,9 +26,6 @@ Row = dict[str, Any]
 Interval = Mapping[str, float | None]
 Metrics = dict[str, dict[str, dict[str, Interval]]]  # by run, task and metric
 
-COMPARED = ("auroc", "auprc", "balanced_accuracy", "sensitivity", "specificity", "brier", "mae", "quadratic_kappa")
-_OF_PROBABILITIES = ("brier", "log_loss", "calibration_slope", "calibration_intercept")
-_IN_GROUPS = ("auroc", "balanced_accuracy", "sensitivity", "specificity", "brier")
 _MISTAKES = 5  # of a variant that are told
 
 
@@ -39,15 +35,16 @@ class TaskAnalysis:
 
     Attributes:
         task: The task.
-        answers: Those of `N` patients whose truth is known.
-        thresholds: `(N,)` for a task of two labels, chosen on the validation part of the fold that answers; else None.
-        recalibrated: The answers after recalibration on that part, for a task of two labels; else None.
+        predictions: Test predictions of the `N` labelled patients.
+        thresholds: Decision threshold of each patient `(N,)`. For two labels it is chosen on the validation part of the
+            fold that predicts; for more labels it is the task's own.
+        recalibrated: Predictions of two labels after recalibration on that validation part; otherwise None.
         sets: `(N, K)` bool, the conformal sets.
     """
 
     task: Task
-    answers: TaskPredictions
-    thresholds: np.ndarray | None
+    predictions: TaskPredictions
+    thresholds: np.ndarray
     recalibrated: TaskPredictions | None
     sets: np.ndarray
 
@@ -137,52 +134,57 @@ def curve(study: Study, metrics: Metrics, trained_on: int, metric: str = "auroc"
 
 def _judged(study: Study, predictions: Predictions, run: str, name: str) -> TaskAnalysis:
     task = task_of(study, run, name)
-    test = predictions.answers[run, name, "test"].known()
-    validation = predictions.answers[run, name, "validation"].known()
-    two = len(task.labels) == 2
-    thresholds, sets = np.full(len(test), 0.5), np.ones(test.probabilities.shape, bool)
+    test = predictions.entries[run, name, "test"].labelled()
+    validation = predictions.entries[run, name, "validation"].labelled()
+    binary = task.kind == "binary"
+    thresholds, sets = np.full(len(test), task.decision_threshold), np.ones(test.probabilities.shape, bool)
     recalibrated = test.probabilities.copy()
     for fold in np.unique(test.fold):
-        own, kept = test.fold == fold, validation.only(validation.fold == fold)
-        sets[own] = discrimination.conformal_sets(
-            kept.truth, kept.probabilities, test.probabilities[own], coverage=study.coverage
+        own, held_out = test.fold == fold, validation.select(validation.fold == fold)
+        sets[own] = conformal.conformal_sets(
+            held_out.truth, held_out.probabilities, test.probabilities[own], coverage=study.coverage
         )
-        if two:
-            thresholds[own] = discrimination.choose_threshold(kept.truth, kept.probabilities[:, 1])
-            line = discrimination.recalibration(kept.truth, kept.probabilities[:, 1])
-            p = discrimination.recalibrate(test.probabilities[own, 1], *line)
+        if binary:
+            thresholds[own] = discrimination.choose_threshold(held_out.truth, held_out.probabilities[:, 1])
+            line = calibration.fit_recalibration(held_out.truth, held_out.probabilities[:, 1])
+            p = calibration.recalibrate(test.probabilities[own, 1], *line)
             recalibrated[own] = np.column_stack([1 - p, p])
-    after = TaskPredictions(test.patients, test.fold, test.truth, recalibrated)
-    return TaskAnalysis(task, test, thresholds if two else None, after if two else None, sets)
+    after = TaskPredictions(test.patients, test.fold, test.truth, recalibrated) if binary else None
+    return TaskAnalysis(task, test, thresholds, after, sets)
 
 
 def _metrics(one: TaskAnalysis, study: Study) -> dict[str, Interval]:
-    draws, seed = study.draws, study.seed
-    found: dict[str, Interval] = dict(
-        discrimination.metrics_with_intervals(one.task, one.answers, one.thresholds, draws=draws, seed=seed)
-    )
+    kind, options = one.task.kind, dict[str, Any](n_bootstrap=study.draws, seed=study.seed)
+    found: dict[str, Interval] = {**_with_intervals(one, study)}
     if one.recalibrated is not None:
-        after = discrimination.metrics_with_intervals(one.task, one.recalibrated, draws=draws, seed=seed)
-        found |= {f"{name}_recalibrated": after[name] for name in _OF_PROBABILITIES}
-    figures = discrimination.conformal_figures(one.sets, one.answers.truth)
-    n = len(one.answers)
-    low, high = wilson(round(figures["coverage"] * n) if n else 0, n)
-    found["conformal_coverage"] = {
-        "value": finite(figures["coverage"]), "low": finite(float(low)), "high": finite(float(high))
-    }  # fmt: skip
-    drawn = resamples(n, draws=draws, seed=seed) @ one.sets.sum(1) / n if n else np.array([math.nan])
-    ends = interval_of(drawn) if n else (math.nan, math.nan)
-    found["conformal_size"] = {"value": finite(figures["size"]), "low": finite(ends[0]), "high": finite(ends[1])}
-    return found
+        after = metrics_package.compute_with_intervals(
+            one.recalibrated.truth, one.recalibrated.probabilities, kind=kind, **options
+        )
+        found |= {
+            each.name + metrics_package.RECALIBRATED: after[each.name]
+            for each in metrics_package.registered(kind)
+            if each.recalibrated
+        }
+    return found | conformal.set_metrics(one.sets, one.predictions.truth, **options)
+
+
+def _with_intervals(one: TaskAnalysis, study: Study, own: Any = slice(None)) -> dict[str, dict[str, float | None]]:
+    """Return every metric of the analysed patients, or of some of these patients."""
+    return metrics_package.compute_with_intervals(
+        one.predictions.truth[own], one.predictions.probabilities[own], kind=one.task.kind,
+        thresholds=one.thresholds[own], n_bootstrap=study.draws, seed=study.seed,
+    )  # fmt: skip
 
 
 def _per_fold(one: TaskAnalysis, folds: int) -> dict[str, list[float | None]]:
     found: dict[str, list[float | None]] = {}
     for fold in range(folds):
-        own = one.answers.fold == fold
-        limits = None if one.thresholds is None else one.thresholds[own]
-        figures = discrimination.metrics(one.task, one.answers.only(own), limits)
-        if limits is not None:
+        own = one.predictions.fold == fold
+        limits = one.thresholds[own]
+        figures = metrics_package.compute(
+            one.predictions.truth[own], one.predictions.probabilities[own], kind=one.task.kind, thresholds=limits
+        )
+        if one.task.kind == "binary":
             figures["threshold"] = float(limits[0]) if len(limits) else math.nan
         for name, value in figures.items():
             found.setdefault(name, []).append(finite(value))
@@ -202,15 +204,17 @@ def _comparisons(study: Study, judged: Mapping[str, Mapping[str, TaskAnalysis]])
             if reference in (None, run):
                 continue
             other = judged[str(reference)][name]
+            first, second = align(one.predictions, other.predictions)
             figures = comparisons.compare(
-                one.task, one.answers, other.answers, (one.thresholds, other.thresholds),
-                draws=study.draws, seed=study.seed,
+                one.predictions.truth[first], one.predictions.probabilities[first],
+                other.predictions.probabilities[second], kind=one.task.kind,
+                thresholds=(one.thresholds[first], other.thresholds[second]), n_bootstrap=study.draws, seed=study.seed,
             )  # fmt: skip
-            for metric in COMPARED:
-                if metric in figures:
-                    key = (name, one.task.labels, metric, size is not None)
-                    row = {"task": name, "metric": metric, "variant": run, "reference": reference, **figures[metric]}
-                    families.setdefault(key, []).append(row)
+            for each in metrics_package.registered(one.task.kind):
+                if each.compared:
+                    key = (name, one.task.labels, each.name, size is not None)
+                    row = {"task": name, "metric": each.name, "variant": run, "reference": reference}
+                    families.setdefault(key, []).append(row | figures[each.name])
     rows = []
     for family in families.values():
         known = [math.nan if row["p"] is None else row["p"] for row in family]
@@ -248,14 +252,8 @@ def groups(cohort: Cohort, column: str, cuts: Sequence[float]) -> dict[str, np.n
         CohortError: Cuts are given and the column is not of numbers.
     """
     if not cuts:
-        return discrimination.subgroups([patient.columns.get(column, "") for patient in cohort.patients])
-    values = cohort.numbers(column)
-    ends = [-math.inf, *sorted(cuts), math.inf]
-    found = {}
-    for low, high in itertools.pairwise(ends):
-        name = f"< {high:g}" if low == -math.inf else f">= {low:g}" if high == math.inf else f"{low:g} to < {high:g}"
-        found[name] = (values >= low) & (values < high)
-    return found
+        return subgroups.by_value([patient.columns.get(column, "") for patient in cohort.patients])
+    return subgroups.by_edges(cohort.numbers(column), cuts)
 
 
 def _subgroups(study: Study, cohort: Cohort, judged: Mapping[str, Mapping[str, TaskAnalysis]]) -> list[Row]:
@@ -267,15 +265,12 @@ def _subgroups(study: Study, cohort: Cohort, judged: Mapping[str, Mapping[str, T
                 if study.split_by not in tasks or (run in study.runs and study.runs[run][1] is not None):
                     continue
                 one = tasks[study.split_by]
-                own = np.array([members[places[name]] for name in one.answers.patients], bool)
-                answers = one.answers.only(own)
-                limits = None if one.thresholds is None else one.thresholds[own]
-                figures = discrimination.metrics_with_intervals(
-                    one.task, answers, limits, draws=study.draws, seed=study.seed
-                )
-                about = {"column": column, "group": group, "variant": run, "patients": len(answers)}
-                about["with_last_label"] = int((answers.truth == len(one.task.labels) - 1).sum())
-                rows.append(about | {name: figures[name] for name in _IN_GROUPS if name in figures})
+                own = np.array([members[places[name]] for name in one.predictions.patients], bool)
+                figures = _with_intervals(one, study, own)
+                about = {"column": column, "group": group, "variant": run, "patients": int(own.sum())}
+                about["with_last_label"] = int((one.predictions.truth[own] == len(one.task.labels) - 1).sum())
+                names = [each.name for each in metrics_package.registered(one.task.kind) if each.in_subgroups]
+                rows.append(about | {name: figures[name] for name in names})
     return rows
 
 
@@ -286,13 +281,14 @@ def _readers(study: Study, judged: Mapping[str, TaskAnalysis]) -> dict[str, Any]
     table = _calls(study.readers)
     found = {}
     for run, one in judged.items():
-        if run not in study.runs or study.runs[run][1] is not None or one.thresholds is None:
+        if run not in study.runs or study.runs[run][1] is not None or one.task.kind != "binary":
             continue
         calls = {
-            reader: [said.get(patient, math.nan) for patient in one.answers.patients] for reader, said in table.items()
+            reader: [said.get(patient, math.nan) for patient in one.predictions.patients]
+            for reader, said in table.items()
         }
-        model = (one.answers.probabilities[:, 1] > one.thresholds).astype(int)
-        found[run] = comparisons.readers(one.answers.truth, calls, model)
+        model = (one.predictions.probabilities[:, 1] > one.thresholds).astype(int)
+        found[run] = agreement.compare_readers(one.predictions.truth, calls, model)
     return found
 
 
@@ -319,14 +315,14 @@ def _calls(path: Path) -> dict[str, dict[str, float]]:
 
 def _mistakes(run: str, one: TaskAnalysis) -> Iterator[Row]:
     """The patients whose true label was thought least probable, among those who are told wrong."""
-    truth, p = one.answers.truth, one.answers.probabilities
+    truth, p = one.predictions.truth, one.predictions.probabilities
     of_true = p[np.arange(len(truth)), truth]
     wrong = np.flatnonzero(of_true < p.max(1))
     for place in wrong[np.argsort(of_true[wrong], kind="stable")][:_MISTAKES]:
         yield {
             "variant": run,
-            "patient": one.answers.patients[place],
-            "fold": int(one.answers.fold[place]),
+            "patient": one.predictions.patients[place],
+            "fold": int(one.predictions.fold[place]),
             "truth": one.task.labels[int(truth[place])],
             "told": one.task.labels[int(p[place].argmax())],
             "probability": float(p[place].max()),

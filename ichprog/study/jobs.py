@@ -160,7 +160,7 @@ def collect(study: Study, out: Path, runs: set[str]) -> Predictions:
         if cell.run not in runs or cell.fold:
             continue
         if cell.fold is None:
-            found |= Predictions.read(out / "baselines" / f"{cell.run}.csv").answers
+            found |= Predictions.read(out / "baselines" / f"{cell.run}.csv").entries
         else:
             found |= _said(study.variant(cell.of), cell.run, study.folds, out)
     return Predictions(found)
@@ -226,7 +226,7 @@ def _fit(study: Study, out: Path, cell: Cell) -> None:
             raise RunError(f"variant {baseline.variant} is not done in every fold; this comes after it.")
         image = {
             split: answers
-            for (_, task, split), answers in collect(study, out, {baseline.variant}).answers.items()
+            for (_, task, split), answers in collect(study, out, {baseline.variant}).entries.items()
             if task == baseline.task
         }
     said = baselines.predict(

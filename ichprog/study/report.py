@@ -20,7 +20,7 @@ from ichprog.cohort import Cohort
 from ichprog.errors import RunError
 from ichprog.evaluation.predictions import Predictions
 from ichprog.io import write_json
-from ichprog.metrics import discrimination
+from ichprog.metrics import AT_HALF, PRIMARY, RECALIBRATED, calibration, conformal, discrimination, registered
 from ichprog.reporting import figures, html, tables
 from ichprog.reporting.html import Contents, Picture, Section, Table
 from ichprog.reporting.tables import words
@@ -33,17 +33,6 @@ from ichprog.study.manifest import cohort_of, parts_of
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_TWO = (
-    "auroc", "auprc", "balanced_accuracy", "accuracy", "sensitivity", "specificity", "ppv", "npv", "f1", "brier",
-)  # fmt: skip
-_AT_HALF = tuple(f"{name}_at_half" for name in _TWO[2:9])
-_CALIBRATION = tuple(
-    f"{name}{after}"
-    for name in ("calibration_slope", "calibration_intercept", "brier")
-    for after in ("", "_recalibrated")
-)
-_MORE = ("auroc", "accuracy", "balanced_accuracy", "mae", "rmse", "quadratic_kappa", "uoc", "rps")
-_CONFORMAL = ("conformal_coverage", "conformal_size")
 _LIMITS = (
     "Intervals are percentiles of a bootstrap over patients at the cohort's own size. They hold the networks fixed: "
     "what another split or another training of the same network would give is seen in the dots of single folds alone.",
@@ -90,7 +79,7 @@ def present(study: Study, out: str | Path, *, maps_of: int = 0, cache_dir: str |
     """
     out = Path(out)
     cohort, predictions = cohort_of(study, out), Predictions.read(out / "predictions.csv")
-    if not predictions.answers:
+    if not predictions.entries:
         raise RunError(f"{out}: no variant is done in every fold yet; there is nothing to judge.")
     found = analysis.judge(study, cohort, predictions)
     write_json(out / "metrics.json", found.metrics)
@@ -182,13 +171,17 @@ def _results(writer: _Writer, study: Study, found: StudyResults, task: Task) -> 
     if not runs:
         return
     metrics = {run: found.metrics[run][task.name] for run in runs}
-    shown = _TWO if len(task.labels) == 2 else _MORE
-    rows = [{"variant": run, "patients": len(runs[run].answers), **figures} for run, figures in metrics.items()]
+    shown = [each.name for each in registered(task.kind) if each.in_report]
+    lower = [each.label for each in registered(task.kind) if each.in_report and each.higher_is_better is False]
+    rows = [{"variant": run, "patients": len(runs[run].predictions), **figures} for run, figures in metrics.items()]
     columns = {"variant": "variant", "patients": "patients"} | {m: words(m) for m in shown}
     threshold = "; thresholds from validation parts" if len(task.labels) == 2 else ""
-    made = [writer.table(name, rows, columns, f"{title}: test parts of all folds together{threshold}.")]
+    caption = f"{title}: test parts of all folds together{threshold}."
+    caption += f" Lower is better for: {', '.join(lower)}." if lower else ""
+    made = [writer.table(name, rows, columns, caption)]
     if len(task.labels) == 2:
-        columns = {"variant": "variant"} | {m: words(m.removesuffix("_at_half")) for m in _AT_HALF}
+        columns = {"variant": "variant"}
+        columns |= {each.name + AT_HALF: each.label for each in registered(task.kind) if each.at_threshold}
         made.append(writer.table(f"{name}-at-half", rows, columns, f"{title}: the same at a threshold of 0.5."))
     compared = [
         _with_interval(row, "difference")
@@ -210,19 +203,20 @@ def _results(writer: _Writer, study: Study, found: StudyResults, task: Task) -> 
     columns = {key: key for key in per_fold[0]}
     tables.write(per_fold, columns, writer.out / "tables", f"{name}-folds", f"{title}: each fold's test part.")
     by_task = {run: {task.name: figures} for run, figures in metrics.items()}
-    dots = {run: found.per_fold[run][task.name]["auroc"] for run in runs}
-    pooled = {run: figures["auroc"] for run, figures in metrics.items()}
+    dots = {run: found.per_fold[run][task.name][PRIMARY] for run in runs}
+    pooled = {run: figures[PRIMARY] for run, figures in metrics.items()}
     pictures = [
         writer.picture(
-            f"{name}-auroc", figures.ablation(by_task, task.name, "auroc", chance=0.5),
-            f"{title}: AUROC of every variant, all folds together, with 95 % intervals.",
+            f"{name}-{PRIMARY}", figures.ablation(by_task, task.name, PRIMARY, chance=0.5),
+            f"{title}: {words(PRIMARY)} of every variant, all folds together, with 95 % intervals.",
         ),
         writer.picture(
-            f"{name}-folds", figures.folds(dots, "auroc", pooled), f"{title}: AUROC of each fold and of all together."
+            f"{name}-folds", figures.folds(dots, PRIMARY, pooled),
+            f"{title}: {words(PRIMARY)} of each fold and of all together.",
         ),
     ]  # fmt: skip
     if len(task.labels) == 2:
-        curves = {run: (one.answers.truth, one.answers.probabilities[:, 1]) for run, one in runs.items()}
+        curves = {run: (one.predictions.truth, one.predictions.probabilities[:, 1]) for run, one in runs.items()}
         pictures.append(writer.picture(f"{name}-roc", figures.roc(curves), f"{title}: ROC curves."))
     yield Section(f"Results: {title}", [task.meaning], made, pictures)
 
@@ -232,27 +226,29 @@ def _probabilities(writer: _Writer, study: Study, found: StudyResults, task: Tas
     runs = _of(study, found, task)
     trained = {run: one for run, one in runs.items() if run in study.runs}
     rows = [{"variant": run, **found.metrics[run][task.name]} for run in runs]
-    columns = {"variant": "variant"} | {m: words(m) for m in (*_CALIBRATION, *_CONFORMAL)}
+    shown = [each.name for each in registered(task.kind) if each.recalibrated]
+    shown = [name + suffix for name in shown for suffix in ("", RECALIBRATED)]
+    columns = {"variant": "variant"} | {m: words(m) for m in (*shown, *conformal.METRICS)}
     caption = (
         f"Calibration before and after recalibration on validation parts, and conformal sets for {study.coverage:g}."
     )
     made = [writer.table("calibration", rows, columns, caption)]
     panels = {
         run: {
-            "as trained": discrimination.calibration_curve(one.answers.truth, one.answers.probabilities[:, 1]),
-            "recalibrated": discrimination.calibration_curve(one.answers.truth, after.probabilities[:, 1]),
+            "as trained": calibration.calibration_curve(one.predictions.truth, one.predictions.probabilities[:, 1]),
+            "recalibrated": calibration.calibration_curve(one.predictions.truth, after.probabilities[:, 1]),
         }
         for run, one in trained.items()
         if (after := one.recalibrated) is not None
     }
     at = np.linspace(0.05, 0.95, 91)
     decisions = {
-        run: discrimination.net_benefit(one.answers.truth, one.recalibrated.probabilities[:, 1], at)
+        run: discrimination.net_benefit(one.predictions.truth, one.recalibrated.probabilities[:, 1], at)
         for run, one in runs.items()
         if one.recalibrated is not None
     }
     bars = {
-        run: discrimination.histogram(one.answers.truth, one.answers.probabilities[:, 1])
+        run: calibration.probability_histogram(one.predictions.truth, one.predictions.probabilities[:, 1])
         for run, one in trained.items()
     }
     pictures = [
@@ -270,16 +266,18 @@ def _learning(writer: _Writer, study: Study, found: StudyResults, about: Mapping
     whole = round(float(np.mean([len(one["train"]) for one in about["membership"].values()])))
     curves = analysis.curve(study, found.metrics, whole)
     rows = [
-        {"variant": name, "size": size, "auroc": value}
+        {"variant": name, "size": size, PRIMARY: value}
         for name, by_size in curves.items()
         for size, value in by_size.items()
     ]
-    columns = {"variant": "variant", "size": "patients trained on", "auroc": "AUROC"}
-    made = [writer.table("learning-curve", rows, columns, f"{study.split_by}: AUROC by patients trained on.")]
+    columns = {"variant": "variant", "size": "patients trained on", PRIMARY: words(PRIMARY)}
+    made = [
+        writer.table("learning-curve", rows, columns, f"{study.split_by}: {words(PRIMARY)} by patients trained on.")
+    ]
     compared = [
         _with_interval(row, "difference")
         for row in found.comparisons
-        if row["task"] == study.split_by and _sized(study, row["variant"]) and row["metric"] == "auroc"
+        if row["task"] == study.split_by and _sized(study, row["variant"]) and row["metric"] == PRIMARY
     ]
     if compared:
         columns = {
@@ -289,8 +287,10 @@ def _learning(writer: _Writer, study: Study, found: StudyResults, about: Mapping
             "p": "p",
             "p_holm": "p (Holm)",
         }
-        made.append(writer.table("learning-curve-compared", compared, columns, "Differences in AUROC at each size."))
-    drawn = writer.picture("learning-curve", figures.learning_curve(curves, "auroc", chance=0.5), "The learning curve.")
+        made.append(
+            writer.table("learning-curve-compared", compared, columns, f"Differences in {words(PRIMARY)} at each size.")
+        )
+    drawn = writer.picture("learning-curve", figures.learning_curve(curves, PRIMARY, chance=0.5), "The learning curve.")
     said = "The same test parts; fewer patients to train on, of whom a larger number holds a smaller one."
     yield Section("Fewer patients", [said], made, [drawn])
 
@@ -300,25 +300,26 @@ def _groups(writer: _Writer, study: Study, found: StudyResults) -> Iterator[Sect
         return
     columns = {
         "column": "column", "group": "group", "variant": "variant", "patients": "patients",
-        "with_last_label": f"{study.task(study.split_by).labels[-1]}", "auroc": "AUROC",
-        "balanced_accuracy": "balanced accuracy", "sensitivity": "sensitivity", "specificity": "specificity",
-        "brier": "Brier score",
+        "with_last_label": f"{study.task(study.split_by).labels[-1]}",
     }  # fmt: skip
+    columns |= {each.name: each.label for each in registered(study.task(study.split_by).kind) if each.in_subgroups}
     made = writer.table("subgroups", found.subgroups, columns, f"{study.split_by} by groups of patients.")
     best = _best(study, found)
-    own = {f"{row['column']} {row['group']}": row["auroc"] for row in found.subgroups if row["variant"] == best}
+    own = {f"{row['column']} {row['group']}": row[PRIMARY] for row in found.subgroups if row["variant"] == best}
     drawn = writer.picture(
-        "subgroups", figures.forest(own, f"AUROC of {best}", line=0.5), f"AUROC of {best} by groups of patients."
+        "subgroups",
+        figures.forest(own, f"{words(PRIMARY)} of {best}", line=0.5),
+        f"{words(PRIMARY)} of {best} by groups of patients.",
     )
     yield Section("Subgroups", [], [made], [drawn])
 
 
 def _best(study: Study, found: StudyResults) -> str:
-    """The trained variant with the highest AUROC, of the task that folds are split by."""
+    """The trained variant with the highest primary metric, of the task that folds are split by."""
     runs = [run for run in _of(study, found, study.task(study.split_by)) if run in study.runs]
     if not runs:
         return next(iter(found.judged))
-    return max(runs, key=lambda run: found.metrics[run][study.split_by]["auroc"]["value"] or 0.0)
+    return max(runs, key=lambda run: found.metrics[run][study.split_by][PRIMARY]["value"] or 0.0)
 
 
 def _reading(writer: _Writer, found: StudyResults, task: Task) -> Iterator[Section]:
@@ -330,7 +331,7 @@ def _reading(writer: _Writer, found: StudyResults, task: Task) -> Iterator[Secti
         for reader, one in said["readers"].items():
             against = {f"p_{figure}": test["p_holm"] for figure, test in one["against_model"].items()}
             rows.append({"variant": variant, "reader": reader, **one, **against})
-        judged = found.judged[variant][task.name].answers
+        judged = found.judged[variant][task.name].predictions
         curve = {variant: (judged.truth, judged.probabilities[:, 1])}
         drawn = figures.roc(curve, said["readers"])
         pictures.append(writer.picture(f"readers-{variant}", drawn, f"Readers beside the ROC curve of {variant}."))

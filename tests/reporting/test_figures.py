@@ -15,7 +15,8 @@ import pytest
 
 from ichprog import IchprogError
 from ichprog.errors import RunError
-from ichprog.metrics.discrimination import calibration_curve, histogram, net_benefit
+from ichprog.metrics.calibration import calibration_curve, probability_histogram
+from ichprog.metrics.discrimination import net_benefit
 from ichprog.reporting import figures, html, tables
 from ichprog.study.config import Study, template
 
@@ -65,7 +66,7 @@ def drawings(answers):
             {v: net_benefit(truth, q, np.linspace(0.01, 0.99, 50)) for v, (_, q) in answers.items()}
         ),
         "histograms": lambda: figures.histograms(
-            {v: histogram(truth, q) for v, (_, q) in answers.items()}, ["ok", "bad"]
+            {v: probability_histogram(truth, q) for v, (_, q) in answers.items()}, ["ok", "bad"]
         ),
         "folds": lambda: figures.folds({v: [0.7, None, 0.8] for v in VARIANTS}, "auroc", {"one_task": interval(0.75)}),
         "learning": lambda: figures.learning_curve(

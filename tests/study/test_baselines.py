@@ -202,12 +202,12 @@ def test_fusion_finds_its_patients_by_name_and_misses_none(patients):
     parts = folds.split(labels, 2)
     image = image_of(parts, labels)
     shuffled = {
-        split: answers.only(np.random.default_rng(0).permutation(len(answers))) for split, answers in image.items()
+        split: answers.select(np.random.default_rng(0).permutation(len(answers))) for split, answers in image.items()
     }
     asked = baseline("fusion", ("age",), "v")
     said, again = (baselines.predict(asked, cohort, TASK, parts, image=i) for i in (image, shuffled))
     assert said["test"].probabilities.tolist() == again["test"].probabilities.tolist()
-    lost = image | {"test": image["test"].only(np.arange(1, len(image["test"])))}
+    lost = image | {"test": image["test"].select(np.arange(1, len(image["test"])))}
     with pytest.raises(RunError, match=f"nothing of patient {image['test'].patients[0]} in the test part of fold 0"):
         baselines.predict(asked, cohort, TASK, parts, image=lost)
     with pytest.raises(RunError, match="needs an image model's answers"):

@@ -11,10 +11,10 @@ import pytest
 from click.testing import CliRunner
 
 from ichprog import CohortError, RunError
+from ichprog import metrics as metrics_package
 from ichprog.cli import main
 from ichprog.cohort import Cohort
 from ichprog.evaluation.predictions import Predictions, TaskPredictions
-from ichprog.metrics import discrimination
 from ichprog.study import analysis, saliency_results
 from ichprog.study.config import Study
 from ichprog.study.manifest import cohort_of
@@ -90,16 +90,16 @@ def test_figures_are_those_of_all_test_parts_together(made, found):
     from sklearn.metrics import cohen_kappa_score, mean_squared_error, roc_auc_score
 
     _, _, predictions = made
-    said = predictions.answers["all", "prognosis", "test"].known()
+    said = predictions.entries["all", "prognosis", "test"].labelled()
     assert len(said) == PATIENTS - 1
     mine = found.metrics["all"]["prognosis"]["auroc"]
     assert mine["value"] == pytest.approx(roc_auc_score(said.truth, said.probabilities[:, 1]))
     assert mine["low"] < mine["value"] < mine["high"]
     for fold in range(FOLDS):
-        own = said.only(said.fold == fold)
+        own = said.select(said.fold == fold)
         mine = found.per_fold["all"]["prognosis"]["auroc"][fold]
         assert mine == pytest.approx(roc_auc_score(own.truth, own.probabilities[:, 1]))
-    graded = predictions.answers["all", "gcs", "test"]
+    graded = predictions.entries["all", "gcs", "test"]
     above = np.column_stack([graded.probabilities[:, k:].sum(1) for k in (1, 2)])
     decided = (above > 0.5).sum(1)
     figures = found.metrics["all"]["gcs"]
@@ -114,7 +114,7 @@ def changed(predictions, split):
         key: TaskPredictions(a.patients, a.fold, np.where(a.truth < 0, -1, 1 - a.truth), a.probabilities)
         if key[2] == split
         else a
-        for key, a in predictions.answers.items()
+        for key, a in predictions.entries.items()
         if key[:2] == ("all", "prognosis")
     }
     return Predictions(turned)
@@ -122,12 +122,12 @@ def changed(predictions, split):
 
 def test_nothing_is_tuned_on_the_patients_it_is_told_of(made):
     study, cohort, predictions = made
-    alike = Predictions({key: a for key, a in predictions.answers.items() if key[:2] == ("all", "prognosis")})
+    alike = Predictions({key: a for key, a in predictions.entries.items() if key[:2] == ("all", "prognosis")})
     whole, other_test, other_validation = (
         analysis.judge(study, cohort, each).judged["all"]["prognosis"]
         for each in (alike, changed(alike, "test"), changed(alike, "validation"))
     )
-    kept = np.isin(whole.answers.patients, other_test.answers.patients)
+    kept = np.isin(whole.predictions.patients, other_test.predictions.patients)
     assert np.array_equal(whole.thresholds[kept], other_test.thresholds[: kept.sum()])
     assert np.array_equal(whole.recalibrated.probabilities[kept], other_test.recalibrated.probabilities[: kept.sum()])
     assert np.array_equal(whole.sets[kept], other_test.sets[: kept.sum()])
@@ -141,10 +141,10 @@ def test_a_threshold_is_the_best_of_its_folds_validation_part(made, found):
     _, _, predictions = made
     one = found.judged["all"]["prognosis"]
     for fold in range(FOLDS):
-        threshold = one.thresholds[one.answers.fold == fold]
+        threshold = one.thresholds[one.predictions.fold == fold]
         assert len(set(threshold)) == 1
-        said = predictions.answers["all", "prognosis", "validation"].known()
-        said = said.only(said.fold == fold)
+        said = predictions.entries["all", "prognosis", "validation"].labelled()
+        said = said.select(said.fold == fold)
         p = said.probabilities[:, 1]
         reached = balanced_accuracy_score(said.truth, p > threshold[0])
         assert reached == max(balanced_accuracy_score(said.truth, p > cut) for cut in [*p, 0.0])
@@ -202,7 +202,7 @@ def test_readers_stand_beside_each_trained_variant(found):
 
 def test_the_most_confident_mistakes_come_first(made, found):
     _, _, predictions = made
-    said = predictions.answers["one", "prognosis", "test"].known()
+    said = predictions.entries["one", "prognosis", "test"].labelled()
     p = said.probabilities[:, 1]
     loss = np.where(said.truth == 1, 1 - p, p)
     worst = [said.patients[n] for n in np.argsort(-loss)[:5]]
@@ -237,10 +237,10 @@ def test_a_table_of_predictions_is_read_as_it_was_written(made, tmp_path):
     _, _, predictions = made
     again = Predictions.read(predictions.write(tmp_path / "predictions.csv"))
     assert again.variants == predictions.variants
-    for key, said in predictions.answers.items():
-        assert again.answers[key].patients == said.patients
+    for key, said in predictions.entries.items():
+        assert again.entries[key].patients == said.patients
         for name in ("fold", "truth", "probabilities"):
-            assert np.array_equal(getattr(again.answers[key], name), getattr(said, name))
+            assert np.array_equal(getattr(again.entries[key], name), getattr(said, name))
 
 
 class Page(HTMLParser):
@@ -303,8 +303,8 @@ def test_figures_can_be_recomputed_from_the_table(smoke):
     study, metrics = Study.read(toml), json.loads((out / "metrics.json").read_text())
     predictions = Predictions.read(out / "predictions.csv")
     for run in predictions.variants:
-        said = predictions.answers[run, "prognosis", "test"]
-        again = discrimination.metrics(study.task("prognosis"), said)["auroc"]
+        said = predictions.entries[run, "prognosis", "test"]
+        again = metrics_package.compute(said.truth, said.probabilities, kind="binary")["auroc"]
         assert metrics[run]["prognosis"]["auroc"]["value"] == pytest.approx(again, nan_ok=True)
 
 

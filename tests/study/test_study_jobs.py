@@ -159,14 +159,14 @@ def test_all_variants_share_their_folds_and_the_baselines_too(done, folder):
     assert said.tasks("all") == ("prognosis", "gcs", "age")
     cohort = Cohort.read(folder / "cohort.csv")
     parts = folds.split(cohort.labels(zoo.find("densenet121.prognosis").tasks[0]), 2, seed=1, validation=0.25)
-    for answers in said.answers.values():
+    for answers in said.entries.values():
         assert answers.probabilities.sum(1) == pytest.approx(1)
-    for (_, _, split), answers in said.answers.items():
+    for (_, _, split), answers in said.entries.items():
         for number, fold in enumerate(parts):
             expected = {cohort.patients[place].name for place in getattr(fold, split)}
             assert {p for p, at in zip(answers.patients, answers.fold, strict=True) if at == number} == expected
-    assert {len(answers) for (_, _, split), answers in said.answers.items() if split == "test"} == {28}
-    one, several = (said.answers[name, "gcs", "test"] for name in ("gcs", "all"))
+    assert {len(answers) for (_, _, split), answers in said.entries.items() if split == "test"} == {28}
+    one, several = (said.entries[name, "gcs", "test"] for name in ("gcs", "all"))
     assert one.truth.tolist() == several.truth.tolist()
     assert [int(t) for t in one.truth if t < 0] == [-1] * 4, "blank in the table"
 
@@ -176,7 +176,7 @@ def test_predictions_are_those_of_the_runs(done):
     for fold in (0, 1):
         for split, file in (("test", "predictions.csv"), ("validation", "validation.csv")):
             rows = {row["patient"]: row for row in table(done / "runs/all/folds" / str(fold) / file)}
-            answers = said.answers["all", "gcs", split]
+            answers = said.entries["all", "gcs", split]
             mine = [i for i, at in enumerate(answers.fold) if at == fold]
             assert {answers.patients[i] for i in mine} == set(rows)
             for i in mine:
@@ -233,7 +233,7 @@ def test_only_what_is_missing_is_done(done, folder, study, tmp_path, monkeypatch
     found = jobs.run(asked, out, cache_dir=folder / "c")
     assert len(names(found)) == 11
     assert trained == [("new", 0), ("new", 1)]
-    again, before = (Predictions.read(at / "predictions.csv").answers for at in (out, done))
+    again, before = (Predictions.read(at / "predictions.csv").entries for at in (out, done))
     assert len(again) == len(before) + 2
     assert all(again[key].probabilities.tolist() == answers.probabilities.tolist() for key, answers in before.items())
 
@@ -241,7 +241,7 @@ def test_only_what_is_missing_is_done(done, folder, study, tmp_path, monkeypatch
 def test_a_baseline_that_changed_is_fitted_again(done, folder, study, tmp_path):
     out = copied(done, tmp_path / "out")
     jobs.run(study(more=BASELINES.replace('["age", "gcs"]', '["age"]')), out, cache_dir=folder / "c")
-    again, before = (Predictions.read(at / "predictions.csv").answers for at in (out, done))
+    again, before = (Predictions.read(at / "predictions.csv").entries for at in (out, done))
     key = ("clinical", "prognosis", "test")
     assert again[key].probabilities.tolist() != before[key].probabilities.tolist()
     assert again["fusion", *key[1:]].probabilities.tolist() == before["fusion", *key[1:]].probabilities.tolist()
@@ -263,7 +263,7 @@ def test_a_learning_curve_trains_on_fewer_and_tests_on_the_same(folder, study, t
         assert whole["validation"] == six["validation"]
     said = Predictions.read(tmp_path / "out/predictions.csv")
     assert said.variants == ("one", "one@6", "one@8")
-    one, six = (said.answers[name, "prognosis", "test"] for name in ("one", "one@6"))
+    one, six = (said.entries[name, "prognosis", "test"] for name in ("one", "one@6"))
     assert one.patients == six.patients
     assert one.probabilities.tolist() != six.probabilities.tolist()
 
@@ -453,6 +453,6 @@ def test_the_smoke_study_is_done_from_nothing(tmp_path):
     cohort = cohort_of(asked, tmp_path / "out")
     assert len(cohort) == 24
     said = Predictions.read(tmp_path / "out/predictions.csv")
-    assert len(said.answers["all", "prognosis", "test"]) == 24
+    assert len(said.entries["all", "prognosis", "test"]) == 24
     assert len(parts_of(asked, cohort)) == 2
     assert json.loads((tmp_path / "out/study.json").read_text())["cohort"]["simulated"] is True
