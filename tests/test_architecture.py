@@ -14,7 +14,7 @@ from ichprog import zoo
 PACKAGE = Path(ichprog.__file__).parent
 # From the lowest to the highest. A module imports lower layers, and its own layer only if SIDEWAYS allows it.
 LAYERS = [
-    {"errors", "spec", "io", "parallel"},
+    {"errors", "schema", "spec", "io", "parallel"},
     {"registry"},
     {"zoo", "scan", "preprocessing", "results", "cohort", "clinical_scores", "backbones", "heads", "saliency"},
     {"hub"},
@@ -27,7 +27,9 @@ LAYERS = [
     {"cli"},
 ]
 SIDEWAYS = {
+    ("schema", "errors"),
     ("spec", "errors"),
+    ("spec", "schema"),
     ("io", "errors"),
     ("parallel", "errors"),
     ("parallel", "io"),
