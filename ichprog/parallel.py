@@ -1,4 +1,9 @@
-"""Work in several processes, on this machine or on a cluster: pools, executors and locks."""
+"""Run work in several processes, on this machine or on a cluster.
+
+`parallel_map` applies a function to items in order. `run_jobs` runs independent jobs and survives workers that die.
+Executors are those of `concurrent.futures`: a pool of processes on this machine, or the executor that `cluster` yields
+for the workers of dask or Slurm.
+"""
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -8,40 +13,84 @@ from typing import Any, TypeVar
 
 from ichprog.errors import RunError, missing_extra
 
+__all__ = ["cluster", "exit_with_parent", "parallel_map", "run_jobs"]
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-_PATIENCE = 10  # seconds until a scheduler has to answer
-_AGAIN = 10  # seconds until jobs that ended are submitted again
-_LISTS = {"job_extra_directives", "job_directives_skip", "job_script_prologue", "worker_extra_args"}  # of dask-jobqueue
-_TRIES = 3  # pools that break before anything is done; after that each item gets its own
+SCHEDULER_TIMEOUT_S = 10  # longest wait for the answer of a dask scheduler
+_RESUBMIT_INTERVAL_S = 10  # between two checks for Slurm jobs that have ended
+_MAX_ATTEMPTS = 3  # pools that may break in a row without finishing a job
+_LIST_OPTIONS = {"job_extra_directives", "job_directives_skip", "job_script_prologue", "worker_extra_args"}
 
 
-def parallel_map(work: Callable[[Item], Result], items: Sequence[Item], *, workers: int = 1) -> Iterator[Result]:
-    """Does the same for every patient, in their order, in this process or in several that end with it.
+def parallel_map(function: Callable[[Item], Result], items: Sequence[Item], *, workers: int = 1) -> Iterator[Result]:
+    """Apply a function to every item and yield the results in the order of the items.
 
     Args:
-        work: What is done; several processes need a function that can be pickled.
-        items: What it is done to.
-        workers: The number of processes.
+        function: Function of one item. With several workers it must be picklable.
+        items: Items.
+        workers: Number of processes. 1 runs in this process.
+
+    Yields:
+        The results.
+
+    Example:
+        >>> list(parallel_map(abs, [-1, 2]))
+        [1, 2]
     """
     if workers <= 1 or len(items) < 2:
-        yield from map(work, items)
+        yield from map(function, items)
         return
-    from multiprocessing import get_context
+    with _process_pool(min(workers, len(items))) as pool:
+        for future in [pool.submit(function, item) for item in items]:
+            yield future.result()
 
-    spawn = get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(items)), mp_context=spawn, initializer=exit_with_parent) as pool:
-        jobs = [pool.submit(work, item) for item in items]
-        try:
-            for job in jobs:
-                yield job.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+
+def run_jobs(
+    jobs: Sequence[Item],
+    function: Callable[[Item], str | None],
+    on_done: Callable[[Item, str | None], None],
+    *,
+    executor: Executor | None = None,
+    workers: int = 1,
+) -> None:
+    """Run independent jobs, and run the jobs of a worker that died again.
+
+    Args:
+        jobs: Jobs.
+        function: Function of one job. It returns an error message, or None. With other processes it must be picklable.
+        on_done: Called in this process with each job and its error message, or None.
+        executor: Executor that runs the jobs. By default, processes of this machine.
+        workers: Number of processes if there is no executor. 1 runs in this process.
+
+    Example:
+        >>> run_jobs(["a", "b"], lambda job: None, print)
+        a None
+        b None
+    """
+    if executor is not None:
+        for job in _submit_all(jobs, function, executor, on_done):
+            on_done(job, "its worker died")
+        return
+    if workers <= 1:
+        for job in jobs:
+            on_done(job, function(job))
+        return
+    remaining, attempts = list(jobs), _MAX_ATTEMPTS
+    while remaining and attempts:
+        with _process_pool(min(workers, len(remaining))) as pool:
+            lost = _submit_all(remaining, function, pool, on_done)
+        attempts = attempts - 1 if len(lost) == len(remaining) else _MAX_ATTEMPTS
+        remaining = lost
+    for job in remaining:  # a job that kills its process gets a pool of its own
+        with _process_pool(1) as pool:
+            for _ in _submit_all([job], function, pool, on_done):
+                on_done(job, "its process died each time; it may need more memory than there is")
 
 
 def exit_with_parent() -> None:
-    """A worker whose parent is killed would wait for ever; this one goes too."""
+    """End this worker process when its parent process ends, even if the parent is killed."""
     import threading
     from multiprocessing import parent_process
 
@@ -53,106 +102,33 @@ def exit_with_parent() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def run_jobs(
-    items: Sequence[Item],
-    job: Callable[[Item], str | None],
-    ended: Callable[[Item, str | None], None],
-    *,
-    executor: Executor | None = None,
-    workers: int = 1,
-) -> None:
-    """Has a job done for each item. A worker that dies takes nothing with it but what it did, and that is tried again.
-
-    Args:
-        items: What it is done for.
-        job: The job, which tells what went wrong, or None; other processes need one that can be pickled.
-        ended: Called in this process with each item and what went wrong with it, or None.
-        executor: Who does it.
-        workers: Without one, the number of processes; 1 is this one.
-    """
-    if executor is not None:
-        for lost in _round(items, job, executor, ended):
-            ended(lost, "its worker died")
-        return
-    if workers <= 1:
-        for item in items:
-            ended(item, job(item))
-        return
-    left, tries = list(items), _TRIES
-    while left and tries:
-        with _pool(min(workers, len(left))) as pool:
-            again = _round(left, job, pool, ended)
-        tries = tries - 1 if len(again) == len(left) else _TRIES
-        left = again
-    for item in left:  # one of them kills its process; alone it takes no other with it
-        with _pool(1) as pool:
-            for dead in _round([item], job, pool, ended):
-                ended(dead, "its process died each time; it may need more memory than there is")
-
-
-def _round(
-    items: Sequence[Item],
-    job: Callable[[Item], str | None],
-    executor: Executor,
-    ended: Callable[[Item, str | None], None],
-) -> list[Item]:
-    """Has an executor do it; tells the items that were lost because it broke."""
-    lost: list[Item] = []
-    futures: dict[Future[str | None], Item] = {}
-    for item in items:
-        try:
-            futures[executor.submit(job, item)] = item
-        except BrokenExecutor:
-            lost.append(item)
-    try:
-        for future in as_completed(futures):
-            item = futures[future]
-            try:
-                ended(item, future.result())
-            except BrokenExecutor:
-                lost.append(item)
-            except Exception as error:  # such as dask's, of a worker that was killed again and again
-                ended(item, f"{type(error).__name__}: {error}")
-    finally:
-        for future in futures:
-            future.cancel()
-    return lost
-
-
-@contextmanager
-def _pool(workers: int) -> Iterator[Executor]:
-    """Processes of this machine that end with this one, and share its processors."""
-    from multiprocessing import get_context
-
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_begin_worker, initargs=(workers,))
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _begin_worker(workers: int) -> None:
-    exit_with_parent()
-    threads = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
-    os.environ["OMP_NUM_THREADS"] = str(max(1, threads // workers))  # of this worker alone; torch is not there yet
-
-
 @contextmanager
 def cluster(
     *, scheduler: str | None = None, slurm: Mapping[str, Any] | None = None, workers: int = 1
 ) -> Iterator[Executor]:
-    """The workers of a cluster, by dask.distributed. Workers of one thread each are used best.
+    """Yield an executor for the workers of a dask or Slurm cluster.
+
+    Give each dask worker one thread: an ichprog job uses one dask thread and its own computing threads.
 
     Args:
-        scheduler: Address of a scheduler that is there, such as "tcp://host:8786".
-        slurm: Without one, options of dask-jobqueue's `SLURMCluster`, whose jobs are then submitted. Each holds
-            `processes` workers (1), which share its `cores` processors (1) and its `memory` ("8GB"). All may be text,
-            and a list of one entry that entry.
-        workers: The number of those jobs; one that ends, as at the end of its `walltime`, is submitted again.
+        scheduler: Address of a running dask scheduler, such as "tcp://host:8786".
+        slurm: Options of `dask_jobqueue.SLURMCluster`, used if there is no scheduler. Slurm jobs are submitted with
+            `processes` workers each (default 1), which share `cores` processors (default 1) and `memory` (default
+            "8GB"). Every value may be text. A list of one entry may be that entry.
+        workers: Number of Slurm jobs. A job that ends, for example at its `walltime`, is submitted again.
+
+    Yields:
+        The executor.
 
     Raises:
-        RunError: There is no scheduler at the address, or Slurm refuses the jobs.
+        RunError: No scheduler answers at the address, or Slurm refuses the jobs.
         IchprogError: dask is not installed.
+
+    Example:
+        ```python
+        with cluster(slurm={"queue": "gpu", "cores": 4}, workers=8) as executor:
+            ichprog.study.run(study, "out", executor=executor)
+        ```
     """
     try:
         from distributed import Client
@@ -160,51 +136,113 @@ def cluster(
         raise missing_extra("distributed", "distributed", "Running on a cluster") from error
     if scheduler is not None:
         try:
-            client = Client(scheduler, timeout=_PATIENCE)
+            client = Client(scheduler, timeout=SCHEDULER_TIMEOUT_S)
         except (OSError, ValueError) as error:
-            raise RunError(f"there is no scheduler at {scheduler}: {error}. Start one, or give its address.") from error
+            raise RunError(
+                f"No dask scheduler answers at {scheduler}: {error}. Start it with `dask scheduler`, or correct the "
+                "address."
+            ) from error
         with client:
             yield client.get_executor(pure=False)
         return
-    with _slurm(dict(slurm or {}), workers) as jobs, Client(jobs) as client:
+    with _slurm_cluster(dict(slurm or {}), workers) as slurm_jobs, Client(slurm_jobs) as client:
         yield client.get_executor(pure=False)
 
 
 @contextmanager
-def _slurm(options: dict[str, Any], count: int) -> Iterator[Any]:
-    """So many jobs of Slurm, from now to the end of the block, and the scheduler they ask for work."""
+def _slurm_cluster(options: dict[str, Any], count: int) -> Iterator[Any]:
+    """Run Slurm jobs whose workers are connected to a scheduler in this process, and resubmit jobs that end."""
+    from distributed import Status
+    from tornado.ioloop import PeriodicCallback
+
+    async def submit_missing() -> None:
+        await jobs
+
+    with _build_slurm_cluster(options) as jobs:
+        for _ in range(count):
+            jobs.worker_spec.update(jobs.new_worker_spec())
+        try:
+            jobs.sync(submit_missing)
+        except (OSError, RuntimeError) as error:
+            for job in jobs.workers.values():
+                job.status = Status.failed  # closing the cluster waits for jobs that were never submitted otherwise
+            raise RunError(
+                f"Slurm refuses the jobs: {error}. Change the options, or run the command on a machine that has sbatch."
+            ) from error
+        resubmit = PeriodicCallback(submit_missing, 1000 * _RESUBMIT_INTERVAL_S)
+        jobs.loop.add_callback(resubmit.start)
+        try:
+            yield jobs
+        finally:
+            jobs.loop.add_callback(resubmit.stop)
+
+
+def _build_slurm_cluster(options: dict[str, Any]) -> Any:
+    """Build a `SLURMCluster` without jobs from options that may be text."""
     try:
         from dask_jobqueue import SLURMCluster
     except ImportError as error:
         raise missing_extra("distributed", "dask-jobqueue", "Running on Slurm") from error
-    from distributed import Status
-    from tornado.ioloop import PeriodicCallback
 
-    async def submit() -> None:
-        await jobs  # submits those that are asked for and are not there
-
-    for name in _LISTS & set(options):
+    for name in _LIST_OPTIONS & set(options):
         options[name] = [options[name]] if isinstance(options[name], str) else list(options[name])
-    usual = {"memory": "8GB", "scheduler_options": {"dashboard": False, "dashboard_address": ":0"}}  # 8787 may be taken
+    no_dashboard = {"dashboard": False, "dashboard_address": ":0"}  # the default port 8787 may be in use
+    defaults = {"memory": "8GB", "scheduler_options": no_dashboard}
     try:
         processes, cores = (int(options.pop(name, 1)) for name in ("processes", "cores"))
-        threads = f"export OMP_NUM_THREADS={max(1, cores // processes)}"  # else dask has torch use one
+        threads = f"export OMP_NUM_THREADS={max(1, cores // processes)}"  # dask sets it to 1 otherwise
         options["job_script_prologue"] = [threads, *options.get("job_script_prologue", [])]
-        cluster = SLURMCluster(**usual | {"job_cpu": cores} | options, cores=processes, processes=processes)
+        return SLURMCluster(**defaults | {"job_cpu": cores} | options, cores=processes, processes=processes)
     except (OSError, RuntimeError, TypeError, ValueError) as error:
-        raise RunError(f"these options of Slurm cannot be used: {error}. Change them.") from error
-    with cluster as jobs:
-        for _ in range(count):
-            jobs.worker_spec.update(jobs.new_worker_spec())
+        raise RunError(
+            f"Invalid Slurm options: {error}. Expected options of dask_jobqueue.SLURMCluster, such as queue=gpu."
+        ) from error
+
+
+def _submit_all(
+    jobs: Sequence[Item],
+    function: Callable[[Item], str | None],
+    executor: Executor,
+    on_done: Callable[[Item, str | None], None],
+) -> list[Item]:
+    """Run the jobs on an executor and return the jobs that were lost because the executor broke."""
+    lost: list[Item] = []
+    futures: dict[Future[str | None], Item] = {}
+    for job in jobs:
         try:
-            jobs.sync(submit)
-        except (OSError, RuntimeError) as error:
-            for job in jobs.workers.values():
-                job.status = Status.failed  # a cluster is not closed while any was never submitted
-            raise RunError(f"Slurm takes no such jobs: {error}. Change the options, or start where it does.") from error
-        again = PeriodicCallback(submit, 1000 * _AGAIN)
-        jobs.loop.add_callback(again.start)
-        try:
-            yield jobs
-        finally:
-            jobs.loop.add_callback(again.stop)
+            futures[executor.submit(function, job)] = job
+        except BrokenExecutor:
+            lost.append(job)
+    try:
+        for future in as_completed(futures):
+            job = futures[future]
+            try:
+                on_done(job, future.result())
+            except BrokenExecutor:
+                lost.append(job)
+            except Exception as error:  # for example dask's, if a job's worker was killed several times
+                on_done(job, f"{type(error).__name__}: {error}")
+    finally:
+        for future in futures:
+            future.cancel()
+    return lost
+
+
+@contextmanager
+def _process_pool(workers: int) -> Iterator[Executor]:
+    """Yield a pool of processes that end with this process and share its processors."""
+    from multiprocessing import get_context
+
+    spawn = get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=spawn, initializer=_start_worker, initargs=(workers,))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _start_worker(workers: int) -> None:
+    """Set up a worker process before it imports torch."""
+    exit_with_parent()
+    threads = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
+    os.environ["OMP_NUM_THREADS"] = str(max(1, threads // workers))

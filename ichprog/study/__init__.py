@@ -1,7 +1,26 @@
-"""The study: variants of a model, and what stands beside them, on the same folds of one cohort.
+"""Compare variants of a model, and baselines without an image, on the same folds of one cohort.
 
-`plan` says what is compared, `cells` does it piece by piece with `workers`, `record` keeps the folder what it is,
-`baselines` is what needs no image, `predictions` is the table that every figure comes from. `judge` makes the figures
-by `measure`, `compare` and `chance`; `explained` measures maps by `maps` and `faithful`; `present` writes it all by
-`tables`, `draw` and `page`. `evaluate` scores a model that is there already, guarded by `leak`.
+`Study.read` reads a study file (`config`). `run` trains the variants and fits the baselines, one job at a time or on
+several workers (`jobs`, `baselines`), in a folder that `manifest` describes. `report` computes every figure from the
+predictions (`analysis`), measures saliency maps (`saliency_results`) and writes tables, figures and `report.html`.
+`parallel.cluster` yields an executor for `run`.
 """
+
+from ichprog.study.config import Study, presets, template
+from ichprog.study.jobs import Job, JobStatus, run, status
+from ichprog.study.manifest import research_notice
+from ichprog.study.report import report
+from ichprog.study.saliency_results import saliency_figure
+
+__all__ = [
+    "Job",
+    "JobStatus",
+    "Study",
+    "presets",
+    "report",
+    "research_notice",
+    "run",
+    "saliency_figure",
+    "status",
+    "template",
+]

@@ -1,83 +1,40 @@
-"""What a study compares, as data: `study.toml` becomes a frozen `Study`.
+"""Read a study file: `study.toml` becomes a frozen `Study`.
 
-Reading is strict: what is unknown, missing or of the wrong kind is an error that names file and key. Paths are meant
-from where the file is. A template of each kind is a data file of this package, in `presets`.
+Reading is strict: a key that is unknown, missing or of the wrong type is an error that names the file and the key.
+Relative paths start at the folder of the file. Templates of study files are in `presets`.
 """
 
 import dataclasses
-import difflib
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+import typing
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from ichprog.errors import RunError, SpecError, UnknownNameError
 from ichprog.spec import ModelSpec, PluginRef, Task, parse
 from ichprog.train import PRESETS, Protocol, spec_of
 
 BrainMode = Literal["auto", "extract", "given"]
-Kind = Literal["majority", "logistic", "tree", "forest", "network", "fusion"]
+BaselineKind = Literal["majority", "logistic", "tree", "forest", "network", "fusion"]
+T = TypeVar("T")
 
-_NEEDED = object()
-_Shape = Mapping[str, tuple[Any, Any]]  # of a table: for each key its type, and its value where it is not written
 _NAME = re.compile(r"\w[\w.+-]*")
-_SHARED = ("split_seed", "validation")  # fields of the protocol that make the folds
-
-_STUDY: _Shape = {
-    "name": (str, _NEEDED),
-    "cohort": (tuple[str, ...], ()),
-    "simulated": (Mapping[str, int], None),
-    "folds": (int, _NEEDED),
-    "split_by": (str, None),
-    "brain": (BrainMode, "auto"),
-    "device": (str, "auto"),
-    "protocol": (Mapping[str, Any], {}),
-    "variant": (tuple[Mapping[str, Any], ...], _NEEDED),
-    "baseline": (tuple[Mapping[str, Any], ...], None),
-    "learning_curve": (Mapping[str, Any], None),
-    "bootstrap": (Mapping[str, Any], {}),
-    "coverage": (float, 0.9),
-    "subgroups": (Mapping[str, tuple[float, ...]], {}),
-    "correlations": (tuple[str, ...], ()),
-    "readers": (str, None),
-    "saliency": (tuple[str, ...], ()),
-}
-_SIMULATED: _Shape = {"patients": (int, _NEEDED), "seed": (int, 0)}
-_VARIANT: _Shape = {
-    "name": (str, _NEEDED),
-    "model": (str, _NEEDED),
-    "tasks": (tuple[str, ...], None),
-    "backbone": (PluginRef, None),
-    "head": (PluginRef, None),
-    "loss_weights": (Mapping[str, float], {}),
-    "shape": (tuple[int, int, int], None),
-    "protocol": (Mapping[str, Any], {}),
-    "saliency": (tuple[str, ...], None),
-}
-_BASELINE: _Shape = {
-    "name": (str, _NEEDED),
-    "kind": (Kind, _NEEDED),
-    "columns": (tuple[str, ...], ()),
-    "variant": (str, None),
-    "task": (str, None),
-    "where_known": (bool, False),
-}
-_CURVE: _Shape = {"sizes": (tuple[int, ...], _NEEDED), "variants": (tuple[str, ...], None)}
-_BOOTSTRAP: _Shape = {"draws": (int, 1000), "seed": (int, 0)}
+_FOLD_FIELDS = ("split_seed", "validation")  # protocol fields that define the folds
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A model that is trained, with what is its own.
+    """A model that the study trains.
 
     Attributes:
-        name: Its name in tables and of its folder.
-        spec: What is trained.
-        protocol: How; folds are made alike for all variants.
-        saliency: The methods whose maps are measured.
+        name: Name in tables, and name of the variant's folder.
+        spec: Model that is trained.
+        protocol: Training protocol. The fields that define the folds are the same for all variants.
+        saliency: Saliency methods whose maps are measured.
     """
 
     name: str
@@ -88,64 +45,76 @@ class Variant:
 
 @dataclass(frozen=True)
 class Baseline:
-    """What stands beside the variants and needs no image of its own.
+    """A comparison model that needs no image of its own.
 
     Attributes:
-        name: Its name in tables.
-        kind: "majority" says the share of each label; "logistic", "tree", "forest" and "network" are fitted to columns;
-            "fusion" to columns and a variant's answer.
-        columns: Columns of the cohort that hold numbers.
-        variant: The variant of "fusion".
-        task: What is predicted, a task of two labels.
-        where_known: Whether it is left out where the cohort has not all the columns; else that is an error.
+        name: Name in tables.
+        kind: "majority" predicts the share of each label. "logistic", "tree", "forest" and "network" are fitted to
+            columns of the cohort. "fusion" is fitted to columns and the predictions of a variant.
+        columns: Numeric columns of the cohort.
+        variant: Variant whose predictions "fusion" uses.
+        task: Task that is predicted. It has two labels.
+        optional: Whether the baseline is left out if the cohort lacks one of the columns. Otherwise that is an error.
     """
 
     name: str
-    kind: Kind
+    kind: BaselineKind
     columns: tuple[str, ...]
     variant: str | None
     task: str
-    where_known: bool
+    optional: bool
 
 
 @dataclass(frozen=True)
 class Simulated:
-    """Patients that are simulated for the study, by `ichprog.simulate`.
+    """Patients that `ichprog.simulate` makes for the study.
 
     Attributes:
-        patients: How many.
-        seed: Which ones.
+        patients: Number of patients.
+        seed: Random seed.
     """
 
     patients: int
-    seed: int
+    seed: int = 0
+
+
+class Run(NamedTuple):
+    """A variant that is trained on all patients, or on some of them for a learning curve.
+
+    Attributes:
+        variant: The variant.
+        size: Number of patients of each training part that are used, or None for all.
+    """
+
+    variant: Variant
+    size: int | None
 
 
 @dataclass(frozen=True)
 class Study:
-    """All that is compared, and how.
+    """A comparison of variants and baselines on the same folds of one cohort.
 
     Attributes:
-        name: What the study is called.
-        source: The file it was read from.
-        cohort: Tables of patients, taken together; none where patients are simulated.
-        simulated: The patients that are simulated instead.
-        folds: The number of folds, the same for all variants.
-        split_by: The task whose label the folds are stratified by; patients without it only train.
+        name: Name of the study.
+        source: File that the study was read from.
+        cohort: Tables of patients, used together. Empty if the patients are simulated.
+        simulated: Simulated patients, or None.
+        folds: Number of folds, the same for all variants.
+        stratify_by: Task by whose label the folds are stratified. Patients without the label only train.
         brain: How the brain is found.
-        device: Where variants are trained.
-        variants: The models.
-        baselines: What stands beside them.
-        sizes: Numbers of patients of each fold's training part that variants are trained on too, for a learning curve.
-        sized: The variants for which that is done.
-        draws: Draws of the bootstrap.
-        seed: Its seed.
-        coverage: The share of patients whose label a conformal set is to hold.
-        subgroups: Columns whose groups are judged apart, each with the numbers where a group ends and the next begins;
-            without any, each value is a group.
-        correlations: Columns whose correlation with the outcome is told.
-        readers: A table of readers' calls.
-        saliency: Methods whose maps are measured, for variants that name none of their own.
+        device: Device that trains the variants.
+        variants: Models that are trained.
+        baselines: Comparison models without an image.
+        curve_sizes: Numbers of training patients of the learning curve.
+        curve_variants: Variants with a learning curve.
+        n_bootstrap: Number of bootstrap resamples.
+        bootstrap_seed: Random seed of the bootstrap.
+        coverage: Share of patients whose label a conformal set must contain.
+        subgroups: Columns by which results are also reported for groups of patients, each with the bounds between its
+            groups. Without bounds, each value is a group.
+        correlations: Columns whose correlation with the outcome is reported.
+        readers: Table of readers' calls, or None.
+        saliency: Saliency methods whose maps are measured for variants that list no methods of their own.
     """
 
     name: str
@@ -153,15 +122,15 @@ class Study:
     cohort: tuple[Path, ...]
     simulated: Simulated | None
     folds: int
-    split_by: str
+    stratify_by: str
     brain: BrainMode
     device: str
     variants: tuple[Variant, ...]
     baselines: tuple[Baseline, ...]
-    sizes: tuple[int, ...]
-    sized: tuple[str, ...]
-    draws: int
-    seed: int
+    curve_sizes: tuple[int, ...]
+    curve_variants: tuple[str, ...]
+    n_bootstrap: int
+    bootstrap_seed: int
     coverage: float
     subgroups: Mapping[str, tuple[float, ...]]
     correlations: tuple[str, ...]
@@ -170,20 +139,45 @@ class Study:
 
     @property
     def protocol(self) -> Protocol:
-        """That of the first variant; in what makes the folds, that of all."""
+        """Return the protocol of the first variant, whose fold fields are those of all variants."""
         return self.variants[0].protocol
 
     @property
-    def runs(self) -> dict[str, tuple[Variant, int | None]]:
-        """All that is trained: the variants by name, and as NAME@SIZE on so many patients."""
-        whole: dict[str, tuple[Variant, int | None]] = {variant.name: (variant, None) for variant in self.variants}
-        return whole | {f"{name}@{size}": (self.variant(name), size) for name in self.sized for size in self.sizes}
+    def runs(self) -> dict[str, Run]:
+        """Return everything that is trained: each variant by its name, and learning-curve runs as NAME@SIZE."""
+        full = {variant.name: Run(variant, None) for variant in self.variants}
+        curve = {
+            f"{name}@{size}": Run(self.variant(name), size) for name in self.curve_variants for size in self.curve_sizes
+        }
+        return full | curve
+
+    @property
+    def main_task(self) -> Task:
+        """Return the task by whose label the folds are stratified."""
+        return self.task(self.stratify_by)
+
+    split_by = property(lambda self: self.stratify_by)
+    draws = property(lambda self: self.n_bootstrap)
+    seed = property(lambda self: self.bootstrap_seed)
+    sizes = property(lambda self: self.curve_sizes)
+    sized = property(lambda self: self.curve_variants)
+
+    def is_curve_run(self, run: str) -> bool:
+        """Return whether a run is trained on fewer patients for a learning curve.
+
+        Args:
+            run: Name of a run or a baseline.
+        """
+        return run in self.runs and self.runs[run].size is not None
 
     def variant(self, name: str) -> Variant:
-        """The variant of that name.
+        """Return a variant by its name.
+
+        Args:
+            name: Name of the variant.
 
         Raises:
-            UnknownNameError: There is none.
+            UnknownNameError: The study has no variant of this name.
         """
         for variant in self.variants:
             if variant.name == name:
@@ -191,10 +185,13 @@ class Study:
         raise UnknownNameError(f"variant of {self.name}", name, [variant.name for variant in self.variants])
 
     def task(self, name: str) -> Task:
-        """A task as the first variant that has it describes it.
+        """Return a task as the first variant that has the task describes it.
+
+        Args:
+            name: Name of the task.
 
         Raises:
-            UnknownNameError: No variant has it.
+            UnknownNameError: No variant has the task.
         """
         tasks = {task.name: task for variant in reversed(self.variants) for task in variant.spec.tasks}
         if name not in tasks:
@@ -203,15 +200,20 @@ class Study:
 
     @classmethod
     def read(cls, path: str | Path) -> "Study":
-        """Reads a study.
+        """Read a study file.
 
         Args:
-            path: The .toml.
+            path: TOML file.
 
         Raises:
-            SpecError: It cannot be read, or something in it is unknown, missing, of the wrong kind or against the
-                rules; it names the key.
-            UnknownNameError: There is no such model.
+            SpecError: The file cannot be read, or a key is unknown, missing, of the wrong type or invalid.
+            UnknownNameError: The zoo has no such model.
+
+        Example:
+            ```python
+            study = Study.read("study.toml")
+            print([variant.name for variant in study.variants])
+            ```
         """
         path = Path(path)
         try:
@@ -219,190 +221,287 @@ class Study:
         except (OSError, ValueError) as error:
             raise SpecError(f"{path}: cannot be read as TOML: {error}") from error
         try:
-            return _study(data, path)
+            return _build_study(_read_table(StudyFile, data, ""), path)
         except SpecError as error:
             raise SpecError(f"{path}: {error}") from None
 
 
 def presets() -> list[str]:
-    """The names of the templates there are."""
-    found = (item.name for item in (files(__package__) / "presets").iterdir())
-    return sorted(name.removesuffix(".toml") for name in found if name.endswith(".toml"))
+    """Return the names of the study templates.
+
+    Example:
+        >>> presets()
+        ['default', 'paper', 'smoke']
+    """
+    names = (item.name for item in (files(__package__) / "presets").iterdir())
+    return sorted(name.removesuffix(".toml") for name in names if name.endswith(".toml"))
 
 
 def template(preset: str = "default") -> str:
-    """A study to begin with, as commented TOML.
+    """Return a commented study file to start from, as TOML.
 
     Args:
-        preset: A name of `presets`.
+        preset: A name from `presets`.
 
     Raises:
-        UnknownNameError: There is none of that name.
+        UnknownNameError: There is no preset of this name.
+
+    Example:
+        >>> template("smoke").splitlines()[0].startswith("#")
+        True
     """
     if preset not in presets():
-        raise UnknownNameError("preset of a study", preset, presets())
+        raise UnknownNameError("study preset", preset, presets())
     return (files(__package__) / "presets" / f"{preset}.toml").read_text(encoding="utf-8")
 
 
-def _study(data: Mapping[str, Any], path: Path) -> Study:
-    found = _table(data, _STUDY, "")
-    if bool(found["cohort"]) == bool(found["simulated"]):
-        raise SpecError("either cohort, a list of tables, or [simulated] says who the patients are; give one of them")
-    if found["folds"] < 2:
-        raise SpecError(f"folds: at least 2 are needed, one to test on and others to train on; is {found['folds']}")
-    if not 0 < found["coverage"] < 1:
-        raise SpecError(f"coverage: must lie between 0 and 1, is {found['coverage']:g}")
-    simulated = found["simulated"] and Simulated(**_table(found["simulated"], _SIMULATED, "simulated"))
-    protocol = _protocol(found["protocol"])
-    if not found["variant"]:
-        raise SpecError("variant: at least one is needed, as a table [[variant]]")
+@dataclass(frozen=True)
+class VariantFile:
+    """Keys of a `[[variant]]` table: a model, and changes to the model."""
+
+    name: str
+    model: str
+    tasks: tuple[str, ...] | None = None
+    backbone: PluginRef | None = None
+    head: PluginRef | None = None
+    loss_weights: Mapping[str, float] = field(default_factory=dict)
+    shape: tuple[int, int, int] | None = None
+    protocol: Mapping[str, Any] = field(default_factory=dict)
+    saliency: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class BaselineFile:
+    """Keys of a `[[baseline]]` table."""
+
+    name: str
+    kind: BaselineKind
+    columns: tuple[str, ...] = ()
+    variant: str | None = None
+    task: str | None = None
+    optional: bool = False
+
+
+@dataclass(frozen=True)
+class LearningCurveFile:
+    """Keys of the `[learning_curve]` table."""
+
+    sizes: tuple[int, ...]
+    variants: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class StudyFile:
+    """Keys of a study file."""
+
+    name: str
+    folds: int
+    variant: tuple[VariantFile, ...]
+    cohort: tuple[str, ...] = ()
+    simulated: Simulated | None = None
+    stratify_by: str | None = None
+    brain: BrainMode = "auto"
+    device: str = "auto"
+    protocol: Mapping[str, Any] = field(default_factory=dict)
+    baseline: tuple[BaselineFile, ...] | None = None
+    learning_curve: LearningCurveFile | None = None
+    n_bootstrap: int = 1000
+    bootstrap_seed: int = 0
+    coverage: float = 0.9
+    subgroups: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    correlations: tuple[str, ...] = ()
+    readers: str | None = None
+    saliency: tuple[str, ...] = ()
+
+
+def _build_study(file: StudyFile, path: Path) -> Study:
+    """Check the rules that types do not express, and resolve names and paths."""
+    _check_values(file)
+    protocol = _build_protocol(file.protocol)
     variants = tuple(
-        _variant(one, f"variant[{place}]", path.parent, protocol, found["saliency"])
-        for place, one in enumerate(found["variant"])
+        _build_variant(table, f"variant[{index}]", path.parent, protocol, file.saliency)
+        for index, table in enumerate(file.variant)
     )
-    bootstrap = _table(found["bootstrap"], _BOOTSTRAP, "bootstrap")
-    if bootstrap["draws"] < 1 or bootstrap["seed"] < 0:
-        raise SpecError("bootstrap: takes 1 draw or more and a seed of 0 or more")
     study = Study(
-        name=found["name"],
+        name=file.name,
         source=path,
-        cohort=tuple(path.parent / table for table in found["cohort"]),
-        simulated=simulated,
-        folds=found["folds"],
-        split_by=found["split_by"] or variants[0].spec.tasks[0].name,
-        brain=found["brain"],
-        device=found["device"],
+        cohort=tuple(path.parent / table for table in file.cohort),
+        simulated=file.simulated,
+        folds=file.folds,
+        stratify_by=file.stratify_by or variants[0].spec.tasks[0].name,
+        brain=file.brain,
+        device=file.device,
         variants=variants,
         baselines=(),
-        sizes=(),
-        sized=(),
-        draws=bootstrap["draws"],
-        seed=bootstrap["seed"],
-        coverage=found["coverage"],
-        subgroups=found["subgroups"],
-        correlations=found["correlations"],
-        readers=path.parent / found["readers"] if found["readers"] else None,
-        saliency=found["saliency"],
+        curve_sizes=(),
+        curve_variants=(),
+        n_bootstrap=file.n_bootstrap,
+        bootstrap_seed=file.bootstrap_seed,
+        coverage=file.coverage,
+        subgroups=file.subgroups,
+        correlations=file.correlations,
+        readers=path.parent / file.readers if file.readers else None,
+        saliency=file.saliency,
     )
-    _one_of("split_by", study.split_by, [task.name for variant in variants for task in variant.spec.tasks])
-    study = _with_curve(study, found["learning_curve"])
-    written = found["baseline"]
-    if written is None:  # those that are always there, where the cohort has what they need
-        usual = tomllib.loads(template())["baseline"]
-        written = [one | {"where_known": True} for one in usual if "variant" not in one]
-    made = tuple(_baseline(one, f"baseline[{place}]", study) for place, one in enumerate(written))
-    names = [*(variant.name for variant in variants), *(baseline.name for baseline in made)]
-    for name in names:
-        if not _NAME.fullmatch(name):
-            raise SpecError(f"name {name!r}: letters, digits and . _ + - are allowed, the first a letter or digit")
-        if names.count(name) > 1:
-            raise SpecError(f"name {name!r}: {names.count(name)} variants and baselines have it; each needs its own")
-    return replace(study, baselines=made)
+    _check_name("stratify_by", "task", study.stratify_by, _task_names(variants))
+    study = _add_learning_curve(study, file.learning_curve)
+    tables = _default_baselines() if file.baseline is None else file.baseline
+    baselines = tuple(_build_baseline(table, f"baseline[{index}]", study) for index, table in enumerate(tables))
+    _check_unique([*(variant.name for variant in variants), *(baseline.name for baseline in baselines)])
+    return replace(study, baselines=baselines)
 
 
-def _variant(
-    data: Mapping[str, Any], where: str, folder: Path, protocol: Protocol, saliency: tuple[str, ...]
+def _check_values(file: StudyFile) -> None:
+    if bool(file.cohort) == bool(file.simulated):
+        raise SpecError("Expected either cohort, a list of tables, or [simulated]. Give one of them.")
+    if file.folds < 2:
+        raise SpecError(
+            f"folds: Invalid value {file.folds}. Expected 2 or more: one to test on, the others to train on."
+        )
+    if not 0 < file.coverage < 1:
+        raise SpecError(f"coverage: Invalid value {file.coverage:g}. Expected a number between 0 and 1.")
+    if not file.variant:
+        raise SpecError("variant: Expected at least one [[variant]] table.")
+    if file.n_bootstrap < 1:
+        raise SpecError(f"n_bootstrap: Invalid value {file.n_bootstrap}. Expected 1 or more.")
+    if file.bootstrap_seed < 0:
+        raise SpecError(f"bootstrap_seed: Invalid value {file.bootstrap_seed}. Expected 0 or more.")
+
+
+def _build_variant(
+    table: VariantFile, where: str, folder: Path, protocol: Protocol, saliency: tuple[str, ...]
 ) -> Variant:
-    found = _table(data, _VARIANT, where)
-    model = found["model"]
-    if model.endswith(".json"):
-        spec = spec_of(folder / Path(model).expanduser())
-    elif model.startswith("local-dir:"):
-        spec = spec_of(f"local-dir:{folder / Path(model.removeprefix('local-dir:')).expanduser()}")
-    else:
-        spec = spec_of(model)
-    known = [task.name for task in spec.tasks]
-    for key in ("tasks", "loss_weights"):
-        for name in found[key] or ():
-            _one_of(f"{where}.{key}", name, known)
-    tasks = spec.tasks if found["tasks"] is None else tuple(spec.task(name) for name in found["tasks"])
+    spec = _load_spec(table.model, folder)
+    names = [task.name for task in spec.tasks]
+    for key, given in (("tasks", table.tasks or ()), ("loss_weights", table.loss_weights)):
+        for name in given:
+            _check_name(f"{where}.{key}", "task", name, names)
+    tasks = spec.tasks if table.tasks is None else tuple(spec.task(name) for name in table.tasks)
     changed = replace(
         spec,
         tasks=tuple(
             replace(
                 task,
-                head=found["head"] or task.head,
-                loss_weight=found["loss_weights"].get(task.name, task.loss_weight),
+                head=table.head or task.head,
+                loss_weight=table.loss_weights.get(task.name, task.loss_weight),
             )
             for task in tasks
         ),
-        backbone=found["backbone"] or spec.backbone,
-        input=replace(spec.input, shape=found["shape"] or spec.input.shape),
+        backbone=table.backbone or spec.backbone,
+        input=replace(spec.input, shape=table.shape or spec.input.shape),
     )
-    own = _protocol(found["protocol"], protocol, f"{where}.protocol")
-    for name in _SHARED:
+    own = _build_protocol(table.protocol, protocol, f"{where}.protocol")
+    for name in _FOLD_FIELDS:
         if getattr(own, name) != getattr(protocol, name):
-            raise SpecError(f"{where}.protocol.{name}: makes the folds, which all variants share; set it in [protocol]")
-    return Variant(found["name"], changed, own, saliency if found["saliency"] is None else found["saliency"])
+            raise SpecError(
+                f"{where}.protocol.{name}: defines the folds, which all variants share. Set it in [protocol] instead."
+            )
+    return Variant(table.name, changed, own, saliency if table.saliency is None else table.saliency)
 
 
-def _baseline(data: Mapping[str, Any], where: str, study: Study) -> Baseline:
-    found = _table(data, _BASELINE, where)
-    kind, columns, variant = found["kind"], found["columns"], found["variant"]
-    task = found["task"] or study.split_by
-    _one_of(f"{where}.task", task, [each.name for one in study.variants for each in one.spec.tasks])
-    if len(study.task(task).labels) != 2:
-        raise SpecError(f"{where}.task: baselines predict two labels, {task} has {len(study.task(task).labels)}")
+def _load_spec(model: str, folder: Path) -> ModelSpec:
+    """Load a model by its name, by "local-dir:PATH", or from a JSON file."""
+    if model.endswith(".json"):
+        return spec_of(folder / Path(model).expanduser())
+    if model.startswith("local-dir:"):
+        return spec_of(f"local-dir:{folder / Path(model.removeprefix('local-dir:')).expanduser()}")
+    return spec_of(model)
+
+
+def _default_baselines() -> tuple[BaselineFile, ...]:
+    """Return the baselines of the default template that depend on no variant, each optional."""
+    tables = tomllib.loads(template())["baseline"]
+    return tuple(
+        replace(_read_table(BaselineFile, table, "baseline"), optional=True)
+        for table in tables
+        if "variant" not in table
+    )
+
+
+def _build_baseline(table: BaselineFile, where: str, study: Study) -> Baseline:
+    kind, columns, variant = table.kind, table.columns, table.variant
+    task = table.task or study.stratify_by
+    _check_name(f"{where}.task", "task", task, _task_names(study.variants))
+    if (count := len(study.task(task).labels)) != 2:
+        raise SpecError(f"{where}.task: {task} has {count} labels. Expected a task with two labels.")
     if kind == "majority" and (columns or variant):
-        raise SpecError(f"{where}: majority takes neither columns nor a variant; leave them out")
+        raise SpecError(f"{where}: majority takes no columns and no variant. Remove them.")
     if kind not in ("majority", "fusion") and (not columns or variant):
-        raise SpecError(f"{where}: {kind} takes one column or more and no variant")
+        raise SpecError(f"{where}: {kind} takes at least one column and no variant.")
     if kind == "fusion":
         if not variant or not columns:
-            raise SpecError(f"{where}: fusion takes a variant and one column or more")
-        _one_of(f"{where}.variant", variant, [one.name for one in study.variants])
-        _one_of(f"{where}.task", task, [each.name for each in study.variant(variant).spec.tasks])
-    return Baseline(found["name"], kind, columns, variant, task, found["where_known"])
+            raise SpecError(f"{where}: fusion takes a variant and at least one column.")
+        _check_name(f"{where}.variant", "variant", variant, [one.name for one in study.variants])
+        _check_name(f"{where}.task", "task", task, [one.name for one in study.variant(variant).spec.tasks])
+    return Baseline(table.name, kind, columns, variant, task, table.optional)
 
 
-def _with_curve(study: Study, data: Mapping[str, Any] | None) -> Study:
-    if data is None:
+def _add_learning_curve(study: Study, table: LearningCurveFile | None) -> Study:
+    if table is None:
         return study
-    found = _table(data, _CURVE, "learning_curve")
     names = [variant.name for variant in study.variants]
-    chosen = names if found["variants"] is None else found["variants"]
+    chosen = names if table.variants is None else table.variants
     for name in chosen:
-        _one_of("learning_curve.variants", name, names)
-    if not found["sizes"] or min(found["sizes"]) < 2 or len(set(found["sizes"])) < len(found["sizes"]):
-        raise SpecError(f"learning_curve.sizes: different numbers of 2 patients or more, are {list(found['sizes'])}")
-    return replace(study, sizes=tuple(sorted(found["sizes"])), sized=tuple(chosen))
+        _check_name("learning_curve.variants", "variant", name, names)
+    sizes = table.sizes
+    if not sizes or min(sizes) < 2 or len(set(sizes)) < len(sizes):
+        raise SpecError(
+            f"learning_curve.sizes: Invalid value {list(sizes)}. Expected different numbers, each 2 or more."
+        )
+    return replace(study, curve_sizes=tuple(sorted(sizes)), curve_variants=tuple(chosen))
 
 
-def _protocol(data: Mapping[str, Any], base: Protocol | None = None, where: str = "protocol") -> Protocol:
-    """A preset with changes, or `base` with changes; probabilities are set right by the study, not by the training."""
+def _build_protocol(data: Mapping[str, Any], base: Protocol | None = None, where: str = "protocol") -> Protocol:
+    """Apply changes to `base`, or to a preset without recalibration, because the study recalibrates by itself."""
     changes = dict(data)
     if base is None:
         preset = changes.pop("preset", "default")
-        _one_of(f"{where}.preset", preset, PRESETS)
+        _check_name(f"{where}.preset", "preset", preset, PRESETS)
         base = PRESETS[preset].replace(recalibrate=False)
     for name in changes:
-        _one_of(where, name, [each.name for each in dataclasses.fields(Protocol)])
+        _check_name(where, "protocol field", name, [each.name for each in dataclasses.fields(Protocol)])
     try:
         return base.replace(**changes)
     except RunError as error:
         raise SpecError(f"{where}: {str(error).removeprefix('protocol: ')}") from error
 
 
-def _table(data: Mapping[str, Any], shape: _Shape, where: str) -> dict[str, Any]:
-    """A table of the file with all its keys, each of its type."""
-    inside = f"{where}." if where else ""
+def _task_names(variants: Iterable[Variant]) -> list[str]:
+    return [task.name for variant in variants for task in variant.spec.tasks]
+
+
+def _check_unique(names: Sequence[str]) -> None:
+    for name in names:
+        if not _NAME.fullmatch(name):
+            raise SpecError(
+                f"Invalid name {name!r}. Expected letters, digits and . _ + - with a letter or digit at the start."
+            )
+        if names.count(name) > 1:
+            raise SpecError(f"Duplicate name {name!r}. Each variant and baseline needs a name of its own.")
+
+
+def _check_name(where: str, kind: str, name: object, known: Iterable[str]) -> None:
+    if name not in (names := list(dict.fromkeys(known))):
+        raise SpecError(f"{where}: {UnknownNameError(kind, name, names)}")
+
+
+def _read_table(kind: type[T], data: Mapping[str, Any], where: str) -> T:
+    """Read a table of the file as a dataclass, strictly."""
+    prefix = f"{where}." if where else ""
+    hints = typing.get_type_hints(kind)
     for key in data:
-        _one_of(f"{inside}{key}", key, shape, "key")
-    found = {}
-    for key, (kind, otherwise) in shape.items():
-        if key not in data and otherwise is _NEEDED:
-            raise SpecError(f"{inside}{key}: is missing. Keys here: {', '.join(shape)}")
-        found[key] = parse(kind, data[key], inside + key) if key in data else otherwise
-    return found
+        _check_name(f"{prefix}{key}", "key", key, hints)
+    for one in dataclasses.fields(typing.cast("Any", kind)):
+        optional = one.default is not dataclasses.MISSING or one.default_factory is not dataclasses.MISSING
+        if one.name not in data and not optional:
+            raise SpecError(f"{prefix}{one.name}: missing. Keys of this table: {', '.join(hints)}.")
+    return kind(**{key: _read_value(hints[key], value, f"{prefix}{key}") for key, value in data.items()})
 
 
-def _one_of(where: str, name: object, known: Mapping[str, Any] | Sequence[str], what: str = "name") -> None:
-    """Refuses a name that is not among those known, with the nearest."""
-    if name in (names := list(dict.fromkeys(known))):
-        return
-    near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
-    raise SpecError(
-        f"{where}: there is no {what} {name!r} here. "
-        + (f"The nearest: {near[0]}. " if near else "")
-        + f"Allowed: {', '.join(names)}."
-    )
+def _read_value(hint: Any, value: Any, where: str) -> Any:
+    for kind in (VariantFile, BaselineFile, LearningCurveFile, Simulated):
+        if hint in (kind, kind | None) and isinstance(value, Mapping):
+            return _read_table(kind, value, where)
+        if hint in (tuple[kind, ...], tuple[kind, ...] | None) and isinstance(value, list):  # type: ignore[valid-type]
+            return tuple(_read_value(kind, one, f"{where}[{index}]") for index, one in enumerate(value))
+    return parse(hint, value, where)

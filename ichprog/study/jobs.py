@@ -1,14 +1,15 @@
-"""The cells of a study: what is trained and fitted, piece by piece, each on its own and each at most once.
+"""Run the jobs of a study, each independently and at most once.
 
-    STUDY/study.json              what is compared: cohort, folds and who is in them, variants, baselines, versions
-         /patients/               patients that were simulated for it
-         /runs/<variant>[@<size>]/ a run of `ichprog.train`, each fold a cell
-         /baselines/<name>.csv    what a baseline says, all folds one cell
-         /cells/<cell>.error      why a cell failed
-         /predictions.csv         of all that is whole
+    STUDY/study.json               cohort, folds and their patients, variants, baselines, versions
+         /patients/                simulated patients
+         /runs/<variant>[@<size>]/ a run folder of `ichprog.train`; each fold is a job
+         /baselines/<name>.csv     predictions of a baseline; all folds are one job
+         /jobs/<job>.error         why a job failed
+         /predictions.csv          predictions of all finished runs and baselines
 
-A cell is done by whoever comes first: this process, several of this machine, or workers of a cluster that share the
-folder. One that fails or is killed leaves the others alone, and the next `run` does what is missing.
+A job runs in this process, in several processes of this machine, or on the workers of a cluster that share the folder.
+A file lock prevents two workers from running the same job. A job that fails or is killed does not affect the others.
+The next `run` runs the jobs that are missing.
 """
 
 import csv
@@ -27,55 +28,56 @@ import numpy as np
 from ichprog.cohort import Cohort
 from ichprog.errors import CohortError, IchprogError, RunError
 from ichprog.evaluation.predictions import SPLITS, Predictions, TaskPredictions
-from ichprog.io import atomic_write
+from ichprog.io import atomic_write, file_lock
 from ichprog.parallel import run_jobs
+from ichprog.spec import Task
+from ichprog.study import manifest
 from ichprog.study.config import Study, Variant
-from ichprog.study.manifest import begin, cohort_of, left_out, parts_of, record, refuse_something_else
 
 State = Literal["done", "missing", "running", "failed"]
 
-_FILES = {"validation": "validation.csv", "test": "predictions.csv"}  # of a fold, by split
-_alone = threading.Lock()  # torch's generator is one for all threads of a process
+_FILES = {"validation": "validation.csv", "test": "predictions.csv"}  # files of a fold, by split
+_train_lock = threading.Lock()  # all threads of a process share torch's random generator
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One piece of a study.
+class Job:
+    """One unit of a study: a fold of a variant, or a baseline.
 
     Attributes:
-        of: The variant or baseline.
-        fold: The fold; None for a baseline, which is fitted in all of them.
-        size: The number of patients it is trained on, where it is not all.
+        source: Name of the variant or baseline.
+        fold: Fold of the variant, or None for a baseline, which is fitted in all folds.
+        size: Number of training patients of a learning-curve run, or None for all.
     """
 
-    of: str
+    source: str
     fold: int | None = None
     size: int | None = None
 
     @property
     def run(self) -> str:
-        """What its answers are called: the variant, with the size where there is one."""
-        return self.of if self.size is None else f"{self.of}@{self.size}"
+        """Return the name of the run or baseline in tables, such as "prognosis" or "prognosis@40"."""
+        return self.source if self.size is None else f"{self.source}@{self.size}"
 
     @property
     def name(self) -> str:
-        """The cell's name."""
+        """Return the name of the job, such as "prognosis-0"."""
         return self.run if self.fold is None else f"{self.run}-{self.fold}"
 
 
 @dataclass(frozen=True)
-class Status:
-    """How far a cell is.
+class JobStatus:
+    """State of a job.
 
     Attributes:
-        cell: The cell.
-        state: "done", "missing", "running" or "failed"; a killed one is missing.
-        said: Why it failed.
+        job: Job.
+        state: "done", "missing", "running" or "failed". A job that was killed is missing.
+        error: Why the job failed, or an empty string.
     """
 
-    cell: Cell
+    job: Job
     state: State
-    said: str = ""
+    error: str = ""
 
 
 def run(
@@ -85,110 +87,131 @@ def run(
     executor: Executor | None = None,
     workers: int = 1,
     cache_dir: str | Path | None = None,
-    progress: Callable[[Status], Any] | None = None,
-) -> list[Status]:
-    """Does what of a study is missing, and gathers its predictions.
+    progress: Callable[[JobStatus], Any] | None = None,
+) -> list[JobStatus]:
+    """Run the missing jobs of a study and collect the predictions.
 
     Args:
-        study: The study.
-        out: Its folder.
-        executor: Who does the cells, such as that of `cluster`; its workers see the same files.
-        workers: Without an executor, the number of processes; 1 is this one.
-        cache_dir: Where prepared grids are kept; `~/.cache/ichprog` or `$ICHPROG_CACHE` where not given.
-        progress: Called whenever a cell ends, and once for each that was done before.
+        study: Study.
+        out: Folder of the study.
+        executor: Executor that runs the jobs, such as the one of `parallel.cluster`. Its workers must see the same
+            files. By default, jobs run on this machine.
+        workers: Number of processes if there is no executor. 1 runs in this process.
+        cache_dir: Folder of prepared grids. By default `$ICHPROG_CACHE` or `~/.cache/ichprog`.
+        progress: Called with the status of each job that was done already, and of each job that ends.
 
     Returns:
-        The state of every cell in the end; those that failed say why.
+        The final status of every job.
 
     Raises:
-        RunError: The folder holds another study or something else.
-        CohortError: The patients are too few for the folds or a variant, lack a column, or scans cannot be used.
-        SpecError, UnknownNameError, PluginError: A variant cannot be built.
+        RunError: The folder holds another study or other files.
+        CohortError: There are too few patients, a column is missing, or a scan cannot be used.
+        SpecError: A variant cannot be built.
+        UnknownNameError: A plugin or a column does not exist.
+        PluginError: A plugin of a variant fails.
+
+    Example:
+        ```python
+        study = ichprog.study.Study.read("study.toml")
+        statuses = ichprog.study.run(study, "out", workers=2)
+        print([status.job.name for status in statuses if status.state == "failed"])
+        ```
     """
     from ichprog import hub
 
     out, cache = Path(out).absolute(), hub.cache_folder(cache_dir).absolute()
-    refuse_something_else(out)
-    if study.simulated is not None:
-        from ichprog.simulate import simulate
+    manifest.refuse_foreign_folder(out)
+    manifest.simulate_patients(study, out, workers)
+    cohort = manifest.load_cohort(study, out)
+    manifest.open_folder(out, manifest.build_manifest(study, cohort))
 
-        asked = study.simulated
-        simulate(out / "patients", patients=asked.patients, seed=asked.seed, workers=workers)
-    cohort = cohort_of(study, out)
-    begin(out, record(study, cohort))
-
-    tell = progress or (lambda _: None)
-    left = []
+    report = progress or (lambda _: None)
+    remaining = []
     for each in status(study, out):
         if each.state == "done":
-            tell(each)
+            report(each)
         else:
-            left.append(each.cell)
-    _prepare(study, cohort, cache, left, workers)
-    job = partial(work, study, out, cache)
-    fusing = {baseline.name for baseline in study.baselines if baseline.variant}
-    for wave in ([c for c in left if c.of not in fusing], [c for c in left if c.of in fusing]):
-        run_jobs(wave, job, lambda cell, error: _ended(out, cell, error, tell), executor=executor, workers=workers)
-    found = status(study, out)
-    whole = {each.cell.run for each in found} - {each.cell.run for each in found if each.state != "done"}
-    collect(study, out, whole).write(out / "predictions.csv")
-    return found
+            remaining.append(each.job)
+    _prepare_grids(study, cohort, cache, remaining, workers)
+    function = partial(run_job, study, out, cache)
+    depends_on_variant = {baseline.name for baseline in study.baselines if baseline.variant}
+    first = [job for job in remaining if job.source not in depends_on_variant]
+    second = [job for job in remaining if job.source in depends_on_variant]
+    for jobs in (first, second):
+        run_jobs(
+            jobs, function, lambda job, error: _finish_job(out, job, error, report), executor=executor, workers=workers
+        )
+    statuses = status(study, out)
+    collect(study, out, complete_runs(statuses)).write(out / "predictions.csv")
+    return statuses
 
 
-def status(study: Study, out: str | Path) -> list[Status]:
-    """How far every cell of a study is; nothing is changed.
+def status(study: Study, out: str | Path) -> list[JobStatus]:
+    """Return the status of every job of a study. Nothing is changed.
 
     Args:
-        study: The study.
-        out: Its folder; it may not be there yet.
+        study: Study.
+        out: Folder of the study, which need not exist.
+
+    Example:
+        ```python
+        study = ichprog.study.Study.read("study.toml")
+        print([(each.job.name, each.state) for each in ichprog.study.status(study, "out")])
+        ```
     """
     out = Path(out)
-    absent = left_out(out)
-    return [_status(out, cell) for cell in _cells(study) if cell.of not in absent]
+    left_out = manifest.read_manifest(out)["left_out"] if (out / manifest.FILE).is_file() else {}
+    return [_status_of(out, job) for job in _list_jobs(study) if job.source not in left_out]
+
+
+def complete_runs(statuses: Sequence[JobStatus]) -> set[str]:
+    """Return the names of the runs and baselines of which every job is done.
+
+    Args:
+        statuses: Result of `status`.
+    """
+    return {each.job.run for each in statuses} - {each.job.run for each in statuses if each.state != "done"}
 
 
 def collect(study: Study, out: Path, runs: set[str]) -> Predictions:
-    """What variants and baselines say, in the study's order.
+    """Collect the predictions of runs and baselines, in the order of the study.
 
     Args:
-        study: The study.
-        out: Its folder.
-        runs: Those that are done in all folds.
+        study: Study.
+        out: Folder of the study.
+        runs: Names of runs and baselines that are done in all folds.
     """
-    found: dict[tuple[str, str, str], TaskPredictions] = {}
-    for cell in _cells(study):
-        if cell.run not in runs or cell.fold:
-            continue
-        if cell.fold is None:
-            found |= Predictions.read(out / "baselines" / f"{cell.run}.csv").entries
-        else:
-            found |= _said(study.variant(cell.of), cell.run, study.folds, out)
-    return Predictions(found)
+    collected: dict[tuple[str, str, str], TaskPredictions] = {}
+    for name, run in study.runs.items():
+        if name in runs:
+            collected |= _read_run(run.variant, name, study.folds, out)
+    for baseline in study.baselines:
+        if baseline.name in runs:
+            collected |= Predictions.read(out / "baselines" / f"{baseline.name}.csv").entries
+    return Predictions(collected)
 
 
-def work(study: Study, out: Path, cache: Path, cell: Cell) -> str | None:
-    """Does one cell, unless it is done or another process does it.
+def run_job(study: Study, out: Path, cache: Path, job: Job) -> str | None:
+    """Run one job, unless it is done or another process runs it.
 
     Args:
-        study: The study.
-        out: Its folder.
-        cache: Where prepared grids are.
-        cell: The cell.
+        study: Study.
+        out: Folder of the study.
+        cache: Folder of prepared grids and compiled networks.
+        job: Job.
 
     Returns:
-        What went wrong, or None.
+        The error message if the job failed, or None.
     """
-    from filelock import FileLock, Timeout
-
     try:
-        with _alone, FileLock(_lock(out, cell), timeout=1):  # `status` may hold it for a moment
-            if not _done(out, cell):
-                _error(out, cell).unlink(missing_ok=True)
-                if cell.fold is None:
-                    _fit(study, out, cell)
+        with _train_lock, file_lock(_lock_path(out, job), timeout_s=1):  # `status` holds the lock for a moment
+            if not _is_done(out, job):
+                _error_path(out, job).unlink(missing_ok=True)
+                if job.fold is None:
+                    _fit_baseline(study, out, job)
                 else:
-                    _train(study, out, cache, cell)
-    except Timeout:
+                    _train_fold(study, out, cache, job, job.fold)
+    except TimeoutError:
         return None
     except IchprogError as error:
         return f"{type(error).__name__}: {error}"
@@ -197,57 +220,62 @@ def work(study: Study, out: Path, cache: Path, cell: Cell) -> str | None:
     return None
 
 
-def _train(study: Study, out: Path, cache: Path, cell: Cell) -> None:
+def _train_fold(study: Study, out: Path, cache: Path, job: Job, fold: int) -> None:
     from ichprog.train import train
 
-    variant, cohort = study.variant(cell.of), cohort_of(study, out)
+    variant, cohort = study.variant(job.source), manifest.load_cohort(study, out)
     train(
         cohort,
         variant.spec,
-        out / "runs" / cell.run,
-        folds=parts_of(study, cohort, cell.size),
-        only=[cell.fold or 0],
+        out / "runs" / job.run,
+        folds=manifest.split_folds(study, cohort, job.size),
+        only=[fold],
         protocol=variant.protocol,
         resume=True,
-        name=cell.run,
+        name=job.run,
         brain=study.brain,
         device=study.device,
         cache_dir=cache,
     )
 
 
-def _fit(study: Study, out: Path, cell: Cell) -> None:
+def _fit_baseline(study: Study, out: Path, job: Job) -> None:
     from ichprog.study import baselines
 
-    baseline = next(each for each in study.baselines if each.name == cell.of)
-    cohort, image = cohort_of(study, out), None
+    baseline = next(each for each in study.baselines if each.name == job.source)
+    cohort, image = manifest.load_cohort(study, out), None
     if baseline.variant:
-        if not all(_done(out, Cell(baseline.variant, fold)) for fold in range(study.folds)):
-            raise RunError(f"variant {baseline.variant} is not done in every fold; this comes after it.")
+        if not all(_is_done(out, Job(baseline.variant, fold)) for fold in range(study.folds)):
+            raise RunError(f"Variant {baseline.variant} is not done in every fold. Run the study again.")
         image = {
-            split: answers
-            for (_, task, split), answers in collect(study, out, {baseline.variant}).entries.items()
+            split: predictions
+            for (_, task, split), predictions in collect(study, out, {baseline.variant}).entries.items()
             if task == baseline.task
         }
-    said = baselines.predict(
-        baseline, cohort, study.task(baseline.task), parts_of(study, cohort), seed=study.protocol.seed, image=image
+    predictions = baselines.predict(
+        baseline,
+        cohort,
+        study.task(baseline.task),
+        manifest.split_folds(study, cohort),
+        seed=study.protocol.seed,
+        image=image,
     )
-    answers = {(baseline.name, baseline.task, split): said[split] for split in SPLITS}
-    Predictions(answers).write(out / "baselines" / f"{cell.run}.csv")
+    table = Predictions({(baseline.name, baseline.task, split): predictions[split] for split in SPLITS})
+    table.write(out / "baselines" / f"{job.run}.csv")
 
 
-def _ended(out: Path, cell: Cell, error: str | None, tell: Callable[[Status], Any]) -> None:
-    """Records how a cell ended, and tells it."""
-    if error is not None and not _done(out, cell):
-        with atomic_write(_error(out, cell)) as part:
-            part.write_text(error.rstrip() + "\n", encoding="utf-8")
-    tell(_status(out, cell))
+def _finish_job(out: Path, job: Job, error: str | None, report: Callable[[JobStatus], Any]) -> None:
+    """Record why a job failed, and report its status."""
+    if error is not None and not _is_done(out, job):
+        with atomic_write(_error_path(out, job)) as path:
+            path.write_text(error.rstrip() + "\n", encoding="utf-8")
+    report(_status_of(out, job))
 
 
-def _prepare(study: Study, cohort: Cohort, cache: Path, left: Sequence[Cell], workers: int) -> None:
-    """Refuses variants that cannot be trained, and prepares every scan once before cells ask for it side by side."""
-    asked = {cell.run: cell.size for cell in left if cell.fold is not None}
-    if not asked:
+def _prepare_grids(study: Study, cohort: Cohort, cache: Path, jobs: Sequence[Job], workers: int) -> None:
+    """Refuse variants that cannot be trained, and prepare every scan once before the jobs start."""
+    sizes = {job.run: job.size for job in jobs if job.fold is not None}
+    if not sizes:
         return
     import torch
 
@@ -255,11 +283,11 @@ def _prepare(study: Study, cohort: Cohort, cache: Path, left: Sequence[Cell], wo
     from ichprog.train import folds, grid_cache
 
     inputs = []
-    for name, size in asked.items():
-        spec = study.runs[name][0].spec
+    for name, size in sizes.items():
+        spec = study.runs[name].variant.spec
         labels = {task.name: cohort.labels(task) for task in spec.tasks}
         try:
-            folds.refuse_unless_usable(spec, labels, parts_of(study, cohort, size))
+            folds.refuse_unless_usable(spec, labels, manifest.split_folds(study, cohort, size))
         except CohortError as error:
             raise CohortError(f"variant {name}: {error}") from None
         with torch.random.fork_rng(devices=[]):
@@ -271,57 +299,59 @@ def _prepare(study: Study, cohort: Cohort, cache: Path, left: Sequence[Cell], wo
         grid_cache.prepare(scans, contract, brain=study.brain, folder=cache / "grids", workers=workers)
 
 
-def _cells(study: Study) -> list[Cell]:
-    trained = [Cell(v.name, fold, size) for v, size in study.runs.values() for fold in range(study.folds)]
-    return [*trained, *(Cell(baseline.name) for baseline in study.baselines)]
+def _list_jobs(study: Study) -> list[Job]:
+    runs = [Job(run.variant.name, fold, run.size) for run in study.runs.values() for fold in range(study.folds)]
+    return [*runs, *(Job(baseline.name) for baseline in study.baselines)]
 
 
-def _done(out: Path, cell: Cell) -> bool:
-    if cell.fold is None:
-        return (out / "baselines" / f"{cell.run}.csv").is_file()
-    config = out / "runs" / cell.run / "config.json"  # the model of all folds that are done, the last to be written
+def _is_done(out: Path, job: Job) -> bool:
+    if job.fold is None:
+        return (out / "baselines" / f"{job.run}.csv").is_file()
+    config = out / "runs" / job.run / "config.json"  # lists the finished folds, and is written last
     if not config.is_file():
         return False
-    return f"fold{cell.fold}.safetensors" in json.loads(config.read_text("utf-8"))["weights"]["sha256"]
+    return f"fold{job.fold}.safetensors" in json.loads(config.read_text("utf-8"))["weights"]["sha256"]
 
 
-def _status(out: Path, cell: Cell) -> Status:
-    from filelock import FileLock, Timeout
-
-    if _done(out, cell):
-        return Status(cell, "done")
-    if _lock(out, cell).is_file():
+def _status_of(out: Path, job: Job) -> JobStatus:
+    if _is_done(out, job):
+        return JobStatus(job, "done")
+    if _lock_path(out, job).is_file():
         try:
-            with FileLock(_lock(out, cell), blocking=False):
+            with file_lock(_lock_path(out, job), timeout_s=0):
                 pass
-        except Timeout:
-            return Status(cell, "running")
-    if _error(out, cell).is_file():
-        return Status(cell, "failed", _error(out, cell).read_text("utf-8").rstrip())
-    return Status(cell, "missing")
+        except TimeoutError:
+            return JobStatus(job, "running")
+    if _error_path(out, job).is_file():
+        return JobStatus(job, "failed", _error_path(out, job).read_text("utf-8").rstrip())
+    return JobStatus(job, "missing")
 
 
-def _lock(out: Path, cell: Cell) -> Path:
-    return out / "cells" / f".{cell.name}.lock"
+def _lock_path(out: Path, job: Job) -> Path:
+    return out / "jobs" / f".{job.name}.lock"
 
 
-def _error(out: Path, cell: Cell) -> Path:
-    return out / "cells" / f"{cell.name}.error"
+def _error_path(out: Path, job: Job) -> Path:
+    return out / "jobs" / f"{job.name}.error"
 
 
-def _said(variant: Variant, run: str, folds: int, out: Path) -> dict[tuple[str, str, str], TaskPredictions]:
-    """What the networks of a run say of the patients they were not trained on."""
-    found = {}
-    for split, file in _FILES.items():
+def _read_run(variant: Variant, run: str, folds: int, out: Path) -> dict[tuple[str, str, str], TaskPredictions]:
+    """Read the predictions of a run for the patients that each fold was not trained on."""
+    predictions = {}
+    for split, name in _FILES.items():
         rows = []
         for fold in range(folds):
-            with (out / "runs" / run / "folds" / str(fold) / file).open(encoding="utf-8", newline="") as opened:
-                rows += list(csv.DictReader(opened))
-        patients = tuple(row["patient"] for row in rows)
-        fold_of = np.array([int(row["fold"]) for row in rows], np.int64)
+            with (out / "runs" / run / "folds" / str(fold) / name).open(encoding="utf-8", newline="") as file:
+                rows += list(csv.DictReader(file))
         for task in variant.spec.tasks:
-            true = [row[f"{task.name}_true"] for row in rows]
-            truth = np.array([task.labels.index(label) if label else -1 for label in true], np.int64)
-            said = [[float(row[f"{task.name}_{label}"]) for label in task.labels] for row in rows]
-            found[run, task.name, split] = TaskPredictions(patients, fold_of, truth, np.array(said, np.float64))
-    return found
+            predictions[run, task.name, split] = _task_predictions(rows, task)
+    return predictions
+
+
+def _task_predictions(rows: Sequence[dict[str, str]], task: Task) -> TaskPredictions:
+    patients = tuple(row["patient"] for row in rows)
+    folds = np.array([int(row["fold"]) for row in rows], np.int64)
+    labels = [row[f"{task.name}_true"] for row in rows]
+    truth = np.array([task.labels.index(label) if label else -1 for label in labels], np.int64)
+    probabilities = [[float(row[f"{task.name}_{label}"]) for label in task.labels] for row in rows]
+    return TaskPredictions(patients, folds, truth, np.array(probabilities, np.float64))

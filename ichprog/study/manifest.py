@@ -1,4 +1,4 @@
-"""What a study is in its folder: its patients, its folds, and `study.json`, by which the folder is known again."""
+"""Describe a study in its folder: its patients, its folds and `study.json`, which identifies the folder."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -14,170 +14,232 @@ from ichprog.study.config import Baseline, Study
 if TYPE_CHECKING:
     from ichprog.train.folds import Fold
 
+FILE = "study.json"
 _FORMAT = 1
+_PATIENTS = "patients"  # folder of simulated patients
 
 
-def cohort_of(study: Study, out: str | Path) -> Cohort:
-    """The patients of a study; those that are simulated for it are in its folder once it was begun.
+def load_cohort(study: Study, out: str | Path) -> Cohort:
+    """Load the patients of a study.
 
     Args:
-        study: The study.
-        out: Its folder.
+        study: Study.
+        out: Folder of the study, which holds the simulated patients if there are any.
 
     Raises:
         CohortError: A table cannot be used.
     """
     if study.simulated is not None:
-        return Cohort.read(Path(out) / "patients" / "cohort.csv")
+        return Cohort.read(Path(out) / _PATIENTS / "cohort.csv")
     cohorts = [Cohort.read(table) for table in study.cohort]
     return cohorts[0] if len(cohorts) == 1 else Cohort.join(cohorts)
 
 
-def parts_of(study: Study, cohort: Cohort, size: int | None = None) -> "list[Fold]":
-    """The folds of a study, the same for all variants.
+def simulate_patients(study: Study, out: Path, workers: int) -> None:
+    """Simulate the patients of a study into its folder, unless the study has tables of patients.
 
     Args:
-        study: The study.
-        cohort: Its patients.
-        size: Train on so many patients only, the first ones of each training part; a larger number holds a smaller.
+        study: Study.
+        out: Folder of the study.
+        workers: Number of processes.
+    """
+    if study.simulated is None:
+        return
+    from ichprog.simulate import simulate
+
+    simulate(out / _PATIENTS, patients=study.simulated.patients, seed=study.simulated.seed, workers=workers)
+
+
+def split_folds(study: Study, cohort: Cohort, size: int | None = None) -> "list[Fold]":
+    """Split the patients of a study into folds, the same for all variants.
+
+    Args:
+        study: Study.
+        cohort: Patients of the study.
+        size: Number of patients that each training part keeps: the first ones, so that a larger number includes a
+            smaller one. None keeps all.
 
     Raises:
-        CohortError: The patients are too few.
+        CohortError: There are too few patients.
     """
     from ichprog.train import folds
 
-    task, protocol = study.task(study.split_by), study.protocol
+    task, protocol = study.main_task, study.protocol
     labels = cohort.labels(task)
-    alone = replace(study.variants[0].spec, tasks=(task,))
-    folds.refuse_unless_enough(alone, {task.name: labels}, study.folds, protocol.validation)
+    main_only = replace(study.variants[0].spec, tasks=(task,))
+    folds.refuse_unless_enough(main_only, {task.name: labels}, study.folds, protocol.validation)
     parts = folds.split(labels, study.folds, seed=protocol.split_seed, validation=protocol.validation)
     if size is None:
         return parts
     if size >= (fewest := min(len(fold.train) for fold in parts)):
         raise CohortError(
-            f"learning_curve.sizes: {size} patients are asked for, and a fold has {fewest} to train on. Take fewer."
+            f"learning_curve.sizes: Invalid value {size}. Expected less than {fewest}, the patients of a training part."
         )
     return [fold._replace(train=fold.train[:size]) for fold in parts]
 
 
-def record(study: Study, cohort: Cohort) -> dict[str, Any]:
-    """What a study is, as plain data: what goes into `study.json`.
+def build_manifest(study: Study, cohort: Cohort) -> dict[str, Any]:
+    """Describe a study as plain data, the content of `study.json`.
 
     Args:
-        study: The study.
-        cohort: Its patients.
+        study: Study.
+        cohort: Patients of the study.
 
     Raises:
-        UnknownNameError: The cohort has not a column that is asked for.
-        CohortError: The patients are too few for the folds.
+        UnknownNameError: The cohort lacks a column that the study needs.
+        CohortError: There are too few patients for the folds.
     """
-    from ichprog.train.run_dir import digest, own_spec, surroundings
+    from ichprog.train.run_dir import digest, surroundings
 
+    if missing := _missing_columns([*study.subgroups, *study.correlations], cohort):
+        raise UnknownNameError(f"column of {cohort.source}", missing[0], _columns(cohort))
+    left_out = {baseline.name: reason for baseline in study.baselines if (reason := _skip_reason(baseline, cohort))}
     names = [patient.name for patient in cohort.patients]
-    first = cohort.labels(study.task(study.split_by)).tolist()
-    variants = {
-        run: {
-            "model": own_spec(variant.spec, run, len(cohort)).to_dict(),
-            "protocol": variant.protocol.to_dict(),
-            "labels": digest([cohort.labels(task).tolist() for task in variant.spec.tasks]),
-            "size": size,
-        }
-        for run, (variant, size) in study.runs.items()
-    }
-    lacking = {baseline.name: _lacking(baseline, cohort) for baseline in study.baselines}
-    if wanted := _absent([*study.subgroups, *study.correlations], cohort):
-        raise UnknownNameError(f"column of {cohort.source}", wanted[0], _columns(cohort))
-    made = [baseline for baseline in study.baselines if not lacking[baseline.name]]
-    parts = parts_of(study, cohort)
+    variants = _describe_variants(study, cohort)
     return {
         "format": _FORMAT,
         "name": study.name,
         "compared": {
             "patients": len(cohort),
-            "sha256": digest([names, first]),
+            "sha256": digest([names, cohort.labels(study.main_task).tolist()]),
             "folds": study.folds,
-            "split_by": study.split_by,
+            "stratify_by": study.stratify_by,
             "split_seed": study.protocol.split_seed,
             "validation": study.protocol.validation,
             "brain": study.brain,
         },
-        "cohort": {"source": cohort.source, "simulated": _simulated(study), "columns": _columns(cohort)},
+        "cohort": {"source": cohort.source, "simulated": _is_simulated(study), "columns": _columns(cohort)},
         "variants": variants,
         "baselines": {
-            baseline.name: {
-                "kind": baseline.kind,
-                "columns": list(baseline.columns),
-                "variant": baseline.variant,
-                "task": baseline.task,
-                "sha256": digest(
-                    [[p.columns[c] for c in baseline.columns] for p in cohort.patients]
-                    + [cohort.labels(study.task(baseline.task)).tolist(), study.protocol.seed]
-                    + [variants[baseline.variant] if baseline.variant else None]
-                ),
-            }
-            for baseline in made
+            baseline.name: _describe_baseline(baseline, study, cohort, variants)
+            for baseline in study.baselines
+            if baseline.name not in left_out
         },
-        "left_out": {name: said for name, said in lacking.items() if said},
+        "left_out": left_out,
         "membership": {
-            str(number): {part: [names[place] for place in places] for part, places in fold._asdict().items()}
-            for number, fold in enumerate(parts)
+            str(number): {part: [names[index] for index in indices] for part, indices in fold._asdict().items()}
+            for number, fold in enumerate(split_folds(study, cohort))
         },
         **surroundings(),
     }
 
 
-def refuse_something_else(out: Path) -> None:
-    """Refuses a folder that holds something else than a study or its patients.
-
-    Raises:
-        RunError: It does.
-    """
-    if not out.exists() or (out / "study.json").is_file():
-        return
-    if not out.is_dir() or any(path.name != "patients" and path.name[0] != "." for path in out.iterdir()):
-        raise RunError(f"{out} is there and holds no study. Choose another folder.")
-
-
-def begin(out: Path, mine: Mapping[str, Any]) -> None:
-    """Makes a study's folder with its record, or goes on with it; baselines that are not what they were are dropped.
+def refuse_foreign_folder(out: Path) -> None:
+    """Refuse a folder that holds other files than a study or its patients.
 
     Args:
-        out: The folder.
-        mine: The study's `record`.
+        out: Folder.
 
     Raises:
-        RunError: Other patients or folds are worked on there, or a variant was another when it was trained.
+        RunError: The folder holds other files.
     """
-    path = out / "study.json"
-    held = _read(path) if path.is_file() else None
-    if held is not None:
-        _refuse_another(out, held, mine)
-    for folder in ("cells", "baselines", "runs"):
+    if not out.exists() or (out / FILE).is_file():
+        return
+    if not out.is_dir() or any(path.name != _PATIENTS and path.name[0] != "." for path in out.iterdir()):
+        raise RunError(f"{out} exists and holds no study. Choose another folder.")
+
+
+def open_folder(out: Path, manifest: Mapping[str, Any]) -> None:
+    """Create a study's folder, or continue in an existing one and remove the baselines that have changed.
+
+    Args:
+        out: Folder.
+        manifest: Result of `build_manifest`.
+
+    Raises:
+        RunError: The folder holds other patients or folds, or a trained variant has changed.
+    """
+    path = out / FILE
+    previous = read_manifest(out) if path.is_file() else None
+    if previous is not None:
+        _refuse_changes(out, previous, manifest)
+    for folder in ("jobs", "baselines", "runs"):
         (out / folder).mkdir(parents=True, exist_ok=True)
-    for name, baseline in mine["baselines"].items():
-        if held is None or held["baselines"].get(name) != baseline:
+    for name, baseline in manifest["baselines"].items():
+        if previous is None or previous["baselines"].get(name) != baseline:
             (out / "baselines" / f"{name}.csv").unlink(missing_ok=True)
-    write_json(path, mine)
+    write_json(path, manifest)
 
 
-def left_out(out: Path) -> Mapping[str, str]:
-    """The baselines that are left out of a study that was begun, and why."""
-    path = out / "study.json"
-    found: dict[str, str] = _read(path)["left_out"] if path.is_file() else {}
-    return found
+def read_manifest(out: Path) -> dict[str, Any]:
+    """Read the `study.json` of a folder.
+
+    Args:
+        out: Folder of a study.
+
+    Raises:
+        RunError: The file cannot be read, or another version of ichprog wrote it.
+    """
+    path = out / FILE
+    try:
+        data: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path}: cannot be read: {error}. Choose another folder.") from error
+    if data.get("format") != _FORMAT:
+        raise RunError(f"{path}: written by another version of ichprog. Choose another folder.")
+    return data
 
 
-def _lacking(baseline: Baseline, cohort: Cohort) -> str:
-    """Why a baseline is left out, or nothing."""
-    absent = _absent(baseline.columns, cohort)
-    if absent and not baseline.where_known:
+def fold_of_patient(out: Path) -> dict[str, int]:
+    """Return the fold whose test part contains each patient, by patient.
+
+    Args:
+        out: Folder of a study.
+    """
+    parts = read_manifest(out)["membership"]
+    return {patient: int(fold) for fold, part in parts.items() for patient in part["test"]}
+
+
+def research_notice(out: str | Path) -> str:
+    """Return the sentence that accompanies every output of a study.
+
+    Args:
+        out: Folder of a study.
+    """
+    simulated = read_manifest(Path(out))["cohort"]["simulated"]
+    return f"{'These patients are simulated. ' if simulated else ''}For research only, not for patient care."
+
+
+def _describe_variants(study: Study, cohort: Cohort) -> dict[str, Any]:
+    from ichprog.train.run_dir import digest, own_spec
+
+    return {
+        name: {
+            "model": own_spec(run.variant.spec, name, len(cohort)).to_dict(),
+            "protocol": run.variant.protocol.to_dict(),
+            "labels": digest([cohort.labels(task).tolist() for task in run.variant.spec.tasks]),
+            "size": run.size,
+        }
+        for name, run in study.runs.items()
+    }
+
+
+def _describe_baseline(baseline: Baseline, study: Study, cohort: Cohort, variants: Mapping[str, Any]) -> dict[str, Any]:
+    from ichprog.train.run_dir import digest
+
+    values = [[patient.columns[column] for column in baseline.columns] for patient in cohort.patients]
+    labels = cohort.labels(study.task(baseline.task)).tolist()
+    variant = variants[baseline.variant] if baseline.variant else None
+    return {
+        "kind": baseline.kind,
+        "columns": list(baseline.columns),
+        "variant": baseline.variant,
+        "task": baseline.task,
+        "sha256": digest([*values, labels, study.protocol.seed, variant]),
+    }
+
+
+def _skip_reason(baseline: Baseline, cohort: Cohort) -> str:
+    """Return why an optional baseline is left out, or an empty string."""
+    missing = _missing_columns(baseline.columns, cohort)
+    if missing and not baseline.optional:
         raise UnknownNameError(
-            f"column of {cohort.source}", absent[0], _columns(cohort), hint=f"Baseline {baseline.name} needs it."
+            f"column of {cohort.source}", missing[0], _columns(cohort), f"Baseline {baseline.name} needs it."
         )
-    return f"the cohort has no column {', '.join(absent)}" if absent else ""
+    return f"the cohort has no column {', '.join(missing)}" if missing else ""
 
 
-def _absent(columns: Sequence[str], cohort: Cohort) -> list[str]:
+def _missing_columns(columns: Sequence[str], cohort: Cohort) -> list[str]:
     return [column for column in columns if column not in _columns(cohort)]
 
 
@@ -185,32 +247,27 @@ def _columns(cohort: Cohort) -> list[str]:
     return list(dict.fromkeys(column for patient in cohort.patients for column in patient.columns))
 
 
-def _simulated(study: Study) -> bool:
-    """Whether any patient is a simulated one: of a table that `ichprog simulate` wrote."""
-    tables = (table.parent / "simulation.json" for table in study.cohort)
-    return study.simulated is not None or any(table.is_file() for table in tables)
+def _is_simulated(study: Study) -> bool:
+    """Return whether patients are simulated for the study, or a table was written by `ichprog simulate`."""
+    records = (table.parent / "simulation.json" for table in study.cohort)
+    return study.simulated is not None or any(record.is_file() for record in records)
 
 
-def _refuse_another(out: Path, held: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
+def _refuse_changes(out: Path, previous: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
     from ichprog.train.run_dir import differences
 
-    said = [words for key, now in mine["compared"].items() for words in differences(key, held["compared"][key], now)]
-    for name, variant in mine["variants"].items():
-        if name in held["variants"] and (out / "runs" / name / "run.json").is_file():
-            before = held["variants"][name]
-            said += [f"variant {name}: {w}" for key in variant for w in differences(key, before[key], variant[key])]
-    if said:
+    found = [
+        text
+        for key, value in manifest["compared"].items()
+        for text in differences(key, previous["compared"][key], value)
+    ]
+    for name, variant in manifest["variants"].items():
+        if name in previous["variants"] and (out / "runs" / name / "run.json").is_file():
+            before = previous["variants"][name]
+            changes = (text for key in variant for text in differences(key, before[key], variant[key]))
+            found += [f"variant {name}: {text}" for text in changes]
+    if found:
         raise RunError(
-            f"{out} holds another study: {'; '.join(said)}. Choose another folder, ask for the same, or give a changed "
+            f"{out} holds another study: {'; '.join(found)}. Choose another folder, undo the change, or give a changed "
             "variant another name."
         )
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        data: dict[str, Any] = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path}: cannot be read: {error}. Choose another folder.") from error
-    if data.get("format") != _FORMAT:
-        raise RunError(f"{path}: is of another version of ichprog. Choose another folder.")
-    return data

@@ -28,7 +28,7 @@ from ichprog.spec import Task
 from ichprog.study import analysis, baselines, saliency_results
 from ichprog.study.analysis import StudyResults, TaskAnalysis
 from ichprog.study.config import Study
-from ichprog.study.manifest import cohort_of, parts_of
+from ichprog.study.manifest import fold_of_patient, load_cohort, split_folds
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -60,14 +60,14 @@ class _Writer:
         return Picture(pixels if raster else vector, caption)
 
 
-def present(study: Study, out: str | Path, *, maps_of: int = 0, cache_dir: str | Path | None = None) -> Path:
+def report(study: Study, out: str | Path, *, saliency_patients: int = 0, cache_dir: str | Path | None = None) -> Path:
     """Judges what has been predicted, and writes it all.
 
     Args:
         study: The study.
         out: Its folder, in which `cells.run` has been.
-        maps_of: Of how many patients with a lesion mask, the first ones, maps are measured by the study's saliency
-            methods; what is there of them already is used again.
+        saliency_patients: Number of patients with a lesion mask, the first ones, whose maps are measured by the
+            study's saliency methods. Stored measurements are used again.
         cache_dir: Where compiled networks are kept; `~/.cache/ichprog` or `$ICHPROG_CACHE` where not given.
 
     Returns:
@@ -78,7 +78,7 @@ def present(study: Study, out: str | Path, *, maps_of: int = 0, cache_dir: str |
         CohortError: A table cannot be used.
     """
     out = Path(out)
-    cohort, predictions = cohort_of(study, out), Predictions.read(out / "predictions.csv")
+    cohort, predictions = load_cohort(study, out), Predictions.read(out / "predictions.csv")
     if not predictions.entries:
         raise RunError(f"{out}: no variant is done in every fold yet; there is nothing to judge.")
     found = analysis.judge(study, cohort, predictions)
@@ -98,8 +98,8 @@ def present(study: Study, out: str | Path, *, maps_of: int = 0, cache_dir: str |
     if len(main.labels) == 2:
         writer.sections += _boundaries(writer, study, cohort, main)
     writer.sections.append(_mistakes(writer, study, cohort, found, out))
-    if maps_of and any(variant.saliency for variant in study.variants):
-        writer.sections.append(_saliency(writer, study, cohort, out, maps_of))
+    if saliency_patients and any(variant.saliency for variant in study.variants):
+        writer.sections.append(_saliency(writer, study, cohort, out, saliency_patients))
     writer.sections += _trainings(writer, study, out)
     facts = html.facts(study, truth, found.metrics, simulated=about["cohort"]["simulated"])
     tables.write(html.checklist(facts), html.CHECKLIST, out / "tables", "tripod", "TRIPOD+AI")
@@ -357,7 +357,7 @@ def _boundaries(writer: _Writer, study: Study, cohort: Cohort, task: Task) -> It
     if not chosen:
         return
     columns = (chosen[0].columns[0], chosen[0].columns[1])
-    part = parts_of(study, cohort)[0].train
+    part = split_folds(study, cohort)[0].train
     surfaces = {
         one.name: baselines.decision_surface(one.kind, cohort, columns, task, part, seed=study.protocol.seed)
         for one in chosen
@@ -389,7 +389,7 @@ def _mistakes(writer: _Writer, study: Study, cohort: Cohort, found: StudyResults
     for row in rows if best in study.runs else []:
         if row["variant"] != best:
             continue
-        model, scan = saliency_results.member(out, best, row["fold"], writer.cache_dir), scans[row["patient"]]
+        model, scan = saliency_results.load_fold_model(out, best, row["fold"], writer.cache_dir), scans[row["patient"]]
         examined = model.load_scan(scan, brain=study.brain)
         saliency: Any = explain(model, examined, task=study.split_by, label=row["told"], method=method)
         drawn = plot(saliency, examined, prediction=predict(model, examined))
@@ -401,7 +401,7 @@ def _mistakes(writer: _Writer, study: Study, cohort: Cohort, found: StudyResults
 def _saliency(writer: _Writer, study: Study, cohort: Cohort, out: Path, maps_of: int) -> Section:
     from ichprog.evaluation import localization
 
-    rows_of = saliency_results.measured(study, cohort, out, maps_of, writer.cache_dir)
+    rows_of = saliency_results.measure_maps(study, cohort, out, maps_of, writer.cache_dir)
     if not rows_of:
         return Section("Saliency", ["Nothing was measured: no variant is done whose patients have a lesion mask."])
     rows = localization.summary(rows_of, draws=study.draws, seed=study.seed)
@@ -415,7 +415,7 @@ def _saliency(writer: _Writer, study: Study, cohort: Cohort, out: Path, maps_of:
     checked = [
         row
         for variant in dict.fromkeys(row.variant for row in rows_of)
-        for row in saliency_results.randomised(study, cohort, out, variant, writer.cache_dir)
+        for row in saliency_results.randomise_parameters(study, cohort, out, variant, writer.cache_dir)
     ]
     columns = {
         "variant": "variant",
@@ -429,12 +429,12 @@ def _saliency(writer: _Writer, study: Study, cohort: Cohort, out: Path, maps_of:
     )
     made.append(writer.table("randomised", checked, columns, caption))
     names = list(dict.fromkeys(row.patient for row in rows_of))[:3]
-    models = saliency_results.with_task(study, saliency_results.members(study, out, writer.cache_dir), study.split_by)
+    models = saliency_results.complete_variants(study, out, writer.cache_dir, task=study.split_by)
     drawn = localization.figure(
         models,
         cohort,
         [(name, None) for name in names],
-        folds=saliency_results.tested(out),
+        folds=fold_of_patient(out),
         task=study.split_by,
         method=rows_of[0].method,
         brain=study.brain,

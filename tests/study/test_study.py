@@ -17,19 +17,18 @@ from ichprog.cohort import Cohort
 from ichprog.evaluation.predictions import Predictions, TaskPredictions
 from ichprog.study import analysis, saliency_results
 from ichprog.study.config import Study
-from ichprog.study.manifest import cohort_of
+from ichprog.study.manifest import load_cohort
 
 PATIENTS, FOLDS = 90, 3
 STUDY = """
 name = "made answers"
 cohort = ["cohort.csv"]
 folds = 3
+n_bootstrap = 200
 brain = "given"
 subgroups = { age = [70], ward = [] }
 correlations = ["age", "gcs"]
 readers = "readers.csv"
-[bootstrap]
-draws = 200
 [learning_curve]
 sizes = [10]
 variants = ["one", "all"]
@@ -367,14 +366,14 @@ def test_variants_of_which_a_fold_is_missing_are_not_explained(smoke, tmp_path):
     said = json.loads(config.read_text())
     said["weights"]["sha256"].popitem()
     config.write_text(json.dumps(said))
-    models = saliency_results.members(study, copy)
+    models = saliency_results.complete_variants(study, copy)
     assert set(models) == {"prognosis", "prognosis_gcs"}
-    assert set(saliency_results.with_task(study, models, "gcs")) == {"prognosis_gcs"}
-    with pytest.raises(RunError, match=r"no variant .* with the task age is done in every fold"):
-        saliency_results.with_task(study, models, "age")
+    assert set(saliency_results.complete_variants(study, copy, task="gcs")) == {"prognosis_gcs"}
+    with pytest.raises(RunError, match=r"No variant .* with the task age is done in every fold"):
+        saliency_results.complete_variants(study, copy, task="age")
     shutil.rmtree(copy / "patients" / "masks")
     (copy / "saliency.csv").unlink()
-    assert saliency_results.measured(study, cohort_of(study, copy), copy, 2) == []
+    assert saliency_results.measure_maps(study, load_cohort(study, copy), copy, 2) == []
     done = command(
         "study", "report", toml, "--output", copy, "--saliency-patients", 2, "--cache-dir", toml.parent / "cache"
     )
@@ -384,7 +383,7 @@ def test_variants_of_which_a_fold_is_missing_are_not_explained(smoke, tmp_path):
 
 def test_wrong_use_is_answered(tmp_path):
     toml = tmp_path / "study.toml"
-    assert "Unknown preset of a study 'none'" in command("study", "new", toml, "--preset", "none").output
+    assert "Unknown study preset 'none'" in command("study", "new", toml, "--preset", "none").output
     assert command("study", "new", toml, "--preset", "smoke").exit_code == 0
     assert command("study", "new", toml).exit_code == 2
     both = command("study", "run", toml, "--scheduler", "tcp://127.0.0.1:1", "--slurm", "queue=a")

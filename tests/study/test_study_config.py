@@ -45,9 +45,9 @@ def test_templates_are_studies_with_words(preset, read):
     study = read(text)
     assert text.startswith("# ")
     assert preset in config.presets()
-    assert study.task(study.split_by).name == study.variants[0].spec.tasks[0].name
+    assert study.task(study.stratify_by).name == study.variants[0].spec.tasks[0].name
     assert len({variant.name for variant in study.variants}) >= 3
-    assert study.baselines[0] == Baseline("majority", "majority", (), None, study.split_by, False)
+    assert study.baselines[0] == Baseline("majority", "majority", (), None, study.stratify_by, False)
 
 
 def test_the_paper_is_its_seven_image_models_and_their_published_weights(read):
@@ -101,20 +101,26 @@ saliency = ["grad_cam"]
 
 def test_what_is_not_written(read):
     study = read()
-    assert study.split_by == "prognosis"
+    assert study.stratify_by == "prognosis"
     assert study.protocol == PRESETS["default"].replace(recalibrate=False)
     assert study.protocol.recalibrate is False
-    assert (study.draws, study.coverage, study.sizes, study.readers, study.simulated) == (1000, 0.9, (), None, None)
+    assert (study.n_bootstrap, study.coverage, study.curve_sizes, study.readers, study.simulated) == (
+        1000,
+        0.9,
+        (),
+        None,
+        None,
+    )
     kinds = {baseline.name: baseline for baseline in study.baselines}
     assert {"majority", "age_gcs", "ich_score", "func_score"} == set(kinds)
-    assert all(baseline.where_known for baseline in kinds.values())
+    assert all(baseline.optional for baseline in kinds.values())
     assert read(new="baseline = []\n").baselines == ()
 
 
 def test_a_learning_curve_is_over_all_variants_or_some(read):
-    assert read(more="[learning_curve]\nsizes = [40, 20]\n").sizes == (20, 40)
-    assert read(more="[learning_curve]\nsizes = [40]\n").sized == ("one", "all")
-    assert read(more='[learning_curve]\nsizes = [40]\nvariants = ["all"]\n').sized == ("all",)
+    assert read(more="[learning_curve]\nsizes = [40, 20]\n").curve_sizes == (20, 40)
+    assert read(more="[learning_curve]\nsizes = [40]\n").curve_variants == ("one", "all")
+    assert read(more='[learning_curve]\nsizes = [40]\nvariants = ["all"]\n').curve_variants == ("all",)
 
 
 def test_patients_may_be_simulated(read):
@@ -132,36 +138,36 @@ BASELINE = '[[baseline]]\nname = "new"\n'
 @pytest.mark.parametrize(
     ("new", "more", "said"),
     [
-        ("fold = 3\n", "", r"study\.toml: fold: there is no key 'fold' here\. The nearest: folds"),
-        ("coverage = 1\n", "", "coverage: must lie between 0 and 1, is 1"),
+        ("fold = 3\n", "", r"study\.toml: fold: Unknown key 'fold'\. Did you mean folds\?"),
+        ("coverage = 1\n", "", r"coverage: Invalid value 1\. Expected a number between 0 and 1"),
         ('coverage = "most"\n', "", "coverage: must be a float, is 'most'"),
-        ("simulated = { patients = 3 }\n", "", "either cohort.*or .simulated.*one of them"),
+        ("simulated = { patients = 3 }\n", "", "either cohort.*or .simulated.*Give one of them"),
         ('brain = "yes"\n', "", r"brain: must be one of \['auto', 'extract', 'given'\], is 'yes'"),
-        ('split_by = "prognosi"\n', "", "split_by: there is no name 'prognosi' here. The nearest: prognosis"),
-        ("[protocol]\nepoch = 3\n", "", "protocol: there is no name 'epoch' here. The nearest: epochs"),
+        ('stratify_by = "prognosi"\n', "", "stratify_by: Unknown task 'prognosi'. Did you mean prognosis"),
+        ("[protocol]\nepoch = 3\n", "", "protocol: Unknown protocol field 'epoch'. Did you mean epochs"),
         ("[protocol]\nepochs = 0\n", "", "protocol: epochs lies between 1"),
-        ('[protocol]\npreset = "papers"\n', "", r"protocol\.preset: there is no name 'papers' here"),
-        ("[bootstrap]\ndraws = 0\n", "", "bootstrap: takes 1 draw or more"),
-        ("", '[[variant]]\nname = "x"\n', r"variant\[2\]\.model: is missing\. Keys here: name, model, tasks"),
-        ("", VARIANT + "task = []\n", r"variant\[2\]\.task: there is no key 'task' here\. The nearest: tasks"),
-        ("", VARIANT + 'tasks = ["prognosys"]\n', r"variant\[2\]\.tasks: there is no name 'prognosys' here"),
+        ('[protocol]\npreset = "papers"\n', "", r"protocol\.preset: Unknown preset 'papers'"),
+        ("n_bootstrap = 0\n", "", r"n_bootstrap: Invalid value 0\. Expected 1 or more"),
+        ("", '[[variant]]\nname = "x"\n', r"variant\[2\]\.model: missing\. Keys of this table: name, model, tasks"),
+        ("", VARIANT + "task = []\n", r"variant\[2\]\.task: Unknown key 'task'\. Did you mean tasks"),
+        ("", VARIANT + 'tasks = ["prognosys"]\n', r"variant\[2\]\.tasks: Unknown task 'prognosys'"),
         ("", VARIANT + "tasks = []\n", "tasks: needs at least one task"),
-        ("", VARIANT + "loss_weights = { gsc = 1 }\n", r"loss_weights: there is no name 'gsc' here\. The nearest: gcs"),
+        ("", VARIANT + "loss_weights = { gsc = 1 }\n", r"loss_weights: Unknown task 'gsc'\. Did you mean gcs"),
         ("", VARIANT + "loss_weights = { gcs = 0 }\n", r"tasks\.gcs\.loss_weight: must be positive"),
         ("", VARIANT + "shape = [8, 24]\n", r"variant\[2\]\.shape: must have 3 entries, has 2"),
         ("", VARIANT + 'backbone = { name = "x" }\n', r"missing field variant\[2\]\.backbone\.options"),
-        ("", VARIANT + "protocol = { split_seed = 4 }\n", r"protocol\.split_seed: makes the folds, which all"),
-        ("", VARIANT.replace("new", "one"), "name 'one': 2 variants and baselines have it"),
-        ("", VARIANT.replace("new", "a/b"), "name 'a/b': letters, digits"),
-        ("", VARIANT.replace("new", "all@20"), "name 'all@20': letters, digits"),
+        ("", VARIANT + "protocol = { split_seed = 4 }\n", r"protocol\.split_seed: defines the folds, which all"),
+        ("", VARIANT.replace("new", "one"), "Duplicate name 'one'"),
+        ("", VARIANT.replace("new", "a/b"), "Invalid name 'a/b'. Expected letters, digits"),
+        ("", VARIANT.replace("new", "all@20"), "Invalid name 'all@20'. Expected letters, digits"),
         ("", BASELINE + 'kind = "logistik"\n', r"baseline\[0\]\.kind: must be one of"),
-        ("", BASELINE + 'kind = "logistic"\n', r"baseline\[0\]: logistic takes one column or more and no variant"),
-        ("", BASELINE + 'kind = "majority"\ncolumns = ["age"]\n', "majority takes neither columns nor"),
-        ("", BASELINE + 'kind = "fusion"\ncolumns = ["age"]\n', "fusion takes a variant and one column"),
-        ("", BASELINE + 'kind = "fusion"\nvariant = "al"\ncolumns = ["age"]\n', r"variant: there is no name 'al' here"),
-        ("", BASELINE + 'kind = "majority"\ntask = "gcs"\n', "baselines predict two labels, gcs has 3"),
-        ("", "[learning_curve]\nsizes = [20, 20]\n", r"learning_curve\.sizes: different numbers of 2 patients or more"),
-        ("", '[learning_curve]\nsizes = [20]\nvariants = ["on"]\n', "there is no name 'on' here. The nearest: one"),
+        ("", BASELINE + 'kind = "logistic"\n', r"baseline\[0\]: logistic takes at least one column and no variant"),
+        ("", BASELINE + 'kind = "majority"\ncolumns = ["age"]\n', "majority takes no columns and no variant"),
+        ("", BASELINE + 'kind = "fusion"\ncolumns = ["age"]\n', "fusion takes a variant and at least one column"),
+        ("", BASELINE + 'kind = "fusion"\nvariant = "al"\ncolumns = ["age"]\n', r"variant: Unknown variant 'al'"),
+        ("", BASELINE + 'kind = "majority"\ntask = "gcs"\n', "gcs has 3 labels. Expected a task with two labels"),
+        ("", "[learning_curve]\nsizes = [20, 20]\n", r"learning_curve\.sizes: Invalid value .* Expected different numbers, each 2 or more"),
+        ("", '[learning_curve]\nsizes = [20]\nvariants = ["on"]\n', "Unknown variant 'on'. Did you mean one"),
         ("name = 3 = 4\n", "", "cannot be read as TOML"),
     ],
 )  # fmt: skip
@@ -179,5 +185,5 @@ def test_a_model_that_is_not_there(read):
 def test_no_file_and_no_preset(tmp_path):
     with pytest.raises(SpecError, match=r"none\.toml: cannot be read as TOML"):
         Study.read(tmp_path / "none.toml")
-    with pytest.raises(UnknownNameError, match=r"Unknown preset of a study 'smok'\. Did you mean smoke"):
+    with pytest.raises(UnknownNameError, match=r"Unknown study preset 'smok'\. Did you mean smoke"):
         config.template("smok")

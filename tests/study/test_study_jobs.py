@@ -21,7 +21,7 @@ from ichprog.evaluation.predictions import Predictions
 from ichprog.spec import PluginRef
 from ichprog.study import config, jobs
 from ichprog.study.config import Study
-from ichprog.study.manifest import cohort_of, parts_of
+from ichprog.study.manifest import load_cohort, split_folds
 from ichprog.train import folds
 
 STUDY = """
@@ -64,9 +64,9 @@ columns = ["age"]
 name = "score"
 kind = "logistic"
 columns = ["ich_score"]
-where_known = true
+optional = true
 """
-CELLS = ["one-0", "one-1", "gcs-0", "gcs-1", "all-0", "all-1", "majority", "clinical", "fusion"]
+JOBS = ["one-0", "one-1", "gcs-0", "gcs-1", "all-0", "all-1", "majority", "clinical", "fusion"]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -132,7 +132,7 @@ def done(folder, tmp_path_factory):
     (folder / "whole.toml").write_text(STUDY + BASELINES)
     out = tmp_path_factory.mktemp("whole") / "out"
     found = jobs.run(Study.read(folder / "whole.toml"), out, cache_dir=folder / "c")
-    assert {status.state for status in found} == {"done"}, [status.said for status in found]
+    assert {status.state for status in found} == {"done"}, [status.error for status in found]
     return out
 
 
@@ -147,7 +147,7 @@ def table(path):
 
 
 def names(found, state="done"):
-    return [status.cell.name for status in found if status.state == state]
+    return [status.job.name for status in found if status.state == state]
 
 
 # what comes out
@@ -189,7 +189,7 @@ def test_predictions_are_those_of_the_runs(done):
 def test_a_study_says_what_it_was(done, folder):
     said = json.loads((done / "study.json").read_text())
     assert said["compared"] | {"sha256": ""} == {
-        "patients": 28, "sha256": "", "folds": 2, "split_by": "prognosis", "split_seed": 1, "validation": 0.25,
+        "patients": 28, "sha256": "", "folds": 2, "stratify_by": "prognosis", "split_seed": 1, "validation": 0.25,
         "brain": "given",
     }  # fmt: skip
     assert said["cohort"]["simulated"] is False
@@ -210,7 +210,7 @@ def test_what_is_done_is_left_alone(done, folder, study, tmp_path):
     }
     told = []
     found = jobs.run(study(), out, cache_dir=folder / "c", progress=told.append)
-    assert names(found) == names(told) == CELLS
+    assert names(found) == names(told) == JOBS
     kept = {path: path.stat().st_mtime_ns for path in before if path.name != "study.json"}
     assert kept == {path: when for path, when in before.items() if path.name != "study.json"}
     assert (out / "predictions.csv").read_bytes() == (done / "predictions.csv").read_bytes()
@@ -285,25 +285,25 @@ def test_a_cell_that_fails_is_recorded_and_the_others_go_on(folder, study, tmp_p
     told = []
     found = jobs.run(study(), tmp_path / "out", cache_dir=folder / "c", progress=told.append)
     assert names(found, "failed") == ["gcs-1", "all-0", "fusion"]
-    assert sorted(names(told)) == sorted(names(found)) == sorted(set(CELLS) - {"gcs-1", "all-0", "fusion"})
-    said = {status.cell.name: status.said for status in found}
-    assert said["gcs-1"] == "RunError: the disk is full" == (tmp_path / "out/cells/gcs-1.error").read_text().strip()
+    assert sorted(names(told)) == sorted(names(found)) == sorted(set(JOBS) - {"gcs-1", "all-0", "fusion"})
+    said = {status.job.name: status.error for status in found}
+    assert said["gcs-1"] == "RunError: the disk is full" == (tmp_path / "out/jobs/gcs-1.error").read_text().strip()
     assert said["all-0"].startswith("Traceback")
     assert "in failing" in said["all-0"]
-    assert said["fusion"] == "RunError: variant all is not done in every fold; this comes after it."
+    assert said["fusion"] == "RunError: Variant all is not done in every fold. Run the study again."
     assert Predictions.read(tmp_path / "out/predictions.csv").variants == ("one", "majority", "clinical")
     monkeypatch.undo()
-    assert names(jobs.run(study(), tmp_path / "out", cache_dir=folder / "c")) == CELLS
-    assert not list((tmp_path / "out/cells").glob("*.error"))
+    assert names(jobs.run(study(), tmp_path / "out", cache_dir=folder / "c")) == JOBS
+    assert not list((tmp_path / "out/jobs").glob("*.error"))
 
 
 def test_status_of_a_study_that_was_not_begun_and_of_a_cell_that_is_at_work(done, study, tmp_path):
     found = jobs.status(study(), tmp_path / "none")
-    assert names(found, "missing") == [*CELLS, "score"]
+    assert names(found, "missing") == [*JOBS, "score"]
     assert not (tmp_path / "none").exists()
     out = copied(done, tmp_path / "out")
     (out / "baselines/majority.csv").unlink()
-    with FileLock(out / "cells/.majority.lock"):
+    with FileLock(out / "jobs/.majority.lock"):
         assert names(jobs.status(study(), out), "running") == ["majority"]
     assert names(jobs.status(study(), out), "missing") == ["majority"]
 
@@ -311,7 +311,7 @@ def test_status_of_a_study_that_was_not_begun_and_of_a_cell_that_is_at_work(done
 def test_a_cell_that_another_process_does_is_left_to_it(done, folder, study, tmp_path):
     out = copied(done, tmp_path / "out")
     (out / "baselines/majority.csv").unlink()
-    with FileLock(out / "cells/.majority.lock"):
+    with FileLock(out / "jobs/.majority.lock"):
         found = jobs.run(study(), out, cache_dir=folder / "c")
     assert names(found, "running") == ["majority"]
     assert "majority" not in Predictions.read(out / "predictions.csv").variants
@@ -334,7 +334,7 @@ def test_a_folder_of_another_study_is_refused_with_what_differs(done, folder, st
     ))  # fmt: skip
     (tmp_path / "else").mkdir()
     (tmp_path / "else/notes.txt").write_text("mine")
-    with pytest.raises(RunError, match="is there and holds no study"):
+    with pytest.raises(RunError, match="exists and holds no study"):
         jobs.run(study(), tmp_path / "else", cache_dir=folder / "c")
     assert [path.name for path in (tmp_path / "else").iterdir()] == ["notes.txt"]
 
@@ -343,7 +343,7 @@ def test_a_variant_that_was_never_trained_may_change(done, folder, study, tmp_pa
     out = copied(done, tmp_path / "out")
     shutil.rmtree(out / "runs/gcs")
     asked = study(STUDY.replace('tasks = ["gcs"]', 'tasks = ["gcs"]\nprotocol = { epochs = 1 }'))
-    assert names(jobs.run(asked, out, cache_dir=folder / "c")) == CELLS
+    assert names(jobs.run(asked, out, cache_dir=folder / "c")) == JOBS
     assert len(table(out / "runs/gcs/folds/0/log.csv")) == 1
 
 
@@ -362,7 +362,7 @@ def test_a_variant_that_was_never_trained_may_change(done, folder, study, tmp_pa
             r"Unknown backbone 'compakt'\. Did you mean",
         ),
         (STUDY + 'backbone = { name = "compact", options = { w = 1 } }\n', SpecError, "backbone.*compact.*'w'"),
-        (STUDY + "[learning_curve]\nsizes = [14]\n", CohortError, "14 patients are asked for, and a fold has 10"),
+        (STUDY + "[learning_curve]\nsizes = [14]\n", CohortError, "Invalid value 14. Expected less than 10"),
         (
             STUDY + "[learning_curve]\nsizes = [2]\n",
             CohortError,
@@ -400,7 +400,7 @@ def test_processes_do_the_same_as_one_though_one_of_them_is_killed(done, folder,
             os.kill(killed[0], signal.SIGKILL)
 
     found = jobs.run(study(), tmp_path / "out", workers=2, cache_dir=folder / "c", progress=watch)
-    assert names(found) == CELLS
+    assert names(found) == JOBS
     assert killed
     assert len(seen) > 2, "others took its place"
     assert (tmp_path / "out/predictions.csv").read_bytes() == (done / "predictions.csv").read_bytes()
@@ -430,14 +430,14 @@ def test_workers_of_dask_do_the_same_though_one_of_them_is_killed(done, folder, 
         with parallel.cluster(scheduler=local.scheduler_address) as executor:
             found = jobs.run(study(), tmp_path / "out", executor=executor, cache_dir=folder / "c", progress=watch)
         assert killed[0] not in [nanny.pid for nanny in local.workers.values()]
-    assert names(found) == CELLS
+    assert names(found) == JOBS
     assert (tmp_path / "out/predictions.csv").read_bytes() == (done / "predictions.csv").read_bytes()
 
 
 def test_no_scheduler_at_an_address(monkeypatch):
-    monkeypatch.setattr(parallel, "_PATIENCE", 1)
+    monkeypatch.setattr(parallel, "SCHEDULER_TIMEOUT_S", 1)
     with (
-        pytest.raises(RunError, match=r"no scheduler at tcp://127\.0\.0\.1:1: "),
+        pytest.raises(RunError, match=r"No dask scheduler answers at tcp://127\.0\.0\.1:1: "),
         parallel.cluster(scheduler="tcp://127.0.0.1:1"),
     ):
         pass
@@ -450,9 +450,9 @@ def test_the_smoke_study_is_done_from_nothing(tmp_path):
     asked = Study.read(tmp_path / "study.toml")
     found = jobs.run(asked, tmp_path / "out", workers=2)
     assert {status.state for status in found} == {"done"}
-    cohort = cohort_of(asked, tmp_path / "out")
+    cohort = load_cohort(asked, tmp_path / "out")
     assert len(cohort) == 24
     said = Predictions.read(tmp_path / "out/predictions.csv")
     assert len(said.entries["all", "prognosis", "test"]) == 24
-    assert len(parts_of(asked, cohort)) == 2
+    assert len(split_folds(asked, cohort)) == 2
     assert json.loads((tmp_path / "out/study.json").read_text())["cohort"]["simulated"] is True

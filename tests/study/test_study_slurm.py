@@ -152,7 +152,7 @@ def test_jobs_do_the_same_as_one_process_though_some_are_killed(dies, slurm, don
     with parallel.cluster(slurm={"queue": "gpu", "log_directory": str(tmp_path)}, workers=2) as executor, beside(kill):
         found = jobs.run(asked_for, out, executor=executor, cache_dir=folder / "c")
         after = slurm_jobs()
-    assert tiny.names(found) == tiny.CELLS, [status.said for status in found]
+    assert tiny.names(found) == tiny.JOBS, [status.error for status in found]
     assert (out / "predictions.csv").read_bytes() == (done / "predictions.csv").read_bytes()
     until(lambda: not slurm_jobs())
     if dies == "every job":
@@ -174,7 +174,7 @@ def test_options_may_be_text_and_a_worker_has_the_processors_of_its_job(slurm, t
 
 @pytest.mark.slow
 def test_what_slurm_refuses_is_said(slurm):
-    refused = pytest.raises(RunError, match=r"(?s)Slurm takes no such jobs.*invalid partition specified: none")
+    refused = pytest.raises(RunError, match=r"(?s)Slurm refuses the jobs.*invalid partition specified: none")
     with refused, parallel.cluster(slurm={"queue": "none"}):
         pass
     assert not slurm_jobs()
@@ -184,9 +184,9 @@ def test_what_slurm_refuses_is_said(slurm):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"queu": "gpu"}, r"options of Slurm cannot be used: .*unexpected keyword argument 'queu'"),
-        ({"cores": "two"}, r"options of Slurm cannot be used: .*'two'"),
-        ({"memory": "1GB"}, r"Slurm takes no such jobs: .*'sbatch'.*start where it does"),
+        ({"queu": "gpu"}, r"Invalid Slurm options: .*unexpected keyword argument 'queu'"),
+        ({"cores": "two"}, r"Invalid Slurm options: .*'two'"),
+        ({"memory": "1GB"}, r"Slurm refuses the jobs: .*'sbatch'.*that has sbatch"),
     ],
 )
 def test_options_that_are_none_and_a_machine_without_slurm(options, said, monkeypatch, tmp_path):
