@@ -1,7 +1,7 @@
-"""What the suites stand on: seeded weights in a cache, simulated scans, and a peer timed in turns with what is ours.
+"""Shared fixtures: seeded weights in a cache, simulated scans, and timing of ichprog and a peer in alternation.
 
-`pytest benchmarks` runs the suites but for what takes very long, `pytest benchmarks/test_prepare.py` one of them,
-`python benchmarks/report.py` all of all and writes `docs/speed.md`. They need
+`pytest benchmarks` runs all suites except the slow measurements. `pytest benchmarks/test_prepare.py` runs one suite.
+`python benchmarks/report.py` runs everything and writes `docs/speed.md`. Install the requirements with
 `pip install -e ".[study]" --group bench`.
 """
 
@@ -21,18 +21,18 @@ from support import phantoms, reference_pipeline
 from support.hub_server import HubServer
 from workloads import ICHPROG, SEED
 
-PIXEL, EXTENT, THINNEST = 0.47, 160.0, 128  # mm in the plane, mm from foot to head, the most slices a scan is made of
+PIXEL, EXTENT, THINNEST = 0.47, 160.0, 128  # in-plane mm, mm from foot to head, largest number of slices
 HALF_FIELD = 512 * PIXEL / 2
-FILES = 8  # different scans of a cohort; more of them are links
+FILES = 8  # different scans in a cohort; further ones are links to them
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--rounds", type=int, help="Times that each is measured, instead of what its suite says.")
+    parser.addoption("--rounds", type=int, help="Number of rounds, instead of the default of each suite.")
 
 
 @pytest.fixture(scope="session", autouse=True)
 def bytecode() -> Iterator[None]:
-    """What is timed keeps its bytecode from process to process, as all that pip installs has it from the beginning."""
+    """Let timed processes write bytecode, because packages installed by pip have bytecode too."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
         yield
@@ -40,7 +40,7 @@ def bytecode() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A cache of its own with the default model's seeded weights, and no way to anything beyond the loopback."""
+    """Return a cache with the default model's seeded weights; no other host can be reached."""
     root, cache = tmp_path_factory.mktemp("hub"), tmp_path_factory.mktemp("cache")
     repository = zoo.find(zoo.DEFAULT).weights
     reference_pipeline.save(zoo.DEFAULT, root / str(repository.repo), SEED)
@@ -49,46 +49,53 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.delenv("HF_HUB_OFFLINE", raising=False)
         with HubServer(root, str(repository.revision)) as server:
             patch.setenv("HF_ENDPOINT", server.url)
-            process.run(ICHPROG, "fetch", zoo.DEFAULT)
+            process.run_command(ICHPROG, "fetch", zoo.DEFAULT)
         patch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
         yield cache
 
 
 @pytest.fixture(scope="session")
 def anatomy() -> phantoms.Head:
-    """A simulated head in 512 x 512 pixels and thin slices, without blood."""
+    """Return a simulated head of 512 x 512 pixels and thin slices, without blood."""
     low, high = (-HALF_FIELD, -HALF_FIELD, -76.0), (HALF_FIELD, HALF_FIELD, EXTENT - 76.0)
     return phantoms.head((PIXEL, PIXEL, EXTENT / THINNEST), low=low, high=high)
 
 
 @pytest.fixture(scope="session")
 def head(anatomy: phantoms.Head, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A simulated whole head, 512 x 512 x 32, with a haematoma."""
+    """Return the path of a simulated whole head, 512 x 512 x 32 voxels, with a haematoma."""
     path = tmp_path_factory.mktemp("head") / "head.nii.gz"
-    return _write(path, _thick(_bled(anatomy, 0), 32))
+    return _write(path, _average_slices(_with_haematoma(anatomy, 0), 32))
 
 
 @pytest.fixture(scope="session")
 def scan(anatomy: phantoms.Head, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
-    """A simulated brain-only scan of so many slices, 512 x 512 pixels each, with a haematoma."""
+    """Return a function from a number of slices to a simulated brain-only scan, 512 x 512 pixels per slice."""
     folder = tmp_path_factory.mktemp("scan")
 
     def make(slices: int) -> Path:
         path = folder / f"{slices}.nii.gz"
-        return path if path.exists() else _write(path, _thick(_bled(anatomy, 0) * anatomy.brain, slices))
+        return (
+            path
+            if path.exists()
+            else _write(path, _average_slices(_with_haematoma(anatomy, 0) * anatomy.brain, slices))
+        )
 
     return make
 
 
 @pytest.fixture(scope="session")
 def cohort(anatomy: phantoms.Head, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
-    """A folder of so many simulated brain-only scans, 512 x 512 x 32: links to eight with different haematomas."""
+    """Return a function from a number of scans to a folder of simulated brain-only scans, 512 x 512 x 32 voxels.
+
+    The folder holds links to eight scans with different haematomas.
+    """
     folder = tmp_path_factory.mktemp("cohort")
     files: list[Path] = []
 
     def make(scans: int) -> Path:
         for number in range(len(files), min(scans, FILES)):
-            hu = _thick(_bled(anatomy, number) * anatomy.brain, 32)
+            hu = _average_slices(_with_haematoma(anatomy, number) * anatomy.brain, 32)
             files.append(_write(folder / f"{number}.nii.gz", hu))
         links = folder / str(scans)
         if not links.exists():
@@ -100,8 +107,8 @@ def cohort(anatomy: phantoms.Head, tmp_path_factory: pytest.TempPathFactory) -> 
     return make
 
 
-def _bled(anatomy: phantoms.Head, number: int) -> np.ndarray:
-    """The head's HU with a haematoma, another one for each number."""
+def _with_haematoma(anatomy: phantoms.Head, number: int) -> np.ndarray:
+    """Return the head's HU with a haematoma that depends on the number."""
     hu, random = anatomy.scan.hu.copy(), np.random.default_rng(number)
     centre = np.array(hu.shape) / 2 + random.uniform(-1, 1, 3) * (80, 100, 16)
     radius = random.uniform(12, 24)  # mm
@@ -112,10 +119,10 @@ def _bled(anatomy: phantoms.Head, number: int) -> np.ndarray:
     return hu
 
 
-def _thick(hu: np.ndarray, slices: int) -> np.ndarray:
-    """Slices as thick as their number asks for."""
-    thick: np.ndarray = hu.reshape(*hu.shape[:2], slices, -1).mean(-1)
-    return thick
+def _average_slices(hu: np.ndarray, slices: int) -> np.ndarray:
+    """Average thin slices into the given number of thick ones."""
+    averaged: np.ndarray = hu.reshape(*hu.shape[:2], slices, -1).mean(-1)
+    return averaged
 
 
 def _write(path: Path, hu: np.ndarray) -> Path:
@@ -124,33 +131,36 @@ def _write(path: Path, hu: np.ndarray) -> Path:
     return path
 
 
-class Timed(NamedTuple):
-    """What one of two did, round by round."""
+class Timing(NamedTuple):
+    """The seconds and the results of one side, by round."""
 
     seconds: list[float]
-    answers: list[Any]
+    results: list[Any]
 
 
 @pytest.fixture
-def beside(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., tuple[Timed, Timed]]:
-    """Times something of ours and its peer in turns, so that what else the machine does falls on both."""
+def compare(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., tuple[Timing, Timing]]:
+    """Time ichprog and a peer in alternation, so that other load on the machine affects both."""
 
     def alternate(
         ours: Callable[[], Any], peer: Callable[[], Any], *, rounds: int, warm_up: bool = True
-    ) -> tuple[Timed, Timed]:
-        first, second = Timed([], []), Timed([], [])
+    ) -> tuple[Timing, Timing]:
+        first, second = Timing([], []), Timing([], [])
 
-        def timed(work: Callable[[], Any], into: Timed) -> None:
-            started = time.perf_counter()
-            answer = work()
-            into.seconds.append(time.perf_counter() - started)
-            into.answers.append(answer)
+        def run_timed(work: Callable[[], Any], timing: Timing) -> None:
+            start = time.perf_counter()
+            result = work()
+            timing.seconds.append(time.perf_counter() - start)
+            timing.results.append(result)
 
         if warm_up:
             peer()
             ours()
         benchmark.pedantic(
-            timed, args=(ours, first), setup=lambda: timed(peer, second), rounds=request.config.option.rounds or rounds
+            run_timed,
+            args=(ours, first),
+            setup=lambda: run_timed(peer, second),
+            rounds=request.config.option.rounds or rounds,
         )
         return first, second
 
@@ -158,8 +168,8 @@ def beside(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., tupl
 
 
 @pytest.fixture
-def figure(benchmark: Any) -> Callable[..., None]:
-    """Puts a figure into the run's JSON, for `report.py`."""
+def record(benchmark: Any) -> Callable[..., None]:
+    """Add a measurement to the JSON of the run, for `report.py`."""
 
     def add(
         what: str,
@@ -167,25 +177,23 @@ def figure(benchmark: Any) -> Callable[..., None]:
         ours: list[float],
         peer: list[float] | None = None,
         *,
-        beside: str = "",
+        peer_name: str = "",
         target: tuple[str, str, float] | None = None,
         **at: float,
     ) -> None:
-        """Adds one.
+        """Add one measurement.
 
         Args:
-            what: What was measured, in words; once in its suite.
-            unit: Of both.
-            ours: Ours, round by round.
-            peer: The peer's, where there is one.
-            beside: What the peer is, in words.
-            target: What is compared, "ratio" (ours : peer), "difference" (ours - peer) or "ours"; "at most" or "at
-                least"; and the bound.
-            **at: Where the figure lies on the axes of a plot.
+            what: Description, unique in its suite.
+            unit: Unit of both sides.
+            ours: Values of ichprog, by round.
+            peer: Values of the peer, by round.
+            peer_name: Description of the peer.
+            target: The compared quantity: "ratio" (ours : peer), "difference" (ours - peer) or "ours"; then "at most"
+                or "at least"; then the bound.
+            **at: Position on the axes of a plot.
         """
-        figures = benchmark.extra_info.setdefault("figures", [])
-        figures.append(
-            {"what": what, "unit": unit, "ours": ours, "peer": peer, "beside": beside, "target": target, "at": at}
-        )
+        values = {"what": what, "unit": unit, "ours": ours, "peer": peer, "peer_name": peer_name}
+        benchmark.extra_info.setdefault("records", []).append(values | {"target": target, "at": at})
 
     return add

@@ -1,4 +1,4 @@
-"""Our training, with what is the same in both set as published: what is timed beside `published_training.py`."""
+"""The training of ichprog with the published settings: the counterpart of `published_training.py`."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ from ichprog.train.distributed import Team
 from ichprog.train.folds import Fold
 
 
-def passes(
+def epoch_runner(
     scans: Sequence[Path],
     targets: torch.Tensor,
     folder: Path,
@@ -23,16 +23,16 @@ def passes(
     shape: tuple[int, int, int] | None = None,
     seed: int = 0,
 ) -> Callable[[], float]:
-    """Prepares scans, and gives what runs one pass over them and tells its mean loss.
+    """Preprocess scans and return a function that trains for one epoch and returns the mean loss.
 
     Args:
         scans: Brain-only NIfTI files.
         targets: `(N, 4)`, as `published_training.Training` takes them.
-        folder: Where prepared grids are kept.
+        folder: Folder of the grid cache.
         precision: "float32" or "bfloat16".
-        batch: Scans a step.
-        shape: The grid; the model's own if not given.
-        seed: Seed of the weights, the order and the augmentation.
+        batch: Scans per step.
+        shape: Shape of the grid (D, H, W). By default the shape of the model.
+        seed: Random seed of the weights, the order and the augmentation.
     """
     spec = zoo.find(zoo.DEFAULT)
     if shape:
@@ -48,9 +48,9 @@ def passes(
     team = Team("cpu")
     state = trainer.State(job, team)
 
-    def run_pass() -> float:
+    def run_epoch() -> float:
         loss = trainer.run_pass(state, job, team, trainer.Watch())["loss"]
         state.epoch += 1
         return loss
 
-    return run_pass
+    return run_epoch

@@ -1,4 +1,4 @@
-"""What is measured from outside: a command from start to end, and a contestant that is kept ready and weighed."""
+"""Run commands, and workloads in processes of their own whose time and memory are measured."""
 
 import json
 import subprocess
@@ -13,30 +13,30 @@ import psutil
 WORKLOADS = Path(__file__).with_name("workloads.py")
 
 
-def run(*command: str | Path) -> None:
-    """Runs a command to its end.
+def run_command(*command: str | Path) -> None:
+    """Run a command to its end.
 
     Raises:
-        RuntimeError: It failed; with what it said.
+        RuntimeError: The command failed. The message has its standard error.
     """
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(map(str, command))} ended with {done.returncode}: {done.stderr}")
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(map(str, command))} ended with {process.returncode}: {process.stderr}")
 
 
-class Contestant:
-    """A process that has loaded what it needs; called, it does one piece of work and gives its answer.
+class WorkloadProcess:
+    """Run a workload in a process of its own; each call does one unit of work and returns its result.
 
-    A process of its own has only its own memory and none of its peer's threads. It is a context manager.
+    The process shares no memory and no threads with the peer. Use it as a context manager.
 
     Args:
-        name: A function of `workloads.py`.
-        **options: Its arguments, as JSON can hold them.
+        name: Name of a function in `workloads.py`.
+        **options: Arguments of the function, as JSON values.
 
     Attributes:
-        peak: The most memory in bytes that the process and those it started held together, once it has ended. Pages
-            that several of them share count once. While there are several, they are looked at twice a second, since
-            more would slow down what is timed; of the process itself the kernel keeps the highest mark.
+        peak: Peak memory in bytes of the process and its children, valid after the process has ended. Shared pages
+            count once. Children are sampled twice a second, because sampling slows down the timed work. The peak of
+            the process itself comes from the kernel.
     """
 
     def __init__(self, name: str, **options: Any) -> None:
@@ -45,31 +45,31 @@ class Contestant:
 
     def __enter__(self) -> Self:
         self._process = subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self._over = threading.Event()
-        self._watch = threading.Thread(target=self._weigh, args=(psutil.Process(self._process.pid),))
-        self._watch.start()
-        self._answer()  # its first line says that it is ready
+        self._ended = threading.Event()
+        self._sampler = threading.Thread(target=self._sample_memory, args=(psutil.Process(self._process.pid),))
+        self._sampler.start()
+        self._read_result()  # the first line reports that the workload is ready
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._watch.join()
-        self._process.communicate()  # closes what it waits for, so that it ends
+        self._ended.set()
+        self._sampler.join()
+        self._process.communicate()  # closes standard input, which ends the process
 
     def __call__(self) -> Any:
-        """The answer to one piece of work."""
+        """Do one unit of work and return its result."""
         assert self._process.stdin is not None
         self._process.stdin.write("\n")
         self._process.stdin.flush()
-        return self._answer()
+        return self._read_result()
 
     def seconds(self) -> float:
-        """What one piece of work takes."""
-        started = time.perf_counter()
+        """Return the seconds of one unit of work."""
+        start = time.perf_counter()
         self()
-        return time.perf_counter() - started
+        return time.perf_counter() - start
 
-    def _answer(self) -> Any:
+    def _read_result(self) -> Any:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
@@ -77,26 +77,27 @@ class Contestant:
             raise RuntimeError(f"{' '.join(self.command)} ended with {self._process.returncode}")
         return json.loads(line)
 
-    def _weigh(self, process: psutil.Process) -> None:
-        over = False
-        while not over:
-            over = self._over.wait(0.5)
+    def _sample_memory(self, process: psutil.Process) -> None:
+        ended = False
+        while not ended:
+            ended = self._ended.wait(0.5)
             try:
-                started = process.children(recursive=True)
-                self.peak = max(self.peak, _highest(process), sum(map(_memory, [process, *started])) if started else 0)
-            except (psutil.Error, OSError):  # one of them ended while it was looked at
+                children = process.children(recursive=True)
+                total = sum(map(_memory, [process, *children])) if children else 0
+                self.peak = max(self.peak, _peak_memory(process), total)
+            except (psutil.Error, OSError):  # a process ended during the sample
                 continue
 
 
 def _memory(process: psutil.Process) -> int:
-    """Bytes that a process holds, its share of what it holds with others."""
-    held = process.memory_full_info()
-    return int(getattr(held, "pss", held.rss))
+    """Return the memory of a process in bytes, with its share of pages that other processes use too."""
+    info = process.memory_full_info()
+    return int(getattr(info, "pss", info.rss))
 
 
-def _highest(process: psutil.Process) -> int:
-    """The most bytes that a process has ever held, or where the system does not tell, what it holds now."""
+def _peak_memory(process: psutil.Process) -> int:
+    """Return the peak memory of a process in bytes, or its present memory on systems without that figure."""
     status = Path(f"/proc/{process.pid}/status")
     lines = status.read_text().splitlines() if status.is_file() else []
-    marks = [int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")]
-    return marks[0] if marks else int(process.memory_info().rss)
+    peaks = [int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")]
+    return peaks[0] if peaks else int(process.memory_info().rss)

@@ -1,4 +1,4 @@
-"""The published training, rebuilt from its description with MONAI and torch: what ours is timed beside."""
+"""The published training, rebuilt from its description with MONAI and torch: the peer of our training."""
 
 import math
 from collections.abc import Sequence
@@ -11,23 +11,23 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from support import reference_pipeline
 
-HEADS = {"binary_head": (1, 0.4), "ordinal_headGCS": (2, 0.3), "ordinal_headAge": (1, 0.3)}  # outputs, weight of loss
+HEADS = {"binary_head": (1, 0.4), "ordinal_headGCS": (2, 0.3), "ordinal_headAge": (1, 0.3)}  # outputs, loss weight
 ANGLE = math.pi / 36
 
 
 def chain(shape: tuple[int, int, int]) -> t.Compose:
-    """From a brain-only NIfTI in LPS order to an augmented grid `(1, D, H, W)`."""
+    """Return the transforms from a brain-only NIfTI in LPS order to an augmented grid `(1, D, H, W)`."""
     return t.Compose([
         reference_pipeline.chain(shape),
         t.RandRotate(range_x=ANGLE, range_y=ANGLE, range_z=ANGLE, prob=0.5),
-        t.Zoom(1.1),  # every scan: the published probability is ignored
+        t.Zoom(1.1),  # applied to every scan: the published code ignores the probability
         t.RandGaussianNoise(std=0.01, prob=0.5),
         t.ToTensor(track_meta=False),
     ])  # fmt: skip
 
 
 class Scans(torch.utils.data.Dataset[tuple[torch.Tensor, torch.Tensor]]):
-    """Scans that are read from disk each time, with their targets."""
+    """Read each scan from disk and return it with its targets."""
 
     def __init__(self, paths: Sequence[Path], targets: torch.Tensor, transform: t.Compose) -> None:
         self.paths, self.targets, self.transform = paths, targets, transform
@@ -40,15 +40,15 @@ class Scans(torch.utils.data.Dataset[tuple[torch.Tensor, torch.Tensor]]):
 
 
 class Training:
-    """The published network, optimiser and data.
+    """Train the published network with the published optimiser and data loader.
 
     Args:
         scans: Brain-only NIfTI files.
         targets: `(N, 4)`: a poor outcome, GCS below 13, GCS below 9, age of 80 or more; each 0 or 1.
-        batch: Scans a step.
-        shape: The grid.
-        workers: Processes that read scans.
-        seed: Seed of the weights, the order and the augmentation.
+        batch: Scans per step.
+        shape: Shape of the grid (D, H, W).
+        workers: Number of processes that read scans.
+        seed: Random seed of the weights, the order and the augmentation.
     """
 
     def __init__(
@@ -69,16 +69,16 @@ class Training:
             Scans(scans, targets, chain(shape)), batch_size=batch, shuffle=True, num_workers=workers
         )
 
-    def run_pass(self) -> float:
-        """Reads and trains every scan once, with a step for each batch; the mean loss."""
+    def run_epoch(self) -> float:
+        """Train on every scan once, with one step per batch, and return the mean loss."""
         self.network.train()
         losses = []
         for grids, targets in self.loader:
             self.optimiser.zero_grad()
             loss, first = torch.zeros(()), 0
             for logits, (outputs, weight) in zip(self.network(grids), HEADS.values(), strict=True):
-                aim = targets[:, first : first + outputs]
-                loss, first = loss + weight * binary_cross_entropy_with_logits(logits, aim), first + outputs
+                labels = targets[:, first : first + outputs]
+                loss, first = loss + weight * binary_cross_entropy_with_logits(logits, labels), first + outputs
             loss.backward()
             self.optimiser.step()
             self.plateau.step(loss.item())

@@ -1,8 +1,8 @@
-"""Measures everything and writes `docs/speed.md` with its plots: `python benchmarks/report.py`.
+"""Run all benchmarks and write `docs/speed.md` with its plots: `python benchmarks/report.py`.
 
-The figures go into `benchmarks/results.json`, and the page is written from them; `--from benchmarks/results.json` only
-writes it. Where suites are named only these are measured, and the figures of others stay if they are of the same
-versions. Figures of other machines stay, and stand beside.
+The measurements are stored in `benchmarks/results.json`, and the page is written from this file. `--from
+benchmarks/results.json` only writes the page. If suites are named, only these run, and the stored measurements of other
+suites stay if they have the same versions. Measurements of other machines always stay.
 """
 
 import argparse
@@ -25,32 +25,32 @@ HERE = Path(__file__).parent
 RESULTS, DOCS = HERE / "results.json", HERE.parent / "docs"
 PAGE = "speed.md"
 LIBRARIES = ("ichprog", "numpy", "scipy", "nibabel", "torch", "openvino", "monai", "medcam", "accelerate")
-INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16")  # of a processor, that matter here
-ROOF = "intensity"  # the axis of the roofline; every other is a plot of its own
+INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16")  # the instruction sets that matter here
+ROOF = "intensity"  # the axis of the roofline plot; every other axis has its own plot
 SUITES = ("start_up", "prepare", "predict", "roofline", "explain", "train_step")  # in the page's order
 
 
-def measure(suites: list[str], rounds: int | None, words: str | None, *, slow: bool) -> tuple[dict[str, Any], bool]:
-    """Runs the suites.
+def measure(suites: list[str], rounds: int | None, keyword: str | None, *, slow: bool) -> tuple[dict[str, Any], bool]:
+    """Run the suites.
 
     Returns:
-        The results, and whether everything ran.
+        The results, and whether every suite passed.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "run.json"
-        # -P: what is installed is measured, not what lies in the folder
+        # -P: measure the installed package, not the current folder
         command = [sys.executable, "-P", "-m", "pytest", *(suites or [str(HERE)]), f"--benchmark-json={path}"]
         command += ["-m", ""] if slow else []
         command += [f"--rounds={rounds}"] if rounds else []
-        command += ["-k", words] if words else []
-        fine = subprocess.run(command, check=False).returncode == 0
+        command += ["-k", keyword] if keyword else []
+        passed = subprocess.run(command, check=False).returncode == 0
         if not path.exists():
-            sys.exit("Nothing was measured.")
-        return condense(json.loads(path.read_text(encoding="utf-8"))), fine
+            sys.exit("No results: pytest wrote no file.")
+        return condense(json.loads(path.read_text(encoding="utf-8"))), passed
 
 
 def condense(run: dict[str, Any]) -> dict[str, Any]:
-    """What pytest-benchmark wrote of a run, as the machine and a line a figure: medians and their spread."""
+    """Reduce the JSON of pytest-benchmark to the machine and one record per measurement: median, minimum, maximum."""
     machine, cpu = run["machine_info"], run["machine_info"]["cpu"]
     installed = {each.name: each.version for each in distributions()}
     return {
@@ -65,149 +65,153 @@ def condense(run: dict[str, Any]) -> dict[str, Any]:
             **{name: installed[name] for name in LIBRARIES if name in installed},
         },
         "date": run["datetime"][:10],
-        "figures": [
-            {"suite": Path(test["fullname"].split("::")[0]).stem.removeprefix("test_"), **_run_jobs(figure)}
+        "records": [
+            {"suite": Path(test["fullname"].split("::")[0]).stem.removeprefix("test_"), **_summarise(record)}
             for test in run["benchmarks"]
-            for figure in test["extra_info"].get("figures", [])
+            for record in test["extra_info"].get("records", [])
         ],
     }
 
 
-def _run_jobs(figure: dict[str, Any]) -> dict[str, Any]:
-    said = {key: value for key, value in figure.items() if key in ("what", "unit") or value}
-    for who in {"ours", "peer"} & said.keys():
-        values = said[who]
-        said[who] = {"median": median(values), "least": min(values), "most": max(values), "rounds": len(values)}
-    return said
+def _summarise(record: dict[str, Any]) -> dict[str, Any]:
+    summary = {key: value for key, value in record.items() if key in ("what", "unit") or value}
+    for side in {"ours", "peer"} & summary.keys():
+        values = summary[side]
+        summary[side] = {"median": median(values), "min": min(values), "max": max(values), "rounds": len(values)}
+    return summary
 
 
-def join(old: list[dict[str, Any]], new: dict[str, Any], *, whole: bool = False) -> list[dict[str, Any]]:
-    """Results by machine with new ones among them.
+def merge(old: list[dict[str, Any]], new: dict[str, Any], *, whole: bool = False) -> list[dict[str, Any]]:
+    """Merge new results of one machine into the stored results.
 
     Args:
-        old: Results, a machine each.
-        new: What was measured on one.
-        whole: Whether that was everything; else figures of its machine stay, if they are of the same versions.
+        old: Stored results, one entry per machine.
+        new: New results of one machine.
+        whole: Whether all suites ran. Otherwise stored records of the machine stay if they have the same versions.
     """
-    joined, same = list(old), [at for at, one in enumerate(old) if one["machine"] == new["machine"]]
-    for at in same:
-        if old[at]["versions"] == new["versions"] and not whole:
-            figures = {(figure["suite"], figure["what"]): figure for figure in [*old[at]["figures"], *new["figures"]]}
-            new = new | {"figures": sorted(figures.values(), key=lambda figure: SUITES.index(figure["suite"]))}
+    merged, same = list(old), [index for index, one in enumerate(old) if one["machine"] == new["machine"]]
+    for index in same:
+        if old[index]["versions"] == new["versions"] and not whole:
+            records = {
+                (record["suite"], record["what"]): record for record in [*old[index]["records"], *new["records"]]
+            }
+            new = new | {"records": sorted(records.values(), key=lambda record: SUITES.index(record["suite"]))}
         elif not whole:
-            print("Earlier figures of this machine are of other versions, and are left out.", file=sys.stderr)
-        joined[at] = new
-    return joined if same else [*joined, new]
+            print("Dropped the stored records of this machine: they have other versions.", file=sys.stderr)
+        merged[index] = new
+    return merged if same else [*merged, new]
 
 
-def compared(figure: dict[str, Any]) -> tuple[float, bool]:
-    """What of a figure is held against its target, and whether it is met."""
-    what, bound, target = figure["target"]
-    ours, peer = figure["ours"]["median"], figure.get("peer", {}).get("median", math.nan)
-    value = {"ratio": ours / peer, "difference": ours - peer, "ours": ours}[what]
+def check_target(record: dict[str, Any]) -> tuple[float, bool]:
+    """Return the value that a record compares with its target, and whether the target is met."""
+    quantity, bound, target = record["target"]
+    ours, peer = record["ours"]["median"], record.get("peer", {}).get("median", math.nan)
+    value = {"ratio": ours / peer, "difference": ours - peer, "ours": ours}[quantity]
     return value, value <= target if bound == "at most" else value >= target
 
 
 def page(results: list[dict[str, Any]]) -> str:
-    """The page's text."""
-    named = list(zip(string.ascii_uppercase, results, strict=False))
-    parts = [_opening(named)]
+    """Return the text of the page."""
+    machines = list(zip(string.ascii_uppercase, results, strict=False))
+    parts = [_opening(machines)]
     for suite in SUITES:
-        title, text = about(suite)
-        own = [(at, [figure for figure in one["figures"] if figure["suite"] == suite]) for at, one in named]
+        title, text = describe(suite)
+        own = [(letter, [record for record in one["records"] if record["suite"] == suite]) for letter, one in machines]
         pictures = [
-            f"![{title} on {at}, by {axis}]({picture(at, suite, axis)})" for at, f in own for _, axis in plots(f)
+            f"![{title} on {letter}, by {axis}]({plot_file(letter, suite, axis)})"
+            for letter, records in own
+            for _, axis in plots(records)
         ]
         parts += [f"## {title}", text, _table(own), "\n\n".join(pictures)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def about(suite: str) -> tuple[str, str]:
-    """A suite's title and what it does, which its file begins with."""
+def describe(suite: str) -> tuple[str, str]:
+    """Return the title and the description of a suite, from the docstring of its file."""
     path = HERE / f"test_{suite}.py"
-    said = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) if path.exists() else None
-    title, _, text = (said or suite.replace("_", " ").capitalize()).partition("\n")
+    docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) if path.exists() else None
+    title, _, text = (docstring or suite.replace("_", " ").capitalize()).partition("\n")
     return title.rstrip("."), text.strip()
 
 
-def _opening(named: list[tuple[str, dict[str, Any]]]) -> str:
-    measured, said = [], []
-    for at, one in named:
-        machine, aims = one["machine"], [figure for figure in one["figures"] if "target" in figure]
+def _opening(machines: list[tuple[str, dict[str, Any]]]) -> str:
+    setups, summaries = [], []
+    for letter, one in machines:
+        machine, targets = one["machine"], [record for record in one["records"] if "target" in record]
         instructions = f" with {', '.join(machine['instructions'])}" if machine["instructions"] else ""
         versions = ", ".join(f"{name} {number}" for name, number in one["versions"].items())
-        text = f"- **{at}**: {machine['cores']} cores of {machine['processor']}{instructions}, {machine['system']}, on "
-        text = f"{text}{one['date']}; {versions}. {one.get('note', '')}"
-        measured.append(textwrap.fill(text, 120, subsequent_indent="  "))
-        missed = [figure for figure in aims if not compared(figure)[1]]
-        said.append(f"**On {at}, {len(aims) - len(missed)} of {len(aims)} targets are met.**")
+        text = f"- **{letter}**: {machine['cores']} cores of {machine['processor']}{instructions}, {machine['system']}"
+        text = f"{text}, on {one['date']}; {versions}. {one.get('note', '')}"
+        setups.append(textwrap.fill(text, 120, subsequent_indent="  "))
+        missed = [record for record in targets if not check_target(record)[1]]
+        summaries.append(f"**On {letter}, {len(targets) - len(missed)} of {len(targets)} targets are met.**")
         if missed:
-            said[-1] += " Missed:\n\n" + "\n".join(f"- {_name(figure)}: {_against(figure)}" for figure in missed)
-        said.append(f"![Ratios and their targets on {at}]({picture(at)})")
-    return "\n\n".join([_WHAT, "\n".join(measured), _HOW, *said])
+            lines = [f"- {_name(record)}: {_value_and_target(record)}" for record in missed]
+            summaries[-1] += " Missed:\n\n" + "\n".join(lines)
+        summaries.append(f"![Ratios and their targets on {letter}]({plot_file(letter)})")
+    return "\n\n".join([_INTRODUCTION, "\n".join(setups), _COMMANDS, *summaries])
 
 
-_WHAT = """\
+_INTRODUCTION = """\
 # Speed
 
-Each figure of this library stands beside that of a peer that does the same, measured in turns in one run on one
-machine. Times are those of that machine; what carries over to another is the ratio, and that only as far as the
-machines are alike. A value is the median of the rounds, with the least and the most in brackets. Scans are simulated,
-512 x 512 x 32 voxels where nothing else is said, and weights are random in the published layout: neither changes what
-there is to compute. Measured on"""
+This page compares ichprog with peers that do the same work. Both are measured in alternation, in one run on one
+machine. Times hold for that machine only. Ratios carry over to similar machines. A value is the median of the rounds,
+with the minimum and the maximum in brackets. Scans are simulated and have 512 x 512 x 32 voxels by default. Weights are
+random in the published layout. Neither changes the amount of computation. The machines:"""
 
-_HOW = """\
+_COMMANDS = """\
 ```bash
 pip install -e ".[study]" --group bench
 python benchmarks/report.py
 ```
 
-This measures everything, adds the machine or renews its figures, and writes this page. `pytest
+This runs all suites, adds or replaces the results of the machine, and writes this page. `pytest
 benchmarks/test_prepare.py` runs one suite and writes nothing."""
 
 
-def _table(named: list[tuple[str, list[dict[str, Any]]]]) -> str:
-    rows = [["on", "what", "ours", "peer", "ours : peer", "target", "met"], ["---"] * 7]
-    for at, figure in [(at, figure) for at, figures in named for figure in figures]:
-        peer = figure.get("peer")
-        ratio = _digits(figure["ours"]["median"] / peer["median"]) if peer and figure["unit"] else ""
-        shown = [
-            at,
-            figure["what"],
-            _value(figure, "ours"),
-            f"{_value(figure, 'peer')}, {figure['beside']}" if peer else "",
+def _table(machines: list[tuple[str, list[dict[str, Any]]]]) -> str:
+    rows = [["machine", "measurement", "ours", "peer", "ours : peer", "target", "met"], ["---"] * 7]
+    for letter, record in [(letter, record) for letter, records in machines for record in records]:
+        peer = record.get("peer")
+        ratio = _digits(record["ours"]["median"] / peer["median"]) if peer and record["unit"] else ""
+        cells = [
+            letter,
+            record["what"],
+            _value(record, "ours"),
+            f"{_value(record, 'peer')}, {record['peer_name']}" if peer else "",
         ]
         met = ["", ""]
-        if "target" in figure:
-            met = [_target(figure), "yes" if compared(figure)[1] else "**no**"]
-        rows.append([*shown, ratio, *met])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows) if len(rows) > 2 else "Not measured."
+        if "target" in record:
+            met = [_target(record), "yes" if check_target(record)[1] else "**no**"]
+        rows.append([*cells, ratio, *met])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows) if len(rows) > 2 else "Not measured yet."
 
 
-def _name(figure: dict[str, Any]) -> str:
-    return f"{about(figure['suite'])[0]}: {figure['what']}"
+def _name(record: dict[str, Any]) -> str:
+    return f"{describe(record['suite'])[0]}: {record['what']}"
 
 
-def _against(figure: dict[str, Any]) -> str:
-    what = figure["target"][0]
-    value = compared(figure)[0]
-    return f"{_digits(value) if what == 'ratio' else _with_unit(value, figure['unit'])}, target {_target(figure)}"
+def _value_and_target(record: dict[str, Any]) -> str:
+    quantity = record["target"][0]
+    value = check_target(record)[0]
+    return f"{_digits(value) if quantity == 'ratio' else _with_unit(value, record['unit'])}, target {_target(record)}"
 
 
-def _target(figure: dict[str, Any]) -> str:
-    what, bound, target = figure["target"]
-    if what == "ratio":
+def _target(record: dict[str, Any]) -> str:
+    quantity, bound, target = record["target"]
+    if quantity == "ratio":
         return f"{bound} {_digits(target)}"
-    return f"{bound} {_with_unit(target, figure['unit'])}{' more' if what == 'difference' else ''}"
+    return f"{bound} {_with_unit(target, record['unit'])}{' more' if quantity == 'difference' else ''}"
 
 
-def _value(figure: dict[str, Any], who: str) -> str:
-    one, unit = figure[who], figure["unit"]
+def _value(record: dict[str, Any], side: str) -> str:
+    one, unit = record[side], record["unit"]
     shown = _with_unit(one["median"], unit)
     if one["rounds"] == 1:
         return shown
     scale = 1000 if shown.endswith(" ms") else 1
-    return f"{shown} ({_digits(one['least'] * scale)} to {_digits(one['most'] * scale)})"
+    return f"{shown} ({_digits(one['min'] * scale)} to {_digits(one['max'] * scale)})"
 
 
 def _with_unit(value: float, unit: str) -> str:
@@ -217,30 +221,30 @@ def _with_unit(value: float, unit: str) -> str:
 
 
 def _digits(value: float) -> str:
-    """Three of them, and a power of ten only where there is no other way."""
+    """Format a value with three significant digits, and with an exponent only below 0.001."""
     if value and abs(value) < 1e-3:
         return f"{value:.1e}"
     decimals = 2 - math.floor(math.log10(abs(value))) if value else 0
     return f"{value:,.{max(decimals, 0)}f}"
 
 
-def plots(figures: list[dict[str, Any]]) -> list[tuple[str, str]]:
-    """Suites and the axes along which they have something to draw."""
-    return list(dict.fromkeys((figure["suite"], axis) for figure in figures for axis in figure.get("at", ())))
+def plots(records: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Return the pairs of suite and axis that have a plot."""
+    return list(dict.fromkeys((record["suite"], axis) for record in records for axis in record.get("at", ())))
 
 
-def picture(at: str, *words: str) -> str:
-    """A plot's file: that of a machine's suite along an axis, or without words that of all its ratios."""
-    return f"{'-'.join(['speed', at.lower(), *words])}.svg"
+def plot_file(letter: str, *words: str) -> str:
+    """Return the file name of the plot of a suite along an axis, or without words of the plot of all ratios."""
+    return f"{'-'.join(['speed', letter.lower(), *words])}.svg"
 
 
-def digest(figures: list[dict[str, Any]]) -> str:
-    """Which figures a plot was drawn from; it is written into the plot."""
-    return hashlib.sha256(json.dumps(figures, sort_keys=True).encode()).hexdigest()
+def digest(records: list[dict[str, Any]]) -> str:
+    """Return the hash of the records that a plot shows; it is written into the plot."""
+    return hashlib.sha256(json.dumps(records, sort_keys=True).encode()).hexdigest()
 
 
 def draw(results: list[dict[str, Any]]) -> None:
-    """Draws every plot into `docs/`, and takes away those that are no more."""
+    """Draw every plot into `docs/` and delete outdated plots."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
@@ -248,52 +252,53 @@ def draw(results: list[dict[str, Any]]) -> None:
         old.unlink()
     style = {"svg.hashsalt": "ichprog", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9}
     with mpl.rc_context(style):
-        for at, one in zip(string.ascii_uppercase, results, strict=False):
-            figures = one["figures"]
-            for words in [(), *plots(figures)]:
-                drawn = Figure(figsize=(7.5, 4.2), layout="constrained")
-                plot = drawn.add_subplot()
+        for letter, one in zip(string.ascii_uppercase, results, strict=False):
+            records = one["records"]
+            for words in [(), *plots(records)]:
+                canvas = Figure(figsize=(7.5, 4.2), layout="constrained")
+                plot = canvas.add_subplot()
                 if not words:
-                    _draw_ratios(plot, figures)
+                    _draw_ratios(plot, records)
                 else:
                     suite, axis = words
-                    own = [figure for figure in figures if figure["suite"] == suite]
+                    own = [record for record in records if record["suite"] == suite]
                     (_draw_roofline if axis == ROOF else _draw_series)(plot, own, axis)
                 plot.spines[["top", "right"]].set_visible(False)
-                said = {"Date": None, "Creator": None, "Description": digest(figures)}
-                drawn.savefig(DOCS / picture(at, *words), metadata=said)
+                metadata = {"Date": None, "Creator": None, "Description": digest(records)}
+                canvas.savefig(DOCS / plot_file(letter, *words), metadata=metadata)
 
 
 OURS, PEER, OTHER = "#2a6f97", "#8d99ae", "#c1121f"
 
 
-def _draw_ratios(plot: Any, figures: list[dict[str, Any]]) -> None:
-    """How much more or less than its peer, with the target of each."""
-    shown = [figure for figure in figures if figure.get("target", ("",))[0] == "ratio"][::-1]
-    rows, found = range(len(shown)), [compared(figure) for figure in shown]
+def _draw_ratios(plot: Any, records: list[dict[str, Any]]) -> None:
+    """Draw the ratio of ichprog to its peer for each record, with the target."""
+    shown = [record for record in records if record.get("target", ("",))[0] == "ratio"][::-1]
+    rows, checks = range(len(shown)), [check_target(record) for record in shown]
     for met, colour, label in ((True, OURS, "ours : peer, target met"), (False, OTHER, "ours : peer, target missed")):
-        own = [(row, value) for row, (value, fine) in zip(rows, found, strict=True) if fine == met]
+        own = [(row, value) for row, (value, is_met) in zip(rows, checks, strict=True) if is_met == met]
         plot.barh(
             [row for row, _ in own], [value - 1 for _, value in own], left=1, color=colour, height=0.6, label=label
         )
-    plot.plot([figure["target"][2] for figure in shown], rows, "|k", markersize=14, markeredgewidth=2, label="target")
+    plot.plot([record["target"][2] for record in shown], rows, "|k", markersize=14, markeredgewidth=2, label="target")
     plot.axvline(1, color=PEER, linewidth=1)
     plot.set_xscale("log")
-    names = [f"{_name(figure)}  {_digits(value)}" for figure, (value, _) in zip(shown, found, strict=True)]
+    names = [f"{_name(record)}  {_digits(value)}" for record, (value, _) in zip(shown, checks, strict=True)]
     plot.set_yticks(rows, [name.replace("`", "") for name in names], fontsize=7.5)
     plot.set_xlabel("ours : peer")
     plot.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=3)
 
 
-def _draw_series(plot: Any, figures: list[dict[str, Any]], axis: str) -> None:
-    """Ours and the peer's along an axis, with the spread of the rounds."""
-    shown = sorted((figure for figure in figures if axis in figure.get("at", ())), key=lambda one: one["at"][axis])
-    for who, colour in (("peer", PEER), ("ours", OURS)):
-        points = [(figure["at"][axis], figure[who]) for figure in shown if who in figure]
-        places, medians = [place for place, _ in points], [one["median"] for _, one in points]
-        below, above = [one["least"] for _, one in points], [one["most"] for _, one in points]
-        plot.plot(places, medians, "o-", color=colour, label=who if who == "ours" else shown[0].get("beside"))
-        plot.fill_between(places, below, above, color=colour, alpha=0.2, linewidth=0)
+def _draw_series(plot: Any, records: list[dict[str, Any]], axis: str) -> None:
+    """Draw ichprog and its peer along an axis, with the range of the rounds."""
+    shown = sorted((record for record in records if axis in record.get("at", ())), key=lambda one: one["at"][axis])
+    for side, colour in (("peer", PEER), ("ours", OURS)):
+        points = [(record["at"][axis], record[side]) for record in shown if side in record]
+        positions, medians = [position for position, _ in points], [one["median"] for _, one in points]
+        below, above = [one["min"] for _, one in points], [one["max"] for _, one in points]
+        label = side if side == "ours" else shown[0].get("peer_name")
+        plot.plot(positions, medians, "o-", color=colour, label=label)
+        plot.fill_between(positions, below, above, color=colour, alpha=0.2, linewidth=0)
     plot.set_ylim(bottom=0)
     plot.set_xlim(left=0)
     plot.set_xlabel(axis)
@@ -301,20 +306,22 @@ def _draw_series(plot: Any, figures: list[dict[str, Any]], axis: str) -> None:
     plot.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
 
 
-def _draw_roofline(plot: Any, figures: list[dict[str, Any]], axis: str) -> None:
-    """Rates reached under the fastest products and what memory can bring; what has no roof is the peer."""
-    points = [figure for figure in figures if axis in figure.get("at", ())]
-    copied = next((figure["ours"]["median"] for figure in figures if figure["unit"] == "GB/s"), None)
+def _draw_roofline(plot: Any, records: list[dict[str, Any]], axis: str) -> None:
+    """Draw the measured speeds and the limits set by products and memory; a point without a limit is the peer."""
+    points = [record for record in records if axis in record.get("at", ())]
+    copy_rate = next((record["ours"]["median"] for record in records if record["unit"] == "GB/s"), None)
     colours = iter((OURS, OTHER))
     for point in points:
-        place, reached = point["at"][axis], point["ours"]["median"]
+        position, speed = point["at"][axis], point["ours"]["median"]
         colour = next(colours) if "peer" in point else PEER
-        plot.plot(place, reached, "o", color=colour, label=f"{point['what']}: {_digits(reached)} {point['unit']}")
+        plot.plot(position, speed, "o", color=colour, label=f"{point['what']}: {_digits(speed)} {point['unit']}")
         if "peer" in point:
-            roof = point["peer"]["median"]
-            edge = roof / copied if copied else 1
-            plot.plot([1, edge, 1000], [roof / edge, roof, roof], color=colour, linewidth=1)
-            plot.annotate(f"{point['beside']}: {_digits(roof)}", (1000, roof), ha="right", va="bottom", color=colour)
+            limit = point["peer"]["median"]
+            edge = limit / copy_rate if copy_rate else 1
+            plot.plot([1, edge, 1000], [limit / edge, limit, limit], color=colour, linewidth=1)
+            plot.annotate(
+                f"{point['peer_name']}: {_digits(limit)}", (1000, limit), ha="right", va="bottom", color=colour
+            )
     plot.set_xscale("log")
     plot.set_yscale("log")
     plot.set_xlabel("operations for each byte")
@@ -323,26 +330,28 @@ def _draw_roofline(plot: Any, figures: list[dict[str, Any]], axis: str) -> None:
 
 
 def main() -> None:
-    """Measures where that is asked for, and writes results, page and plots."""
+    """Run the suites of the command line, and write results, page and plots."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("suites", nargs="*", help="suites, such as benchmarks/test_prepare.py; all where not given")
-    parser.add_argument("-k", metavar="WORDS", help="tests of these suites, as pytest takes it")
-    parser.add_argument("--rounds", type=int, metavar="N", help="times that each is measured")
-    parser.add_argument("--not-slow", action="store_true", help="leave out what takes very long")
-    parser.add_argument("--from", dest="source", type=Path, metavar="FILE", help="results that are there already")
-    asked, fine = parser.parse_args(), True
-    if asked.source:
-        results = json.loads(asked.source.read_text(encoding="utf-8"))
+    parser.add_argument("suites", nargs="*", help="suites, such as benchmarks/test_prepare.py; by default all")
+    parser.add_argument("-k", metavar="KEYWORD", help="run only tests that match, as in pytest")
+    parser.add_argument("--rounds", type=int, metavar="N", help="number of rounds of each measurement")
+    parser.add_argument("--not-slow", action="store_true", help="skip slow measurements")
+    parser.add_argument(
+        "--from", dest="source", type=Path, metavar="FILE", help="write the page from these results and measure nothing"
+    )
+    arguments, passed = parser.parse_args(), True
+    if arguments.source:
+        results = json.loads(arguments.source.read_text(encoding="utf-8"))
     else:
-        measured, fine = measure(asked.suites, asked.rounds, asked.k, slow=not asked.not_slow)
-        earlier = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else []
-        whole = fine and not (asked.suites or asked.k or asked.not_slow)
-        results = join(earlier, measured, whole=whole)
+        measured, passed = measure(arguments.suites, arguments.rounds, arguments.k, slow=not arguments.not_slow)
+        stored = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else []
+        whole = passed and not (arguments.suites or arguments.k or arguments.not_slow)
+        results = merge(stored, measured, whole=whole)
         RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     (DOCS / PAGE).write_text(page(results), encoding="utf-8")
     draw(results)
-    if not fine:
-        sys.exit("Some of it failed; what was measured is on the page.")
+    if not passed:
+        sys.exit("Some suites failed. The page has the results of the others.")
 
 
 if __name__ == "__main__":

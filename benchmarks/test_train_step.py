@@ -1,12 +1,12 @@
 """The training step.
 
-One step of the optimiser, from files to new weights, beside the published loop: MONAI's chain from `.nii.gz` each time
-with its augmentation, in a `DataLoader` of two workers, and DenseNet121 with three heads in eager float32. Ours reads
-prepared grids, and its protocol is the published preset but for the precision. Both train the same number of scans a
-step, on a grid of 40 x 301 x 301. Each is alone in a process; what is timed is its second step, and ours its third,
-which is the first that finds the memory of the one before it kept. The curves are mean losses of passes over 32
-simulated patients on a smaller grid, with three seeds each: half of the patients have a haematoma of twice the radius
-and a poor outcome.
+One step of the optimiser is timed, from files to new weights. The peer is the published loop: MONAI's transforms and
+augmentation from `.nii.gz` in a `DataLoader` of two workers, and DenseNet121 with three heads in eager float32. ichprog
+reads cached grids, and its protocol is the published preset except for the precision. Both train the same number of
+scans per step, on a grid of 40 x 301 x 301. Each runs alone in a process. The second step of the peer is timed, and the
+third step of ichprog, the first that reuses the memory of the step before it. The curves are mean losses of epochs over
+32 simulated patients on a smaller grid, with three seeds each. Half of the patients have a haematoma of twice the
+radius and a poor outcome.
 """
 
 from statistics import mean, stdev
@@ -15,53 +15,53 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from our_training import passes
+from our_training import epoch_runner
 from published_training import Training
 
 from ichprog.train import mixed_precision
 
-from process import Contestant
+from process import WorkloadProcess
 
 BATCH = 8  # as published
-PIPELINE = "published loop"
+PIPELINE = "the published loop"
 ROUNDS = 2
 
 
-def needs_bfloat16():
-    if (why := mixed_precision.lack(torch.device("cpu"))) is not None:
-        pytest.skip(why)
+def skip_without_bfloat16():
+    if (reason := mixed_precision.lack(torch.device("cpu"))) is not None:
+        pytest.skip(reason)
 
 
-def a_step(name, *, warm_up, **options):
-    """Seconds of a contestant's step, after some that make it ready; alone, as two would take too much memory."""
-    with Contestant(name, **options) as contestant:
+def step_seconds(name, *, warm_up, **options):
+    """Return the seconds of a step after warm-up steps; one process at a time, because two need too much memory."""
+    with WorkloadProcess(name, **options) as workload:
         for _ in range(warm_up):
-            contestant()
-        return contestant.seconds()
+            workload()
+        return workload.seconds()
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float32"])
-def test_a_step(benchmark, figure, cohort, tmp_path, precision):
+def test_a_training_step(benchmark, record, cohort, tmp_path, precision):
     if precision == "bfloat16":
-        needs_bfloat16()
+        skip_without_bfloat16()
     scans = cohort(BATCH)
 
-    def turn():
-        ours = a_step("ichprog_train", scans=scans, precision=precision, folder=tmp_path, warm_up=2)
-        return ours, a_step("published_train", scans=scans, warm_up=1)
+    def one_round():
+        ours = step_seconds("ichprog_train", scans=scans, precision=precision, folder=tmp_path, warm_up=2)
+        return ours, step_seconds("published_train", scans=scans, warm_up=1)
 
-    mine, peers = zip(*benchmark.pedantic(lambda: [turn() for _ in range(ROUNDS)]), strict=True)
-    rates = [[BATCH / seconds for seconds in timed] for timed in (mine, peers)]
+    mine, peers = zip(*benchmark.pedantic(lambda: [one_round() for _ in range(ROUNDS)]), strict=True)
+    rates = [[BATCH / seconds for seconds in times] for times in (mine, peers)]
     best = precision == "bfloat16" or mixed_precision.lack(torch.device("cpu")) is not None
     target = ("ratio", "at least", 2.0) if best else None
-    figure(f"steps of {BATCH} scans, precision `{precision}`", "scans/s", *rates, beside=PIPELINE, target=target)
+    record(f"steps of {BATCH} scans, precision `{precision}`", "scans/s", *rates, peer_name=PIPELINE, target=target)
 
 
-PATIENTS, SHAPE, PASSES, SEEDS = 32, (32, 64, 64), 8, (0, 1, 2)
+PATIENTS, SHAPE, EPOCHS, SEEDS = 32, (32, 64, 64), 8, (0, 1, 2)
 
 
-def patients(folder):
-    """Simulated patients: brain-only scans of an ellipsoid with a ball of blood, and their targets."""
+def simulate_patients(folder):
+    """Write brain-only scans of an ellipsoid with a ball of blood, and return their paths and targets."""
     random = np.random.default_rng(0)
     poor = np.arange(PATIENTS) % 2
     voxels = np.ogrid[-1:1:128j, -1:1:128j, -1:1:32j]
@@ -78,22 +78,22 @@ def patients(folder):
 
 
 @pytest.mark.slow
-def test_the_loss_curves(benchmark, figure, tmp_path):
-    needs_bfloat16()
-    scans, targets = patients(tmp_path)
+def test_the_loss_curves(benchmark, record, tmp_path):
+    skip_without_bfloat16()
+    scans, targets = simulate_patients(tmp_path)
 
     def curves():
-        mine = [passes(scans, targets, tmp_path, precision="bfloat16", shape=SHAPE, seed=seed) for seed in SEEDS]
-        peers = [Training(scans, targets, batch=BATCH, shape=SHAPE, seed=seed).run_pass for seed in SEEDS]
-        return [[[run() for _ in range(PASSES)] for run in runs] for runs in (mine, peers)]
+        mine = [epoch_runner(scans, targets, tmp_path, precision="bfloat16", shape=SHAPE, seed=seed) for seed in SEEDS]
+        peers = [Training(scans, targets, batch=BATCH, shape=SHAPE, seed=seed).run_epoch for seed in SEEDS]
+        return [[[run() for _ in range(EPOCHS)] for run in runs] for runs in (mine, peers)]
 
     mine, peers = (np.array(runs).T for runs in benchmark.pedantic(curves))
     for number, (our, their) in enumerate(zip(mine.tolist(), peers.tolist(), strict=True), start=1):
-        figure(f"loss of pass {number}", "", our, their, beside=PIPELINE, passes=number)
+        record(f"loss of epoch {number}", "", our, their, peer_name=PIPELINE, epochs=number)
     apart = [mean(our) - mean(their) for our, their in zip(mine.tolist(), peers.tolist(), strict=True)]
     spread = [stdev(their) for their in peers.tolist()]
-    figure(
-        "distance of the curves in standard deviations between seeds",
+    record(
+        "distance of the loss curves, in standard deviations between seeds",
         "",
         [np.hypot.reduce(apart) / np.hypot.reduce(spread)],
         target=("ours", "at most", 2.0),

@@ -1,7 +1,7 @@
-"""What is compared in processes of its own: `python benchmarks/workloads.py NAME OPTIONS`, with options as JSON.
+"""Workloads that run in processes of their own: `python benchmarks/workloads.py NAME OPTIONS`, with options as JSON.
 
-A contestant is a generator. What comes before its first `yield` makes it ready; then each line on its standard input
-asks for one more piece of work, whose answer it prints.
+A workload is a generator. The code before its first `yield` loads and warms up. Then each line on standard input starts
+one unit of work, and the process prints its result as JSON.
 """
 
 import json
@@ -17,28 +17,28 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 ICHPROG = Path(sysconfig.get_path("scripts")) / "ichprog"
-SEED = 5  # of the weights: one of those for which none of the maps is empty
+SEED = 5  # random seed of the weights; no saliency map is empty with this one
 BATCH, LOADERS = 8, 2  # as published
-# our names, and those of medcam and of the published network
+# names in ichprog: names in medcam, and in the published network
 METHODS = {"guided_backprop": "gbp", "grad_cam": "gcam", "guided_grad_cam": "ggcam"}
 TASKS = {"prognosis": "binary_head", "gcs": "ordinal_headGCS", "age": "ordinal_headAge"}
-LAYER = "feature_extractor.features.norm5"  # whose output class activation maps are taken at
+LAYER = "feature_extractor.features.norm5"  # the layer of class activation maps
 
 
 def ichprog_predict(scans: str, precision: str) -> Iterator[Any]:
-    """Every label's probability of each scan in a folder."""
+    """Predict every label's probability for each scan in a folder with ichprog."""
     import ichprog
 
     model, paths = ichprog.load_model(precision=precision), sorted(Path(scans).iterdir())
     ichprog.predict(model, paths[:1], brain="given")
     yield None
     while True:
-        found = ichprog.predict(model, paths, brain="given")
-        yield [[p for task in one.tasks.values() for p in task.probabilities.values()] for one in found]
+        predictions = ichprog.predict(model, paths, brain="given")
+        yield [[p for task in one.tasks.values() for p in task.probabilities.values()] for one in predictions]
 
 
 def published_predict(scans: str) -> Iterator[Any]:
-    """The same the published way: MONAI's chain in a DataLoader, the network in eager float32."""
+    """Predict with the published pipeline: MONAI transforms in a DataLoader, the network in eager float32."""
     import torch
     from torch.utils.data import DataLoader
 
@@ -52,17 +52,18 @@ def published_predict(scans: str) -> Iterator[Any]:
         network(reference_pipeline.grid(paths[0])[None])
         yield None
         while True:
-            found = []
+            probabilities = []
             for grids in DataLoader(_Grids(paths), batch_size=BATCH, num_workers=LOADERS):
                 logits = network(grids)
                 for patient in range(len(grids)):
-                    said = reference_pipeline.probabilities(name, [values[patient : patient + 1] for values in logits])
-                    found.append(np.concatenate(list(said.values())).tolist())
-            yield found
+                    own = [values[patient : patient + 1] for values in logits]
+                    by_task = reference_pipeline.probabilities(name, own)
+                    probabilities.append(np.concatenate(list(by_task.values())).tolist())
+            yield probabilities
 
 
 class _Grids:
-    """The published chain as a data set."""
+    """Apply the published transforms to each scan."""
 
     def __init__(self, paths: list[Path]) -> None:
         self.paths = paths
@@ -77,37 +78,37 @@ class _Grids:
 
 
 def ichprog_explain(scan: str, maps: str, precision: str = "float32") -> Iterator[Any]:
-    """Three tasks by three methods, kept as `.npz` in the end."""
+    """Explain three tasks with three methods in ichprog, and save the maps as `.npz` at the end."""
     import ichprog
 
-    model, found = ichprog.load_model(precision=precision), {}
+    model, maps_by_key = ichprog.load_model(precision=precision), {}
     tasks = [task.name for task in model.spec.tasks]
     yield None
     try:
         while True:
-            found = ichprog.explain(model, scan, task=tasks, method=list(METHODS), brain="given")
+            maps_by_key = ichprog.explain(model, scan, task=tasks, method=list(METHODS), brain="given")
             yield None
     finally:
-        _keep(maps, {key: saliency.grid_map for key, saliency in found.items()})
+        _save(maps, {key: saliency.grid_map for key, saliency in maps_by_key.items()})
 
 
-def medcam_explain(scan: str, maps: str, *, tried: bool = False) -> Iterator[Any]:
-    """The same by medcam, which takes a network of one output and injects one method into it.
+def medcam_explain(scan: str, maps: str, *, warm: bool = False) -> Iterator[Any]:
+    """Explain with medcam, which injects one method into a network of one task.
 
-    It runs whatever it injected twice when that is first called, as a trial; `tried` does this beforehand.
+    On the first call medcam runs each method twice, as a test. With `warm` this happens before the timed work.
     """
     from medcam import medcam
 
     from support import reference_pipeline
 
-    grid, found = reference_pipeline.grid(Path(scan))[None], {}
+    grid, maps_by_key = reference_pipeline.grid(Path(scan))[None], {}
     networks = {task: _one_task(task, grid) for task in TASKS}
 
     def inject(task: str, method: str) -> Any:
         network, label = networks[task]
         return medcam.inject(network.requires_grad_(), backend=METHODS[method], layer=LAYER, label=label)
 
-    injected = {key: inject(*key) for key in product(TASKS, METHODS)} if tried else {}
+    injected = {key: inject(*key) for key in product(TASKS, METHODS)} if warm else {}
     for network in injected.values():
         network.test_run(grid.clone().requires_grad_())
     yield None
@@ -117,78 +118,79 @@ def medcam_explain(scan: str, maps: str, *, tried: bool = False) -> Iterator[Any
             for key in product(TASKS, METHODS):
                 network = injected.get(key) or inject(*key)
                 network(grid.clone().requires_grad_())
-                found[key] = network.get_attention_map()[0, 0]
+                maps_by_key[key] = network.get_attention_map()[0, 0]
             yield None
     finally:
-        _keep(maps, found)
+        _save(maps, maps_by_key)
 
 
 def brute_force_explain(scan: str, maps: str) -> Iterator[Any]:
-    """The same from the definitions: the network rebuilt with the guided rule, and a layer's gradient."""
+    """Explain from the definitions: rebuild the network with the guided rule, and take the gradient of a layer."""
     import torch
     from torch.nn import functional
 
     from support import reference_pipeline
 
     yield None
-    grid, found = reference_pipeline.grid(Path(scan))[None], {}
+    grid, maps_by_key = reference_pipeline.grid(Path(scan))[None], {}
     for task in TASKS:
         network, label = _one_task(task, grid)
-        kept = []
-        hook = network.get_submodule(LAYER).register_forward_hook(lambda _m, _i, out, kept=kept: kept.append(out))
+        outputs = []
+        layer = network.get_submodule(LAYER)
+        hook = layer.register_forward_hook(lambda _m, _i, out, outputs=outputs: outputs.append(out))
         values = grid.clone().requires_grad_()
         score = network(values)[0, label]
         hook.remove()
-        (gradient,) = torch.autograd.grad(score, kept)
-        coarse = (gradient.mean((2, 3, 4), keepdim=True) * kept[0]).sum(1, keepdim=True).detach()
-        _with_guided_relus(network)
+        (gradient,) = torch.autograd.grad(score, outputs)
+        coarse = (gradient.mean((2, 3, 4), keepdim=True) * outputs[0]).sum(1, keepdim=True).detach()
+        _replace_relus(network)
         network(values)[0, label].backward()
         upsampled = functional.interpolate(coarse.clamp(min=0), grid.shape[2:], mode="trilinear")
-        of_methods = (values.grad, coarse, values.grad * upsampled)
-        found |= {(task, m): one[0, 0].numpy() for m, one in zip(METHODS, of_methods, strict=True)}
-    _keep(maps, found)
+        by_method = (values.grad, coarse, values.grad * upsampled)
+        maps_by_key |= {(task, m): one[0, 0].numpy() for m, one in zip(METHODS, by_method, strict=True)}
+    _save(maps, maps_by_key)
     yield None
 
 
 def ichprog_train(scans: str, precision: str, folder: str) -> Iterator[Any]:
-    """The mean loss of a step over the scans of a folder."""
+    """Train one step on all scans of a folder with ichprog, and return the mean loss."""
     import torch
-    from our_training import passes
+    from our_training import epoch_runner
 
     from ichprog.train import allocator
 
     paths = sorted(Path(scans).iterdir())
-    run_pass = passes(paths, _targets(len(paths)), Path(folder), precision=precision, batch=len(paths))
+    run_epoch = epoch_runner(paths, _targets(len(paths)), Path(folder), precision=precision, batch=len(paths))
     yield None
     with allocator.kept(torch.device("cpu")) as keep_memory:  # as a training of many passes has it
         while True:
-            loss = run_pass()
+            loss = run_epoch()
             keep_memory()
             yield loss
 
 
 def published_train(scans: str) -> Iterator[Any]:
-    """The same the published way."""
+    """Train one step with the published loop, and return the mean loss."""
     from published_training import Training
 
     paths = sorted(Path(scans).iterdir())
     training = Training(paths, _targets(len(paths)), batch=len(paths))
     yield None
     while True:
-        yield training.run_pass()
+        yield training.run_epoch()
 
 
 def _targets(patients: int) -> Any:
-    """Of the four logits, for every second patient a poor outcome and a low GCS, for the others none and a high age."""
+    """Return targets (N, 4): a poor outcome and a low GCS for every second patient, a high age for the others."""
     import torch
 
     return torch.tensor([[1.0, 1, 0, 0], [0, 0, 0, 1]]).repeat(patients // 2, 1)
 
 
 def _one_task(task: str, grid: Any) -> tuple[Any, int]:
-    """The published network with one task alone, and which of its outputs is the log-odds of the task's last label.
+    """Return the published network with one task, and the index of the logit of the task's last label.
 
-    Of ordered labels that is the lowest, since their probabilities are made monotone.
+    For ordered labels this is the lowest logit, because the probabilities are made monotone.
     """
     import torch
 
@@ -203,7 +205,7 @@ def _one_task(task: str, grid: Any) -> tuple[Any, int]:
         return network, int(network(grid)[0].argmin())
 
 
-def _with_guided_relus(network: Any) -> None:
+def _replace_relus(network: Any) -> None:
     import torch
     from torch import nn
 
@@ -227,15 +229,15 @@ def _with_guided_relus(network: Any) -> None:
                 setattr(module, name, Guided())
 
 
-def _keep(path: str, maps: dict[tuple[str, str], Any]) -> None:
+def _save(path: str, maps: dict[tuple[str, str], Any]) -> None:
     np.savez(path, **{" ".join(key): values for key, values in maps.items()})
 
 
 def main() -> None:
-    """Does what is asked for, and keeps what others print away from the answers."""
-    answers, sys.stdout = sys.stdout, sys.stderr
-    for answer in globals()[sys.argv[1]](**json.loads(sys.argv[2])):
-        print(json.dumps(answer), file=answers, flush=True)
+    """Run the workload of the command line, and send the output of libraries to standard error."""
+    output, sys.stdout = sys.stdout, sys.stderr
+    for result in globals()[sys.argv[1]](**json.loads(sys.argv[2])):
+        print(json.dumps(result), file=output, flush=True)
         if not sys.stdin.readline():
             break
 
