@@ -7,20 +7,19 @@ Relative paths start at the folder of the file. Templates of study files are in 
 import dataclasses
 import re
 import tomllib
-import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple
 
-from ichprog.errors import RunError, SpecError, UnknownNameError
-from ichprog.spec import ModelSpec, PluginRef, Task, parse
+from ichprog import schema
+from ichprog.errors import InvalidValueError, RunError, SpecError, UnknownNameError
+from ichprog.spec import ModelSpec, PluginRef, Task
 from ichprog.train import PRESETS, Protocol, spec_of
 
 BrainMode = Literal["auto", "extract", "given"]
 BaselineKind = Literal["majority", "logistic", "tree", "forest", "network", "fusion"]
-T = TypeVar("T")
 
 _NAME = re.compile(r"\w[\w.+-]*")
 _FOLD_FIELDS = ("split_seed", "validation")  # protocol fields that define the folds
@@ -221,7 +220,7 @@ class Study:
         except (OSError, ValueError) as error:
             raise SpecError(f"{path}: cannot be read as TOML: {error}") from error
         try:
-            return _build_study(_read_table(StudyFile, data, ""), path)
+            return _build_study(schema.read(StudyFile, data), path)
         except SpecError as error:
             raise SpecError(f"{path}: {error}") from None
 
@@ -257,7 +256,19 @@ def template(preset: str = "default") -> str:
 
 @dataclass(frozen=True)
 class VariantFile:
-    """Keys of a `[[variant]]` table: a model, and changes to the model."""
+    """A model that the study trains, and changes to the model.
+
+    Attributes:
+        name: Name in tables, and name of the variant's folder.
+        model: Name of a model, "local-dir:PATH", or a path to a JSON file.
+        tasks: Tasks of the model that are trained. By default all of them.
+        backbone: Backbone instead of the model's own.
+        head: Head of all tasks instead of the model's own heads.
+        loss_weights: Loss weights of tasks, by task.
+        shape: Shape of the grid: slices, rows, columns.
+        protocol: Protocol fields that differ from the `[protocol]` table.
+        saliency: Saliency methods whose maps are measured instead of the study's own.
+    """
 
     name: str
     model: str
@@ -272,7 +283,16 @@ class VariantFile:
 
 @dataclass(frozen=True)
 class BaselineFile:
-    """Keys of a `[[baseline]]` table."""
+    """A comparison model that needs no image of its own.
+
+    Attributes:
+        name: Name in tables.
+        kind: Kind of model.
+        columns: Numeric columns of the cohort.
+        variant: Variant whose predictions "fusion" uses.
+        task: Task that is predicted. By default the task by which the folds are stratified.
+        optional: Whether the baseline is left out if the cohort lacks one of the columns.
+    """
 
     name: str
     kind: BaselineKind
@@ -284,7 +304,12 @@ class BaselineFile:
 
 @dataclass(frozen=True)
 class LearningCurveFile:
-    """Keys of the `[learning_curve]` table."""
+    """Smaller training parts on which variants are trained as well.
+
+    Attributes:
+        sizes: Numbers of training patients.
+        variants: Variants with a learning curve. By default all of them.
+    """
 
     sizes: tuple[int, ...]
     variants: tuple[str, ...] | None = None
@@ -292,7 +317,28 @@ class LearningCurveFile:
 
 @dataclass(frozen=True)
 class StudyFile:
-    """Keys of a study file."""
+    """A comparison of variants and baselines on the same folds of one cohort.
+
+    Attributes:
+        name: Name of the study.
+        folds: Number of folds.
+        variant: Models that are trained.
+        cohort: Tables of patients, used together.
+        simulated: Simulated patients instead of a cohort.
+        stratify_by: Task by whose label the folds are stratified. By default the first task of the first variant.
+        brain: How the brain is found.
+        device: Device that trains the variants.
+        protocol: Training protocol: a preset and changes to its fields.
+        baseline: Comparison models without an image.
+        learning_curve: Smaller training parts on which variants are trained as well.
+        n_bootstrap: Number of bootstrap resamples.
+        bootstrap_seed: Random seed of the bootstrap.
+        coverage: Share of patients whose label a conformal set must contain.
+        subgroups: Columns by which results are also reported for groups, each with the bounds between its groups.
+        correlations: Columns whose correlation with the outcome is reported.
+        readers: Table of readers' calls.
+        saliency: Saliency methods whose maps are measured.
+    """
 
     name: str
     folds: int
@@ -355,17 +401,15 @@ def _check_values(file: StudyFile) -> None:
     if bool(file.cohort) == bool(file.simulated):
         raise SpecError("Expected either cohort, a list of tables, or [simulated]. Give one of them.")
     if file.folds < 2:
-        raise SpecError(
-            f"folds: Invalid value {file.folds}. Expected 2 or more: one to test on, the others to train on."
-        )
+        raise _invalid("folds", file.folds, "2 or more: one to test on, the others to train on")
     if not 0 < file.coverage < 1:
-        raise SpecError(f"coverage: Invalid value {file.coverage:g}. Expected a number between 0 and 1.")
+        raise _invalid("coverage", file.coverage, "a number between 0 and 1")
     if not file.variant:
-        raise SpecError("variant: Expected at least one [[variant]] table.")
+        raise _invalid("variant", [], "at least one [[variant]] table")
     if file.n_bootstrap < 1:
-        raise SpecError(f"n_bootstrap: Invalid value {file.n_bootstrap}. Expected 1 or more.")
+        raise _invalid("n_bootstrap", file.n_bootstrap, "1 or more")
     if file.bootstrap_seed < 0:
-        raise SpecError(f"bootstrap_seed: Invalid value {file.bootstrap_seed}. Expected 0 or more.")
+        raise _invalid("bootstrap_seed", file.bootstrap_seed, "0 or more")
 
 
 def _build_variant(
@@ -412,7 +456,7 @@ def _default_baselines() -> tuple[BaselineFile, ...]:
     """Return the baselines of the default template that depend on no variant, each optional."""
     tables = tomllib.loads(template())["baseline"]
     return tuple(
-        replace(_read_table(BaselineFile, table, "baseline"), optional=True)
+        replace(schema.read(BaselineFile, table, "baseline"), optional=True)
         for table in tables
         if "variant" not in table
     )
@@ -473,35 +517,15 @@ def _task_names(variants: Iterable[Variant]) -> list[str]:
 def _check_unique(names: Sequence[str]) -> None:
     for name in names:
         if not _NAME.fullmatch(name):
-            raise SpecError(
-                f"Invalid name {name!r}. Expected letters, digits and . _ + - with a letter or digit at the start."
-            )
+            raise _invalid("name", name, "letters, digits and . _ + - with a letter or digit at the start")
         if names.count(name) > 1:
             raise SpecError(f"Duplicate name {name!r}. Each variant and baseline needs a name of its own.")
+
+
+def _invalid(name: str, value: object, expected: str) -> SpecError:
+    return SpecError(str(InvalidValueError(name, value, expected)))
 
 
 def _check_name(where: str, kind: str, name: object, known: Iterable[str]) -> None:
     if name not in (names := list(dict.fromkeys(known))):
         raise SpecError(f"{where}: {UnknownNameError(kind, name, names)}")
-
-
-def _read_table(kind: type[T], data: Mapping[str, Any], where: str) -> T:
-    """Read a table of the file as a dataclass, strictly."""
-    prefix = f"{where}." if where else ""
-    hints = typing.get_type_hints(kind)
-    for key in data:
-        _check_name(f"{prefix}{key}", "key", key, hints)
-    for one in dataclasses.fields(typing.cast("Any", kind)):
-        optional = one.default is not dataclasses.MISSING or one.default_factory is not dataclasses.MISSING
-        if one.name not in data and not optional:
-            raise SpecError(f"{prefix}{one.name}: missing. Keys of this table: {', '.join(hints)}.")
-    return kind(**{key: _read_value(hints[key], value, f"{prefix}{key}") for key, value in data.items()})
-
-
-def _read_value(hint: Any, value: Any, where: str) -> Any:
-    for kind in (VariantFile, BaselineFile, LearningCurveFile, Simulated):
-        if hint in (kind, kind | None) and isinstance(value, Mapping):
-            return _read_table(kind, value, where)
-        if hint in (tuple[kind, ...], tuple[kind, ...] | None) and isinstance(value, list):  # type: ignore[valid-type]
-            return tuple(_read_value(kind, one, f"{where}[{index}]") for index, one in enumerate(value))
-    return parse(hint, value, where)

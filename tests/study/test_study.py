@@ -298,7 +298,7 @@ def test_a_study_is_run_by_one_command(smoke):
 
 
 def test_figures_can_be_recomputed_from_the_table(smoke):
-    toml, out, _ = smoke
+    _, out, _ = smoke
     metrics = json.loads((out / "metrics.json").read_text())
     predictions = Predictions.read(out / "predictions.csv")
     for run in predictions.variants:
