@@ -18,7 +18,7 @@ ANGLE = math.pi / 36
 def chain(shape: tuple[int, int, int]) -> t.Compose:
     """Return the transforms from a brain-only NIfTI in LPS order to an augmented grid `(1, D, H, W)`."""
     return t.Compose([
-        reference_pipeline.chain(shape),
+        reference_pipeline.transforms(shape),
         t.RandRotate(range_x=ANGLE, range_y=ANGLE, range_z=ANGLE, prob=0.5),
         t.Zoom(1.1),  # applied to every scan: the published code ignores the probability
         t.RandGaussianNoise(std=0.01, prob=0.5),

@@ -1,4 +1,4 @@
-"""What several tests stand on: a loopback Hub with the published layout, and scans."""
+"""Fixtures shared by several packages: a Hub on the loopback with the published layout, scans, and a small model."""
 
 import nibabel as nib
 import numpy as np
@@ -14,8 +14,8 @@ from support.phantoms import brain_hu
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    """No test reads or writes the user's cache, and none can reach beyond the loopback."""
+def empty_cache(tmp_path_factory, monkeypatch):
+    """Use an empty cache, and let no test reach a host beyond the loopback."""
     monkeypatch.setenv("ICHPROG_CACHE", str(tmp_path_factory.mktemp("cache")))
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
@@ -23,7 +23,7 @@ def own_cache(tmp_path_factory, monkeypatch):
 
 @pytest.fixture(scope="session")
 def hub_root(tmp_path_factory):
-    """Folders as on the Hub: every published model with seeded weights, fold 0, and Perez in two folds."""
+    """Return a folder as on the Hub: every published model with seeded weights, and one model with two folds."""
     root = tmp_path_factory.mktemp("hub")
     for seed, name in enumerate(reference_pipeline.PUBLISHED):
         reference_pipeline.save(name, root / REPOSITORY.repo, seed)
@@ -40,7 +40,7 @@ def hub_server(hub_root, monkeypatch):
 
 @pytest.fixture(scope="session")
 def scan_path(tmp_path_factory):
-    """A simulated brain-only scan as NIfTI, its voxels in LPS order as published."""
+    """Return the path of a simulated brain-only scan in NIfTI, with voxels in LPS order as published."""
     path = tmp_path_factory.mktemp("scans") / "1_brain.nii.gz"
     nib.Nifti1Image(brain_hu(), np.diag([-0.47, -0.47, 5.0, 1.0])).to_filename(path)
     return path
@@ -48,12 +48,12 @@ def scan_path(tmp_path_factory):
 
 @pytest.fixture
 def bright_model(tmp_path):
-    """The name of a model in a folder, with two folds and a network that answers to blood; it runs in no time."""
+    """Return the name of a fast local model with two folds, whose network responds to blood."""
     ichprog.register_backbone("bright", bright_backbone)
-    yield local_model(tmp_path / "bright", "bright", shape=(20, 96, 96), folds=2, adjust=_decided)
+    yield local_model(tmp_path / "bright", "bright", shape=(20, 96, 96), folds=2, adjust=_strengthen_heads)
     registry.backbones.unregister("bright")
 
 
-def _decided(state):
-    """Heads that follow the features, and strongly."""
+def _strengthen_heads(state):
+    """Return weights with which the heads respond strongly to the features."""
     return {k: v.abs() * 40 + 3000 if k.endswith("linear.weight") else v for k, v in state.items()}

@@ -205,7 +205,7 @@ def test_several_processes_load_one_model_at_once(hub_server, scan_path):
     with get_context("spawn").Pool(3) as pool:
         first, *others = pool.map(load_and_predict, [("perez2023.prognosis", str(scan_path))] * 3)
     assert all(other == first for other in others)
-    assert len(hub_server.asked("GET /" + REPOSITORY.repo + "/resolve")) == 2  # one for each fold
+    assert len(hub_server.requests_with("GET /" + REPOSITORY.repo + "/resolve")) == 2  # one for each fold
 
 
 def test_lists_are_answered_with_lists_and_iterables_with_iterators(bright_model, scan_path):

@@ -252,8 +252,8 @@ def test_what_was_published_loads_from_an_empty_cache_and_answers_the_same(on_th
     grids = np.random.default_rng(0).random((2, *own.spec.input.shape), np.float32)
     for task, values in shares(own, grids).items():
         assert np.array_equal(shares(model, grids)[task], values)
-    assert len(server.asked("PUT /lfs/")) == 2
-    assert len(server.asked("POST /lfs/")) == 2
+    assert len(server.requests_with("PUT /lfs/")) == 2
+    assert len(server.requests_with("POST /lfs/")) == 2
     [(message, files)] = server.commits
     assert message == "bright.prognosis_gcs3_age, 2 folds, by ichprog 0.1.0"
     assert len(files) == 4

@@ -137,7 +137,7 @@ def test_one_fold_fetches_one_file(server: HubServer) -> None:
     torch.save(STATE, published(server, "Net_fold3.pth"))
     [file] = hub.weights(make_spec(), 3)
     assert file.fold == 3
-    assert len(server.asked("GET /org/repo/resolve")) == 1
+    assert len(server.requests_with("GET /org/repo/resolve")) == 1
     manifest = json.loads((file.path.parent / "manifest.json").read_text())
     assert manifest["files"][FILE]["file"] is None
     with pytest.raises(UnknownNameError, match=r"fold .* '1'.*0, 3"):
@@ -156,7 +156,7 @@ def test_concurrent_processes_download_once(server: HubServer, tmp_path: Path) -
     answers = {process.communicate(timeout=60)[0] for process in processes}
     assert [process.returncode for process in processes] == [0, 0, 0]
     assert len(answers) == 1
-    assert len(server.asked("GET /org/repo/resolve")) == 1
+    assert len(server.requests_with("GET /org/repo/resolve")) == 1
 
 
 @pytest.mark.usefixtures("server")
@@ -198,10 +198,10 @@ def test_a_damaged_file_is_reported_and_fetched_again() -> None:
 
 
 def test_the_tree_is_listed_if_a_mirror_states_no_checksums(server: HubServer) -> None:
-    server.states_checksums = False
+    server.lists_checksums = False
     [file] = hub.weights(make_spec())
     assert file.source_sha256 == sha256(published(server))
-    assert len(server.asked("/tree/")) == 1
+    assert len(server.requests_with("/tree/")) == 1
 
 
 @pytest.mark.usefixtures("server")
@@ -222,7 +222,7 @@ def test_a_pinned_checksum_must_match(server: HubServer) -> None:
     right, wrong = sha256(published(server)), "0" * 64
     with pytest.raises(WeightsError, match=f"{FILE}.*{right}.*{wrong}"):
         hub.weights(make_spec(sha256={FILE: wrong}))
-    assert server.asked("resolve") == []
+    assert server.requests_with("resolve") == []
     [file] = hub.weights(make_spec(sha256={FILE: right}))
     assert hub.weights(make_spec()) == [file]
     with pytest.raises(WeightsError, match=wrong):

@@ -1,11 +1,11 @@
-"""A job for processes that are to die; it imports nothing, so that they begin at once."""
+"""A job that kills its process. It imports no library, so that worker processes start quickly."""
 
 import os
 import signal
 
 
 def work(item):
-    """Kills its process where it is asked to do 2, and fails at 3."""
+    """Kill the process for item 2, and return a wrong result for item 3."""
     if item == 2:
         os.kill(os.getpid(), signal.SIGKILL)
     return "wrong" if item == 3 else None

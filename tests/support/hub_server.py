@@ -1,7 +1,7 @@
-"""A Hub on the loopback, for the real client: folders of files served as repositories, with faults on demand.
+"""A Hub on the loopback for the real client: serve folders as repositories, with faults on demand.
 
-It takes uploads too, as the Hub takes them from a client without Xet: small files in the commit itself, those of LFS
-beforehand and by their checksum.
+The server also accepts uploads from a client without Xet. Small files are part of the commit. LFS files are uploaded
+before the commit and referred to by checksum.
 """
 
 import base64
@@ -20,20 +20,20 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class HubServer:
-    """Serves `root/<org>/<repo>/...` as the model repositories of a Hub, all at one commit.
+    """Serve `root/<org>/<repo>/...` as the model repositories of a Hub, all at one commit.
 
     Attributes:
-        url: The endpoint, for HF_ENDPOINT.
-        requests: What was asked, in order, as "METHOD path".
-        faults: What goes wrong, by a part of "METHOD path". A number is an HTTP status, with an X-Error-Code after a
-            colon where given ("403:GatedRepo"); "half" sends half of the body, "flip" changes a bit of it, "wrong"
-            sends a page instead, "slow" waits a second, "hang" never answers.
-        refs: The commits that branches and tags are at.
-        lfs: File endings that are kept in LFS, with a SHA-256; others have git's checksum.
-        states_checksums: Whether a repository's info has sizes and checksums; its tree has them always.
-        token: What a client must show before it may write.
-        commits: The message of every commit that was taken, with the paths in it.
-        objects: What was uploaded to LFS, by checksum.
+        url: Endpoint, the value of HF_ENDPOINT.
+        requests: All requests in order, as "METHOD path".
+        faults: Faults by a part of "METHOD path". A number is an HTTP status, optionally with an X-Error-Code after a
+            colon ("403:GatedRepo"). "half" sends half of the body, "flip" changes one bit, "wrong" sends an HTML
+            page instead, "slow" waits a second, "hang" never responds.
+        refs: Commits by branch or tag.
+        lfs: File endings stored in LFS, with a SHA-256. Other files have git's checksum.
+        lists_checksums: Whether a repository's info has sizes and checksums. Its tree always has them.
+        token: Token that a client needs for writing.
+        commits: Message and paths of every accepted commit.
+        objects: LFS objects by checksum.
     """
 
     def __init__(self, root: Path, commit: str = COMMIT) -> None:
@@ -42,7 +42,7 @@ class HubServer:
         self.faults: dict[str, str | int] = {}
         self.refs = {"main": commit}
         self.lfs: tuple[str, ...] = (".pth", ".safetensors")
-        self.states_checksums = True
+        self.lists_checksums = True
         self.token = "hf_writer"
         self.commits: list[tuple[str, list[str]]] = []
         self.objects: dict[str, bytes] = {}
@@ -60,12 +60,12 @@ class HubServer:
         self._server.shutdown()
         self._server.server_close()
 
-    def asked(self, part: str) -> list[str]:
-        """The requests that have `part` in their "METHOD path"."""
+    def requests_with(self, part: str) -> list[str]:
+        """Return the requests that have `part` in their "METHOD path"."""
         return [request for request in self.requests if part in request]
 
     def files(self, repo: str) -> Iterator[dict[str, Any]]:
-        """What a listing says of each file."""
+        """Yield the listing of each file."""
         for path in sorted(p for p in (self.root / repo).rglob("*") if p.is_file()):
             content = path.read_bytes()
             blob = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
@@ -79,21 +79,21 @@ class _Handler(BaseHTTPRequestHandler):
     hub: HubServer
 
     def do_GET(self) -> None:
-        self.answer()
+        self.respond()
 
     def do_HEAD(self) -> None:
-        self.answer()
+        self.respond()
 
     def do_POST(self) -> None:
-        self.answer()
+        self.respond()
 
     def do_PUT(self) -> None:
-        self.answer()
+        self.respond()
 
     def log_message(self, *_: object) -> None:
         pass
 
-    def answer(self) -> None:
+    def respond(self) -> None:
         path = unquote(urlsplit(self.path).path)
         request = f"{self.command} {path}"
         self.hub.requests.append(request)
@@ -105,7 +105,7 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             time.sleep(1 if fault == "slow" else 0)
             if self.command in ("POST", "PUT"):
-                self.take(path, self.body())
+                self.write(path, self.body())
             else:
                 self.route(path, fault)
 
@@ -121,7 +121,7 @@ class _Handler(BaseHTTPRequestHandler):
         if commit not in {self.hub.commit, *self.hub.refs.values()}:
             return self.refuse("404", "RevisionNotFound")
         if kind == "resolve":
-            return self.file(repo, str(commit), str(folder), fault)
+            return self.send_file(repo, str(commit), str(folder), fault)
         files = list(self.hub.files(repo))
         if kind == "tree":
             inside = [f for f in files if f["path"].rpartition("/")[0] == (folder or "")]
@@ -130,7 +130,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self.send(json.dumps([{"type": "file", **f} for f in inside]).encode(), fault)
         siblings = [{"rfilename": f["path"], "size": f["size"], "blobId": f["oid"]} for f in files]
         for sibling, f in zip(siblings, files, strict=True):
-            if not self.hub.states_checksums:
+            if not self.hub.lists_checksums:
                 del sibling["size"], sibling["blobId"]
             elif lfs := f.get("lfs"):
                 sibling["lfs"] = {"sha256": lfs["oid"], "size": lfs["size"], "pointerSize": lfs["pointerSize"]}
@@ -147,47 +147,53 @@ class _Handler(BaseHTTPRequestHandler):
         self.rfile.readline()
         return body
 
-    def take(self, path: str, body: bytes) -> None:
-        """What a client writes, by the steps it does it in."""
+    def write(self, path: str, body: bytes) -> None:
+        """Respond to the steps of an upload."""
         hub = self.hub
-        if match := re.fullmatch(r"/lfs/([0-9a-f]{64})(/verify)?", path):  # a signed address: no token is shown there
+        if match := re.fullmatch(r"/lfs/([0-9a-f]{64})(/verify)?", path):  # a signed address needs no token
             if not match[2]:
                 hub.objects[match[1]] = body
-            held = hub.objects.get(match[1])
-            good = held is not None and hashlib.sha256(held).hexdigest() == match[1]
-            return self.send(b"{}", "") if good else self.refuse("400")
+            content = hub.objects.get(match[1])
+            is_valid = content is not None and hashlib.sha256(content).hexdigest() == match[1]
+            return self.send(b"{}", "") if is_valid else self.refuse("400")
         if path == "/api/validate-yaml":
-            good = json.loads(body)["content"].startswith("---\n")
-            return self.tell({"errors": [], "warnings": [] if good else [{"message": "no metadata"}]})
+            is_valid = json.loads(body)["content"].startswith("---\n")
+            return self.send_json({"errors": [], "warnings": [] if is_valid else [{"message": "no metadata"}]})
         if self.headers.get("Authorization") != f"Bearer {hub.token}":
             return self.refuse("403" if "Authorization" in self.headers else "401")
         if path == "/api/repos/create":
-            asked = json.loads(body)
-            place = hub.root / asked["organization"] / asked["name"]
-            there = place.is_dir()
-            place.mkdir(parents=True, exist_ok=True)
-            return self.tell({"url": f"{hub.url}/{asked['organization']}/{asked['name']}"}, 409 if there else 200)
+            created = json.loads(body)
+            folder = hub.root / created["organization"] / created["name"]
+            exists = folder.is_dir()
+            folder.mkdir(parents=True, exist_ok=True)
+            return self.send_json(
+                {"url": f"{hub.url}/{created['organization']}/{created['name']}"}, 409 if exists else 200
+            )
         if match := re.fullmatch(r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", path):
-            return self.tell({"transfer": "basic", "objects": list(map(self.lfs_action, json.loads(body)["objects"]))})
+            return self.send_json(
+                {"transfer": "basic", "objects": list(map(self.lfs_action, json.loads(body)["objects"]))}
+            )
         if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/(preupload|commit)/main", path):
-            held = {file["path"]: file for file in hub.files(match[1])}
+            stored = {file["path"]: file for file in hub.files(match[1])}
             if match[2] == "preupload":
-                return self.tell({"files": [self.mode(file["path"], held) for file in json.loads(body)["files"]]})
+                return self.send_json(
+                    {"files": [self.upload_mode(file["path"], stored) for file in json.loads(body)["files"]]}
+                )
             return self.commit(match[1], [json.loads(line) for line in body.splitlines()])
         return self.refuse("404")
 
-    def mode(self, path: str, held: dict[str, dict[str, Any]]) -> dict[str, Any]:
-        """How a file is to be uploaded, and which content it has now."""
+    def upload_mode(self, path: str, stored: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        """Return how to upload a file, and the checksum of its present content."""
         mode = "lfs" if path.endswith(self.hub.lfs) else "regular"
-        now = held[path].get("lfs", held[path])["oid"] if path in held else None
-        return {"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": now}
+        checksum = stored[path].get("lfs", stored[path])["oid"] if path in stored else None
+        return {"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": checksum}
 
-    def lfs_action(self, wanted: dict[str, Any]) -> dict[str, Any]:
-        """Where an object goes, unless it is here."""
-        if wanted["oid"] in self.hub.objects:
-            return wanted
-        href = f"{self.hub.url}/lfs/{wanted['oid']}"
-        return wanted | {"actions": {"upload": {"href": href}, "verify": {"href": f"{href}/verify"}}}
+    def lfs_action(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Return where to upload an object, unless it is stored already."""
+        if request["oid"] in self.hub.objects:
+            return request
+        href = f"{self.hub.url}/lfs/{request['oid']}"
+        return request | {"actions": {"upload": {"href": href}, "verify": {"href": f"{href}/verify"}}}
 
     def commit(self, repo: str, lines: list[dict[str, Any]]) -> None:
         header, *operations = lines
@@ -206,19 +212,21 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.commits.append((header["value"]["summary"], sorted(o["value"]["path"] for o in operations)))
         commit = hashlib.sha1(f"{parent} {repo}".encode()).hexdigest()
         self.hub.refs["main"] = commit
-        return self.tell({"success": True, "commitOid": commit, "commitUrl": f"{self.hub.url}/{repo}/commit/{commit}"})
+        return self.send_json(
+            {"success": True, "commitOid": commit, "commitUrl": f"{self.hub.url}/{repo}/commit/{commit}"}
+        )
 
-    def tell(self, data: Any, status: int = 200) -> None:
+    def send_json(self, data: Any, status: int = 200) -> None:
         self.send(json.dumps(data).encode(), "", status=status)
 
-    def file(self, repo: str, commit: str, name: str, fault: str) -> None:
-        found = next((f for f in self.hub.files(repo) if f["path"] == name), None)
-        if found is None:
+    def send_file(self, repo: str, commit: str, name: str, fault: str) -> None:
+        file = next((f for f in self.hub.files(repo) if f["path"] == name), None)
+        if file is None:
             return self.refuse("404", "EntryNotFound")
-        etag = found["lfs"]["oid"] if "lfs" in found else found["oid"]
+        etag = file["lfs"]["oid"] if "lfs" in file else file["oid"]
         headers = {"ETag": f'"{etag}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
-        if "lfs" in found:
-            headers |= {"X-Linked-Size": str(found["size"]), "X-Linked-ETag": f'"{etag}"'}
+        if "lfs" in file:
+            headers |= {"X-Linked-Size": str(file["size"]), "X-Linked-ETag": f'"{etag}"'}
         return self.send((self.hub.root / repo / name).read_bytes(), fault, headers)
 
     def send(self, body: bytes, fault: str, headers: dict[str, str] | None = None, status: int = 200) -> None:

@@ -1,4 +1,4 @@
-"""Tiny models with known behaviour, and where the shared data are."""
+"""Tiny models with known behaviour."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ REPOSITORY = zoo.find(zoo.DEFAULT).weights
 
 
 def bright_backbone():
-    """One channel that is high where the grid is, so that what it explains is known."""
+    """Build a backbone of one channel that is high where the grid is bright, so that its saliency maps are known."""
     convolution = torch.nn.Conv3d(1, 1, 3, padding=1)
     torch.nn.init.constant_(convolution.weight, 1 / 27)
     torch.nn.init.constant_(convolution.bias, -0.45)
@@ -25,7 +25,7 @@ def bright_backbone():
 
 
 def local_model(folder, backbone, *, shape, folds=1, adjust=lambda state: state):
-    """Writes a model of three tasks with a registered backbone and seeded weights, and tells its name."""
+    """Write a model of three tasks with a registered backbone and seeded weights, and return its name."""
     spec = zoo.find("densenet121.prognosis_gcs3_age")
     weights = dataclasses.replace(
         spec.weights, repo=None, revision=None, folder="", format="safetensors", keys={}, sha256={}

@@ -1,4 +1,4 @@
-"""The published system, rebuilt from its description with MONAI and torch: what this library is held against."""
+"""The published pipeline, rebuilt from its description with MONAI and torch: the reference of the tests."""
 
 from collections import OrderedDict
 from pathlib import Path
@@ -10,7 +10,7 @@ from torch.nn import functional
 
 
 class MultiTask(nn.Module):
-    """A DenseNet121 trunk and named heads, with the published keys."""
+    """DenseNet121 with named heads and the published keys."""
 
     def __init__(self, outputs: dict[str, int]) -> None:
         from monai.networks.nets import DenseNet121
@@ -30,7 +30,7 @@ class MultiTask(nn.Module):
 
 
 class Plain(nn.Module):
-    """MONAI's DenseNet121 as it is."""
+    """MONAI's DenseNet121, unchanged."""
 
     def __new__(cls, outputs: int) -> nn.Module:  # type: ignore[misc]
         from monai.networks.nets import DenseNet121
@@ -58,7 +58,7 @@ class Perez(nn.Module):
         return [self.classifier(self.feature_extractor(grid))]
 
 
-# zoo name: folder on the Hub, network, the file's name up to its fold, tasks in the order of the outputs
+# zoo name: folder on the Hub, network, file name without the fold, tasks in the order of the outputs
 PUBLISHED = {
     "densenet121.prognosis_gcs3_age": (
         "Proposed_ThreeClassOrdinalGCS_BinaryAge_PrognosisICH",
@@ -104,10 +104,10 @@ PUBLISHED = {
 
 
 def network(name: str, seed: int) -> nn.Module:
-    """The published network of a zoo name with seeded weights, spread so that probabilities differ from 0.5."""
+    """Build the published network of a zoo name with seeded weights whose probabilities differ from 0.5."""
     torch.manual_seed(seed)
-    made = PUBLISHED[name][1]()
-    for module in made.modules():
+    network = PUBLISHED[name][1]()
+    for module in network.modules():
         if isinstance(module, nn.BatchNorm3d):
             nn.init.uniform_(module.weight, 0.8, 1.2)
             nn.init.normal_(module.bias, 0, 0.1)
@@ -116,11 +116,11 @@ def network(name: str, seed: int) -> nn.Module:
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, 0, 0.05)
             nn.init.normal_(module.bias, 0, 1)
-    return made.eval().requires_grad_(requires_grad=False)
+    return network.eval().requires_grad_(requires_grad=False)
 
 
 def save(name: str, hub: Path, seed: int, fold: int = 0) -> Path:
-    """Writes a seeded checkpoint as published into the folder `hub` of the repository's files."""
+    """Write a seeded checkpoint in the published layout to the folder `hub`, and return its path."""
     folder, _, stem, _ = PUBLISHED[name]
     path = hub / folder / f"{stem}_fold{fold}.pth"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -128,8 +128,8 @@ def save(name: str, hub: Path, seed: int, fold: int = 0) -> Path:
     return path
 
 
-def chain(shape: tuple[int, int, int] = (40, 301, 301)):  # type: ignore[no-untyped-def]
-    """The published chain of MONAI's transforms: a brain-only NIfTI in LPS order to a grid `(1, D, H, W)`."""
+def transforms(shape: tuple[int, int, int] = (40, 301, 301)):  # type: ignore[no-untyped-def]
+    """Return the published MONAI transforms: a brain-only NIfTI in LPS order to a grid `(1, D, H, W)`."""
     from monai import transforms as t
 
     slices, rows, columns = shape
@@ -150,18 +150,18 @@ def chain(shape: tuple[int, int, int] = (40, 301, 301)):  # type: ignore[no-unty
 
 
 def grid(path: Path) -> torch.Tensor:
-    """A brain-only NIfTI in LPS order as the published grid `(1, 40, 301, 301)`."""
-    return chain()(str(path)).as_tensor()
+    """Return a brain-only NIfTI in LPS order as the published grid `(1, 40, 301, 301)`."""
+    return transforms()(str(path)).as_tensor()
 
 
 def probabilities(name: str, logits: list[torch.Tensor]) -> dict[str, np.ndarray]:
-    """Each task's label probabilities, from the description of the targets in words."""
-    found = {}
+    """Return each task's label probabilities, following the published description of the targets."""
+    by_task = {}
     for task, values in zip(PUBLISHED[name][3], logits, strict=True):
         beyond = functional.sigmoid(values)[0].double().numpy()
         if len(beyond) == 2:
             first, second = beyond[0], min(beyond)
-            found[task] = np.array([1 - first, first - second, second])
+            by_task[task] = np.array([1 - first, first - second, second])
         else:
-            found[task] = np.array([1 - beyond[0], beyond[0]])
-    return found
+            by_task[task] = np.array([1 - beyond[0], beyond[0]])
+    return by_task
