@@ -9,7 +9,8 @@ import torch
 
 from ichprog import zoo
 from ichprog.train import PRESETS, grid_cache, trainer
-from ichprog.train.distributed import Team
+from ichprog.train.callbacks import Callback
+from ichprog.train.distributed import DistributedContext
 from ichprog.train.folds import Fold
 
 
@@ -37,19 +38,19 @@ def epoch_runner(
     spec = zoo.find(zoo.DEFAULT)
     if shape:
         spec = dataclasses.replace(spec, input=dataclasses.replace(spec.input, shape=shape))
-    changes = {"accumulate": 1, "balance": "none", "precision": precision, "batch": batch, "seed": seed}
+    changes = {"accumulation_steps": 1, "balance": "none", "precision": precision, "batch_size": batch, "seed": seed}
     protocol = PRESETS["paper"].replace(**changes)
     poor, some, severe, old = targets.long().T.numpy()
     labels = dict(zip((task.name for task in spec.tasks), (poor, some + severe, old), strict=True))
     everyone = np.arange(len(scans))
     files = grid_cache.prepare(scans, spec.input, brain="given", folder=folder / "grids")
     names, checkpoint = [path.name for path in scans], folder / "none"
-    job = trainer.Job(spec, protocol, 0, Fold(everyone, everyone, everyone), names, files, labels, checkpoint)
-    team = Team("cpu")
-    state = trainer.State(job, team)
+    job = trainer.FoldJob(spec, protocol, 0, Fold(everyone, everyone, everyone), names, files, labels, checkpoint)
+    context = DistributedContext("cpu")
+    state = trainer.TrainerState(job, context)
 
     def run_epoch() -> float:
-        loss = trainer.run_pass(state, job, team, trainer.Watch())["loss"]
+        loss = trainer.run_epoch(state, job, context, Callback())["loss"]
         state.epoch += 1
         return loss
 

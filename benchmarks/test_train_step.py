@@ -28,7 +28,7 @@ ROUNDS = 2
 
 
 def skip_without_bfloat16():
-    if (reason := mixed_precision.lack(torch.device("cpu"))) is not None:
+    if (reason := mixed_precision.unsupported_reason(torch.device("cpu"))) is not None:
         pytest.skip(reason)
 
 
@@ -52,7 +52,7 @@ def test_a_training_step(benchmark, record, cohort, tmp_path, precision):
 
     mine, peers = zip(*benchmark.pedantic(lambda: [one_round() for _ in range(ROUNDS)]), strict=True)
     rates = [[BATCH / seconds for seconds in times] for times in (mine, peers)]
-    best = precision == "bfloat16" or mixed_precision.lack(torch.device("cpu")) is not None
+    best = precision == "bfloat16" or mixed_precision.unsupported_reason(torch.device("cpu")) is not None
     target = ("ratio", "at least", 2.0) if best else None
     record(f"steps of {BATCH} scans, precision `{precision}`", "scans/s", *rates, peer_name=PIPELINE, target=target)
 

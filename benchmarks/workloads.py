@@ -154,19 +154,13 @@ def brute_force_explain(scan: str, maps: str) -> Iterator[Any]:
 
 def ichprog_train(scans: str, precision: str, folder: str) -> Iterator[Any]:
     """Train one step on all scans of a folder with ichprog, and return the mean loss."""
-    import torch
     from our_training import epoch_runner
-
-    from ichprog.train import allocator
 
     paths = sorted(Path(scans).iterdir())
     run_epoch = epoch_runner(paths, _targets(len(paths)), Path(folder), precision=precision, batch=len(paths))
     yield None
-    with allocator.kept(torch.device("cpu")) as keep_memory:  # as a training of many passes has it
-        while True:
-            loss = run_epoch()
-            keep_memory()
-            yield loss
+    while True:
+        yield run_epoch()
 
 
 def published_train(scans: str) -> Iterator[Any]:

@@ -20,14 +20,14 @@ from ichprog import Cohort
 from ichprog.simulate import simulate
 from ichprog.simulate.population import SITES
 from ichprog.spec import ModelSpec, Task
-from ichprog.train import PRESETS, train
+from ichprog.train import PRESETS, TrainOptions, train
 
 NAME = "compact.prognosis_gcs3_age"
 ZOO = Path(ichprog.__file__).parent / "zoo"
 TRAINED_ON = {"patients": 600, "seed": 1}
 MEASURED_ON = {"patients": 300, "seed": 2}
 FOLDS = 3
-PROTOCOL = PRESETS["default"].replace(epochs=36, warm_up=2)
+PROTOCOL = PRESETS["default"].replace(epochs=36, warmup_epochs=2)
 DRAWS = 2000
 _FIGURE = "AUC for"
 SHOWN = ("ventricular", "midline_shift_mm", "atrophy", "white_matter", "calcification")
@@ -50,7 +50,7 @@ def main(folder: Path, *, only_measure: bool) -> None:
         spec = dataclasses.replace(spec, limits=said, weights=dataclasses.replace(spec.weights, sha256={}))
         train(
             learn, spec, run, folds=FOLDS, protocol=PROTOCOL, resume=run.exists(),
-            cache_dir=folder / "cache", workers=2, progress=True,
+            options=TrainOptions(cache_dir=folder / "cache", workers=2, progress=True),
         )  # fmt: skip
         trained = ModelSpec.read(run / "config.json")
         weights.mkdir(exist_ok=True)

@@ -21,6 +21,17 @@ def empty_cache(tmp_path_factory, monkeypatch):
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """Torch computes with one thread in a module that uses this fixture."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def hub_root(tmp_path_factory):
     """Return a folder as on the Hub: every published model with seeded weights, and one model with two folds."""

@@ -19,7 +19,7 @@ from ichprog.backbones import Backbone
 from ichprog.hub import WeightFile
 from ichprog.runtime import build_runtimes, resolve_runtime
 from ichprog.spec import PluginRef, Target, Task
-from ichprog.train import PRESETS, train
+from ichprog.train import PRESETS, TrainOptions, train
 
 RISING = {2: [80.0], 3: [60.0, 80.0], 7: [40.0, 50.0, 60.0, 65.0, 75.0, 90.0]}
 RANKIN, YEARS = tuple("0123456"), ("<50", "50-59", "60-69", "70-79", ">=80")
@@ -411,8 +411,9 @@ def simulated(tmp_path_factory):
 def test_new_tasks_can_be_trained_predicted_and_explained(simulated, plain_backbone, tmp_path):
     """The names, columns and heads of the tasks are unknown to the library."""
     spec = make_spec(*new_tasks())
-    protocol = PRESETS["default"].replace(epochs=12, patience=0, batch=6, lr=0.02, validation=0.34)
-    run = train(simulated / "cohort.csv", spec, tmp_path / "run", folds=2, protocol=protocol, cache_dir=tmp_path / "c")
+    changes = {"epochs": 12, "patience": 0, "batch_size": 6, "learning_rate": 0.02, "validation_fraction": 0.34}
+    protocol, options = PRESETS["default"].replace(**changes), TrainOptions(cache_dir=tmp_path / "c")
+    run = train(simulated / "cohort.csv", spec, tmp_path / "run", folds=2, protocol=protocol, options=options)
     calibrations = [result["calibration"] for result in json.loads((run / "run.json").read_text())["results"].values()]
     assert all(found["rankin"] is None and found["years"] is not None for found in calibrations)
 

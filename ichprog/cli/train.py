@@ -1,99 +1,148 @@
-"""Training a model."""
+"""The command `ichprog train`."""
 
-import json
 import os
-import sys
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ichprog.cli.options import brain, parsed
-from ichprog.errors import RunError, UnknownNameError
+from ichprog.errors import InvalidValueError, UnknownNameError
 from ichprog.zoo import DEFAULT
+
+if TYPE_CHECKING:
+    from ichprog.spec import ModelSpec
 
 
 @click.command()
 @click.argument("cohorts", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="COHORT...")
 @click.option(
     "-m", "--model", default=DEFAULT, show_default=True,
-    help="What is trained: a name of `ichprog models`, a description as JSON, or local-dir:PATH.",
+    help="Model to train: a name of `ichprog models`, a JSON description, or local-dir:PATH.",
 )  # fmt: skip
-@click.option("-o", "--output", "out", required=True, type=click.Path(path_type=Path), help="Folder of the run.")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder of the run.")
 @click.option("--folds", default=10, show_default=True, help="Number of folds.")
-@click.option("--only-fold", "only", multiple=True, type=int, help="Train this fold now, repeatable; all if absent.")
-@click.option("--preset", default="default", show_default=True, metavar="default|paper", help="How it is trained.")
+@click.option("--only-fold", "only_folds", multiple=True, type=int, help="Train this fold only, repeatable.")
+@click.option("--preset", default="default", show_default=True, metavar="default|paper", help="Training protocol.")
 @click.option(
-    "--set", "changes", multiple=True, metavar="NAME=VALUE", help="Change a field of the preset, repeatable: lr=0.0005."
-)
-@click.option("--epochs", type=int, help="Short for --set epochs=.")
-@click.option("--seed", type=int, help="Short for --set seed=.")
-@click.option("--loss-weighting", metavar="fixed|uncertainty", help="Short for --set loss_weighting=.")
-@click.option("--resume", is_flag=True, help="Go on with a run that was begun in this folder.")
-@click.option("--name", help="What the new model is called; as the one it is trained by if absent.")
+    "--set", "changes", multiple=True, metavar="FIELD=VALUE",
+    help="Change a field of the protocol, repeatable, such as learning_rate=0.0005.",
+)  # fmt: skip
+@click.option("--epochs", type=int, help="Same as --set epochs=N.")
+@click.option("--seed", type=int, help="Same as --set seed=N.")
+@click.option("--loss-weighting", metavar="fixed|uncertainty", help="Same as --set loss_weighting=NAME.")
+@click.option("--head", "heads", multiple=True, metavar="TASK=HEAD", help="Replace a task's head, repeatable.")
+@click.option("--drop-task", "dropped", multiple=True, metavar="TASK", help="Remove a task, repeatable.")
+@click.option("--loss-weight", "loss_weights", multiple=True, metavar="TASK=W", help="Set a task's weight, repeatable.")
+@click.option("--resume", is_flag=True, help="Resume the run of this folder.")
+@click.option("--name", help="Name of the new model; the name of --model by default.")
 @brain
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
-@click.option("--cache-dir", type=click.Path(path_type=Path), help="Where prepared grids are kept.")
-@click.option("--workers", default=1, show_default=True, help="Processes that prepare grids side by side.")
-@click.option("--tensorboard", is_flag=True, help="Write events for TensorBoard too.")
+@click.option("--cache-dir", type=click.Path(path_type=Path), help="Folder of prepared grids.")
+@click.option("--workers", default=1, show_default=True, help="Number of processes that prepare grids.")
+@click.option(
+    "--track", "trackers", multiple=True, metavar="NAME",
+    help="Log to an experiment tracker, repeatable: tensorboard, mlflow, trackio, wandb.",
+)  # fmt: skip
 def train(
     cohorts: tuple[Path, ...],
     model: str,
-    out: Path,
+    output: Path,
     preset: str,
     changes: tuple[str, ...],
-    only: tuple[int, ...],
+    heads: tuple[str, ...],
+    dropped: tuple[str, ...],
+    loss_weights: tuple[str, ...],
     **options: Any,
 ) -> None:
     """Train a model on the patients of COHORT, by cross-validation.
 
-    COHORT is a table of patients; several are taken together. The folder of the run is a model afterwards,
-    local-dir:OUTPUT.
+    COHORT is a table of patients; several are combined. Afterwards the folder of the run is a model, local-dir:OUTPUT.
     """
-    from ichprog.train import PRESETS
+    from ichprog.train import PRESETS, TrainOptions, resolve_spec
     from ichprog.train import train as train_model
 
     if preset not in PRESETS:
         raise UnknownNameError("preset", preset, PRESETS)
-    short = {name: options.pop(name) for name in ("epochs", "seed", "loss_weighting")}
-    fields = parsed("--set", changes, "lr=0.0005") | {name: value for name, value in short.items() if value is not None}
-    try:
-        protocol = PRESETS[preset].replace(**fields)
-    except RunError as error:
-        raise click.UsageError(str(error)) from error
-    speaks = os.environ.get("RANK", "0") == "0"  # one of several processes does
-    for sentence in protocol.quirks() if speaks else ():
-        click.echo(f"as published: {sentence}", err=True)
+    shortcuts = {name: options.pop(name) for name in ("epochs", "seed", "loss_weighting")}
+    fields = parsed("--set", changes, "learning_rate=0.0005")
+    protocol = PRESETS[preset].replace(
+        **fields, **{name: value for name, value in shortcuts.items() if value is not None}
+    )
+    weights = parsed("--loss-weight", loss_weights, "gcs=0.5")
+    spec = edit_tasks(resolve_spec(model), parsed("--head", heads, "gcs=softmax"), dropped, weights)
+    is_main_process = os.environ.get("RANK", "0") == "0"
+    if is_main_process:
+        for sentence in protocol.quirks():
+            click.echo(f"as published: {sentence}", err=True)
 
     from ichprog.cohort import Cohort
 
-    read = [Cohort.read(path) for path in cohorts]
-    cohort = read[0] if len(read) == 1 else Cohort.join(read)
+    tables = [Cohort.read(path) for path in cohorts]
+    cohort = tables[0] if len(tables) == 1 else Cohort.join(tables)
+    run_options = {name: options.pop(name) for name in ("brain", "device", "cache_dir", "workers", "trackers")}
     try:
         run = train_model(
-            cohort, model, out, protocol=protocol, only=only or None, progress=sys.stderr.isatty(), **options
+            cohort,
+            spec,
+            output,
+            protocol=protocol,
+            only_folds=options.pop("only_folds") or None,
+            options=TrainOptions(progress=True, **run_options),
+            **options,
         )
-        if speaks:
-            _say(run)
+        if is_main_process:
+            _print_summary(run)
     finally:
-        _leave()
+        _leave_process_group()
 
 
-def _say(run: Path) -> None:
-    """Where the model is, and how each fold was at its best."""
-    for fold, result in json.loads((run / "run.json").read_text("utf-8"))["results"].items():
-        best = result["best"]
-        said = [f"fold {fold}  epoch {best['epoch']} of {result['epochs']}  validation AUC"]
-        for column, value in best.items():
-            if column.startswith("val_auc_"):
-                shown = "unknown" if value is None else f"{value:.3f}"
-                said.append(f"{column.removeprefix('val_auc_')} {shown}")
-        click.echo("  ".join(said))
+def edit_tasks(
+    spec: "ModelSpec", heads: dict[str, str], dropped: Iterable[str], loss_weights: dict[str, float]
+) -> "ModelSpec":
+    """Return a model description with other heads, fewer tasks or other loss weights.
+
+    Args:
+        spec: The description.
+        heads: Names of heads by task.
+        dropped: Tasks to remove.
+        loss_weights: Loss weights by task.
+
+    Raises:
+        UnknownNameError: The model has no such task.
+        InvalidValueError: A weight is not a number of 0 or more, or no task is left.
+    """
+    from ichprog.spec import PluginRef
+
+    tasks = {task.name: task for task in spec.tasks}
+    for name in (*heads, *dropped, *loss_weights):
+        spec.task(name)
+    for name, head in heads.items():
+        tasks[name] = replace(tasks[name], head=PluginRef(str(head), {}))
+    for name, weight in loss_weights.items():
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or weight < 0:
+            raise InvalidValueError(f"--loss-weight {name}", weight, "a number of 0 or more")
+        tasks[name] = replace(tasks[name], loss_weight=float(weight))
+    for name in dropped:
+        tasks.pop(name, None)
+    if not tasks:
+        raise InvalidValueError("--drop-task", ", ".join(dropped), "at least one task to be left")
+    return replace(spec, tasks=tuple(tasks.values()))
+
+
+def _print_summary(run: Path) -> None:
+    """Print the out-of-fold AUC of each task and the name of the model."""
+    from ichprog.train.summary import out_of_fold_aucs
+
+    for auc in out_of_fold_aucs(run):
+        click.echo(auc)
     click.echo(f"local-dir:{run}")
 
 
-def _leave() -> None:
-    """Takes leave of the other processes, where there are any."""
+def _leave_process_group() -> None:
+    """Leave the group of distributed processes, if there is one."""
     from torch import distributed
 
     if distributed.is_available() and distributed.is_initialized():

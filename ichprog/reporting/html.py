@@ -233,7 +233,7 @@ def facts(
         "brain": _BRAIN[study.brain],
         "folds": study.folds,
         "split_by": main,
-        "validation": f"{100 * study.protocol.validation:g} %",
+        "validation": f"{100 * study.protocol.validation_fraction:g} %",
         "balance": ", ".join(dict.fromkeys(variant.protocol.balance.replace("_", " ") for variant in study.variants)),
         "draws": f"{study.draws:,}",
         "subgroups": ", ".join(study.subgroups) or "none",

@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from ichprog import schema
-from ichprog.errors import InvalidValueError, RunError, SpecError, UnknownNameError
+from ichprog.errors import InvalidValueError, SpecError, UnknownNameError
 from ichprog.spec import ModelSpec, PluginRef, Task
-from ichprog.train import PRESETS, Protocol, spec_of
+from ichprog.train import PRESETS, Protocol, resolve_spec
 
 BrainMode = Literal["auto", "extract", "given"]
 BaselineKind = Literal["majority", "logistic", "tree", "forest", "network", "fusion"]
 
 _NAME = re.compile(r"\w[\w.+-]*")
-_FOLD_FIELDS = ("split_seed", "validation")  # protocol fields that define the folds
+_FOLD_FIELDS = ("split_seed", "validation_fraction")  # protocol fields that define the folds
 
 
 @dataclass(frozen=True)
@@ -446,10 +446,10 @@ def _build_variant(
 def _load_spec(model: str, folder: Path) -> ModelSpec:
     """Load a model by its name, by "local-dir:PATH", or from a JSON file."""
     if model.endswith(".json"):
-        return spec_of(folder / Path(model).expanduser())
+        return resolve_spec(folder / Path(model).expanduser())
     if model.startswith("local-dir:"):
-        return spec_of(f"local-dir:{folder / Path(model.removeprefix('local-dir:')).expanduser()}")
-    return spec_of(model)
+        return resolve_spec(f"local-dir:{folder / Path(model.removeprefix('local-dir:')).expanduser()}")
+    return resolve_spec(model)
 
 
 def _default_baselines() -> tuple[BaselineFile, ...]:
@@ -506,8 +506,8 @@ def _build_protocol(data: Mapping[str, Any], base: Protocol | None = None, where
         _check_name(where, "protocol field", name, [each.name for each in dataclasses.fields(Protocol)])
     try:
         return base.replace(**changes)
-    except RunError as error:
-        raise SpecError(f"{where}: {str(error).removeprefix('protocol: ')}") from error
+    except InvalidValueError as error:
+        raise SpecError(f"{where}: {error}") from error
 
 
 def _task_names(variants: Iterable[Variant]) -> list[str]:

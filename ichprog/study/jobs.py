@@ -221,7 +221,7 @@ def run_job(study: Study, out: Path, cache: Path, job: Job) -> str | None:
 
 
 def _train_fold(study: Study, out: Path, cache: Path, job: Job, fold: int) -> None:
-    from ichprog.train import train
+    from ichprog.train import TrainOptions, train
 
     variant, cohort = study.variant(job.source), manifest.load_cohort(study, out)
     train(
@@ -229,13 +229,11 @@ def _train_fold(study: Study, out: Path, cache: Path, job: Job, fold: int) -> No
         variant.spec,
         out / "runs" / job.run,
         folds=manifest.split_folds(study, cohort, job.size),
-        only=[fold],
+        only_folds=[fold],
         protocol=variant.protocol,
         resume=True,
         name=job.run,
-        brain=study.brain,
-        device=study.device,
-        cache_dir=cache,
+        options=TrainOptions(brain=study.brain, device=study.device, cache_dir=cache),
     )
 
 
@@ -287,7 +285,7 @@ def _prepare_grids(study: Study, cohort: Cohort, cache: Path, jobs: Sequence[Job
         spec = study.runs[name].variant.spec
         labels = {task.name: cohort.labels(task) for task in spec.tasks}
         try:
-            folds.refuse_unless_usable(spec, labels, manifest.split_folds(study, cohort, size))
+            folds.validate_folds(spec, labels, manifest.split_folds(study, cohort, size))
         except CohortError as error:
             raise CohortError(f"variant {name}: {error}") from None
         with torch.random.fork_rng(devices=[]):

@@ -67,8 +67,8 @@ def split_folds(study: Study, cohort: Cohort, size: int | None = None) -> "list[
     task, protocol = study.main_task, study.protocol
     labels = cohort.labels(task)
     main_only = replace(study.variants[0].spec, tasks=(task,))
-    folds.refuse_unless_enough(main_only, {task.name: labels}, study.folds, protocol.validation)
-    parts = folds.split(labels, study.folds, seed=protocol.split_seed, validation=protocol.validation)
+    folds.validate_labels(main_only, {task.name: labels}, study.folds, protocol.validation_fraction)
+    parts = folds.split(labels, study.folds, seed=protocol.split_seed, validation_fraction=protocol.validation_fraction)
     if size is None:
         return parts
     if size >= (fewest := min(len(fold.train) for fold in parts)):
@@ -89,7 +89,7 @@ def build_manifest(study: Study, cohort: Cohort) -> dict[str, Any]:
         UnknownNameError: The cohort lacks a column that the study needs.
         CohortError: There are too few patients for the folds.
     """
-    from ichprog.train.run_dir import digest, surroundings
+    from ichprog.train.run_dir import digest, environment
 
     if missing := _missing_columns([*study.subgroups, *study.correlations], cohort):
         raise UnknownNameError(f"column of {cohort.source}", missing[0], _columns(cohort))
@@ -105,7 +105,7 @@ def build_manifest(study: Study, cohort: Cohort) -> dict[str, Any]:
             "folds": study.folds,
             "stratify_by": study.stratify_by,
             "split_seed": study.protocol.split_seed,
-            "validation": study.protocol.validation,
+            "validation": study.protocol.validation_fraction,
             "brain": study.brain,
         },
         "cohort": {"source": cohort.source, "simulated": _is_simulated(study), "columns": _columns(cohort)},
@@ -120,7 +120,7 @@ def build_manifest(study: Study, cohort: Cohort) -> dict[str, Any]:
             str(number): {part: [names[index] for index in indices] for part, indices in fold._asdict().items()}
             for number, fold in enumerate(split_folds(study, cohort))
         },
-        **surroundings(),
+        **environment(),
     }
 
 
@@ -201,11 +201,11 @@ def research_notice(out: str | Path) -> str:
 
 
 def _describe_variants(study: Study, cohort: Cohort) -> dict[str, Any]:
-    from ichprog.train.run_dir import digest, own_spec
+    from ichprog.train.run_dir import digest, retrained_spec
 
     return {
         name: {
-            "model": own_spec(run.variant.spec, name, len(cohort)).to_dict(),
+            "model": retrained_spec(run.variant.spec, name, len(cohort)).to_dict(),
             "protocol": run.variant.protocol.to_dict(),
             "labels": digest([cohort.labels(task).tolist() for task in run.variant.spec.tasks]),
             "size": run.size,

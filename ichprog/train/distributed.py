@@ -1,4 +1,4 @@
-"""The processes that train together: one, or several that `accelerate launch` or `torchrun` started."""
+"""Distributed training: a single process, or several that `accelerate launch` or `torchrun` started."""
 
 import atexit
 import os
@@ -9,84 +9,94 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import nn
 
-from ichprog.errors import IchprogError, RunError, missing_extra
+from ichprog.errors import IchprogError, InvalidValueError, missing_extra
 from ichprog.runtime import resolve_runtime
 
 _T = TypeVar("_T")
 
 
-class Team:
-    """This process among those that train together.
+class DistributedContext:
+    """Describe this process among the processes of a training.
 
     Args:
-        device: A device of `load_model`. Where processes are several, each takes its own: "auto" or "cpu".
+        device: A device name as in `load_model`. With several processes only "auto" and "cpu" are allowed.
+
+    Attributes:
+        device: The device of this process.
+        num_processes: Number of processes.
+        process_index: Index of this process.
 
     Raises:
-        UnknownNameError: There is no such device.
-        RunError: Several processes were started with one device for all.
-        IchprogError: Several processes were started and Accelerate is not installed.
+        UnknownNameError: The device does not exist.
+        InvalidValueError: There are several processes, and the device is a single one.
+        IchprogError: There are several processes, and Accelerate is not installed.
+
+    Example:
+        >>> DistributedContext("cpu").is_main_process
+        True
     """
 
     def __init__(self, device: str) -> None:
-        self.size, self.rank, self._accelerator = int(os.environ.get("WORLD_SIZE", "1")), 0, None
-        if self.size == 1:
+        self.num_processes, self.process_index = int(os.environ.get("WORLD_SIZE", "1")), 0
+        self._accelerator = None
+        if self.num_processes == 1:
             self.device = torch.device(resolve_runtime("auto", device, "float32")[1])
             return
         if device not in ("auto", "cpu"):
-            raise RunError(f"{self.size} processes cannot all use {device!r}; give 'auto', or 'cpu' for all.")
+            raise InvalidValueError("device", device, f"'auto' or 'cpu' for {self.num_processes} processes")
         try:
             from accelerate import Accelerator
         except ImportError as error:
             raise missing_extra("train", "accelerate", "Training in several processes") from error
-        # Precision is the protocol's, whatever the launcher was configured for.
+        # The protocol decides on the precision, whatever the launcher's configuration is.
         self._accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no", gradient_accumulation_steps=1)
-        atexit.register(self._accelerator.end_training)  # a process that ends before its group's threads is aborted
-        self.rank, self.size = self._accelerator.process_index, self._accelerator.num_processes
+        atexit.register(self._accelerator.end_training)  # avoids an abort if a process ends before its group
+        self.process_index, self.num_processes = self._accelerator.process_index, self._accelerator.num_processes
         self.device = self._accelerator.device
 
     @property
-    def leads(self) -> bool:
-        """Whether this process is the one that writes."""
-        return self.rank == 0
+    def is_main_process(self) -> bool:
+        """Return whether this process writes files and reports progress."""
+        return self.process_index == 0
 
-    def wrap(self, module: nn.Module) -> nn.Module:
-        """The module on this device, its gradients averaged over all processes."""
+    def prepare(self, module: nn.Module) -> nn.Module:
+        """Move a module to this process's device and average its gradients over all processes."""
         module = module.to(self.device)
         return module if self._accelerator is None else cast("nn.Module", self._accelerator.prepare_model(module))
 
-    def alone(self, module: nn.Module, when: bool) -> AbstractContextManager[Any]:
-        """A context in which gradients stay with this process, where more batches follow before the step."""
-        if self._accelerator is None or not when:
+    def no_sync(self, module: nn.Module, *, enabled: bool) -> AbstractContextManager[Any]:
+        """Return a context that keeps gradients local, for all batches of a step but the last."""
+        if self._accelerator is None or not enabled:
             return nullcontext()
         return cast("AbstractContextManager[Any]", self._accelerator.no_sync(module))
 
-    def gather(self, found: list[_T]) -> list[_T]:
-        """Everybody's entries."""
+    def gather(self, entries: list[_T]) -> list[_T]:
+        """Return the entries of all processes."""
         if self._accelerator is None:
-            return found
+            return entries
         from accelerate.utils import gather_object
 
-        return cast("list[_T]", gather_object(found))
+        return cast("list[_T]", gather_object(entries))
 
-    def agree(self, work: Callable[[], _T]) -> _T:
-        """What `work` gives when the leading process does it; its error is everybody's."""
+    def run_on_main(self, function: Callable[[], _T]) -> _T:
+        """Call a function in the main process and return its result, or raise its error, in every process."""
         if self._accelerator is None:
-            return work()
+            return function()
         from accelerate.utils import broadcast_object_list
 
-        said: list[Any] = [None, None]
-        if self.leads:
+        outcome: list[Any] = [None, None]
+        if self.is_main_process:
             try:
-                said[0] = work()
+                outcome[0] = function()
             except IchprogError as error:
-                said[1] = error
-        broadcast_object_list(said)
-        if said[1] is not None:
-            raise said[1]
-        return cast("_T", said[0])
+                outcome[1] = error
+        broadcast_object_list(outcome)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return cast("_T", outcome[0])
 
-    def share_buffers(self, module: nn.Module) -> None:
-        """Gives every process the leading one's buffers, such as the running means of normalisation."""
+    def broadcast_buffers(self, module: nn.Module) -> None:
+        """Copy the main process's buffers, such as running means of batch normalisation, to every process."""
         if self._accelerator is None:
             return
         from accelerate.utils import broadcast

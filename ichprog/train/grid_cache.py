@@ -1,4 +1,4 @@
-"""Prepared grids on disk: each scan is read, checked, freed of its skull and averaged once, for every later run."""
+"""Cache of prepared grids: each scan is read, checked, brain-extracted and resampled once, for every later run."""
 
 import errno
 import hashlib
@@ -16,12 +16,12 @@ import numpy as np
 from ichprog import preprocessing
 from ichprog import scan as scan_package
 from ichprog.errors import CohortError, RunError, ScanError
-from ichprog.io import atomic_write
+from ichprog.io import atomic_write, file_lock
 from ichprog.parallel import parallel_map
 from ichprog.scan import BrainMode
 from ichprog.spec import InputSpec
 
-_RECIPE = 1  # raised when the same scan and contract would give another grid
+_CACHE_VERSION = 1  # increase if the same scan and input contract give another grid
 
 
 def prepare(
@@ -33,79 +33,81 @@ def prepare(
     workers: int = 1,
     progress: bool = False,
 ) -> list[Path]:
-    """The grids of scans, made where they are not there yet.
+    """Return cached grids of scans, preparing those that are missing.
 
     Args:
-        scans: Paths that `scan.read` takes.
+        scans: Paths that `scan.read` accepts.
         contract: The model's input contract.
-        brain: How the brain is found.
-        folder: Where grids are kept, each as `(D, H, W)` float32 in a .npy file.
-        workers: Processes that prepare side by side.
-        progress: Whether a bar is shown on standard error.
+        brain: Brain extraction mode.
+        folder: Cache folder. Each grid is a .npy file with `(D, H, W)` float32.
+        workers: Number of processes.
+        progress: Whether a progress bar is shown on standard error.
 
     Returns:
         One file for each scan.
 
     Raises:
-        CohortError: Scans cannot be read or used; it says what is wrong with each.
-        RunError: The disk has no room for them.
-    """
-    from filelock import FileLock
+        CohortError: Scans cannot be used; the message names each with its problem.
+        RunError: The disk is full or the folder cannot be written.
 
+    Example:
+        ```python
+        files = prepare(["1.nii.gz"], spec.input, brain="auto", folder=Path("grids"), workers=4)
+        ```
+    """
     mode = brain if contract.brain_only else "given"
     scan_package.refuse_unknown_mode(mode)
-    recipe = json.dumps([_RECIPE, mode, {k: v for k, v in asdict(contract).items() if k != "expected_ranges"}])
+    settings = json.dumps([_CACHE_VERSION, mode, {k: v for k, v in asdict(contract).items() if k != "expected_ranges"}])
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        files = [folder / f"{_key(scan, recipe)}.npy" for scan in scans]
-        if all(file.is_file() for file in files):  # a cache that many share may be read-only
+        files = [folder / f"{_cache_key(scan, settings)}.npy" for scan in scans]
+        if all(file.is_file() for file in files):  # a shared cache may be read-only
             return files
-        # Whoever comes second finds the work done, be it another process of this run or another run.
-        with FileLock(folder / f".{hashlib.sha256(recipe.encode()).hexdigest()[:16]}.lock"):
+        # A second process waits here and then reuses the cached grids.
+        with file_lock(folder / f".{hashlib.sha256(settings.encode()).hexdigest()[:16]}.lock"):
             missing = {file: scan for file, scan in zip(files, scans, strict=True) if not file.is_file()}
-            _make(missing, contract, mode, folder, workers, progress)
+            if missing:
+                _prepare_missing(missing, contract, mode, folder, workers, progress)
     except OSError as error:
+        remedy = "Free some space" if error.errno == errno.ENOSPC else "Grant write permission"
         raise RunError(
-            f"prepared grids cannot be kept in {folder}: {error}. "
-            + ("Make room there" if error.errno == errno.ENOSPC else "Give the right to write there")
-            + ", or choose another folder by `cache_dir` or the environment variable ICHPROG_CACHE."
+            f"Prepared grids cannot be cached in {folder}: {error}. {remedy}, or choose another folder with "
+            "`cache_dir` or the environment variable ICHPROG_CACHE."
         ) from error
     return files
 
 
-def _make(
+def _prepare_missing(
     missing: dict[Path, Path], contract: InputSpec, mode: BrainMode, folder: Path, workers: int, progress: bool
 ) -> None:
     from tqdm import tqdm
 
-    if not missing:
-        return
-    for left in folder.glob(".*.npy"):  # by a process that was killed
-        if folder / left.name.partition("-")[2] in missing:
-            left.unlink(missing_ok=True)
+    for partial_file in folder.glob(".*.npy"):  # left by a process that was killed
+        if folder / partial_file.name.partition("-")[2] in missing:
+            partial_file.unlink(missing_ok=True)
     needed = len(missing) * (int(np.prod(contract.shape)) * 4 + 128)
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise RunError(
-            f"{folder}: {len(missing)} prepared grids need {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free. Make "
-            "room there, or choose another folder by `cache_dir` or the environment variable ICHPROG_CACHE."
+            f"{folder}: {len(missing)} prepared grids need {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free. Free "
+            "some space, or choose another folder with `cache_dir` or the environment variable ICHPROG_CACHE."
         )
-    work = partial(_prepared, contract=contract, mode=mode)
+    prepare_one = partial(_prepare_one, contract=contract, mode=mode)
     with tqdm(total=len(missing), desc="grids", unit="scan", file=sys.stderr, disable=not progress) as bar:
         problems = []
-        for problem in parallel_map(work, list(missing.items()), workers=workers):
+        for problem in parallel_map(prepare_one, list(missing.items()), workers=workers):
             bar.update()
             if problem:
                 problems.append(problem)
     if problems:
         raise CohortError(
-            f"{len(problems)} of {len(missing)} scans cannot be used; repair them or take their patients out of the "
+            f"{len(problems)} of {len(missing)} scans cannot be used; repair them or remove their patients from the "
             "cohort:\n" + "\n".join(problems)
         )
 
 
-def _prepared(item: tuple[Path, Path], *, contract: InputSpec, mode: BrainMode) -> str | None:
-    """Makes one grid; tells what is wrong where that cannot be done."""
+def _prepare_one(item: tuple[Path, Path], *, contract: InputSpec, mode: BrainMode) -> str | None:
+    """Prepare one grid, or return the problem of its scan."""
     file, source = item
     try:
         examined = scan_package.examine(source, expected_ranges=contract.expected_ranges, brain=mode)
@@ -116,8 +118,8 @@ def _prepared(item: tuple[Path, Path], *, contract: InputSpec, mode: BrainMode) 
     return None
 
 
-def _key(scan: Path, recipe: str) -> str:
-    """A name that changes with the scan's files and with the recipe."""
+def _cache_key(scan: Path, settings: str) -> str:
+    """Return a key that changes with the scan's files and with the settings."""
     files = sorted(p for p in scan.rglob("*") if p.is_file()) if scan.is_dir() else [scan] if scan.exists() else []
-    seen: list[Any] = [(str(f.relative_to(scan)), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    return hashlib.sha256(json.dumps([str(scan.resolve()), seen, recipe]).encode()).hexdigest()
+    state: list[Any] = [(str(f.relative_to(scan)), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    return hashlib.sha256(json.dumps([str(scan.resolve()), state, settings]).encode()).hexdigest()

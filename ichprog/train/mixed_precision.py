@@ -1,12 +1,14 @@
-"""Training in bfloat16: whether a device and a network are fit for it, and how a processor is brought to do it well.
+"""Training in bfloat16: whether a device and a network support it, and the CPU's workarounds.
 
-A processor that multiplies in bfloat16 trains faster so. But oneDNN, by which PyTorch computes convolutions there, is
-wrong in some (seen with oneDNN 3.12 in PyTorch 2.13 on AVX512_BF16): where the input is hardly longer than the kernel,
-the loop over slices leaves the front padding by a step too far and reads past the input, so that gradients of the
-weights become anything up to infinity, and some of these write where they must not. In DenseNet121 on a grid of 40
-slices it is the third block, 2 cells deep under kernels of 3. Convolutions of this kind, dilated and transposed ones
-are therefore left in float32. And a network is tried before it is trained: all its other convolutions, values and both
-gradients, in both precisions. On a processor bfloat16 is only taken where it is asked for.
+CPUs that multiply in bfloat16 train faster in it. But oneDNN, which computes PyTorch's convolutions there, has a bug
+(seen with oneDNN 3.12 in PyTorch 2.13 on AVX512_BF16). If the input is hardly longer than the kernel, the loop over
+slices leaves the front padding a step too late and reads past the input. Weight gradients then become arbitrarily wrong
+or infinite, and some convolutions write out of bounds. In DenseNet121 on a grid of 40 slices this affects the third
+block, whose features are 2 voxels deep under kernels of size 3.
+
+Convolutions of this kind, dilated ones and transposed ones therefore stay in float32. Before training, every other
+convolution of the network is checked in both precisions: its values and both gradients. On a CPU bfloat16 is used only
+if the protocol requests it.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,29 +23,29 @@ from torch.overrides import TorchFunctionMode
 from ichprog.runtime.openvino.backend import computes_in_bfloat16
 
 _CONVOLUTIONS = {torch.conv1d, torch.conv2d, torch.conv3d}
-_NOT_EXAMINED = {torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d}
+_TRANSPOSED = {torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d}
 _POOLS = {functional.avg_pool3d, functional.max_pool3d, torch.max_pool3d}
-_TOLERANCE = 0.05  # of a convolution in bfloat16, as a share of its largest value; right ones stay under 0.01
+_TOLERANCE = 0.05  # relative to the largest value of a bfloat16 convolution; correct ones stay under 0.01
 
 
 @contextmanager
-def computing(device: torch.device, *, rounded: bool) -> Iterator[None]:
-    """A context in which a network is run.
+def autocast(device: torch.device, *, is_bfloat16: bool) -> Iterator[None]:
+    """Run a network in the training precision within a context.
 
     Args:
-        device: Where.
-        rounded: Whether convolutions and matrix products are in bfloat16. Parameters stay in float32.
+        device: The device.
+        is_bfloat16: Whether convolutions and matrix products use bfloat16. Parameters stay in float32.
     """
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=rounded):
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=is_bfloat16):
         if device.type == "cpu":
-            with _OnProcessor():
+            with _CpuWorkarounds():
                 yield
         else:
             yield
 
 
-def lack(device: torch.device) -> str | None:
-    """Why bfloat16 is of no use on a device, as the end of a sentence; None where it is of use."""
+def unsupported_reason(device: torch.device) -> str | None:
+    """Return why a device does not support bfloat16, as the end of a sentence, or None if it does."""
     if device.type == "cpu":
         return None if computes_in_bfloat16() else "this processor does not multiply in bfloat16"
     if device.type == "cuda" and torch.cuda.is_bf16_supported():
@@ -51,30 +53,30 @@ def lack(device: torch.device) -> str | None:
     return f"the device {device} does not compute in bfloat16"
 
 
-def fault(network: nn.Module, grids: Tensor) -> str | None:
-    """What goes wrong where a network is trained in bfloat16 on this processor, as the end of a sentence; or None.
+def find_fault(network: nn.Module, grids: Tensor) -> str | None:
+    """Return what this CPU computes wrongly in bfloat16, as the end of a sentence, or None.
 
     Args:
-        network: The network; it is left as it is.
-        grids: `(B, 1, D, H, W)` some of those it will be trained by.
+        network: The network; it is not changed.
+        grids: `(B, 1, D, H, W)` some training grids.
     """
-    trial, training = _Trial(grids), network.training
+    check, training = _ConvolutionCheck(grids), network.training
     try:
-        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16), trial:
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16), check:
             network.eval()(grids)
-    except RuntimeError as error:  # there is no kernel for it
+    except RuntimeError as error:  # PyTorch has no kernel for an operation
         return f"this processor cannot: {error}"
     finally:
         network.train(training)
-    return trial.wrong
+    return check.fault
 
 
-class _OnProcessor(TorchFunctionMode):
-    """Sets right what PyTorch does badly on processors, where a network calls it.
+class _CpuWorkarounds(TorchFunctionMode):
+    """Replace operations that PyTorch computes wrongly or slowly on CPUs.
 
-    Convolutions that would be wrong in bfloat16 are computed in float32. What pooling gives is of the precision and in
-    the memory layout of what it got: PyTorch's own is in float32 under autocast, and average pooling puts channels
-    first, and then all that follows is twice as large and is turned round at every convolution.
+    Convolutions affected by the bug are computed in float32. Pooling preserves the precision and the memory layout of
+    its input. PyTorch's own pooling returns float32 under autocast, and its average pooling returns channels first;
+    all later operations would then use twice the memory and convert the layout at every convolution.
     """
 
     def __torch_function__(
@@ -82,62 +84,62 @@ class _OnProcessor(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func in _POOLS:
-            return _pooled(func, *args, **kwargs)
+            return _pool(func, *args, **kwargs)
         if func in _CONVOLUTIONS and torch.is_autocast_enabled("cpu"):
-            call = _call(*args, **kwargs)
-            if _doubtful(call):
+            call = _bind(*args, **kwargs)
+            if _is_affected(call):
                 return _in_float32(func, *call).to(call.input.dtype)
-            self.round(func, call)
-        if func in _NOT_EXAMINED and torch.is_autocast_enabled("cpu"):
+            self.on_convolution(func, call)
+        if func in _TRANSPOSED and torch.is_autocast_enabled("cpu"):
             return _in_float32(func, *args, **kwargs)
         return func(*args, **kwargs)
 
-    def round(self, convolution: Callable[..., Tensor], call: "_Call") -> None:
-        """Is told of every convolution that is about to be computed in bfloat16."""
+    def on_convolution(self, convolution: Callable[..., Tensor], call: "_Call") -> None:
+        """Handle a convolution that is about to be computed in bfloat16."""
 
 
-class _Trial(_OnProcessor):
-    """Tries every convolution in both precisions, once for each shape.
+class _ConvolutionCheck(_CpuWorkarounds):
+    """Compare every convolution in both precisions, once for each shape.
 
     Args:
-        grids: What the network is run on; nobody asks for the gradient by it.
+        grids: Input of the network. The gradient with respect to the input is not needed.
 
     Attributes:
-        wrong: What was found wrong, or None.
+        fault: Description of the first wrong convolution, or None.
     """
 
     def __init__(self, grids: Tensor) -> None:
         super().__init__()
         self.grids = grids
-        self.wrong: str | None = None
-        self._tried: set[str] = set()
+        self.fault: str | None = None
+        self._checked: set[str] = set()
 
-    def round(self, convolution: Callable[..., Tensor], call: "_Call") -> None:
+    def on_convolution(self, convolution: Callable[..., Tensor], call: "_Call") -> None:
         shape = str([list(value.shape) if isinstance(value, Tensor) else value for value in call])
-        if self.wrong or shape in self._tried:
+        if self.fault or shape in self._checked:
             return
-        self._tried.add(shape)
-        exact = self._results(convolution, call, None)
-        for right, found in zip(exact, self._results(convolution, call, exact[0]), strict=True):
-            error = float((found.float() - right).abs().max() / right.abs().max().clamp_min(1e-20))
-            if not error < _TOLERANCE:  # nor is NaN
-                self.wrong = (
-                    f"on this processor a convolution of {_sizes(call.input)} by {_sizes(call.weight)} or its gradient "
-                    f"is wrong in bfloat16, by {error:.2g} of its largest value"
+        self._checked.add(shape)
+        expected = self._results(convolution, call, None)
+        for right, actual in zip(expected, self._results(convolution, call, expected[0]), strict=True):
+            error = float((actual.float() - right).abs().max() / right.abs().max().clamp_min(1e-20))
+            if not error < _TOLERANCE:  # this also rejects NaN
+                self.fault = (
+                    f"on this processor a convolution of {_format_size(call.input)} by {_format_size(call.weight)} or "
+                    f"its gradient is wrong in bfloat16, by {error:.2g} of its largest value"
                 )
 
-    def _results(self, convolution: Callable[..., Tensor], call: "_Call", along: Tensor | None) -> list[Tensor]:
-        """A convolution and its gradients: in float32, or in bfloat16 along what that gave."""
-        with torch.enable_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=along is not None):
+    def _results(self, convolution: Callable[..., Tensor], call: "_Call", expected: Tensor | None) -> list[Tensor]:
+        """Return a convolution and its gradients: in float32, or in bfloat16 if the float32 output is given."""
+        with torch.enable_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=expected is not None):
             inputs, weight = call.input.detach().float(), call.weight.detach().float().requires_grad_()
-            by = [weight] if call.input is self.grids else [weight, inputs.requires_grad_()]
-            made = convolution(inputs, weight, *map(_widened, call[2:]))
-            direction = (made if along is None else along).detach().to(made.dtype)
-            return [made.detach(), *torch.autograd.grad(made, by, direction)]
+            variables = [weight] if call.input is self.grids else [weight, inputs.requires_grad_()]
+            output = convolution(inputs, weight, *map(_to_float32, call[2:]))
+            direction = (output if expected is None else expected).detach().to(output.dtype)
+            return [output.detach(), *torch.autograd.grad(output, variables, direction)]
 
 
 class _Call(NamedTuple):
-    """What a convolution is called with."""
+    """Hold the arguments of a convolution."""
 
     input: Tensor
     weight: Tensor
@@ -148,8 +150,8 @@ class _Call(NamedTuple):
     groups: int
 
 
-def _call(
-    input: Tensor,  # noqa: A002  by its name in PyTorch
+def _bind(
+    input: Tensor,  # noqa: A002  PyTorch's name of the argument
     weight: Tensor,
     bias: Tensor | None = None,
     stride: int | Sequence[int] = 1,
@@ -160,39 +162,39 @@ def _call(
     return _Call(input, weight, bias, stride, padding, dilation, groups)
 
 
-def _doubtful(call: _Call) -> bool:
-    """Whether a convolution is dilated, or its input so short along an axis that its kernel fits there but once."""
+def _is_affected(call: _Call) -> bool:
+    """Return whether a convolution is dilated, or its kernel fits only once into its input along an axis."""
     axes = call.weight.dim() - 2
-    steps, gaps = (
+    strides, dilations = (
         [each] * axes if isinstance(each, int) else list(each) * (axes if len(each) == 1 else 1)
         for each in (call.stride, call.dilation)
     )
     lengths, kernels = call.input.shape[-axes:], call.weight.shape[-axes:]
     return any(
-        (kernel > 1 or step > 1) and (gap > 1 or length < kernel + step)
-        for length, kernel, step, gap in zip(lengths, kernels, steps, gaps, strict=True)
+        (kernel > 1 or stride > 1) and (dilation > 1 or length < kernel + stride)
+        for length, kernel, stride, dilation in zip(lengths, kernels, strides, dilations, strict=True)
     )
 
 
 def _in_float32(function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
     with torch.autocast("cpu", enabled=False):
-        return function(*map(_widened, args), **{name: _widened(value) for name, value in kwargs.items()})
+        return function(*map(_to_float32, args), **{name: _to_float32(value) for name, value in kwargs.items()})
 
 
-def _widened(value: Any) -> Any:
+def _to_float32(value: Any) -> Any:
     return value.float() if isinstance(value, Tensor) else value
 
 
-def _pooled(function: Callable[..., Any], values: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """Pooling that leaves precision and layout as they were."""
+def _pool(function: Callable[..., Any], values: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Pool without changing precision and memory layout."""
     with torch.autocast("cpu", enabled=False):
         if "avg" not in function.__name__:
             return function(values, *args, **kwargs)
-        made = function(values.float(), *args, **kwargs).to(values.dtype)  # there is none in bfloat16
+        pooled = function(values.float(), *args, **kwargs).to(values.dtype)  # PyTorch has no bfloat16 average pooling
     if values.dim() == 5 and values.is_contiguous(memory_format=torch.channels_last_3d):
-        made = made.contiguous(memory_format=torch.channels_last_3d)
-    return made
+        pooled = pooled.contiguous(memory_format=torch.channels_last_3d)
+    return pooled
 
 
-def _sizes(values: Tensor) -> str:
+def _format_size(values: Tensor) -> str:
     return " x ".join(map(str, values.shape))

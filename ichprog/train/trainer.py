@@ -1,14 +1,14 @@
-"""One fold trained: passes over its patients, a checkpoint after each, and what comes of the best.
+"""Train one fold: epochs over its patients, a checkpoint after each, and the predictions of the best epoch.
 
-Everything random in a pass is seeded by what it is for: the fold, the pass, the patient's place in it. So a checkpoint
-needs no state of any generator, and a run that was killed goes on to the same result.
+Every random number of an epoch is seeded by its purpose: the fold, the epoch and the patient's position. So a
+checkpoint needs no generator state, and a run that was killed resumes to the same result.
 """
 
 import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,29 +21,30 @@ from ichprog.errors import RunError
 from ichprog.io import atomic_write
 from ichprog.networks import Network
 from ichprog.spec import ModelSpec, Task
-from ichprog.train import allocator, mixed_precision
+from ichprog.train import mixed_precision
 from ichprog.train.augmentation import augment
-from ichprog.train.distributed import Team
+from ichprog.train.callbacks import Callback
+from ichprog.train.distributed import DistributedContext
 from ichprog.train.folds import Fold, oversample
 from ichprog.train.losses import Objective, label_weights, mean_loss, recalibrate
 from ichprog.train.protocol import Protocol
 
-Row = dict[str, float]  # a line of the log
+LogRow = dict[str, float]
 
 
 @dataclass(frozen=True)
-class Job:
-    """What one fold is trained with.
+class FoldJob:
+    """Hold everything that one fold is trained with.
 
     Attributes:
         spec: The model.
         protocol: The protocol.
         fold: The fold's number.
-        parts: Its patients.
-        names: Every patient's name.
-        grids: Every patient's grid, a .npy file.
-        labels: For each task every patient's label index, `(N,)`, -1 where not known.
-        checkpoint: The file that is written after each pass.
+        parts: The fold's patients.
+        names: Names of all patients.
+        grids: Grids of all patients, .npy files.
+        labels: `(N,)` label indices of all patients for each task, -1 if unknown.
+        checkpoint: Path of the checkpoint.
     """
 
     spec: ModelSpec
@@ -55,195 +56,246 @@ class Job:
     labels: Mapping[str, np.ndarray]
     checkpoint: Path
 
-    def load(self, patients: Sequence[int] | np.ndarray, device: torch.device) -> Tensor:
-        """Grids `(B, 1, D, H, W)` of patients."""
+    def load_grids(self, patients: Sequence[int] | np.ndarray, device: torch.device) -> Tensor:
+        """Return the grids `(B, 1, D, H, W)` of patients."""
         stacked = np.stack([np.load(self.grids[int(p)], mmap_mode="r") for p in patients])[:, None]
         return torch.from_numpy(stacked).to(device)
 
     def targets(self, patients: np.ndarray) -> dict[str, Tensor]:
-        """For each task `(B,)` label indices."""
+        """Return `(B,)` label indices of patients for each task."""
         return {task: torch.from_numpy(values[patients]) for task, values in self.labels.items()}
 
     def seed(self, *purpose: int) -> int:
-        """A seed for one purpose within this fold."""
+        """Return a random seed for one purpose within this fold."""
         return int(np.random.SeedSequence([self.protocol.seed, self.fold, *purpose]).generate_state(1)[0])
+
+    def format_names(self, patients: np.ndarray) -> str:
+        """Return the names of patients, separated by commas."""
+        return ", ".join(self.names[int(patient)] for patient in patients)
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What a fold's training ends with.
+class FoldResult:
+    """Hold the result of a fold.
 
     Attributes:
-        network: The network of the best pass, recalibrated where the protocol says so, on the CPU.
-        logits: For each task `(n, K)` of the test part.
-        validation: The same of the validation part.
-        history: The log, a row a pass.
-        best: The row of the best pass.
-        calibration: For each task the scale and shifts that its logits got, or None.
-        precision: In what it was trained, and why where "auto" did not take bfloat16.
+        network: The network of the best epoch on the CPU, recalibrated if the protocol says so.
+        logits: `(n, K)` of the test part for each task.
+        validation: `(n, K)` of the validation part for each task.
+        history: The log, one row per epoch.
+        best: The best epoch's row.
+        calibration: Scale and shifts of each task's logits, or None.
+        precision: Precision of the training, with the reason if "auto" chose float32.
     """
 
     network: Network
     logits: dict[str, Tensor]
     validation: dict[str, Tensor]
-    history: list[Row]
-    best: Row
+    history: list[LogRow]
+    best: LogRow
     calibration: dict[str, tuple[float, list[float]] | None]
     precision: str
 
 
-def fit(job: Job, team: Team, watch: "Watch") -> Outcome:
-    """Trains a fold, from its checkpoint on where there is one.
+def train_fold(job: FoldJob, context: DistributedContext, callback: Callback) -> FoldResult:
+    """Train a fold, resuming from its checkpoint if there is one.
 
     Args:
         job: The fold.
-        team: The processes that train it together.
-        watch: Who is told.
+        context: The processes that train it.
+        callback: Receives the events of the training.
 
     Raises:
-        RunError: A loss is no number, and it names the patients of the batch; or the network cannot be trained in
-            bfloat16, which was asked for.
+        RunError: A loss is not finite, or the network cannot be trained in bfloat16 though the protocol requests it.
     """
-    with _own_randomness(team.device), allocator.kept(team.device) as keep_memory:
-        state = State(job, team)
-        watch.begin(job, state.history)
-        while not state.over:
-            row = run_pass(state, job, team, watch)
-            row |= _validated(state, job, team)
-            state.conclude(row)
-            if team.leads:
-                state.save()
-            watch.row(job, row)
-            keep_memory()
-        return _best(state, job, team)
+    with _isolated_randomness(context.device):
+        state = TrainerState(job, context)
+        callback.on_fold_start(job, state.history)
+        try:
+            while not state.is_finished:
+                row = run_epoch(state, job, context, callback)
+                row |= _validate(state, job, context)
+                state.end_epoch(row)
+                if context.is_main_process:
+                    state.save()
+                callback.on_epoch_end(job, row)
+        finally:
+            callback.on_fold_end()
+        return _predict_with_best(state, job, context)
 
 
-class Watch:
-    """Who is told how a training goes; this one does nothing."""
+def plan_steps(n_patients: int, protocol: Protocol, num_processes: int = 1) -> list[list[np.ndarray]]:
+    """Divide an epoch into optimiser steps, each a list of batches of positions.
 
-    def begin(self, job: Job, history: Sequence[Row]) -> None:
-        """A fold begins, or goes on after these passes."""
-
-    def step(self, job: Job, of: int, loss: float) -> None:
-        """One of so many batches was trained."""
-
-    def row(self, job: Job, row: Row) -> None:
-        """A pass has ended."""
-
-
-def steps(order: np.ndarray, protocol: Protocol, team_size: int = 1) -> list[list[np.ndarray]]:
-    """A pass as steps of the optimiser, each some batches of places in `order`.
-
-    A last batch with fewer than two patients for each process joins the one before it: normalisation over one patient
-    would say nothing, or fail.
+    A last batch with fewer than two patients per process joins the batch before it, because batch normalisation needs
+    two patients.
 
     Args:
-        order: Positions of patients in the order of this pass.
+        n_patients: Number of patients.
         protocol: The protocol.
-        team_size: The number of processes.
+        num_processes: Number of processes.
+
+    Example:
+        >>> steps = plan_steps(5, Protocol(batch_size=2, accumulation_steps=2))
+        >>> [[batch.tolist() for batch in step] for step in steps]
+        [[[0, 1], [2, 3, 4]]]
     """
-    places = np.arange(len(order))
-    batches = [places[i : i + protocol.batch] for i in range(0, len(places), protocol.batch)]
-    if len(batches) > 1 and len(batches[-1]) < 2 * team_size:
+    positions, size = np.arange(n_patients), protocol.batch_size
+    batches = [positions[i : i + size] for i in range(0, n_patients, size)]
+    if len(batches) > 1 and len(batches[-1]) < 2 * num_processes:
         batches[-2:] = [np.concatenate(batches[-2:])]
-    n = protocol.accumulate
-    if protocol.trailing == "kept" or n == 1:
+    n = protocol.accumulation_steps
+    if not protocol.drop_last or n == 1:
         return [batches[i : i + n] for i in range(0, len(batches), n)]
-    first = batches[: n - 1]  # published: counted from one, a step is made where the next count divides
+    first = batches[: n - 1]  # the published loop counts batches from one and steps if n divides the next count
     whole = [batches[i : i + n] for i in range(n - 1, len(batches) - n + 1, n)]
     return [first, *whole]
 
 
-def run_pass(state: "State", job: Job, team: Team, watch: "Watch") -> Row:
-    """One pass over the training part.
+def run_epoch(state: "TrainerState", job: FoldJob, context: DistributedContext, callback: Callback) -> LogRow:
+    """Train for one epoch.
 
     Args:
-        state: The training; its network, optimiser and schedule go on.
+        state: The training; its network, optimiser and schedule are updated.
         job: The fold.
-        team: The processes that train it together.
-        watch: Who is told.
+        context: The processes that train it.
+        callback: Receives the events of the training.
 
     Returns:
-        Its learning rate, precision and losses.
+        Learning rate, precision and mean losses of the epoch.
 
     Raises:
-        RunError: A loss is no number; it names the patients of the batch.
+        RunError: A loss is not finite; the message names the patients of the batch.
     """
-    protocol, epoch, device = job.protocol, state.epoch, team.device
+    protocol, epoch = job.protocol, state.epoch
     part = job.parts.train
     if protocol.balance == "oversample":
         part = oversample(part, job.labels[job.spec.tasks[0].name])
     order = np.random.default_rng([protocol.seed, job.fold, epoch]).permutation(part)
-    torch.manual_seed(job.seed(epoch, team.rank))
-    plan = steps(order, protocol, team.size)
-    count = sum(map(len, plan))
-    sums: dict[str, float] = dict.fromkeys(job.labels, 0.0)
-    weights: dict[str, float] = dict.fromkeys(job.labels, 0.0)
-    state.trained.train()
-    rate = 0.0
-    for number, batches in enumerate(plan):
-        rate = state.set_rate(epoch * len(plan) + number, len(plan))
+    torch.manual_seed(job.seed(epoch, context.process_index))
+    steps = plan_steps(len(order), protocol, context.num_processes)
+    n_batches = sum(map(len, steps))
+    sums = _LossSums(job.labels)
+    state.module.train()
+    learning_rate = 0.0
+    for number, batches in enumerate(steps):
+        learning_rate = state.set_learning_rate(epoch * len(steps) + number, len(steps))
         state.optimiser.zero_grad()
-        whole = _weight(state.objective, job, order[np.concatenate(batches)])
+        step_weights = _label_weight_sums(state.objective, job, order[np.concatenate(batches)])
         step_loss = 0.0
         for batch in batches:
-            mine = batch[team.rank :: team.size]
-            patients, targets = order[mine], job.targets(order[mine])
-            grids = job.load(patients, device)
-            seeds = [(protocol.seed, job.fold, epoch, int(place)) for place in mine]
-            with torch.no_grad():
-                grids = augment(grids, protocol, job.spec.input, seeds)
-            weight = _weight(state.objective, job, patients)
-            shares = {t: team.size * weight[t] / whole[t] if whole[t] else 0.0 for t in whole}
-            with team.alone(state.trained, when=batch is not batches[-1]):
-                with state.computing():
-                    laid_out = grids.contiguous(memory_format=torch.channels_last_3d)  # a third faster on a processor
-                    loss, losses = state.trained(laid_out, targets, shares)
-                values = torch.stack([loss.detach(), *(one.detach() for one in losses.values())]).tolist()
-                if not math.isfinite(values[0]):
-                    said = ", ".join(f"{task} {value:g}" for task, value in zip(losses, values[1:], strict=True))
-                    raise RunError(
-                        f"fold {job.fold}, epoch {epoch}: the loss is {values[0]:g} ({said}). The batch: patients "
-                        f"{', '.join(job.names[int(p)] for p in patients)}. Look at their scans, or lower the "
-                        "protocol's `lr`; nothing of this epoch was kept."
-                    )
-                loss.backward()
-            step_loss += values[0]
-            for task, value in zip(losses, values[1:], strict=True):
-                sums[task], weights[task] = sums[task] + weight[task] * value, weights[task] + weight[task]
-            watch.step(job, count, values[0])
+            positions = batch[context.process_index :: context.num_processes]
+            with context.no_sync(state.module, enabled=batch is not batches[-1]):
+                loss = _train_batch(state, job, context, order, positions, step_weights, sums)
+            step_loss += loss
+            callback.on_batch_end(job, n_batches, loss)
         state.optimiser.step()
-        if state.plateau is not None:
-            told = team.gather([step_loss])
-            state.plateau.step(sum(told) / len(told))
-    told_sums = team.gather([(sums, weights)])
-    totals = {task: sum(w[task] for _, w in told_sums) for task in job.labels}
-    means = {task: sum(s[task] for s, _ in told_sums) / (totals[task] or 1.0) for task in job.labels}
-    row: Row = {"fold": job.fold, "epoch": epoch, "lr": rate, "bfloat16": float(state.rounded)}
-    row["loss"] = state.objective.judge(means)
-    row |= {f"loss_{task}": value for task, value in means.items()}
+        state.reduce_on_plateau(step_loss)
+    means = sums.means(context)
+    row: LogRow = {
+        "fold": job.fold,
+        "epoch": epoch,
+        "learning_rate": learning_rate,
+        "bfloat16": float(state.is_bfloat16),
+        "loss": state.objective.total(means),
+        **{f"loss_{task}": value for task, value in means.items()},
+    }
     if state.objective.log_variance is not None:
         learned = state.objective.log_variance.detach().tolist()
         row |= {f"log_variance_{task}": value for task, value in zip(job.labels, learned, strict=True)}
     return row
 
 
-def _validated(state: "State", job: Job, team: Team) -> Row:
-    """The losses of the validation part, the AUC of each task, the balanced accuracy of the first."""
+@dataclass
+class _LossSums:
+    """Accumulate each task's weighted loss over an epoch."""
+
+    tasks: Mapping[str, Any]
+    losses: dict[str, float] = field(init=False)
+    weights: dict[str, float] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.losses, self.weights = dict.fromkeys(self.tasks, 0.0), dict.fromkeys(self.tasks, 0.0)
+
+    def add(self, losses: Mapping[str, float], weights: Mapping[str, float]) -> None:
+        for task, loss in losses.items():
+            self.losses[task] += weights[task] * loss
+            self.weights[task] += weights[task]
+
+    def means(self, context: DistributedContext) -> dict[str, float]:
+        """Return each task's mean over all processes, 0 without any known label."""
+        gathered = context.gather([(self.losses, self.weights)])
+        totals = {task: sum(weights[task] for _, weights in gathered) for task in self.tasks}
+        return {task: sum(losses[task] for losses, _ in gathered) / (totals[task] or 1.0) for task in self.tasks}
+
+
+def _train_batch(
+    state: "TrainerState",
+    job: FoldJob,
+    context: DistributedContext,
+    order: np.ndarray,
+    positions: np.ndarray,
+    step_weights: Mapping[str, float],
+    sums: _LossSums,
+) -> float:
+    """Add a batch's gradient and return its loss.
+
+    Args:
+        state: The training.
+        job: The fold.
+        context: The processes that train it.
+        order: Patients in the order of this epoch.
+        positions: Positions of the batch in `order`.
+        step_weights: Sum of the label weights of the whole step, for each task.
+        sums: Updated with the batch's losses.
+    """
+    protocol, epoch = job.protocol, state.epoch
+    patients = order[positions]
+    grids, targets = job.load_grids(patients, context.device), job.targets(patients)
+    with torch.no_grad():
+        seeds = [(protocol.seed, job.fold, epoch, int(position)) for position in positions]
+        grids = augment(grids, protocol, job.spec.input, seeds)
+    weights = _label_weight_sums(state.objective, job, patients)
+    shares = {
+        task: context.num_processes * weights[task] / whole if whole else 0.0 for task, whole in step_weights.items()
+    }
+    with state.autocast():
+        grids = grids.contiguous(memory_format=torch.channels_last_3d)  # a third faster on CPUs
+        loss, losses = state.module(grids, targets, shares)
+    total, *values = torch.stack([loss.detach(), *(one.detach() for one in losses.values())]).tolist()
+    task_losses = dict(zip(losses, values, strict=True))
+    if not math.isfinite(total):
+        shown = ", ".join(f"{task} {value:g}" for task, value in task_losses.items())
+        raise RunError(
+            f"fold {job.fold}, epoch {epoch}: the loss is {total:g} ({shown}). The batch: patients "
+            f"{job.format_names(patients)}. Check their scans, or lower the protocol's `learning_rate`. Nothing of "
+            "this epoch was saved."
+        )
+    loss.backward()
+    sums.add(task_losses, weights)
+    return float(total)
+
+
+def _validate(state: "TrainerState", job: FoldJob, context: DistributedContext) -> LogRow:
+    """Return losses and each task's AUC on the validation part, and the first task's balanced accuracy."""
     part, objective = job.parts.validation, state.objective
-    logits = answers(objective.network, part, job, team)
+    logits = predict_logits(objective.network, part, job, context)
     targets = job.targets(part)
     losses = {
-        task: float(mean_loss(objective.network.heads[task], logits[task].to(team.device), targets[task], weights))
+        task: float(mean_loss(objective.network.heads[task], logits[task].to(context.device), targets[task], weights))
         for task, weights in objective.weights.items()
     }
-    probabilities = _probabilities(objective.network, logits, team.device)
+    with torch.no_grad():
+        on_device = {task: values.to(context.device) for task, values in logits.items()}
+        probabilities = {
+            task: values.double().cpu().numpy() for task, values in objective.network.probabilities(on_device).items()
+        }
     first = job.spec.tasks[0]
-    row: Row = {"val_loss": objective.judge(losses)}
+    row: LogRow = {"val_loss": objective.total(losses)}
     if math.isnan(row["val_loss"]):
         raise RunError(
-            f"fold {job.fold}, epoch {state.epoch}: the validation loss is no number. Its patients: "
-            f"{', '.join(job.names[int(p)] for p in part)}. Look at their scans, or lower the protocol's `lr`."
+            f"fold {job.fold}, epoch {state.epoch}: the validation loss is not a number. Its patients: "
+            f"{job.format_names(part)}. Check their scans, or lower the protocol's `learning_rate`."
         )
     row |= {f"val_loss_{task}": loss for task, loss in losses.items()}
     for task in job.spec.tasks:
@@ -252,172 +304,192 @@ def _validated(state: "State", job: Job, team: Team) -> Row:
     return row
 
 
-def answers(network: Network, part: np.ndarray, job: Job, team: Team) -> dict[str, Tensor]:
-    """Each task's logits `(n, K)` of patients, on the CPU; every process takes its share and has all in the end."""
+def predict_logits(network: Network, part: np.ndarray, job: FoldJob, context: DistributedContext) -> dict[str, Tensor]:
+    """Return each task's logits `(n, K)` of patients on the CPU, in every process.
+
+    Args:
+        network: The network.
+        part: Positions of the patients.
+        job: The fold.
+        context: The processes that share the work.
+    """
     training = network.training
     network.eval()
-    team.share_buffers(network)
-    found: list[tuple[int, dict[str, np.ndarray]]] = []
-    mine = np.arange(len(part))[team.rank :: team.size]
-    exactly = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
-    with torch.no_grad(), exactly, mixed_precision.computing(team.device, rounded=False):
-        for start in range(0, len(mine), job.protocol.batch):
-            places = mine[start : start + job.protocol.batch]
-            logits = {task: v.float().cpu().numpy() for task, v in network(job.load(part[places], team.device)).items()}
-            found += [(int(p), {task: v[i] for task, v in logits.items()}) for i, p in enumerate(places)]
+    context.broadcast_buffers(network)
+    entries: list[tuple[int, dict[str, np.ndarray]]] = []
+    positions, size = np.arange(len(part))[context.process_index :: context.num_processes], job.protocol.batch_size
+    exact = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
+    with torch.no_grad(), exact, mixed_precision.autocast(context.device, is_bfloat16=False):
+        for start in range(0, len(positions), size):
+            batch = positions[start : start + size]
+            outputs = network(job.load_grids(part[batch], context.device))
+            logits = {task: values.float().cpu().numpy() for task, values in outputs.items()}
+            entries += [(int(p), {task: values[i] for task, values in logits.items()}) for i, p in enumerate(batch)]
     network.train(training)
-    ordered = [values for _, values in sorted(team.gather(found), key=lambda entry: entry[0])]
+    ordered = [values for _, values in sorted(context.gather(entries), key=lambda entry: entry[0])]
     return {task: torch.from_numpy(np.stack([values[task] for values in ordered])) for task in job.labels}
 
 
 def auc(task: Task, probabilities: np.ndarray, target: np.ndarray) -> float:
-    """The mean AUC over the cuts between a task's labels, or of each label against the rest where they have no order.
+    """Return the mean AUC over the thresholds between ordered labels, or of each unordered label against the rest.
 
     Args:
         task: The task.
         probabilities: `(N, labels)`.
-        target: `(N,)` label indices, -1 where not known.
+        target: `(N,)` label indices, -1 if unknown.
 
     Returns:
-        NaN where no two labels are known.
+        The AUC, NaN with fewer than two known labels.
     """
     from sklearn.metrics import roc_auc_score
 
     known = target >= 0
     probabilities, target = probabilities[known], target[known]
-    found = []
-    for k in range(1, len(task.labels)) if task.threshold is not None else range(len(task.labels)):
-        positive, score = target == k, probabilities[:, k]
-        if task.threshold is not None:
-            positive, score = target >= k, probabilities[:, k:].sum(1)
+    is_ordered = task.threshold is not None
+    areas = []
+    for k in range(1, len(task.labels)) if is_ordered else range(len(task.labels)):
+        positive, score = (
+            (target >= k, probabilities[:, k:].sum(1)) if is_ordered else (target == k, probabilities[:, k])
+        )
         if 0 < positive.sum() < len(positive) and np.isfinite(score).all():
-            found.append(float(roc_auc_score(positive, score)))
-    return float(np.mean(found)) if found else math.nan
+            areas.append(float(roc_auc_score(positive, score)))
+    return float(np.mean(areas)) if areas else math.nan
 
 
 def balanced_accuracy(task: Task, probabilities: np.ndarray, target: np.ndarray) -> float:
-    """The mean, over the labels there are, of the share of their patients who are told right.
+    """Return the mean recall over the labels present.
 
     Args:
         task: The task.
         probabilities: `(N, labels)`.
-        target: `(N,)` label indices, -1 where not known.
+        target: `(N,)` label indices, -1 if unknown.
     """
-    told = [task.labels.index(task.decide(dict(zip(task.labels, row, strict=True)))) for row in probabilities.tolist()]
-    right = np.array(told) == target
-    return float(np.mean([right[target == k].mean() for k in np.unique(target[target >= 0])]))
+    rows = probabilities.tolist()
+    predicted = [task.labels.index(task.decide(dict(zip(task.labels, row, strict=True)))) for row in rows]
+    is_correct = np.array(predicted) == target
+    return float(np.mean([is_correct[target == k].mean() for k in np.unique(target[target >= 0])]))
 
 
-def _probabilities(network: Network, logits: Mapping[str, Tensor], device: torch.device) -> dict[str, np.ndarray]:
-    with torch.no_grad():
-        found = network.probabilities({task: values.to(device) for task, values in logits.items()})
-    return {task: values.double().cpu().numpy() for task, values in found.items()}
-
-
-def _weight(objective: Objective, job: Job, patients: np.ndarray) -> dict[str, float]:
-    """What patients weigh together in each task's loss."""
-    found = {}
+def _label_weight_sums(objective: Objective, job: FoldJob, patients: np.ndarray) -> dict[str, float]:
+    """Return the sum of the label weights of patients, for each task."""
+    sums = {}
     for task, values in job.labels.items():
         known = values[patients]
-        found[task] = float(objective.weights[task][torch.from_numpy(known[known >= 0])].sum())
-    return found
+        sums[task] = float(objective.weights[task][torch.from_numpy(known[known >= 0])].sum())
+    return sums
 
 
-def _best(state: "State", job: Job, team: Team) -> Outcome:
-    """The network of the best pass, set right by the validation part, and its answers to the parts it did not see."""
-    kept = state.best
-    if kept is None:
-        raise RunError(f"fold {job.fold}: no epoch had a validation that is a number; lower the protocol's `lr`.")
+def _predict_with_best(state: "TrainerState", job: FoldJob, context: DistributedContext) -> FoldResult:
+    """Restore the best epoch, recalibrate on the validation part, predict the test part."""
+    best = state.best
+    if best is None:
+        raise RunError(
+            f"fold {job.fold}: the validation score of every epoch is not a number. Lower the protocol's "
+            "`learning_rate`."
+        )
     network = networks_module.build(job.spec)
-    network.load_state_dict(kept["network"])
-    network.to(team.device).eval()
+    network.load_state_dict(best["network"])
+    network.to(context.device).eval()
     calibration: dict[str, tuple[float, list[float]] | None] = {}
     if job.protocol.recalibrate:
-        logits, targets = answers(network, job.parts.validation, job, team), job.targets(job.parts.validation)
+        logits, targets = predict_logits(network, job.parts.validation, job, context), job.targets(job.parts.validation)
         for task in job.labels:
             head = network.heads[task].cpu()
             calibration[task] = recalibrate(head, logits[task], targets[task])
-            head.to(team.device)
-    test, validation = (answers(network, part, job, team) for part in (job.parts.test, job.parts.validation))
-    best = state.history[kept["epoch"]]
-    return Outcome(network.cpu(), test, validation, state.history, best, calibration, state.precision)
+            head.to(context.device)
+    test, validation = (predict_logits(network, part, job, context) for part in (job.parts.test, job.parts.validation))
+    best_row = state.history[best["epoch"]]
+    return FoldResult(network.cpu(), test, validation, state.history, best_row, calibration, state.precision)
 
 
-class State:
-    """All that changes in a training, and its checkpoint.
+class TrainerState:
+    """Hold everything that changes during training, and its checkpoint.
 
     Args:
-        job: The fold; it goes on from its checkpoint where there is one.
-        team: The processes that train it together.
+        job: The fold. Training resumes from its checkpoint if there is one.
+        context: The processes that train it.
 
     Attributes:
-        objective: What is minimised, with the network.
-        rounded: Whether training is in bfloat16.
-        precision: The same in words.
-        epoch: Passes that have ended.
-        best: The best pass, its score and its network; None before one has a score.
-        history: The log, a row a pass.
-
-    Raises:
-        RunError: The network cannot be trained in bfloat16, which was asked for.
+        objective: The network and the loss.
+        module: The objective on this process's device, with averaged gradients.
+        is_bfloat16: Whether training uses bfloat16.
+        precision: The precision in words.
+        epoch: Number of completed epochs.
+        best: The best epoch with its score and network, or None.
+        history: The log, one row per epoch.
     """
 
-    def __init__(self, job: Job, team: Team) -> None:
-        self.job, self.team, protocol = job, team, job.protocol
-        torch.manual_seed(job.seed(-1 % 2**32))
+    def __init__(self, job: FoldJob, context: DistributedContext) -> None:
+        protocol = job.protocol
+        self.job, self.context = job, context
+        torch.manual_seed(job.seed(2**32 - 1))
         network = networks_module.build(job.spec)
         weights = label_weights(job.spec, job.labels, job.parts.train, protocol.balance)
         self.objective = Objective(network, job.spec, protocol, weights)
         networks_module.channels_last(self.objective)
-        self.trained: nn.Module = team.wrap(self.objective)
+        self.module: nn.Module = context.prepare(self.objective)
         self.optimiser = torch.optim.AdamW(
-            self._groups(), lr=protocol.lr, weight_decay=protocol.weight_decay, amsgrad=protocol.amsgrad
+            self._parameter_groups(),
+            lr=protocol.learning_rate,
+            weight_decay=protocol.weight_decay,
+            amsgrad=protocol.amsgrad,
         )
-        self.plateau = None
+        self.plateau: torch.optim.lr_scheduler.ReduceLROnPlateau | None = None
         if protocol.schedule == "plateau":
             self.plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
                 self.optimiser, factor=protocol.plateau_factor, patience=protocol.plateau_patience
             )
-        self.rounded, self.precision = self._rounds()
+        self.is_bfloat16, self.precision = self._choose_precision()
         self.epoch = 0
         self.best: dict[str, Any] | None = None
-        self.history: list[Row] = []
+        self.history: list[LogRow] = []
         if job.checkpoint.is_file():
             self._restore(torch.load(job.checkpoint, map_location="cpu", weights_only=True))
 
     @property
-    def over(self) -> bool:
-        """Whether there is nothing left to train."""
+    def is_finished(self) -> bool:
+        """Return whether the last epoch or the early stop is reached."""
         protocol = self.job.protocol
         waited = self.epoch - 1 - self.best["epoch"] if self.best else self.epoch
         return self.epoch >= protocol.epochs or 0 < protocol.patience <= waited
 
-    def computing(self) -> AbstractContextManager[None]:
-        """The context in which the network is trained."""
-        return mixed_precision.computing(self.team.device, rounded=self.rounded)
+    def autocast(self) -> AbstractContextManager[None]:
+        """Return a context with the training precision."""
+        return mixed_precision.autocast(self.context.device, is_bfloat16=self.is_bfloat16)
 
-    def set_rate(self, step: int, in_a_pass: int) -> float:
-        """Sets the learning rate of a step, where it follows from the step alone; tells it."""
+    def set_learning_rate(self, step: int, steps_per_epoch: int) -> float:
+        """Set the learning rate of a step if the schedule depends on the step alone, and return the rate."""
         protocol = self.job.protocol
         if protocol.schedule == "cosine":
-            warm, total = protocol.warm_up * in_a_pass, protocol.epochs * in_a_pass
-            share = (step + 1) / warm if step < warm else (1 + math.cos(math.pi * (step - warm) / (total - warm))) / 2
+            warmup, total = protocol.warmup_epochs * steps_per_epoch, protocol.epochs * steps_per_epoch
+            if step < warmup:
+                factor = (step + 1) / warmup
+            else:
+                factor = (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
             for group in self.optimiser.param_groups:
-                group["lr"] = protocol.lr * share
+                group["lr"] = protocol.learning_rate * factor
         return float(self.optimiser.param_groups[0]["lr"])
 
-    def conclude(self, row: Row) -> None:
-        """Ends a pass: keeps its network where it is the best so far."""
-        score = row["val_balanced_accuracy"] if self.job.protocol.select == "balanced_accuracy" else -row["val_loss"]
+    def reduce_on_plateau(self, step_loss: float) -> None:
+        """Update the "plateau" schedule with the loss of a step, averaged over the processes."""
+        if self.plateau is not None:
+            losses = self.context.gather([step_loss])
+            self.plateau.step(sum(losses) / len(losses))
+
+    def end_epoch(self, row: LogRow) -> None:
+        """Append a log row and save the network if it is the best so far."""
+        score = row["val_balanced_accuracy"] if self.job.protocol.monitor == "balanced_accuracy" else -row["val_loss"]
         if math.isfinite(score) and (self.best is None or score > self.best["score"]):
-            state = self.objective.network.state_dict()
-            own = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in state.items()}
-            self.best = {"score": score, "epoch": self.epoch, "network": own}
+            weights = {
+                key: value.detach().to("cpu", copy=True).contiguous()
+                for key, value in self.objective.network.state_dict().items()
+            }
+            self.best = {"score": score, "epoch": self.epoch, "network": weights}
         self.history.append(row)
         self.epoch += 1
 
     def save(self) -> None:
-        """Writes the checkpoint, whole or not at all."""
+        """Write the checkpoint atomically."""
         data = {
             "epoch": self.epoch,
             "objective": self.objective.state_dict(),
@@ -426,10 +498,10 @@ class State:
             "best": self.best,
             "history": self.history,
         }
-        packed = io.BytesIO()
-        torch.save(data, packed)
-        with atomic_write(self.job.checkpoint) as part:
-            part.write_bytes(packed.getbuffer())
+        buffer = io.BytesIO()
+        torch.save(data, buffer)
+        with atomic_write(self.job.checkpoint) as partial:
+            partial.write_bytes(buffer.getbuffer())
 
     def _restore(self, data: Mapping[str, Any]) -> None:
         self.epoch, self.best, self.history = data["epoch"], data["best"], data["history"]
@@ -438,21 +510,22 @@ class State:
         if self.plateau is not None:
             self.plateau.load_state_dict(data["plateau"])
 
-    def _rounds(self) -> tuple[bool, str]:
-        """Whether training is in bfloat16; and the same in words."""
-        job, team, asked = self.job, self.team, self.job.protocol.precision
-        if asked == "float32" or (asked == "auto" and team.device.type == "cpu"):
+    def _choose_precision(self) -> tuple[bool, str]:
+        """Return whether training uses bfloat16, and the precision in words."""
+        job, context, requested = self.job, self.context, self.job.protocol.precision
+        if requested == "float32" or (requested == "auto" and context.device.type == "cpu"):
             return False, "float32"
-        why = mixed_precision.lack(team.device)
-        if why is None and team.device.type == "cpu":
-            found = mixed_precision.fault(self.objective.network, job.load(job.parts.train[:2], team.device))
-            why = next((fault for fault in team.gather([found]) if fault), None)
-        if why is not None and asked == "bfloat16":
-            raise RunError(f"precision 'bfloat16': {why}. Choose 'auto' or 'float32'.")
-        return why is None, "bfloat16" if why is None else f"float32: {why}"
+        reason = mixed_precision.unsupported_reason(context.device)
+        if reason is None and context.device.type == "cpu":
+            grids = job.load_grids(job.parts.train[:2], context.device)
+            faults = context.gather([mixed_precision.find_fault(self.objective.network, grids)])
+            reason = next((fault for fault in faults if fault), None)
+        if reason is not None and requested == "bfloat16":
+            raise RunError(f"precision 'bfloat16': {reason}. Choose 'auto' or 'float32'.")
+        return reason is None, "bfloat16" if reason is None else f"float32: {reason}"
 
-    def _groups(self) -> list[dict[str, Any]]:
-        """Weights decay; the learned weights of the tasks do not."""
+    def _parameter_groups(self) -> list[dict[str, Any]]:
+        """Return the network's parameters, with weight decay, and the learned task weights, without."""
         groups: list[dict[str, Any]] = [{"params": list(self.objective.network.parameters())}]
         if self.objective.log_variance is not None:
             groups.append({"params": [self.objective.log_variance], "weight_decay": 0.0})
@@ -460,8 +533,8 @@ class State:
 
 
 @contextmanager
-def _own_randomness(device: torch.device) -> Iterator[None]:
-    """Leaves torch's generators as they were, and has cuDNN choose what can be repeated."""
+def _isolated_randomness(device: torch.device) -> Iterator[None]:
+    """Restore torch's generators afterwards, and use deterministic cuDNN algorithms within."""
     devices = range(torch.cuda.device_count()) if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.backends.cudnn.flags(enabled=True, deterministic=True):
         yield

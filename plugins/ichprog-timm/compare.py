@@ -21,10 +21,10 @@ import ichprog
 from ichprog import registry
 from ichprog.simulate import simulate
 from ichprog.spec import ModelSpec, PluginRef
-from ichprog.train import PRESETS, train
+from ichprog.train import PRESETS, TrainOptions, train
 
 SHAPE = (24, 96, 96)
-PROTOCOL = PRESETS["default"].replace(epochs=10, warm_up=1, lr=0.002)
+PROTOCOL = PRESETS["default"].replace(epochs=10, warmup_epochs=1, learning_rate=0.002)
 VARIANTS = (
     PluginRef("timm/test_efficientnet", {"window": 3, "pooling": "attention"}),
     PluginRef("timm/test_efficientnet", {"window": 3, "pooling": "transformer"}),
@@ -48,8 +48,8 @@ def main(folder: Path) -> None:
         spec = replace(small, backbone=variant, input=replace(small.input, shape=SHAPE))
         run = folder / f"run{number}"
         train(
-            cohort, spec, run, folds=2, only=[0], protocol=PROTOCOL,
-            device="cpu", cache_dir=folder / "cache", workers=2, resume=run.exists(),
+            cohort, spec, run, folds=2, only_folds=[0], protocol=PROTOCOL, resume=run.exists(),
+            options=TrainOptions(device="cpu", cache_dir=folder / "cache", workers=2),
         )  # fmt: skip
         options = ", ".join(f"{name} {value}" for name, value in variant.options.items())
         count, seconds = _cost(spec)

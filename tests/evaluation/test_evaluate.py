@@ -24,7 +24,7 @@ from ichprog.evaluation.evaluate import evaluate as evaluate_model
 from ichprog.evaluation.leakage import guard
 from ichprog.evaluation.predictions import Predictions
 from ichprog.spec import PluginRef
-from ichprog.train import PRESETS, train
+from ichprog.train import PRESETS, TrainOptions, train
 
 from support.hub_server import HubServer
 from support.models import REPOSITORY, bright_backbone
@@ -80,9 +80,10 @@ def cohort(folder):
 @pytest.fixture(scope="module")
 def run(folder, cohort, spec, tmp_path_factory):
     """A run of three folds."""
-    protocol = PRESETS["default"].replace(epochs=3, patience=0, batch=8, lr=0.02, validation=0.25)
+    changes = {"epochs": 3, "patience": 0, "batch_size": 8, "learning_rate": 0.02, "validation_fraction": 0.25}
+    protocol = PRESETS["default"].replace(**changes)
     out = tmp_path_factory.mktemp("run") / "run"
-    return train(cohort, spec, out, folds=3, protocol=protocol, cache_dir=folder / "cache")
+    return train(cohort, spec, out, folds=3, protocol=protocol, options=TrainOptions(cache_dir=folder / "cache"))
 
 
 @pytest.fixture

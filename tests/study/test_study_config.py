@@ -145,7 +145,7 @@ BASELINE = '[[baseline]]\nname = "new"\n'
         ('brain = "yes"\n', "", "Invalid brain 'yes'. Expected 'auto', 'extract' or 'given'"),
         ('stratify_by = "prognosi"\n', "", "stratify_by: Unknown task 'prognosi'. Did you mean prognosis"),
         ("[protocol]\nepoch = 3\n", "", "protocol: Unknown protocol field 'epoch'. Did you mean epochs"),
-        ("[protocol]\nepochs = 0\n", "", "protocol: epochs lies between 1"),
+        ("[protocol]\nepochs = 0\n", "", "protocol: Invalid protocol epochs 0. Expected a whole number from 1"),
         ('[protocol]\npreset = "papers"\n', "", r"protocol\.preset: Unknown preset 'papers'"),
         ("n_bootstrap = 0\n", "", "Invalid n_bootstrap 0. Expected 1 or more"),
         ("", '[[variant]]\nname = "x"\n', r"Missing key 'variant\[2\]\.model'\. Expected all of: name, model"),

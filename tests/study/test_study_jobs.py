@@ -33,8 +33,8 @@ device = "cpu"
 correlations = ["age"]
 [protocol]
 epochs = 12
-batch = 4
-validation = 0.25
+batch_size = 4
+validation_fraction = 0.25
 [[variant]]
 name = "one"
 model = "spec.json"
@@ -224,8 +224,10 @@ def test_only_what_is_missing_is_done(done, folder, study, tmp_path, monkeypatch
     trained = []
     from ichprog.train import trainer
 
-    fit = trainer.fit
-    monkeypatch.setattr(trainer, "fit", lambda job, *rest: trained.append((job.spec.name, job.fold)) or fit(job, *rest))
+    train_fold = trainer.train_fold
+    monkeypatch.setattr(
+        trainer, "train_fold", lambda job, *rest: trained.append((job.spec.name, job.fold)) or train_fold(job, *rest)
+    )
     asked = study(
         STUDY + '[[variant]]\nname = "new"\nmodel = "spec.json"\ntasks = ["prognosis"]\nshape = [4, 16, 16]\n'
     )
@@ -275,9 +277,9 @@ def test_a_cell_that_fails_is_recorded_and_the_others_go_on(folder, study, tmp_p
     train = ichprog.train.train
 
     def failing(cohort, spec, out, **options):
-        if (out.name, options["only"]) == ("gcs", [1]):
+        if (out.name, options["only_folds"]) == ("gcs", [1]):
             raise RunError("the disk is full")
-        if (out.name, options["only"]) == ("all", [0]):
+        if (out.name, options["only_folds"]) == ("all", [0]):
             raise ZeroDivisionError("a mistake in a plugin")
         return train(cohort, spec, out, **options)
 
@@ -328,10 +330,11 @@ def test_a_folder_of_another_study_is_refused_with_what_differs(done, folder, st
 
     refused(r"holds another study: folds was 2, is 3\. Choose another", STUDY.replace("folds = 2", "folds = 3"))
     refused(r"validation was 0\.25, is 0\.3", STUDY.replace("0.25", "0.3"))
-    refused(r"variant one: model\.backbone differs; variant one: protocol\.lr was 0\.001, is 0\.5", STUDY.replace(
-        'tasks = ["prognosis"]',
-        'tasks = ["prognosis"]\nbackbone = { name = "compact", options = { width = 8 } }\nprotocol = { lr = 0.5 }',
-    ))  # fmt: skip
+    changes = 'backbone = { name = "compact", options = { width = 8 } }\nprotocol = { learning_rate = 0.5 }'
+    refused(
+        r"variant one: model\.backbone differs; variant one: protocol\.learning_rate was 0\.001, is 0\.5",
+        STUDY.replace('tasks = ["prognosis"]', f'tasks = ["prognosis"]\n{changes}'),
+    )
     (tmp_path / "else").mkdir()
     (tmp_path / "else/notes.txt").write_text("mine")
     with pytest.raises(RunError, match="exists and holds no study"):

@@ -1,0 +1,70 @@
+"""Summary of a run: the out-of-fold AUC of each task with its confidence interval."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ichprog.evaluation.predictions import TaskPredictions
+from ichprog.metrics.discrimination import metrics_with_intervals
+from ichprog.spec import ModelSpec
+from ichprog.train.run_dir import read_csv
+
+
+@dataclass(frozen=True)
+class OutOfFoldAuc:
+    """Hold the out-of-fold AUC of a task.
+
+    Attributes:
+        task: Name of the task.
+        auc: AUC, the mean over thresholds if the task has more than two labels; None if all labels are equal.
+        low: Lower limit of the 95 % bootstrap interval over patients, or None.
+        high: Upper limit, or None.
+        patients: Number of test patients with a known label.
+        folds: Number of folds that are done.
+    """
+
+    task: str
+    auc: float | None
+    low: float | None
+    high: float | None
+    patients: int
+    folds: int
+
+    def __str__(self) -> str:
+        about = f"{self.patients} patients, {self.folds} fold{'s' if self.folds > 1 else ''}"
+        if self.auc is None:
+            return f"{self.task}: out-of-fold AUC undefined, all labels are equal ({about})"
+        limits = "" if self.low is None or self.high is None else f" (95 % CI {self.low:.3f} to {self.high:.3f})"
+        return f"{self.task}: out-of-fold AUC {self.auc:.3f}{limits}, {about}"
+
+
+def out_of_fold_aucs(run: Path) -> Iterator[OutOfFoldAuc]:
+    """Yield the out-of-fold AUC of each task of a run.
+
+    Args:
+        run: Directory of the run.
+
+    Example:
+        ```python
+        for auc in out_of_fold_aucs(Path("run")):
+            print(auc)  # prognosis: out-of-fold AUC 0.806 (95 % CI 0.752 to 0.858), 261 patients, 10 folds
+        ```
+    """
+    spec = ModelSpec.read(run / "config.json")
+    rows = read_csv(run / "out_of_fold.csv")
+    folds = len({row["fold"] for row in rows})
+    for task in spec.tasks:
+        known = [row for row in rows if row[f"{task.name}_true"]]
+        if not known:
+            yield OutOfFoldAuc(task.name, None, None, None, 0, folds)
+            continue
+        predictions = TaskPredictions(
+            tuple(row["patient"] for row in known),
+            np.array([int(row["fold"]) for row in known]),
+            np.array([task.labels.index(row[f"{task.name}_true"]) for row in known]),
+            np.array([[float(row[f"{task.name}_{label}"]) for label in task.labels] for row in known]),
+        )
+        auroc = metrics_with_intervals(task, predictions)["auroc"]
+        yield OutOfFoldAuc(task.name, auroc["value"], auroc["low"], auroc["high"], len(known), folds)
