@@ -71,8 +71,8 @@ def train(
     protocol = PRESETS[preset].replace(
         **fields, **{name: value for name, value in shortcuts.items() if value is not None}
     )
-    weights = parsed("--loss-weight", loss_weights, "gcs=0.5")
-    spec = edit_tasks(resolve_spec(model), parsed("--head", heads, "gcs=softmax"), dropped, weights)
+    weights = parsed("--loss-weight", loss_weights, "TASK=0.5")
+    spec = edit_tasks(resolve_spec(model), parsed("--head", heads, "TASK=softmax"), dropped, weights)
     is_main_process = os.environ.get("RANK", "0") == "0"
     if is_main_process:
         for sentence in protocol.quirks():

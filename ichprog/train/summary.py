@@ -4,10 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from ichprog.evaluation.predictions import TaskPredictions
-from ichprog.metrics.discrimination import metrics_with_intervals
+from ichprog.metrics import compute_with_intervals
 from ichprog.spec import ModelSpec
 from ichprog.train.run_dir import read_csv
 
@@ -60,11 +57,7 @@ def out_of_fold_aucs(run: Path) -> Iterator[OutOfFoldAuc]:
         if not known:
             yield OutOfFoldAuc(task.name, None, None, None, 0, folds)
             continue
-        predictions = TaskPredictions(
-            tuple(row["patient"] for row in known),
-            np.array([int(row["fold"]) for row in known]),
-            np.array([task.labels.index(row[f"{task.name}_true"]) for row in known]),
-            np.array([[float(row[f"{task.name}_{label}"]) for label in task.labels] for row in known]),
-        )
-        auroc = metrics_with_intervals(task, predictions)["auroc"]
+        truth = [task.labels.index(row[f"{task.name}_true"]) for row in known]
+        probabilities = [[float(row[f"{task.name}_{label}"]) for label in task.labels] for row in known]
+        auroc = compute_with_intervals(truth, probabilities, kind=task.kind)["auroc"]
         yield OutOfFoldAuc(task.name, auroc["value"], auroc["low"], auroc["high"], len(known), folds)
