@@ -1,4 +1,4 @@
-"""A model, where the three verbs meet: load it, have it predict, have it explain."""
+"""Load a model, predict with it and explain its predictions."""
 
 import functools
 import inspect
@@ -24,114 +24,179 @@ from ichprog.spec import InputSpec, ModelSpec, Task
 if TYPE_CHECKING:
     import nibabel as nib
     import torch
+    from torch import nn
+
+    from ichprog.saliency import Score
 
     from ichprog.cohort import Cohort
     from ichprog.sources import ScanSource
 
 OnError = Literal["raise", "record"]
 _Item = TypeVar("_Item")
-_Done = TypeVar("_Done")
+_Result = TypeVar("_Result")
 
 DEPENDENCIES = ("ichprog", "torch", "monai", "openvino", "numpy", "scipy", "nibabel", "pydicom")
 
 
 class Model:
-    """A model with its weights loaded; `load_model` makes it, `predict` and `explain` take it.
+    """A model with its weights. `load_model` returns one, `predict` and `explain` take one.
 
     Args:
-        spec: What the model is.
-        weights: One file for each fold.
-        choice: How its networks are to be run, as `runtime.choose` gives it.
-        cache: The cache folder, where compiled networks are kept.
+        spec: The specification of the model.
+        weights: Weight file of each fold.
+        fold_runtimes: Runtime of each fold.
+        config: The configuration of the runtimes.
 
     Attributes:
-        runtime: What runs its networks, "openvino" or "torch".
-        device: On which device.
-        precision: In which precision, "float32" or "bfloat16".
-        note: Why that is not what was asked for, or None.
-
-    Raises:
-        WeightsError: The weights do not fit the network.
-        SpecError: The spec names options that its plugins refuse.
-        UnknownNameError: The spec names a plugin that is not installed.
-        PluginError: A plugin of the spec cannot be loaded or breaks its contract.
+        runtime: The runtime of the networks, "openvino" or "torch".
+        device: Device of the networks.
+        precision: "float32" or "bfloat16".
+        fallback_reason: Why runtime or precision differ from the requested ones, or None.
     """
 
-    def __init__(self, spec: ModelSpec, weights: Sequence[WeightFile], choice: RuntimeConfig, cache: Path) -> None:
-        self.spec = spec
-        self.weights = tuple(weights)
-        self.fold_runtimes, done = build_runtimes(spec, self.weights, choice, cache)
-        self.runtime, self.device, self.precision, self.fallback_reason = (
-            done.runtime,
-            done.device,
-            done.precision,
-            done.fallback_reason,
-        )
+    def __init__(
+        self,
+        spec: ModelSpec,
+        weights: Sequence[WeightFile],
+        fold_runtimes: Sequence[Runtime],
+        config: RuntimeConfig,
+    ) -> None:
+        self.spec, self.weights, self.fold_runtimes = spec, tuple(weights), tuple(fold_runtimes)
+        self._config = config
+        self.runtime, self.device, self.precision = config.runtime, config.device, config.precision
+        self.fallback_reason = config.fallback_reason
+
+    @classmethod
+    def build(cls, spec: ModelSpec, weights: Sequence[WeightFile], config: RuntimeConfig, cache: Path) -> "Model":
+        """Build the networks of a spec and fill them with weights.
+
+        Args:
+            spec: The specification of the model.
+            weights: Weight file of each fold.
+            config: The requested runtime, from `runtime.resolve_runtime`.
+            cache: The cache folder for compiled networks.
+
+        Raises:
+            WeightsError: The weights do not fit the network.
+            SpecError: The spec has options that its plugins refuse.
+            UnknownNameError: The spec names a plugin that is not installed.
+            PluginError: A plugin of the spec cannot be loaded or breaks its contract.
+        """
+        runtimes, config = build_runtimes(spec, weights, config, cache)
+        return cls(spec, weights, runtimes, config)
 
     def __repr__(self) -> str:
         folds = ", ".join(str(file.fold) for file in self.weights)
         return f"<Model {self.spec.name}, folds {folds}, {self.runtime} on {self.device}, {self.precision}>"
 
-    def load_scan(self, source: "ScanSource", *, brain: scan_package.BrainMode = "auto") -> Scan:
-        """A scan read, checked against what this model was made for, and left with its brain alone.
-
-        `predict` and `explain` do this first, and take what it gives as it is.
+    def fold(self, fold: int) -> "Model":
+        """Return a model with one fold only. It shares the fold's network with this model.
 
         Args:
-            source: One scan, as `predict` takes it.
+            fold: Number of the fold.
+
+        Raises:
+            UnknownNameError: The model has no such fold.
+
+        Example:
+            >>> model = ichprog.load_model("compact.prognosis_gcs3_age")
+            >>> model.fold(0)
+            <Model compact.prognosis_gcs3_age, folds 0, openvino on cpu, float32>
+        """
+        position = self._position(fold)
+        return Model(self.spec, [self.weights[position]], [self.fold_runtimes[position]], self._config)
+
+    def torch_module(self, fold: int | None = None) -> "nn.Module":
+        """Return the torch network of a fold, in evaluation mode.
+
+        With runtime "torch" this is the module that predicts, so that changes to it change the predictions. With
+        runtime "openvino" it is a separate module with the same weights.
+
+        Args:
+            fold: Number of the fold. By default the first.
+
+        Raises:
+            UnknownNameError: The model has no such fold.
+        """
+        return self.fold_runtimes[0 if fold is None else self._position(fold)].torch_module()
+
+    def _position(self, fold: int) -> int:
+        folds = [file.fold for file in self.weights]
+        if fold not in folds:
+            raise UnknownNameError(f"fold of {self.spec.name}", fold, folds)
+        return folds.index(fold)
+
+    def load_scan(self, source: "ScanSource", *, brain: scan_package.BrainMode = "auto") -> Scan:
+        """Read a scan, check it against the input contract of the model and extract the brain.
+
+        `predict` and `explain` call this function first. They take its result as a scan, too.
+
+        Args:
+            source: One scan, as in `predict`.
             brain: As in `predict`.
 
         Raises:
-            ScanError: The scan cannot be read, or the model cannot be asked about it.
+            ScanError: The scan cannot be read, or the model cannot process it.
         """
         contract, scan = self.spec.input, sources.scan_of(source)
         mode = brain if contract.brain_only else "given"
         return scan_package.examine(scan, expected_ranges=contract.expected_ranges, brain=mode)
 
     def predict_grids(self, grids: np.ndarray) -> list[dict[str, TaskOutput]]:
-        """Each fold's answer to each task.
+        """Run every fold on preprocessed grids.
 
         Args:
-            grids: `(B, D, H, W)` float32, as `preprocessing.prepare` gives them.
+            grids: `(B, D, H, W)` float32, from `preprocessing.prepare`.
+
+        Returns:
+            For each fold, the output of each task.
         """
-        return [member.run(np.ascontiguousarray(grids, np.float32)) for member in self.fold_runtimes]
+        return [runtime.run(np.ascontiguousarray(grids, np.float32)) for runtime in self.fold_runtimes]
 
     def predict_iter(
         self, scans: "Iterable[ScanSource]", *, brain: scan_package.BrainMode = "auto"
     ) -> "Iterator[tuple[Prediction, Scan | ScanError]]":
-        """A prediction for each scan, with the scan as it was examined, or what is wrong with it.
+        """Yield a prediction for each scan, with the checked scan or the error of the scan.
 
-        While a scan is answered the next one is read already.
+        The next scan is read while the network runs on the current one.
 
         Args:
             scans: Sources of one scan each, as `sources.find_scans` returns them.
             brain: As in `predict`.
         """
-        with ThreadPoolExecutor(1, thread_name_prefix="ichprog-answer") as beside:
-            for source, begun in _ahead(functools.partial(self._begin, brain=brain), scans):
-                if isinstance(begun, ScanError):
-                    yield self.error_prediction(source, begun), begun
+        with ThreadPoolExecutor(1, thread_name_prefix="ichprog-run") as executor:
+            for source, loaded in _prefetch(functools.partial(self._load_grid, brain=brain), scans):
+                if isinstance(loaded, ScanError):
+                    yield self.error_prediction(source, loaded), loaded
                     continue
-                prepared, finish = begun
-                answer = beside.submit(self.fold_runtimes[0].run, prepared[None])
-                try:  # what is left to check changes nothing about the grid
-                    examined = finish()
-                    provenance = self.provenance(examined)
+                grid, finish = loaded
+                first = executor.submit(self.fold_runtimes[0].run, grid[None])
+                try:  # the remaining checks do not change the grid
+                    scan = finish()
+                    provenance = self.provenance(scan)
                 except ScanError as error:
                     yield self.error_prediction(source, error), error
                     continue
-                folds = [answer.result()]
-                for last, member in itertools.pairwise(self.fold_runtimes):
-                    last.release_memory()  # many folds take no more memory to run than one
-                    folds.append(member.run(prepared[None]))
-                tasks = {task.name: _over_folds(task, [fold[task.name] for fold in folds]) for task in self.spec.tasks}
-                name, patient = examined.name, sources.patient_of(source)
-                yield Prediction(name, self.spec.name, tasks, examined.warnings, provenance, patient=patient), examined
+                outputs = [first.result()]
+                for previous, runtime in itertools.pairwise(self.fold_runtimes):
+                    previous.release_memory()  # so that many folds need no more memory than one
+                    outputs.append(runtime.run(grid[None]))
+                yield self._prediction(source, scan, outputs, provenance), scan
 
-    def _begin(
+    def _prediction(
+        self, source: "ScanSource", scan: Scan, outputs: Sequence[dict[str, TaskOutput]], provenance: dict[str, Any]
+    ) -> Prediction:
+        """Return the prediction of a scan from the outputs of all folds."""
+        tasks = {
+            task.name: _mean_over_folds(task, [output[task.name] for output in outputs]) for task in self.spec.tasks
+        }
+        patient = sources.patient_of(source)
+        return Prediction(scan.name, self.spec.name, tasks, scan.warnings, provenance, patient=patient)
+
+    def _load_grid(
         self, source: "ScanSource", *, brain: scan_package.BrainMode
     ) -> tuple[np.ndarray, Callable[[], Scan]] | ScanError:
-        """A scan's grid, and what finishes its examination."""
+        """Return the grid of a scan and the function that runs the remaining checks, or the error of the scan."""
         contract, scan = self.spec.input, sources.scan_of(source)
         mode = brain if contract.brain_only else "given"
         try:
@@ -141,38 +206,38 @@ class Model:
         return preprocessing.prepare(hu, contract), finish
 
     def error_prediction(self, source: "ScanSource", error: ScanError) -> Prediction:
-        """The prediction that records why a scan has none."""
+        """Return a prediction without tasks that records the error of a scan."""
         details = {"code": error.code, "message": str(error), "measured": error.measured}
         details |= {"expected": error.expected, "unit": error.unit}
         name, patient = sources.name_of(source), sources.patient_of(source)
         return Prediction(name, self.spec.name, {}, (), self.provenance(), details, patient)
 
     def check_golden_output(self) -> dict[str, Any]:
-        """Runs the spec's golden input, where it has one, and compares.
+        """Run the golden input of the spec and compare the logits with the stored ones.
 
         Returns:
-            `state`, one of "none stored", "holds" and "differs", and `difference`, the largest one of any logit.
+            `state`, one of "none stored", "holds" and "differs", and `difference`, the largest difference of a logit.
         """
-        probe = self.spec.golden_output
-        if probe is None:
-            seeded = np.random.default_rng(0).random((1, *self.spec.input.shape), np.float32)
-            logits = [answer.logits for fold in self.predict_grids(seeded) for answer in fold.values()]
-            finite = all(bool(np.isfinite(values).all()) for values in logits)
+        golden = self.spec.golden_output
+        if golden is None:
+            grid = np.random.default_rng(0).random((1, *self.spec.input.shape), np.float32)
+            outputs = [output.logits for fold in self.predict_grids(grid) for output in fold.values()]
+            finite = all(bool(np.isfinite(logits).all()) for logits in outputs)
             return {"state": "none stored" if finite else "differs", "difference": None if finite else float("nan")}
-        seeded = np.random.default_rng(probe.seed).random((1, *probe.shape), np.float32)
+        grid = np.random.default_rng(golden.seed).random((1, *golden.shape), np.float32)
         difference = max(
-            float(np.abs(answer.logits[0] - probe.logits[str(file.fold)][task]).max())
-            for file, fold in zip(self.weights, self.predict_grids(seeded), strict=True)
-            for task, answer in fold.items()
+            float(np.abs(output.logits[0] - golden.logits[str(file.fold)][task]).max())
+            for file, fold in zip(self.weights, self.predict_grids(grid), strict=True)
+            for task, output in fold.items()
         )
         tolerance = 1e-4 if self.precision == "float32" else 2e-2
         return {"state": "holds" if difference <= tolerance else "differs", "difference": difference}
 
-    def provenance(self, examined: Scan | None = None) -> dict[str, Any]:
-        """Everything that goes into this model's answers, as plain data.
+    def provenance(self, scan: Scan | None = None) -> dict[str, Any]:
+        """Return as plain data everything that determines a prediction.
 
         Args:
-            examined: The scan that is answered, where there is one.
+            scan: The scan of the prediction, if there is one.
         """
         spec, weights = self.spec.to_dict(), self.spec.weights
         return {
@@ -185,11 +250,11 @@ class Model:
                 for f in self.weights
             ],
             "preprocessing": {key: value for key, value in spec["input"].items() if key != "expected_ranges"},
-            "scan": {} if examined is None else dict(examined.record),
+            "scan": {} if scan is None else dict(scan.record),
             "runtime": self.runtime,
             "device": self.device,
             "precision": self.precision,
-            "note": self.fallback_reason,
+            "fallback_reason": self.fallback_reason,
             "versions": dict(_versions()),
             "notice": self.spec.notice,
         }
@@ -205,28 +270,32 @@ def load_model(
     cache_dir: str | Path | None = None,
     offline: bool = False,
 ) -> Model:
-    """Loads a model; its weights are fetched where they are not in the cache.
+    """Load a model. Weights that are not in the cache are downloaded first.
 
     Args:
-        name: A name of the zoo, "hf-hub:org/repo[/folder]@revision", or "local-dir:PATH".
-        fold: One member of a cross-validated set of weights; all there are where not given, averaged in probability.
-        device: "auto", "cpu", "cuda", "cuda:1", "mps".
-        runtime: "openvino", for the processor; "torch", for any device; or "auto", the first of these that can run the
-            model on the device. A network that was compiled for OpenVINO once is kept in the cache.
-        precision: "float32", or "bfloat16" where the processor computes in it; where not, the model says so in its
-            `note` and computes in float32.
-        cache_dir: Where weights are kept; `~/.cache/ichprog` or `$ICHPROG_CACHE` where not given.
-        offline: Whether the network is left alone, as with `HF_HUB_OFFLINE=1`.
+        name: A zoo name, "hf-hub:org/repo[/folder]@revision", or "local-dir:PATH".
+        fold: Number of one fold. By default all folds, whose probabilities are averaged.
+        device: "auto", "cpu", "cuda", "cuda:1" or "mps".
+        runtime: "openvino" for the CPU, "torch" for any device, or "auto": OpenVINO on the CPU if it can run the
+            model, otherwise torch. Networks compiled by OpenVINO are cached.
+        precision: "float32", or "bfloat16" if the hardware supports it. Otherwise the model computes in float32 and
+            `Model.fallback_reason` says why.
+        cache_dir: The cache folder. By default `$ICHPROG_CACHE` or `~/.cache/ichprog`.
+        offline: Whether to use no network, as with `HF_HUB_OFFLINE=1`.
 
     Raises:
         UnknownNameError: There is no such model, fold, device, runtime or precision.
-        SpecError: The model's description is not valid.
-        WeightsError: The weights cannot be had, are not the ones promised, or do not fit.
+        SpecError: The specification of the model is not valid.
+        WeightsError: The weights cannot be obtained, fail verification or do not fit the network.
         PluginError: A plugin that the model needs cannot be loaded.
+
+    Example:
+        >>> ichprog.load_model("compact.prognosis_gcs3_age", fold=0)
+        <Model compact.prognosis_gcs3_age, folds 0, openvino on cpu, float32>
     """
-    choice = resolve_runtime(runtime, device, precision)
+    config = resolve_runtime(runtime, device, precision)
     spec, files = hub.fetch(name, fold=fold, cache_dir=cache_dir, offline=offline)
-    return Model(spec, files, choice, hub.cache_folder(cache_dir))
+    return Model.build(spec, files, config, hub.cache_folder(cache_dir))
 
 
 @overload
@@ -255,11 +324,11 @@ def predict(
     """Predict every task of a model for one scan or several.
 
     Args:
-        model: A model, or a name that `load_model` takes.
+        model: A model, or a name as in `load_model`.
         scans: One scan or several. One scan is a NIfTI path, a DICOM folder or a .zip of one, a nibabel image, or a
             tuple `(array, affine)`: HU of shape `(i, j, k)` and the `(4, 4)` affine from voxels to RAS mm. Several are
             a folder of scans, a table of patients (.csv), a Cohort, or a list, tuple or other iterable of all these.
-        brain: "auto" extracts the brain where a skull is seen, "extract" always, "given" never.
+        brain: "auto" extracts the brain if a skull is visible, "extract" always, "given" never.
         on_error: "raise" raises the error of a scan; "record" records the error in the scan's Prediction and continues
             with the next scan.
 
@@ -271,6 +340,12 @@ def predict(
         InvalidValueError: `scans` holds something that is no scan, or `on_error` is unknown.
         ScanError: A scan cannot be read, or the model cannot predict it.
         CohortError: A table of patients cannot be read.
+
+    Example:
+        ```python
+        prediction = ichprog.predict("perez2023.prognosis", "scan.nii.gz")
+        print(prediction["prognosis"].probabilities)
+        ```
     """
     scan_package.refuse_unknown_mode(brain)
     if on_error not in ("raise", "record"):
@@ -282,6 +357,28 @@ def predict(
     return list(predictions) if isinstance(found, list) else predictions
 
 
+@overload
+def explain(  # type: ignore[overload-overlap]  # a string is a sequence too, and means one task or method
+    model: Model | str,
+    scan: "ScanSource",
+    *,
+    task: str | None = ...,
+    label: str | Mapping[str, str] | None = ...,
+    method: str = ...,
+    brain: scan_package.BrainMode = ...,
+    **options: Any,
+) -> Saliency: ...
+@overload
+def explain(
+    model: Model | str,
+    scan: "ScanSource",
+    *,
+    task: str | Sequence[str] | None = ...,
+    label: str | Mapping[str, str] | None = ...,
+    method: str | Sequence[str] = ...,
+    brain: scan_package.BrainMode = ...,
+    **options: Any,
+) -> dict[tuple[str, str], Saliency]: ...
 def explain(
     model: Model | str,
     scan: "ScanSource",
@@ -292,74 +389,69 @@ def explain(
     brain: scan_package.BrainMode = "auto",
     **options: Any,
 ) -> Saliency | dict[tuple[str, str], Saliency]:
-    """Explains what in a scan speaks for a label.
+    """Compute saliency maps for the label of a task.
 
-    What is explained is the log-odds of the label's probability, which for a task of two labels is its logit. With
-    several folds the map is the mean of theirs.
+    A map explains the log-odds of the label's probability. For a task with two labels this is the logit. With several
+    folds the map is the mean over the folds.
 
     Args:
-        model: A model, or a name that `load_model` takes.
-        scan: One scan, as `predict` takes it.
-        task: A task, or several; the model's first where not given.
-        label: The label that is explained, or one for each task by name; the last one, the most severe, where not
-            given.
-        method: A saliency method, or several; `ichprog plugins` lists them.
+        model: A model, or a name as in `load_model`.
+        scan: One scan, as in `predict`.
+        task: A task or several. By default the first task of the model.
+        label: The label to explain, or a label for each task by name. By default the last, most severe label.
+        method: A saliency method or several. `ichprog plugins` lists the methods.
         brain: As in `predict`.
-        **options: Options of the methods, such as `layer="features.transition3.conv"` of Grad-CAM; each method takes
-            those that are its own.
+        **options: Options of the methods, such as `layer="features.transition3.conv"` for Grad-CAM. Each method gets
+            the options that it declares.
 
     Returns:
-        A Saliency; where tasks or methods are several, a dict of them keyed (task, method), all from one forward pass
-        of each fold.
+        A Saliency. If `task` or `method` is a sequence: a dict keyed (task, method), computed from one forward pass of
+        each fold.
 
     Raises:
-        ScanError: The scan cannot be read or is none that the model can be asked about.
+        ScanError: The scan cannot be read, or the model cannot process it.
         UnknownNameError: There is no such task, label, method, layer or option.
         PluginError: A method cannot be loaded, breaks its contract, refuses its options, or does not apply to the
-            model's network.
+            network.
+
+    Example:
+        ```python
+        ichprog.explain("perez2023.prognosis", "scan.nii.gz", method="grad_cam").save("map.nii.gz")
+        ```
     """
     scan = sources.find_one_scan(scan)
     loaded = load_model(model) if isinstance(model, str) else model
     spec = loaded.spec
-    tasks = [spec.tasks[0]] if task is None else [spec.task(name) for name in _several(task)]
-    labels = {each.name: _label_of(each, label, sole=len(tasks) == 1) for each in tasks}
-    methods = _several(method)
-    if all(registry.saliency.entry(name).distribution == "ichprog" for name in methods):  # others may want the network
-        loaded.fold_runtimes[0].prefetch_explanation()  # while torch is imported for the methods, and the scan is read
-    attributions = _attributions(methods, options)
-    examined = loaded.load_scan(scan, brain=brain)
-    prepared = preprocessing.prepare(examined.hu, spec.input)
-    maps: dict[tuple[str, str], np.ndarray] = {}
-    ran: dict[str, Any] = {}
-    for member in loaded.fold_runtimes:
-        found, ran = _maps_of(member, prepared, tasks, labels, attributions)
-        if len(loaded.fold_runtimes) > 1:
-            member.release_memory()  # many folds take no more memory to run than one
-        for key, values in found.items():
-            maps[key] = maps.get(key, np.float32(0)) + values / np.float32(len(loaded.fold_runtimes))
-    provenance = loaded.provenance(examined) | ran
-    size = examined.hu.shape, examined.source_shape, examined.source_affine  # and not the scan, which is large
-    over_scan = functools.partial(_over_scan, *size, spec.input)
+    tasks = [spec.tasks[0]] if task is None else [spec.task(name) for name in _as_list(task)]
+    labels = {each.name: _label_of(each, label, is_only=len(tasks) == 1) for each in tasks}
+    methods = _load_methods(_as_list(method), options)
+    if all(each.requires == "features" for each in methods.values()):
+        loaded.fold_runtimes[0].prefetch_explanation()  # in a thread, while torch is imported and the scan is read
+    checked = loaded.load_scan(scan, brain=brain)
+    maps, run = _mean_maps(loaded, preprocessing.prepare(checked.hu, spec.input), tasks, labels, methods)
+    provenance = loaded.provenance(checked) | run
+    geometry = checked.hu.shape, checked.source_shape, checked.source_affine  # the scan itself is large
+    to_image = functools.partial(_to_image, *geometry, spec.input)
     results = {
         (name, how): Saliency(
-            scan=examined.name,
+            scan=checked.name,
             model=spec.name,
             task=name,
             label=labels[name],
             method=how,
             grid_map=values,
             empty=not values.any(),
-            warnings=examined.warnings,
-            provenance=provenance | {"options": attributions[how].options, "grid_shape": list(values.shape)},
-            over_scan=over_scan,
+            warnings=checked.warnings,
+            provenance=provenance | {"options": methods[how].options, "grid_shape": list(values.shape)},
+            to_image=to_image,
         )
         for (name, how), values in maps.items()
     }
-    one = (task is None or isinstance(task, str)) and isinstance(method, str)
-    return next(iter(results.values())) if one else results
+    is_single = (task is None or isinstance(task, str)) and isinstance(method, str)
+    return next(iter(results.values())) if is_single else results
 
 
-def _over_scan(
+def _to_image(
     shape: tuple[int, int, int],
     source_shape: tuple[int, ...],
     source_affine: np.ndarray,
@@ -372,23 +464,23 @@ def _over_scan(
 def _predictions(
     model: Model, sources: "Iterable[ScanSource]", brain: scan_package.BrainMode, on_error: OnError
 ) -> Iterator[Prediction]:
-    for prediction, examined in model.predict_iter(sources, brain=brain):
-        if isinstance(examined, ScanError) and on_error == "raise":
-            raise examined
+    for prediction, scan in model.predict_iter(sources, brain=brain):
+        if isinstance(scan, ScanError) and on_error == "raise":
+            raise scan
         yield prediction
 
 
-def _ahead(work: Callable[[_Item], _Done], items: Iterable[_Item]) -> Iterator[tuple[_Item, _Done]]:
-    """Items with what was done for each, in their order, the next one under way already."""
-    with ThreadPoolExecutor(1, thread_name_prefix="ichprog-read") as pool:
-        begun: list[tuple[_Item, Future[_Done]]] = []
+def _prefetch(work: Callable[[_Item], _Result], items: Iterable[_Item]) -> Iterator[tuple[_Item, _Result]]:
+    """Yield each item with its result, while a thread works on the next item."""
+    with ThreadPoolExecutor(1, thread_name_prefix="ichprog-read") as executor:
+        pending: list[tuple[_Item, Future[_Result]]] = []
         for item in items:
-            begun.append((item, pool.submit(work, item)))
-            if len(begun) > 1:
-                last, done = begun.pop(0)
-                yield last, done.result()
-        for last, done in begun:
-            yield last, done.result()
+            pending.append((item, executor.submit(work, item)))
+            if len(pending) > 1:
+                current, future = pending.pop(0)
+                yield current, future.result()
+        for current, future in pending:
+            yield current, future.result()
 
 
 @functools.cache
@@ -396,94 +488,127 @@ def _versions() -> dict[str, str]:
     return {"python": python_version(), **{name: version(name) for name in DEPENDENCIES}}
 
 
-def _several(names: str | Sequence[str]) -> list[str]:
+def _as_list(names: str | Sequence[str]) -> list[str]:
     return [names] if isinstance(names, str) else list(dict.fromkeys(names))
 
 
-def _over_folds(task: Task, answers: Sequence[TaskOutput]) -> TaskPrediction:
-    """One scan's answers of several folds as one."""
-    each = np.stack([answer.probabilities[0] for answer in answers]).astype(float)
-    means = dict(zip(task.labels, each.mean(0).tolist(), strict=True))
-    spread = dict(zip(task.labels, each.std(0, ddof=1).tolist(), strict=True)) if len(answers) > 1 else None
-    logits = np.mean([answer.logits[0] for answer in answers], axis=0, dtype=float)
-    return TaskPrediction(task.decide(means), means, tuple(logits.tolist()), spread)
+def _mean_over_folds(task: Task, outputs: Sequence[TaskOutput]) -> TaskPrediction:
+    """Return the prediction of one task from the outputs of all folds."""
+    probabilities = np.stack([output.probabilities[0] for output in outputs]).astype(float)
+    means = dict(zip(task.labels, probabilities.mean(0).tolist(), strict=True))
+    std = None
+    if len(outputs) > 1:
+        std = dict(zip(task.labels, probabilities.std(0, ddof=1).tolist(), strict=True))
+    logits = np.mean([output.logits[0] for output in outputs], axis=0, dtype=float)
+    return TaskPrediction(task.decide(means), means, tuple(logits.tolist()), std)
 
 
-def _label_of(task: Task, label: str | Mapping[str, str] | None, *, sole: bool) -> str:
-    """The label of a task that is to be explained."""
-    if isinstance(label, str) and not sole:
-        raise UnknownNameError("label of several tasks", label, [], hint="Give a label for each task, {task: label}.")
+def _label_of(task: Task, label: str | Mapping[str, str] | None, *, is_only: bool) -> str:
+    """Return the label of a task to explain."""
+    if isinstance(label, str) and not is_only:
+        raise UnknownNameError("label of several tasks", label, [], hint="Give a label for each task: {task: label}.")
     chosen = label if isinstance(label, str) else (label or {}).get(task.name, task.labels[-1])
     if chosen not in task.labels:
         raise UnknownNameError(f"label of {task.name}", chosen, task.labels)
     return chosen
 
 
-class _Attribution(NamedTuple):
-    """A saliency method with the options that are its own."""
+class _Method(NamedTuple):
+    """A saliency method with its options."""
 
-    method: Callable[..., Any]
+    attribute: Callable[..., Any]
     options: dict[str, Any]
-    has_layer: bool
+    requires: str
+    takes_layer: bool
 
 
-def _attributions(methods: Sequence[str], options: Mapping[str, Any]) -> dict[str, _Attribution]:
-    """The methods by name, each with its share of the options."""
-    found, taken = {}, set()
-    for name in methods:
+def _load_methods(names: Sequence[str], options: Mapping[str, Any]) -> dict[str, _Method]:
+    """Load saliency methods by name and give each the options that it declares."""
+    from ichprog.saliency import requirement_of
+
+    methods, declared = {}, set()
+    for name in names:
         attribute = registry.saliency.load(name)
         if not callable(attribute):
-            raise PluginError(f"saliency method {name!r} breaks its contract: it is no function.")
+            raise PluginError(f"saliency method {name!r} breaks its contract: it is not a function.")
+        try:
+            requires = requirement_of(attribute)
+        except InvalidValueError as error:
+            raise PluginError(f"saliency method {name!r} breaks its contract: {error}") from error
         own = {p.name for p in inspect.signature(attribute).parameters.values() if p.kind is p.KEYWORD_ONLY}
         chosen = {key: value for key, value in options.items() if key in own}
-        found[name] = _Attribution(attribute, chosen, "layer" in own)
-        taken |= own
-    for unknown in options.keys() - taken:
-        raise UnknownNameError(f"option of {', '.join(methods)}", unknown, sorted(taken))
-    return found
+        methods[name] = _Method(attribute, chosen, requires, "layer" in own)
+        declared |= own
+    for unknown in options.keys() - declared:
+        raise UnknownNameError(f"option of {', '.join(names)}", unknown, sorted(declared))
+    return methods
 
 
-def _maps_of(
-    member: Runtime,
-    prepared: np.ndarray,
+def _mean_maps(
+    model: Model, grid: np.ndarray, tasks: Sequence[Task], labels: Mapping[str, str], methods: Mapping[str, _Method]
+) -> tuple[dict[tuple[str, str], np.ndarray], dict[str, Any]]:
+    """Return the mean map over folds for each task and method, and the provenance of the run."""
+    maps: dict[tuple[str, str], np.ndarray] = {}
+    run: dict[str, Any] = {}
+    for runtime in model.fold_runtimes:
+        fold_maps, run = _maps_of_fold(runtime, grid, tasks, labels, methods)
+        if len(model.fold_runtimes) > 1:
+            runtime.release_memory()  # so that many folds need no more memory than one
+        for key, values in fold_maps.items():
+            maps[key] = maps.get(key, np.float32(0)) + values / np.float32(len(model.fold_runtimes))
+    return maps, run
+
+
+def _maps_of_fold(
+    runtime: Runtime,
+    grid: np.ndarray,
     tasks: Sequence[Task],
     labels: Mapping[str, str],
-    attributions: Mapping[str, _Attribution],
+    methods: Mapping[str, _Method],
 ) -> tuple[dict[tuple[str, str], np.ndarray], dict[str, Any]]:
-    """One fold's map for each task and method, all from one forward pass, and what ran it."""
-    import torch
-
-    from ichprog import saliency
+    """Return the map of one fold for each task and method from one forward pass, and the provenance of the run."""
+    from ichprog.saliency import Score
 
     maps: dict[tuple[str, str], np.ndarray] = {}
-    layers = {how.options.get("layer") for how in attributions.values() if how.has_layer}
-    with member.explanation_session(prepared, [how.method for how in attributions.values()], layers) as known:
+    layers = {method.options.get("layer") for method in methods.values() if method.takes_layer}
+    needs_network = any(method.requires == "network" for method in methods.values())
+    with runtime.explanation_session(grid, layers, needs_network=needs_network) as shared:
         for task in tasks:
-            score = saliency.Score(known, _log_odds(known.network, task.name, task.labels.index(labels[task.name])))
-            for name, how in attributions.items():
-                try:
-                    with known.rounding():
-                        found = torch.as_tensor(how.method(score, known.grid, known.network, **how.options)).detach()
-                except ValueError as error:
-                    raise PluginError(f"saliency method {name!r} refuses its options {how.options}: {error}") from error
-                if found.ndim != 3 or not bool(found.isfinite().all()):
-                    raise PluginError(
-                        f"saliency method {name!r} breaks its contract: a map is (D, H, W) of finite numbers, this one "
-                        f"has shape {tuple(found.shape)}{'' if found.ndim != 3 else ' and numbers that are not'}."
-                    )
-                maps[task.name, name] = found.float().cpu().numpy()
-        return maps, {
-            "runtime": known.runtime,
-            **({} if known.fallback_reason is None else {"note": known.fallback_reason}),
-        }
+            score = Score(shared, _log_odds(shared.network, task.name, task.labels.index(labels[task.name])))
+            for name, method in methods.items():
+                maps[task.name, name] = _map_of(name, method, score)
+        run = {"runtime": shared.runtime}
+        if shared.fallback_reason is not None:
+            run["fallback_reason"] = shared.fallback_reason
+        return maps, run
+
+
+def _map_of(name: str, method: _Method, score: "Score") -> np.ndarray:
+    """Return the map of one saliency method as float32."""
+    import torch
+
+    shared = score.shared
+    try:
+        with shared.autocast():
+            result = torch.as_tensor(method.attribute(score, shared.grid, shared.network, **method.options)).detach()
+    except ValueError as error:
+        raise PluginError(f"saliency method {name!r} refuses its options {method.options}: {error}") from error
+    if result.ndim != 3 or not bool(result.isfinite().all()):
+        problem = f"shape {tuple(result.shape)}" if result.ndim != 3 else "values that are not finite"
+        raise PluginError(
+            f"saliency method {name!r} breaks its contract: a map is (D, H, W) of finite numbers, and this map has "
+            f"{problem}."
+        )
+    values: np.ndarray = result.float().cpu().numpy()
+    return values
 
 
 def _log_odds(network: Any, task: str, label: int) -> "Callable[[dict[str, torch.Tensor]], torch.Tensor]":
-    """The log-odds of a label's probability, from a network's logits."""
+    """Return the function from a network's logits to the log-odds of a label's probability."""
     import torch
 
     def score(logits: "dict[str, torch.Tensor]") -> "torch.Tensor":
-        # in double precision a probability near one keeps its distance from one
+        # double precision keeps probabilities close to one apart from one
         probabilities = network.heads[task].probabilities(logits[task].to("cpu", torch.float64))
         return cast("torch.Tensor", probabilities[:, label].logit(eps=1e-15))
 

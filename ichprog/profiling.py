@@ -28,7 +28,7 @@ from torch.utils.flop_counter import flop_registry
 from ichprog import networks, registry, zoo
 from ichprog.errors import IchprogError, PluginError, UnknownNameError
 from ichprog.registry import Registry
-from ichprog.saliency import ForwardPass, Score
+from ichprog.saliency import Score, TorchPass
 from ichprog.spec import ModelSpec, PluginRef
 
 Shape = tuple[int, int, int]
@@ -147,8 +147,8 @@ def _method(plugins: Registry, name: str, shape: Shape | None) -> Cost:
     grid, task, passes = _grid(spec).requires_grad_(), spec.tasks[0].name, _Passes()
 
     def map_of() -> Tensor:
-        known = ForwardPass(explained, grid, [explained.cam_layer])
-        found: Tensor = attribute(Score(known, lambda logits: logits[task][:, -1]), grid, explained)
+        shared = TorchPass(explained, grid, [explained.cam_layer])
+        found: Tensor = attribute(Score(shared, lambda logits: logits[task][:, -1]), grid, explained)
         return found.detach()[None]
 
     handle = explained.register_forward_hook(passes.see)

@@ -1,4 +1,4 @@
-"""What comes back: a `Prediction` for a scan, a `Saliency` for a scan, a task and a method."""
+"""The results: a `Prediction` of a scan, and a `Saliency` of a scan, a task and a method."""
 
 import csv
 import functools
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 
-from ichprog.errors import ScanError, ScanWarning, UnknownNameError
+from ichprog.errors import InvalidValueError, ScanError, ScanWarning, UnknownNameError
 from ichprog.io import atomic_write
 from ichprog.spec import ModelSpec
 
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TaskPrediction:
-    """The answer to one task.
+    """The prediction of one task.
 
     Attributes:
-        label: The label the model decides for, by its spec's threshold.
-        probabilities: Each label's probability, the mean over folds; they add to one.
-        logits: The head's numbers, the mean over folds.
-        std: Each probability's standard deviation between folds; None where only one fold answered.
+        label: The predicted label, by the threshold of the spec.
+        probabilities: Probability of each label, the mean over folds. They sum to one.
+        logits: Logits of the head, the mean over folds.
+        std: Standard deviation of each probability between folds; None with one fold.
     """
 
     label: str
@@ -35,19 +35,35 @@ class TaskPrediction:
     logits: tuple[float, ...]
     std: Mapping[str, float] | None
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the prediction as plain data, ready for JSON."""
+        return {
+            "label": self.label,
+            "probabilities": dict(self.probabilities),
+            "logits": list(self.logits),
+            "std": None if self.std is None else dict(self.std),
+        }
+
 
 @dataclass(frozen=True)
-class Prediction:
-    """A model's answer about one scan; `prediction["prognosis"]` is the answer to a task.
+class Prediction(Mapping[str, TaskPrediction]):
+    """The prediction of a model for one scan: a mapping from task names to `TaskPrediction`.
 
     Attributes:
-        scan: The scan, as it was named.
-        model: The model's name.
-        tasks: Each task's answer; empty where the scan could not be read.
-        warnings: Doubts about the scan.
-        provenance: Everything that went into the answer, as plain data.
-        error: What was wrong with the scan, with `code` and `message`; None if the scan was predicted.
+        scan: Name of the scan.
+        model: Name of the model.
+        tasks: Prediction of each task; empty if the scan has an error.
+        warnings: Warnings about the scan.
+        provenance: Everything that determines the prediction, as plain data.
+        error: The error of the scan, with `code` and `message`; None if there is a prediction.
         patient: Name of the patient in the cohort; None if the scan does not come from a cohort.
+
+    Example:
+        ```python
+        prediction = ichprog.predict("perez2023.prognosis", "scan.nii.gz")
+        for task, result in prediction.items():
+            print(task, result.label, result.probabilities)
+        ```
     """
 
     scan: str
@@ -59,33 +75,38 @@ class Prediction:
     patient: str | None = None
 
     def __getitem__(self, task: str) -> TaskPrediction:
-        """The answer to one task.
+        """Return the prediction of one task.
 
         Raises:
-            ScanError: The scan could not be read and there is no answer.
+            ScanError: The scan has an error and therefore no prediction.
             UnknownNameError: The model has no such task.
         """
         if self.error is not None:
-            raise ScanError(f"there is no answer for {self.scan}: {self.error['message']}", code=self.error["code"])
+            raise ScanError(f"{self.scan} has no prediction: {self.error['message']}", code=self.error["code"])
         if task not in self.tasks:
             raise UnknownNameError(f"task of {self.model}", task, self.tasks)
         return self.tasks[task]
 
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tasks)
+
+    def __len__(self) -> int:
+        return len(self.tasks)
+
+    def __contains__(self, task: object) -> bool:
+        return task in self.tasks
+
+    def __bool__(self) -> bool:
+        """Return True, also for a prediction with an error; `error` tells the two apart."""
+        return True
+
     def to_dict(self) -> dict[str, Any]:
-        """The prediction as plain data, ready for JSON."""
+        """Return the prediction as plain data, ready for JSON."""
         return {
             **({} if self.patient is None else {"patient": self.patient}),
             "scan": self.scan,
             "model": self.model,
-            "tasks": {
-                name: {
-                    "label": task.label,
-                    "probabilities": dict(task.probabilities),
-                    "logits": list(task.logits),
-                    "std": None if task.std is None else dict(task.std),
-                }
-                for name, task in self.tasks.items()
-            },
+            "tasks": {name: task.to_dict() for name, task in self.tasks.items()},
             "warnings": [warning.to_dict() for warning in self.warnings],
             "provenance": dict(self.provenance),
             **({} if self.error is None else {"error": dict(self.error)}),
@@ -94,20 +115,20 @@ class Prediction:
 
 @dataclass(frozen=True, eq=False)
 class Saliency:
-    """What in a scan speaks for one label of one task; the higher, the more.
+    """A saliency map: how much each cell of a scan raises the log-odds of one label of one task.
 
     Attributes:
-        scan: The scan, as it was named.
-        model: The model's name.
+        scan: Name of the scan.
+        model: Name of the model.
         task: The task.
         label: The label whose log-odds are explained.
         method: The saliency method.
-        grid_map: The map as the method gave it, signed and unscaled, `(d, h, w)`: slices, rows, columns. Its shape is
-            the map's true resolution.
-        empty: Whether the map is zero everywhere, so that there is nothing to draw.
-        warnings: Doubts about the scan.
-        provenance: Everything that went into the map, as plain data.
-        over_scan: What lays a map of the grid over the scan.
+        grid_map: The map as the method computed it, signed and unscaled, `(d, h, w)`: slices, rows, columns. Its shape
+            is the true resolution of the map.
+        empty: Whether the map is zero everywhere.
+        warnings: Warnings about the scan.
+        provenance: Everything that determines the map, as plain data.
+        to_image: Resamples a map from the grid to the voxels of the scan.
     """
 
     scan: str
@@ -119,15 +140,15 @@ class Saliency:
     empty: bool
     warnings: tuple[ScanWarning, ...]
     provenance: Mapping[str, Any] = field(repr=False)
-    over_scan: Callable[[np.ndarray], "nib.Nifti1Image"] = field(repr=False)
+    to_image: Callable[[np.ndarray], "nib.Nifti1Image"] = field(repr=False)
 
     @functools.cached_property
     def image(self) -> "nib.Nifti1Image":
-        """The map over the scan's own voxels, in its own shape and affine; made when it is first asked for."""
-        return self.over_scan(self.grid_map)
+        """Return the map as an image with the shape and affine of the scan. It is computed on first use."""
+        return self.to_image(self.grid_map)
 
     def to_dict(self) -> dict[str, Any]:
-        """All but the map itself as plain data, ready for JSON."""
+        """Return everything except the map itself as plain data, ready for JSON."""
         return {
             "scan": self.scan,
             "model": self.model,
@@ -141,19 +162,22 @@ class Saliency:
         }
 
     def save(self, path: str | Path) -> Path:
-        """Writes the image as NIfTI, whole or not at all.
+        """Write the image as NIfTI, atomically.
 
         Args:
             path: A file name that ends in .nii or .nii.gz.
 
         Returns:
             The path.
-        """
-        import nibabel as nib
 
+        Raises:
+            InvalidValueError: The name has another ending.
+        """
         target = Path(path)
         if not target.name.endswith((".nii", ".nii.gz")):
-            raise ValueError(f"{target}: a map is written as NIfTI; end its name in .nii or .nii.gz")
+            raise InvalidValueError("file name of a map", str(path), "a name that ends in .nii or .nii.gz")
+        import nibabel as nib
+
         with atomic_write(target) as partial:
             nib.save(self.image, partial)
         return target

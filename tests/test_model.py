@@ -251,7 +251,7 @@ def test_failures_are_recorded_and_the_rest_goes_on(bright_model, scan_path, tmp
     assert (empty.error["code"], none.error["code"]) == ("unreadable", "not-found")
     assert good.error is None
     assert json.loads(json.dumps(empty.to_dict()))["error"]["message"].endswith("the file is empty.")
-    with pytest.raises(ScanError, match="there is no answer"):
+    with pytest.raises(ScanError, match="has no prediction"):
         empty["prognosis"]
     with pytest.raises(ScanError):
         ichprog.predict(bright_model, sources)
@@ -275,7 +275,7 @@ def test_a_prediction_says_where_it_comes_from(hub_server, scan_path):
     assert provenance["scan"]["brain_ml"] > 500
     assert provenance["versions"]["torch"] == torch.__version__
     assert (provenance["runtime"], provenance["device"], provenance["precision"]) == ("openvino", "cpu", "float32")
-    assert provenance["note"] is None
+    assert provenance["fallback_reason"] is None
     assert "research" in provenance["notice"]
 
 

@@ -134,7 +134,7 @@ def network(request):
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("pick", PICKS)
 def test_guided_backprop_is_the_rule_in_every_relu(network, grid, pick, shared):
-    score = saliency.Score(saliency.ForwardPass(network, grid, []), pick) if shared else lambda x: pick(network(x))
+    score = saliency.Score(saliency.TorchPass(network, grid, []), pick) if shared else lambda x: pick(network(x))
     got = saliency.guided_backprop(score, grid, network)
     assert torch.allclose(got, brute_force_guided(network, grid, pick), atol=1e-12)
     assert got.abs().sum() > 0
@@ -144,7 +144,7 @@ def test_guided_backprop_is_the_rule_in_every_relu(network, grid, pick, shared):
 @pytest.mark.parametrize("pick", PICKS)
 def test_grad_cam_is_what_finite_differences_give(network, grid, pick, shared):
     layer = network.cam_layer
-    score = saliency.Score(saliency.ForwardPass(network, grid, [layer]), pick) if shared else lambda x: pick(network(x))
+    score = saliency.Score(saliency.TorchPass(network, grid, [layer]), pick) if shared else lambda x: pick(network(x))
     got = saliency.grad_cam(score, grid, network)
     expected = brute_force_cam(network, grid.detach(), pick, layer)
     assert torch.allclose(got, expected, atol=1e-7)
@@ -218,10 +218,10 @@ def test_methods_and_tasks_share_one_forward_pass(grid):
     network = networks()["modules"]
     runs = []
     hook = network.backbone.register_forward_hook(lambda *_: runs.append(1))
-    known = saliency.ForwardPass(network, grid, [network.cam_layer])
+    shared = saliency.TorchPass(network, grid, [network.cam_layer])
     for pick in PICKS:
         for method in ("guided_backprop", "grad_cam", "guided_grad_cam"):
-            registry.saliency.load(method)(saliency.Score(known, pick), grid, network)
+            registry.saliency.load(method)(saliency.Score(shared, pick), grid, network)
     hook.remove()
     assert len(runs) == 1
 

@@ -62,7 +62,7 @@ def evaluate(
         click.echo(json.dumps(found.to_dict(), indent=2, ensure_ascii=False))
     else:
         _say(found)
-    if note := found.about["provenance"]["note"]:
+    if note := found.about["provenance"]["fallback_reason"]:
         click.echo(f"{note}.", err=True)
     click.echo(found.model.notice, err=True)
     ctx.exit(1 if found.failed else 0)

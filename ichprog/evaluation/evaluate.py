@@ -215,7 +215,7 @@ def evaluate(
     choice, cache = resolve_runtime(runtime, device, precision), hub.cache_folder(cache_dir)
     with _bar(sum(map(len, asked.values())), progress) as bar:
         for folds, places in asked.items():
-            model = Model(spec, [file for file in weights if file.fold in folds], choice, cache)
+            model = Model.build(spec, [file for file in weights if file.fold in folds], choice, cache)
             provenance = model.provenance()
             used |= {each["fold"]: each for each in provenance["weights"]}
             results = model.predict_iter([table.patients[place].scan for place in places], brain=brain)

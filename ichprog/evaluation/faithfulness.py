@@ -215,8 +215,8 @@ def randomised(
     methods = [method] if isinstance(method, str) else list(method)
     choice = resolve_runtime("torch", loaded.device, "float32")
     with torch.random.fork_rng(devices=[]):
-        own = Model(loaded.spec, loaded.weights[:1], choice, hub.cache_folder())  # read anew: ours to spoil
-    network: nn.Module = cast("Any", own.fold_runtimes[0]).network
+        own = Model.build(loaded.spec, loaded.weights[:1], choice, hub.cache_folder())  # a copy that may be changed
+    network = own.torch_module()
     examined = own.load_scan(scan, brain=brain)
     inside = preprocessing.prepare(examined.hu, own.spec.input) > 0
 

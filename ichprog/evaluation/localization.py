@@ -7,7 +7,6 @@ Maps over a scan and masks are `(i, j, k)` in LPS order. What is positive in a m
 nothing positive is empty, and is counted as that and not as a miss.
 """
 
-import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -272,7 +271,7 @@ def measured(
                     continue
                 scan = model.load_scan(patient.scan, brain=brain)
                 lesion = lesion_in(where[patient.name], scan)
-                maps = cast("dict[tuple[str, str], Saliency]", explain(model, scan, task=own, method=list(methods)))
+                maps = explain(model, scan, task=own, method=list(methods))
                 for row in _rows(model, scan, lesion, maps, tolerance_mm, steps):
                     yield MapMetrics(variant, fold, patient.name, **row)
     for name in set(tasks or ()) - known:
@@ -287,13 +286,7 @@ def _member(source: str | Model | Callable[[int | None], Model], fold: int | Non
         return source(fold)
     if fold is None:
         return source
-    here = [file.fold for file in source.weights]
-    if fold not in here:
-        raise UnknownNameError(f"fold of {source.spec.name}", fold, here)
-    at = here.index(fold)
-    alone = copy.copy(source)
-    alone.weights, alone.fold_runtimes = source.weights[at : at + 1], source.fold_runtimes[at : at + 1]
-    return alone
+    return source.fold(fold)
 
 
 def _rows(

@@ -1,16 +1,16 @@
-"""Running a network on grids.
+"""Run networks on grids.
 
-`eager` runs it in torch, on any device: short, and what the other is held against. `compiled` runs it as OpenVINO
-compiled it for this processor, faster and without torch: `engine` is OpenVINO itself, `kept` keeps what was compiled,
-and `guided` makes the graph that explains out of the graph that answers.
+`torch_runtime` runs a network in torch on any device and is the reference. `openvino` runs a network that OpenVINO
+compiled for this CPU: it is faster, and needs no torch once the compiled graphs are cached.
 """
 
 import ctypes
+import logging
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
@@ -19,16 +19,20 @@ from ichprog.hub import WeightFile
 from ichprog.spec import ModelSpec
 
 if TYPE_CHECKING:
-    from ichprog.saliency import Pass
+    from torch import nn
+
+    from ichprog.saliency import ForwardPass
 
 __all__ = ["PRECISIONS", "RUNTIMES", "Runtime", "RuntimeConfig", "TaskOutput", "build_runtimes", "resolve_runtime"]
 
 RUNTIMES = ("auto", "openvino", "torch")
 PRECISIONS = ("float32", "bfloat16")
 
+_logger = logging.getLogger(__name__)
+
 
 class TaskOutput(NamedTuple):
-    """What a network says of one task.
+    """The output of a network for one task.
 
     Attributes:
         logits: `(B, K)`.
@@ -40,30 +44,33 @@ class TaskOutput(NamedTuple):
 
 
 class Runtime(Protocol):
-    """One fold's network, ready to run."""
+    """The network of one fold, ready to run."""
 
     def run(self, grids: np.ndarray) -> dict[str, TaskOutput]:
-        """The answer to each task.
+        """Run the network and return the output of each task.
 
         Args:
             grids: `(B, D, H, W)` float32.
         """
 
     def release_memory(self) -> None:
-        """Gives back the memory that runs take, until the next."""
+        """Release the working memory until the next run."""
 
     def prefetch_explanation(self) -> None:
-        """Begins to load what explaining takes, beside whatever the caller does next."""
+        """Prefetch the explanation graphs in a background thread."""
+
+    def torch_module(self) -> "nn.Module":
+        """Return the network as a torch module in evaluation mode."""
 
     def explanation_session(
-        self, grid: np.ndarray, methods: Collection[Callable[..., Any]], layers: Collection[str | None]
-    ) -> "AbstractContextManager[Pass]":
-        """One forward pass, from which saliency methods explain while the block runs.
+        self, grid: np.ndarray, layers: Collection[str | None], *, needs_network: bool
+    ) -> "AbstractContextManager[ForwardPass]":
+        """Run one forward pass, which saliency methods share while the block runs.
 
         Args:
             grid: `(D, H, W)` float32.
-            methods: The methods that will ask.
-            layers: The layers they ask for; None is the backbone's own choice.
+            layers: Layers that the methods read; None is the `cam_layer` of the backbone.
+            needs_network: Whether a method needs the torch network.
 
         Raises:
             UnknownNameError: The network has no such layer.
@@ -75,10 +82,10 @@ class RuntimeConfig(NamedTuple):
 
     Attributes:
         runtime: "openvino" or "torch".
-        device: A device of torch.
+        device: A torch device.
         precision: One of `PRECISIONS`.
-        explicit: Whether the runtime was asked for by name, so that no other stands in for it.
-        note: Why it is not what was asked for, or None.
+        explicit: Whether the user named the runtime, so that there is no fallback.
+        fallback_reason: Why runtime or precision differ from the requested ones, or None.
     """
 
     runtime: str
@@ -89,15 +96,19 @@ class RuntimeConfig(NamedTuple):
 
 
 def resolve_runtime(runtime: str, device: str, precision: str) -> RuntimeConfig:
-    """What "auto" stands for here: OpenVINO on a processor, torch on a graphics card.
+    """Resolve "auto": OpenVINO on the CPU, torch on other devices.
 
     Args:
         runtime: One of `RUNTIMES`.
-        device: "auto", "cpu", "cuda", "cuda:1", "mps".
-        precision: One of `PRECISIONS`; what a processor does not compute in becomes float32.
+        device: "auto", "cpu", "cuda", "cuda:1" or "mps".
+        precision: One of `PRECISIONS`. Without bfloat16 support in the CPU, OpenVINO uses float32.
 
     Raises:
-        UnknownNameError: There is no such runtime, precision or device here.
+        UnknownNameError: There is no such runtime, precision or device.
+
+    Example:
+        >>> resolve_runtime("torch", "cpu", "float32")
+        RuntimeConfig(runtime='torch', device='cpu', precision='float32', explicit=True, fallback_reason=None)
     """
     if runtime not in RUNTIMES:
         raise UnknownNameError("runtime", runtime, RUNTIMES)
@@ -105,70 +116,76 @@ def resolve_runtime(runtime: str, device: str, precision: str) -> RuntimeConfig:
         raise UnknownNameError("precision", precision, PRECISIONS)
     if runtime == "openvino" and device not in ("auto", "cpu"):
         raise UnknownNameError(
-            "device of the runtime openvino", device, ("auto", "cpu"), "Other devices take runtime='torch'."
+            "device of the runtime openvino", device, ("auto", "cpu"), "For other devices use runtime='torch'."
         )
-    where = "cpu" if runtime == "openvino" or device == "cpu" else _device(device)
-    if where != "cpu" or runtime == "torch":
-        return RuntimeConfig("torch", where, precision, explicit=True)
+    resolved = "cpu" if runtime == "openvino" or device == "cpu" else _resolve_device(device)
+    if resolved != "cpu" or runtime == "torch":
+        return RuntimeConfig("torch", resolved, precision, explicit=True)
     from ichprog.runtime.openvino import backend
 
-    backend.wake()
-    if precision == "bfloat16" and not backend.computes_in_bfloat16():
-        note = "this processor does not compute in bfloat16, so float32 was taken"
-        return RuntimeConfig("openvino", where, "float32", runtime == "openvino", note)
-    return RuntimeConfig("openvino", where, precision, runtime == "openvino")
+    backend.start_import()
+    if precision == "bfloat16" and not backend.supports_bfloat16():
+        reason = "this CPU does not support bfloat16, so the model computes in float32"
+        _logger.info("Precision falls back to float32: %s.", reason)
+        return RuntimeConfig("openvino", resolved, "float32", runtime == "openvino", reason)
+    return RuntimeConfig("openvino", resolved, precision, runtime == "openvino")
 
 
 def build_runtimes(
-    spec: ModelSpec, files: Sequence[WeightFile], choice: RuntimeConfig, cache: Path
+    spec: ModelSpec, files: Sequence[WeightFile], config: RuntimeConfig, cache: Path
 ) -> tuple[tuple[Runtime, ...], RuntimeConfig]:
-    """Each fold's network, ready to run, and how it is run in the end.
+    """Build the runtime of each fold.
 
     Args:
-        spec: The model.
-        files: Each fold's weights.
-        choice: How they are to be run. Torch stands in for OpenVINO where that cannot run the network.
-        cache: The folder where compiled networks are kept.
+        spec: The specification of the model.
+        files: Weight file of each fold.
+        config: The requested runtime. If OpenVINO cannot run the network, torch is the fallback.
+        cache: The cache folder for compiled networks.
+
+    Returns:
+        The runtimes, and the configuration with which they run.
 
     Raises:
         WeightsError: The weights do not fit the network.
-        SpecError: The spec names options that its plugins refuse.
+        SpecError: The spec has options that its plugins refuse.
         UnknownNameError: The spec names a plugin that is not installed.
-        PluginError: A plugin cannot be loaded or breaks its contract; or OpenVINO, asked for by name, cannot run it.
+        PluginError: A plugin cannot be loaded or breaks its contract, or OpenVINO cannot run the network and the user
+            named that runtime.
     """
-    if choice.runtime == "openvino":
+    if config.runtime == "openvino":
         from ichprog.runtime.openvino.runtime import CompilationError, OpenVinoRuntime
 
         try:
-            return tuple(OpenVinoRuntime(spec, file, choice.precision, cache) for file in files), choice
+            return tuple(OpenVinoRuntime(spec, file, config.precision, cache) for file in files), config
         except CompilationError as error:
-            if choice.explicit:
-                raise PluginError(f"{error}. Take runtime='torch', or 'auto', which does so by itself.") from error
-            choice = choice._replace(runtime="torch", fallback_reason=str(error))
+            if config.explicit:
+                raise PluginError(f"{error}. Use runtime='torch', or 'auto' to fall back to torch.") from error
+            _logger.info("Falling back to the torch runtime: %s.", error)
+            config = config._replace(runtime="torch", fallback_reason=str(error))
     from ichprog.runtime.torch_runtime import TorchRuntime
 
-    return tuple(TorchRuntime(spec, file.path, choice.device, choice.precision) for file in files), choice
+    return tuple(TorchRuntime(spec, file.path, config.device, config.precision) for file in files), config
 
 
-def _device(asked: str) -> str:
-    """A device by the name torch has for it; torch is asked only where there may be another than the processor."""
-    if asked == "auto" and not _may_have_cuda():
+def _resolve_device(name: str) -> str:
+    """Return the torch device of a name. torch is imported only if there may be another device than the CPU."""
+    if name == "auto" and not _has_cuda_driver():
         return "cpu"
     import torch
 
-    here = ["auto", "cpu"]
-    here += [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    here += ["mps"] if torch.backends.mps.is_available() else []
-    device = "cuda:0" if asked == "cuda" else asked
-    if device not in here:
-        raise UnknownNameError("device", asked, here)
+    available = ["auto", "cpu"]
+    available += [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    available += ["mps"] if torch.backends.mps.is_available() else []
+    device = "cuda:0" if name == "cuda" else name
+    if device not in available:
+        raise UnknownNameError("device", name, available)
     if device == "auto":
         return "cuda:0" if torch.cuda.is_available() else "cpu"
     return device
 
 
-def _may_have_cuda() -> bool:
-    """Whether NVIDIA's driver is here, which is known long before torch is imported."""
+def _has_cuda_driver() -> bool:
+    """Return whether NVIDIA's driver is installed, without importing torch."""
     try:
         ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
     except OSError:

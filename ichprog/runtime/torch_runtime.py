@@ -1,12 +1,13 @@
-"""A network run in torch, as it stands."""
+"""The torch runtime: runs a network on any device that torch supports."""
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from ichprog import networks, saliency
 from ichprog.runtime import TaskOutput
@@ -14,13 +15,13 @@ from ichprog.spec import ModelSpec
 
 
 class TorchRuntime:
-    """One fold's network on one device.
+    """The network of one fold on one device.
 
     Args:
-        spec: The model.
-        path: The fold's weights, as safetensors.
-        device: A device of torch.
-        precision: "float32" or "bfloat16", with which matrix products are rounded.
+        spec: The specification of the model.
+        path: Weights of the fold, as safetensors.
+        device: A torch device.
+        precision: "float32" or "bfloat16", the precision of matrix products.
 
     Raises:
         WeightsError: The weights do not fit the network.
@@ -33,33 +34,38 @@ class TorchRuntime:
             networks.channels_last(self.network)
 
     def run(self, grids: np.ndarray) -> dict[str, TaskOutput]:
-        """Answers, as `Runtime.run` says."""
-        with torch.inference_mode(), self._rounding():
+        """Run the network, as in `Runtime.run`."""
+        with torch.inference_mode(), self._autocast():
             logits = self.network(torch.from_numpy(grids).to(self.device)[:, None])
         logits = {task: values.float() for task, values in logits.items()}
         probabilities = self.network.probabilities(logits)
         return {task: TaskOutput(logits[task].cpu().numpy(), probabilities[task].cpu().numpy()) for task in logits}
 
     def release_memory(self) -> None:
-        """Has nothing to give back."""
+        """Do nothing: the torch runtime holds no releasable memory."""
 
     def prefetch_explanation(self) -> None:
-        """Has loaded everything."""
+        """Do nothing: the torch runtime explains with the loaded network."""
+
+    def torch_module(self) -> nn.Module:
+        """Return the network that this runtime runs."""
+        return self.network
 
     @contextmanager
     def explanation_session(
         self,
         grid: np.ndarray,
-        methods: Collection[Callable[..., Any]],  # noqa: ARG002  # any can ask
         layers: Collection[str | None],
-    ) -> Iterator[saliency.Pass]:
-        """`Runtime.explanation_session`, with its graph kept for any method."""
-        names = {saliency.layer_name(self.network, layer) for layer in layers}
+        *,
+        needs_network: bool,  # noqa: ARG002  # the torch network is always there
+    ) -> Iterator[saliency.ForwardPass]:
+        """Run one forward pass with autograd, as in `Runtime.explanation_session`."""
+        names = {saliency.resolve_layer(self.network, layer) for layer in layers}
         with torch.inference_mode(mode=False), torch.enable_grad():
             values = torch.from_numpy(grid).to(self.device)[None, None].requires_grad_()
-            yield saliency.ForwardPass(self.network, values, names, self._rounding)
+            yield saliency.TorchPass(self.network, values, names, self._autocast)
 
-    def _rounding(self) -> AbstractContextManager[Any]:
+    def _autocast(self) -> AbstractContextManager[Any]:
         if self.precision == "float32":
             return nullcontext()
         return torch.autocast(torch.device(self.device).type, dtype=torch.bfloat16)

@@ -126,7 +126,7 @@ def test_bfloat16_is_near_float32(backbone, model_of, grids):
     name = model_of(backbone)
     rounded, exact = (ichprog.load_model(name, precision=precision) for precision in ("bfloat16", "float32"))
     if rounded.precision == "float32":
-        pytest.skip("this processor does not compute in bfloat16")
+        pytest.skip("this processor does not support bfloat16")
     assert np.abs(probabilities(rounded, grids) - probabilities(exact, grids)).max() < 0.01
 
 
@@ -142,8 +142,8 @@ def test_columns_in_pairs_give_the_same_numbers(kernel, stride, padding, columns
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv3d(1, 4, kernel, stride, padding), nn.ReLU(), nn.Conv3d(4, 3, 1)).eval()
     values = torch.rand(1, 1, 12, 13, columns)
-    graph = backend.converted(network, values.shape[2:])
-    backend.pair_columns(graph)
+    graph = backend.convert(network, values.shape[2:])
+    backend.columns_to_channels(graph)
     weights = [op.input_value(1) for op in graph.get_ordered_ops() if op.get_type_name() == "Convolution"]
     assert [tuple(each.get_shape())[:2] for each in weights] == [(4, 2), (3, 4)]
     found = backend.core().compile_model(graph, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})([values.numpy()])[0]
@@ -161,7 +161,7 @@ def test_the_compiled_way_back_is_autograds(backbone, model_of, image):
         ichprog.explain(ichprog.load_model(name, runtime=runtime), image, **asked) for runtime in ("auto", "torch")
     )
     for key, found in fast.items():
-        assert (found.provenance["runtime"], found.provenance["note"]) == ("openvino", None)
+        assert (found.provenance["runtime"], found.provenance["fallback_reason"]) == ("openvino", None)
         right = slow[key].grid_map
         assert found.grid_map.shape == right.shape
         assert np.abs(found.grid_map - right).max() <= 1e-4 * np.abs(right).max(), key
@@ -175,8 +175,8 @@ def test_autograd_explains_what_has_no_rule(backbone, model_of, image):
         ichprog.explain(ichprog.load_model(name, runtime=runtime), image) for runtime in ("openvino", "torch")
     )
     assert found.provenance["runtime"] == "torch"
-    assert "no compiled way back" in found.provenance["note"]
-    assert right.provenance["note"] is None
+    assert "guided backpropagation cannot be compiled" in found.provenance["fallback_reason"]
+    assert right.provenance["fallback_reason"] is None
     assert np.array_equal(found.grid_map, right.grid_map)
 
 
@@ -185,7 +185,7 @@ def test_autograd_explains_at_another_layer_and_for_other_methods(model_of, imag
     assert ichprog.explain(model, image, method="grad_cam").provenance["runtime"] == "openvino"
     inner = ichprog.explain(model, image, method="grad_cam", layer="features.0.inner")
     assert (inner.provenance["runtime"], inner.grid_map.shape) == ("torch", (8, 12, 11))
-    assert "layer" in inner.provenance["note"]
+    assert "layer" in inner.provenance["fallback_reason"]
     with pytest.raises(UnknownNameError, match="Unknown layer 'nothing'"):
         ichprog.explain(model, image, method="grad_cam", layer="nothing")
     ichprog.register_saliency("itself", lambda score, grid, network: grid[0, 0])
@@ -194,7 +194,7 @@ def test_autograd_explains_at_another_layer_and_for_other_methods(model_of, imag
     finally:
         registry.saliency.unregister("itself")
     assert plain.provenance["runtime"] == "torch"
-    assert "needs the network" in plain.provenance["note"]
+    assert "needs the torch network" in plain.provenance["fallback_reason"]
 
 
 def test_torch_stands_in_for_a_network_that_cannot_be_compiled(model_of, grids, image):
@@ -202,7 +202,7 @@ def test_torch_stands_in_for_a_network_that_cannot_be_compiled(model_of, grids, 
     model = ichprog.load_model(name)
     assert model.runtime == "torch"
     assert "OpenVINO cannot run its network" in model.fallback_reason
-    assert ichprog.predict(model, image).provenance["note"] == model.fallback_reason
+    assert ichprog.predict(model, image).provenance["fallback_reason"] == model.fallback_reason
     assert np.array_equal(logits(model, grids), logits(ichprog.load_model(name, runtime="torch"), grids))
     with pytest.raises(PluginError, match=r"cannot run its network.*runtime='torch'"):
         ichprog.load_model(name, runtime="openvino")
@@ -211,17 +211,17 @@ def test_torch_stands_in_for_a_network_that_cannot_be_compiled(model_of, grids, 
 def test_a_compiled_network_that_answers_otherwise_is_not_used(model_of, monkeypatch, grids):
     from ichprog.runtime.openvino import backend
 
-    converted = backend.converted
+    convert = backend.convert
 
     def spoilt(module, *args):
         for parameter in module.parameters():
             parameter.data += 0.1
-        graph = converted(module, *args)
+        graph = convert(module, *args)
         for parameter in module.parameters():
             parameter.data -= 0.1
         return graph
 
-    monkeypatch.setattr(backend, "converted", spoilt)
+    monkeypatch.setattr(backend, "convert", spoilt)
     model = ichprog.load_model(model_of("dense"))
     assert model.runtime == "torch"
     assert "differ" in model.fallback_reason
@@ -295,7 +295,7 @@ def test_the_second_use_needs_no_torch(filled, right):
 def test_a_precision_has_a_network_of_its_own(filled, right):
     model = ichprog.load_model(COMPACT, fold=0, precision="bfloat16")
     if model.fallback_reason is not None:
-        pytest.skip("this processor does not compute in bfloat16")
+        pytest.skip("this processor does not support bfloat16")
     assert len(compiled_files()) == 2
     _, found = in_a_process("bfloat16")
     assert 1e-4 < np.abs(found - right).max() < 0.2
@@ -310,7 +310,7 @@ def test_a_precision_has_a_network_of_its_own(filled, right):
         lambda b: b[:-5000] + bytes([b[-5000] ^ 1]) + b[-4999:],
         lambda b: b"0" * 8 + b[8:],
         lambda b: b[:8] + b"{}\n" + b[8:],
-        lambda b: b[:8] + b[8:].replace(b'"recipe": ', b'"recipe": 1'),
+        lambda b: b[:8] + b[8:].replace(b'"cache_version": ', b'"cache_version": 1'),
         lambda b: b"\n" * 2000,
     ],
     ids=["cut", "cut short", "empty", "a bit", "checksum", "no stamp", "stale", "lines"],
@@ -390,12 +390,12 @@ def test_two_processes_at_once(right):
 def test_a_processor_without_bfloat16_answers_in_float32(monkeypatch, image):
     from ichprog.runtime.openvino import backend
 
-    monkeypatch.setattr(backend, "computes_in_bfloat16", lambda: False)
+    monkeypatch.setattr(backend, "supports_bfloat16", lambda: False)
     model = ichprog.load_model(COMPACT, fold=0, precision="bfloat16")
     assert (model.runtime, model.precision) == ("openvino", "float32")
     provenance = ichprog.predict(model, image).provenance
     assert provenance["precision"] == "float32"
-    assert "does not compute in bfloat16" in provenance["note"]
+    assert "does not support bfloat16" in provenance["fallback_reason"]
 
 
 def test_openvino_is_for_the_processor():
@@ -417,7 +417,7 @@ print(0)
 
 
 @pytest.mark.parametrize(
-    ("method", "loaded"), [("grad_cam", {"answers", "forward", "backward"}), ("itself", {"answers"})]
+    ("method", "loaded"), [("grad_cam", {"predict", "forward", "backward"}), ("itself", {"predict"})]
 )
 def test_kept_graphs_that_explain_are_loaded_where_they_serve(method, loaded, filled, image):
     ichprog.explain(ichprog.load_model(COMPACT, fold=0), image, method="grad_cam")
@@ -427,7 +427,7 @@ def test_kept_graphs_that_explain_are_loaded_where_they_serve(method, loaded, fi
         ichprog.explain(model, image, method=method)
     finally:
         registry.saliency.unregister("itself")
-    assert {graph for graph, _ in model.fold_runtimes[0]._programs} == loaded
+    assert {graph for graph, _ in model.fold_runtimes[0]._graphs} == loaded
 
 
 def test_logging_and_warnings_are_left_alone():
@@ -446,8 +446,10 @@ def test_tasks_and_methods_share_one_forward_pass_and_one_way_back_a_task(model_
     from ichprog.runtime.openvino import runtime
 
     runs = []
-    infer = runtime._Program.infer
-    monkeypatch.setattr(runtime._Program, "infer", lambda self, given: (runs.append(len(given)), infer(self, given))[1])
+    infer = runtime._CompiledGraph.infer
+    monkeypatch.setattr(
+        runtime._CompiledGraph, "infer", lambda self, given: (runs.append(len(given)), infer(self, given))[1]
+    )
     model = ichprog.load_model(model_of("dense"))
     ichprog.explain(model, image)
     runs.clear()

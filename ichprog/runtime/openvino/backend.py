@@ -1,191 +1,246 @@
-"""OpenVINO itself: how it is imported, what it says of the processor, and how a torch module gets into it."""
+"""OpenVINO's Python API: import, CPU properties, conversion from torch, compilation.
+
+This is the only module that uses private names of OpenVINO (`_offline_transformations` and the decoder of its PyTorch
+front end). They are tested with the versions `TESTED_VERSIONS`. With another version, conversion either works, and the
+probabilities are compared with torch as always, or raises a CompilationError that names the tested versions.
+"""
 
 import functools
 import importlib
 import io
 import logging
-import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, redirect_stderr
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from ichprog.errors import PluginError
+
 if TYPE_CHECKING:
     from torch import nn
 
-_Done = TypeVar("_Done")
+_Result = TypeVar("_Result")
+
+TESTED_VERSIONS = ("2025.3", "2026.4")  # first and last minor version of OpenVINO that is tested
+_HINTS = {"float32": "f32", "bfloat16": "bf16"}
+
+
+class CompilationError(PluginError):
+    """OpenVINO cannot run a network. The message gives the reason."""
 
 
 def openvino() -> Any:
-    """OpenVINO without the tools that it imports by itself, which take as long as the rest and send word to its makers.
-
-    Who imports OpenVINO for himself, before or after, finds it whole.
-    """
-    return wake()()[0]
+    """Return the module `openvino`."""
+    return start_import()()[0]
 
 
 @functools.cache
-def wake() -> Callable[[], tuple[Any, Any]]:
-    """Begins to import OpenVINO beside whatever the caller does next; what comes back waits for it and its core."""
-    return aside(_woken)
+def start_import() -> Callable[[], tuple[Any, Any]]:
+    """Start to import OpenVINO in a background thread.
+
+    Returns:
+        A function that waits for the import and returns the module and its `Core`.
+    """
+    return run_in_thread(_import)
 
 
-def _woken() -> tuple[Any, Any]:
-    module = _imported()
+def _import() -> tuple[Any, Any]:
+    module = importlib.import_module("openvino")
     return module, module.Core()
 
 
-def _imported() -> Any:
-    if "openvino" in sys.modules:
-        return sys.modules["openvino"]
-    tools = "openvino.tools.ovc"
-    sys.modules[tools] = None  # type: ignore[assignment]  # is not found then, which OpenVINO allows for
-    try:
-        module: Any = importlib.import_module("openvino")
-    finally:
-        del sys.modules[tools]
-    module.convert_model = lambda *args, **options: importlib.import_module(tools).convert_model(*args, **options)
-    return module
+def core() -> Any:
+    """Return OpenVINO's `Core`, which compiles and imports models."""
+    return start_import()()[1]
 
 
 def processor() -> str:
-    """The processor and what it computes in, as OpenVINO tells them."""
+    """Return the name of the CPU and its capabilities, as OpenVINO reports them."""
     name, capabilities = (core().get_property("CPU", key) for key in ("FULL_DEVICE_NAME", "OPTIMIZATION_CAPABILITIES"))
     return " ".join([name.strip(), *sorted(capabilities)])
 
 
-def computes_in_bfloat16() -> bool:
-    """Whether the processor multiplies in bfloat16."""
+def supports_bfloat16() -> bool:
+    """Return whether the CPU multiplies in bfloat16."""
     return "BF16" in core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
-def core() -> Any:
-    """OpenVINO's core, which compiles and loads."""
-    return wake()()[1]
+def as_tensor(values: np.ndarray) -> Any:
+    """Return an OpenVINO tensor that shares the memory of an array."""
+    return openvino().Tensor(values, shared_memory=True)
 
 
-def converted(module: "nn.Module", shape: Sequence[int]) -> Any:
-    """A torch module as a graph of OpenVINO.
+def compile_model(model: Any, precision: str) -> Any:
+    """Compile an OpenVINO model for the CPU.
 
     Args:
-        module: From one grid `(1, 1, D, H, W)` on.
+        model: The model. With bfloat16 it is changed.
+        precision: "float32" or "bfloat16".
+    """
+    if precision == "bfloat16":
+        columns_to_channels(model)
+    return core().compile_model(model, "CPU", _settings(precision))
+
+
+def import_model(exported: np.ndarray, precision: str) -> Any:
+    """Import an exported model, which must stay in memory as long as the compiled model.
+
+    Args:
+        exported: The bytes of the exported model.
+        precision: The precision with which the model was compiled.
+
+    Raises:
+        RuntimeError: OpenVINO cannot read the model.
+    """
+    return core().import_model(as_tensor(exported), "CPU", _settings(precision))
+
+
+def _settings(precision: str) -> dict[str, str]:
+    # Always set the precision: by default OpenVINO chooses bfloat16 if the CPU supports it.
+    return {"INFERENCE_PRECISION_HINT": _HINTS[precision], "PERFORMANCE_HINT": "LATENCY"}
+
+
+def convert(module: "nn.Module", shape: Sequence[int]) -> Any:
+    """Convert a torch module to an OpenVINO model.
+
+    Args:
+        module: Takes one grid `(1, 1, D, H, W)`.
         shape: D, H and W.
 
     Raises:
-        Exception: Whatever torch and OpenVINO raise where they cannot.
+        CompilationError: This version of OpenVINO lacks a private function that the conversion needs.
+        Exception: torch or OpenVINO cannot convert the module. They raise many kinds of errors.
     """
     import torch
-    from openvino._offline_transformations import apply_moc_transformations
-    from openvino.frontend import FrontEndManager
-    from openvino.frontend.pytorch.fx_decoder import TorchFXPythonDecoder
 
+    fuse, frontends, decoder_type = _private_api()
     size = (1, 1, *shape)
-    with quiet(), torch.no_grad():
+    with silenced(), torch.no_grad():
         program = torch.export.export(module, (torch.zeros(size),))
-        frontend = FrontEndManager().load_by_framework("pytorch")
-        decoder = TorchFXPythonDecoder.from_exported_program(program)  # has to live as long as it is read
+        frontend = frontends().load_by_framework("pytorch")
+        decoder = decoder_type.from_exported_program(program)  # must stay alive during the conversion
         model = frontend.convert(frontend.load(decoder))
     model.reshape(list(size))
-    apply_moc_transformations(model, cf=False)  # joins what belongs together: normalisation with convolution
-    _pool_first(model)
+    fuse(model, cf=False)  # fuses operations, such as normalisation into convolution
+    _pool_before_pointwise_conv(model)
     return model
 
 
-def _pool_first(model: Any) -> None:
-    """Averages over cells what each cell mixes of its channels before it does: the same numbers, from fewer cells."""
-    make = openvino().opset15
-    whole = {"strides": [1, 1, 1], "pads_begin": [0, 0, 0], "pads_end": [0, 0, 0], "dilations": [1, 1, 1]}
+def _private_api() -> tuple[Any, Any, Any]:
+    """Return OpenVINO's transformations, front ends and PyTorch decoder."""
+    try:
+        from openvino._offline_transformations import apply_moc_transformations
+        from openvino.frontend import FrontEndManager
+        from openvino.frontend.pytorch.fx_decoder import TorchFXPythonDecoder
+
+        TorchFXPythonDecoder.from_exported_program  # noqa: B018  # raises AttributeError if the version lacks it
+    except (ImportError, AttributeError) as error:
+        first, last = TESTED_VERSIONS
+        raise CompilationError(
+            f"OpenVINO {version('openvino')} cannot convert networks for ichprog ({error}). Tested versions are "
+            f"{first} to {last}. Install one of them: pip install 'openvino>={first},<={last}.99'"
+        ) from error
+    return apply_moc_transformations, FrontEndManager, TorchFXPythonDecoder
+
+
+def _pool_before_pointwise_conv(model: Any) -> None:
+    """Move average pooling before a pointwise convolution: the same numbers from fewer cells."""
+    op = openvino().opset15
+    plain = {"strides": [1, 1, 1], "pads_begin": [0, 0, 0], "pads_end": [0, 0, 0], "dilations": [1, 1, 1]}
     for pool in model.get_ops():
-        mix = pool.input_value(0).get_node() if pool.get_type_name() == "AvgPool" else None
-        if mix is None or mix.get_type_name() != "Convolution" or len(mix.output(0).get_target_inputs()) > 1:
+        conv = pool.input_value(0).get_node() if pool.get_type_name() == "AvgPool" else None
+        if conv is None or conv.get_type_name() != "Convolution" or len(conv.output(0).get_target_inputs()) > 1:
             continue
-        values, weights = mix.input_values()
-        about = mix.get_attributes()
-        if list(weights.get_shape())[2:] == [1, 1, 1] and all(about[key] == value for key, value in whole.items()):
+        values, weights = conv.input_values()
+        attributes = conv.get_attributes()
+        is_pointwise = list(weights.get_shape())[2:] == [1, 1, 1]
+        if is_pointwise and all(attributes[key] == value for key, value in plain.items()):
             window = {key.replace("-", "_"): value for key, value in pool.get_attributes().items()}
-            pooled = make.avg_pool(values, kernel_shape=window.pop("kernel"), **window)
-            pool.output(0).replace(make.convolution(pooled, weights, **whole).output(0))
+            pooled = op.avg_pool(values, kernel_shape=window.pop("kernel"), **window)
+            pool.output(0).replace(op.convolution(pooled, weights, **plain).output(0))
     model.validate_nodes_and_infer_types()
 
 
-def pair_columns(model: Any) -> None:
-    """Has convolutions of one channel that step by two columns see those as two channels: the same numbers.
+def columns_to_channels(model: Any) -> None:
+    """Rewrite one-channel convolutions with a column stride of two to see each pair of columns as two channels.
 
-    Processors multiply bfloat16 in pairs of channels, and one alone would leave half of every pair empty.
+    The numbers stay the same. CPUs multiply bfloat16 in pairs of channels, and a single channel would leave half of
+    each pair empty.
 
     Args:
-        model: A graph of OpenVINO; it is changed.
+        model: An OpenVINO model, which is changed.
     """
-    make = openvino().opset15
-    for convolution in model.get_ops():
-        if convolution.get_type_name() != "Convolution":
+    op = openvino().opset15
+    for conv in model.get_ops():
+        if conv.get_type_name() != "Convolution":
             continue
-        values, weights = convolution.input_values()
-        about, kernel = convolution.get_attributes(), weights.get_node()
-        steps = about["strides"][-1], about["dilations"][-1]
+        values, weights = conv.input_values()
+        attributes, kernel = conv.get_attributes(), weights.get_node()
+        steps = attributes["strides"][-1], attributes["dilations"][-1]
         if list(weights.get_shape())[1] != 1 or steps != (2, 1) or kernel.get_type_name() != "Constant":
             continue
-        *strides, _ = about["strides"]
-        (*begin, left), (*end, _) = about["pads_begin"], about["pads_end"]
+        *strides, _ = attributes["strides"]
+        (*begin, left), (*end, _) = attributes["pads_begin"], attributes["pads_end"]
         taps = np.asarray(kernel.data, np.float32)
         taps = np.pad(taps, [(0, 0)] * (taps.ndim - 1) + [(0, taps.shape[-1] % 2)])
         taps = np.moveaxis(taps.reshape(*taps.shape[:-1], -1, 2)[:, 0], -1, 1)
         batch, _, *sizes = (int(n) for n in values.get_shape())
-        columns = convolution.output(0).get_shape()[-1] + taps.shape[-1] - 1
+        columns = conv.output(0).get_shape()[-1] + taps.shape[-1] - 1
         right = 2 * columns - left - sizes[-1]
-        before, after = (np.array([*[0] * (len(sizes) + 1), each]) for each in (left, right))
-        padded = make.pad(values, before, after, "constant", make.constant(np.float32(0)))
-        pairs = make.reshape(padded, make.constant(np.array([batch, *sizes[:-1], columns, 2])), special_zero=False)
-        turned = make.transpose(pairs, make.constant(np.array([0, len(sizes) + 1, *range(1, len(sizes) + 1)])))
-        found = make.convolution(
-            turned,
-            make.constant(np.ascontiguousarray(taps)),
+        before, after = (np.array([*[0] * (len(sizes) + 1), n]) for n in (left, right))
+        padded = op.pad(values, before, after, "constant", op.constant(np.float32(0)))
+        pairs = op.reshape(padded, op.constant(np.array([batch, *sizes[:-1], columns, 2])), special_zero=False)
+        order = np.array([0, len(sizes) + 1, *range(1, len(sizes) + 1)])
+        rewritten = op.convolution(
+            op.transpose(pairs, op.constant(order)),
+            op.constant(np.ascontiguousarray(taps)),
             strides=[*strides, 1],
             pads_begin=[*begin, 0],
             pads_end=[*end, 0],
-            dilations=about["dilations"],
+            dilations=attributes["dilations"],
         )
-        convolution.output(0).replace(found.output(0))
+        conv.output(0).replace(rewritten.output(0))
     model.validate_nodes_and_infer_types()
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Keeps from users what torch and OpenVINO say to their developers of a graph, and leaves logging as it was."""
-    root, silent = logging.getLogger(), logging.NullHandler()
+def silenced() -> Iterator[None]:
+    """Hide the developer messages of torch and OpenVINO during a conversion, and restore logging afterwards."""
+    root, handler = logging.getLogger(), logging.NullHandler()
     disabled = root.manager.disable
-    root.addHandler(silent)  # without any, the first word to the root logger would set one up for good
+    root.addHandler(handler)  # otherwise the first message to the root logger would configure it for good
     logging.disable(logging.CRITICAL)
     try:
-        # What torch prints of a graph that it cannot trace is in the error too.
+        # What torch prints about a graph that it cannot trace is also in its error.
         with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
         logging.disable(disabled)
-        root.removeHandler(silent)
+        root.removeHandler(handler)
 
 
-def aside(work: Callable[[], _Done]) -> Callable[[], _Done]:
-    """Begins work in a thread.
+def run_in_thread(work: Callable[[], _Result]) -> Callable[[], _Result]:
+    """Run a function in a background thread.
 
     Args:
-        work: The work.
+        work: The function.
 
     Returns:
-        A function that waits for what it gives, and raises what it raises.
+        A function that waits for the result and returns it, or raises the exception of `work`.
     """
-    done: Future[_Done] = Future()
+    future: Future[_Result] = Future()
 
     def run() -> None:
         try:
-            done.set_result(work())
+            future.set_result(work())
         except BaseException as error:
-            done.set_exception(error)
+            future.set_exception(error)
 
     threading.Thread(target=run, name="ichprog-load").start()
-    return done.result
+    return future.result

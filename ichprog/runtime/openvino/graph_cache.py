@@ -1,17 +1,18 @@
-"""Compiled networks in the cache: made once, whole or not at all, and made anew where anything about them changed.
+"""The cache of compiled graphs.
 
-A file of its own for each graph of a fold:
+Each graph of a fold has its own file:
 
-    <cache>/compiled/<the weights' checksum>/<graph>-<precision>-<D>x<H>x<W>.blob
+    <cache>/compiled/<SHA-256 of the weights>/<graph>-<precision>-<D>x<H>x<W>.blob
 
-It is a checksum, a line of JSON that says what it was made from and with, and what OpenVINO exported. A damaged one
-could crash the reader or give a wrong number, so each is held against its checksum before it is used. That is a CRC-32:
-who may write here could write the checksum too, so a cryptographic one would tell no more and take fifteen times as
-long.
+A file holds a CRC-32, one line of JSON with the fingerprint and metadata of the graph, and the exported graph. Files
+are written atomically. A file with a wrong checksum or another fingerprint is ignored and built again. A cryptographic
+checksum would be fifteen times as slow and no safer, because an attacker who can write the file can write the checksum.
 """
 
 import json
+import logging
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,23 +22,25 @@ from isal import isal_zlib
 
 from ichprog import registry
 from ichprog.hub import WeightFile
-from ichprog.io import atomic_write
+from ichprog.io import atomic_write, file_lock
 from ichprog.registry import Registry
 from ichprog.spec import ModelSpec
 
-_RECIPE = 4  # raised when the same network would be made into another graph
-_HEX = 8
+CACHE_VERSION = 5  # increase when the same network compiles to another graph or the metadata change
+_CHECKSUM_BYTES = 8
+
+_logger = logging.getLogger(__name__)
 
 
-class Kept:
-    """The compiled graphs of one fold.
+class GraphCache:
+    """The cached graphs of one fold. Networks of plugins that are registered by hand are not cached.
 
     Args:
-        spec: The model.
-        file: The fold's weights.
+        spec: The specification of the model.
+        file: Weight file of the fold.
         cache: The cache folder.
-        processor: What the graphs are compiled for.
-        precision: What they compute in.
+        processor: Name of the CPU that the graphs are compiled for.
+        precision: Precision of the graphs.
     """
 
     def __init__(self, spec: ModelSpec, file: WeightFile, cache: Path, processor: str, precision: str) -> None:
@@ -45,9 +48,9 @@ class Kept:
         self._precision = precision
         owners = [_owner(registry.backbones, spec.backbone.name)]
         owners += [_owner(registry.heads, name) for name in sorted({task.head.name for task in spec.tasks})]
-        self._lasting = None not in owners  # what was registered by hand may be another thing tomorrow
-        self._stamp: dict[str, Any] = {
-            "recipe": _RECIPE,
+        self._is_enabled = None not in owners  # code that is registered by hand may change between processes
+        self.fingerprint: dict[str, Any] = {
+            "cache_version": CACHE_VERSION,
             "weights": file.sha256,
             "backbone": [spec.backbone.name, dict(spec.backbone.options)],
             "tasks": [[task.name, list(task.labels), task.head.name, dict(task.head.options)] for task in spec.tasks],
@@ -57,91 +60,87 @@ class Kept:
             "precision": precision,
         }
 
-    def find(self, graph: str, shape: Sequence[int]) -> tuple[np.ndarray, dict[str, Any]] | None:
-        """What OpenVINO exported, byte by byte, and what was noted of it; None where it is not here as it must be.
+    def load(self, graph: str, shape: Sequence[int]) -> tuple[np.ndarray, dict[str, Any]] | None:
+        """Load an exported graph and its metadata, or return None if there is no valid file.
 
         Args:
-            graph: Which of the fold's graphs.
+            graph: Name of the graph.
             shape: D, H and W of the grid.
         """
-        if not self._lasting:
+        if not self._is_enabled:
             return None
+        path = self._path(graph, shape)
         try:
-            held = np.memmap(self._path(graph, shape), mode="c")  # a file here is replaced whole, never changed
-        except (OSError, ValueError):  # an empty one cannot be mapped
+            content = np.memmap(path, mode="c")  # safe: files are replaced, never changed
+        except (OSError, ValueError):  # an empty file cannot be mapped
             return None
-        if _checksum(held[_HEX:].data) != held[:_HEX].tobytes():
+        if _checksum(content[_CHECKSUM_BYTES:].data) != content[:_CHECKSUM_BYTES].tobytes():
+            _logger.info("Ignoring the damaged compiled graph %s.", path)
             return None
-        end = int(np.argmax(held == ord("\n"))) + 1
-        noted = self._noted(held[:end].tobytes())
-        return None if noted is None else (held[end:], noted)
+        end = int(np.argmax(content == ord("\n"))) + 1
+        metadata = self._parse(content[:end].tobytes())
+        return None if metadata is None else (content[end:], metadata)
 
-    def note(self, graph: str, shape: Sequence[int]) -> dict[str, Any] | None:
-        """What was noted of a graph that is here; `find` may still say no, as it reads all of it.
+    def read_metadata(self, graph: str, shape: Sequence[int]) -> dict[str, Any] | None:
+        """Read the metadata of a graph without its checksum; `load` may still find the file damaged.
 
         Args:
-            graph: Which of the fold's graphs.
+            graph: Name of the graph.
             shape: D, H and W of the grid.
         """
-        if not self._lasting:
+        if not self._is_enabled:
             return None
         try:
             with self._path(graph, shape).open("rb") as file:
-                return self._noted(file.readline())
+                return self._parse(file.readline())
         except OSError:
             return None
 
-    def _noted(self, line: bytes) -> dict[str, Any] | None:
-        """What a file's first line notes, where it was made from and with what is here now."""
+    def _parse(self, line: bytes) -> dict[str, Any] | None:
+        """Return the metadata of a file's first line, or None if the fingerprint differs."""
         try:
-            said: dict[str, Any] = json.loads(line[_HEX:])
-            return said if said.pop("stamp") == self._stamp else None
+            metadata: dict[str, Any] = json.loads(line[_CHECKSUM_BYTES:])
+            return metadata if metadata.pop("fingerprint") == self.fingerprint else None
         except (ValueError, KeyError, AttributeError):
             return None
 
-    def put(self, graph: str, shape: Sequence[int], exported: bytes, about: dict[str, Any]) -> None:
-        """Keeps a compiled graph, where the disk lets it; the next process makes it anew where not.
+    def save(self, graph: str, shape: Sequence[int], exported: bytes, metadata: dict[str, Any]) -> None:
+        """Save a compiled graph. If the cache is not writable, the next process compiles the graph again.
 
         Args:
-            graph: Which of the fold's graphs.
+            graph: Name of the graph.
             shape: D, H and W of the grid.
-            exported: What OpenVINO exported.
-            about: What is to be known of it, as plain data.
+            exported: The graph as OpenVINO exported it.
+            metadata: Plain data about the graph.
         """
-        if not self._lasting:
+        if not self._is_enabled:
             return
-        content = json.dumps({"stamp": self._stamp, **about}).encode() + b"\n" + exported
+        content = json.dumps({"fingerprint": self.fingerprint, **metadata}).encode() + b"\n" + exported
         path = self._path(graph, shape)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(path) as part, part.open("wb") as file:
                 file.write(_checksum(content))
                 file.write(content)
-        except OSError:
-            return
+        except OSError as error:
+            _logger.info("Cannot cache the compiled graph %s: %s.", path, error)
 
-    def once(self, graph: str, shape: Sequence[int], make: Callable[[], Any]) -> Any:
-        """Has one process at a time make a graph, as far as the disk allows that.
+    def build_locked(self, graph: str, shape: Sequence[int], build: Callable[[], Any]) -> Any:
+        """Build the graph under an inter-process lock, if the cache is writable.
 
         Args:
-            graph: Which of the fold's graphs.
+            graph: Name of the graph.
             shape: D, H and W of the grid.
-            make: Makes it, or finds that another has.
+            build: Builds the graph, or loads it if another process has saved it meanwhile.
         """
-        from filelock import FileLock
-
-        if not self._lasting:
-            return make()
-        lock = FileLock(self._path(graph, shape).with_suffix(".lock"))
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            lock.acquire()
-        except OSError:
-            return make()
-        try:
-            return make()
-        finally:
-            lock.release()
+        if not self._is_enabled:
+            return build()
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(file_lock(self._path(graph, shape).with_suffix(".lock")))
+            except OSError as error:
+                _logger.info("Compiling without a lock, because the cache is not writable: %s.", error)
+            return build()
 
     def _path(self, graph: str, shape: Sequence[int]) -> Path:
         return self._folder / f"{graph}-{self._precision}-{'x'.join(map(str, shape))}.blob"
@@ -152,6 +151,6 @@ def _checksum(content: bytes | memoryview) -> bytes:
 
 
 def _owner(plugins: Registry, name: str) -> str | None:
-    """The distribution a plugin comes from, with its version; None for one that is here for this session only."""
+    """Return the distribution and version of a plugin, or None for a plugin that is registered by hand."""
     entry = next((entry for entry in plugins.entries() if entry.matches(name)), None)
     return entry.owner if entry and entry.is_installed else None

@@ -1,19 +1,20 @@
-"""A network run by OpenVINO, compiled for this processor."""
+"""The OpenVINO runtime: runs a network that is compiled for this CPU."""
 
 import functools
+import logging
 import threading
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ichprog.errors import PluginError
 from ichprog.hub import WeightFile
 from ichprog.runtime import TaskOutput
 from ichprog.runtime.openvino import backend
-from ichprog.runtime.openvino.graph_cache import Kept
+from ichprog.runtime.openvino.backend import CompilationError
+from ichprog.runtime.openvino.graph_cache import GraphCache
 from ichprog.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -23,253 +24,260 @@ if TYPE_CHECKING:
     from ichprog.networks import Network
     from ichprog.runtime.torch_runtime import TorchRuntime
 
-_TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}  # of a probability, between torch and what was compiled
-_EXPLAINING = ("forward", "backward")  # graphs
+__all__ = ["CompilationError", "OpenVinoRuntime"]
+
+_TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}  # largest difference of a probability from torch
+_PREDICT = "predict"
+_EXPLAIN = ("forward", "backward")
 Shape = tuple[int, int, int]
 
-
-class CompilationError(PluginError):
-    """OpenVINO cannot run a network; the text says why."""
+_logger = logging.getLogger(__name__)
 
 
 class OpenVinoRuntime:
-    """One fold's network on the processor.
+    """The network of one fold on the CPU.
 
-    A network that is kept in the cache is loaded beside whatever the caller does next. Another is made from torch
-    first, held against it, and kept.
+    A cached graph is loaded in a background thread. Otherwise the graph is compiled from the torch network, its
+    probabilities are compared with torch, and it is cached.
 
     Args:
-        spec: The model.
-        file: The fold's weights.
+        spec: The specification of the model.
+        file: Weight file of the fold.
         precision: "float32" or "bfloat16".
         cache: The cache folder.
 
     Raises:
-        CompilationError: OpenVINO cannot run the network, or not rightly.
+        CompilationError: OpenVINO cannot run the network, or its probabilities differ from torch.
         WeightsError: The weights do not fit the network.
     """
 
     def __init__(self, spec: ModelSpec, file: WeightFile, precision: str, cache: Path) -> None:
         self.spec, self.file, self.precision = spec, file, precision
-        self._kept = Kept(spec, file, cache, backend.processor(), precision)
-        self._programs: dict[tuple[str, Shape], _Program] = {}
+        self._cache = GraphCache(spec, file, cache, backend.processor(), precision)
+        self._graphs: dict[tuple[str, Shape], _CompiledGraph] = {}
         self._lock = threading.Lock()
         shape = spec.input.shape
-        noted = self._kept.note("answers", shape)
-        if noted is not None and "refused" in noted:
-            raise CompilationError(noted["refused"])
-        if noted is not None:
-            backend.aside(lambda: self._program("answers", shape))  # who asks for it waits for it
+        metadata = self._cache.read_metadata(_PREDICT, shape)
+        if metadata is not None and "refused" in metadata:
+            raise CompilationError(metadata["refused"])
+        if metadata is not None:
+            backend.run_in_thread(lambda: self._graph(_PREDICT, shape))  # `run` waits for the graph
         else:
-            self._program("answers", shape)
+            self._graph(_PREDICT, shape)
 
     def run(self, grids: np.ndarray) -> dict[str, TaskOutput]:
-        """Answers, as `Runtime.run` says; a grid of another shape has a graph of its own made first."""
-        program = self._program("answers", grids.shape[1:])
-        with program.turn:
+        """Run the network, as in `Runtime.run`. A new grid shape compiles a new graph first."""
+        graph = self._graph(_PREDICT, grids.shape[1:])
+        with graph.lock:
             self.release_memory()
-            found = [[each.copy() for each in program.infer([grid[None, None]])] for grid in grids]
-        outputs = [np.concatenate(each) for each in zip(*found, strict=True)]
+            batches = [[output.copy() for output in graph.infer([grid[None, None]])] for grid in grids]
+        outputs = [np.concatenate(batch) for batch in zip(*batches, strict=True)]
         names = [task.name for task in self.spec.tasks]
-        return {
-            name: TaskOutput(*pair)
-            for name, *pair in zip(names, outputs[: len(names)], outputs[len(names) :], strict=True)
-        }
+        logits, probabilities = outputs[: len(names)], outputs[len(names) :]
+        return {name: TaskOutput(*pair) for name, *pair in zip(names, logits, probabilities, strict=True)}
 
     def release_memory(self) -> None:
-        """Gives back the memory that runs take, until the next, but for those that have their turn."""
-        for program in list(self._programs.values()):
-            program.release_memory()
+        """Release the working memory of all graphs that are not running."""
+        for graph in list(self._graphs.values()):
+            graph.release_memory()
 
     def prefetch_explanation(self) -> None:
-        """`Runtime.prefetch_explanation`, for grids of the model's own shape, where the graphs are kept."""
+        """Prefetch the explanation graphs of the model's own grid shape in a background thread, if they are cached."""
         shape = self.spec.input.shape
-        if all(self._kept.note(graph, shape) is not None for graph in _EXPLAINING):
-            backend.aside(lambda: [self._program(graph, shape) for graph in _EXPLAINING])
+        if all(self._cache.read_metadata(name, shape) is not None for name in _EXPLAIN):
+            backend.run_in_thread(lambda: [self._graph(name, shape) for name in _EXPLAIN])
+
+    def torch_module(self) -> "nn.Module":
+        """Return a torch network with the weights of this runtime. It is loaded on first use."""
+        return self._torch_runtime.network
 
     @contextmanager
     def explanation_session(
-        self, grid: np.ndarray, methods: Collection[Callable[..., Any]], layers: Collection[str | None]
-    ) -> "Iterator[saliency.Pass]":
-        """`Runtime.explanation_session`: of compiled graphs where those serve methods and layers, else of torch."""
+        self, grid: np.ndarray, layers: Collection[str | None], *, needs_network: bool
+    ) -> "Iterator[saliency.ForwardPass]":
+        """Run one forward pass with compiled graphs, or with torch if a method or layer needs the torch network."""
         import torch
 
         from ichprog import networks, saliency
 
-        why = None
-        if not all(method in saliency.FROM_FEATURES for method in methods):
-            why = "a method asked for needs the network itself"
-        else:
-            try:
-                forward, backward = (self._program(graph, grid.shape) for graph in _EXPLAINING)
-            except CompilationError as error:
-                why = str(error)
-            else:
-                names = forward.about["features_are"]
-                if not set(layers) <= ({None, *names} if names else set()):
-                    why = "a layer asked for does not put out the features"
-        if why is not None:
-            with self._eager.explanation_session(grid, methods, layers) as known:
-                known.fallback_reason = why
-                yield known
+        reason, graphs = self._explanation_graphs(grid.shape, layers, needs_network=needs_network)
+        if graphs is None:
+            _logger.info("Falling back to torch for the explanation: %s.", reason)
+            with self._torch_runtime.explanation_session(grid, layers, needs_network=needs_network) as shared:
+                shared.fallback_reason = reason
+                yield shared
             return
-        with forward.turn, backward.turn, torch.inference_mode(mode=False), torch.enable_grad():
+        forward, backward = graphs
+        with forward.lock, backward.lock, torch.inference_mode(mode=False), torch.enable_grad():
             self.release_memory()
-            features, *kept = forward.infer([grid[None, None]])
+            features, *saved = forward.infer([grid[None, None]])
             heads = networks.load_heads(self.spec, self.file.path, features.shape[1])
             yield saliency.CompiledPass(
                 heads,
                 grid,
                 features,
-                lambda gradient: backward.infer([gradient, *kept])[0],
-                forward.about["features_are"],
+                lambda gradient: backward.infer([gradient, *saved])[0],
+                forward.metadata["feature_layers"],
             )
 
+    def _explanation_graphs(
+        self, shape: Sequence[int], layers: Collection[str | None], *, needs_network: bool
+    ) -> "tuple[str | None, tuple[_CompiledGraph, _CompiledGraph] | None]":
+        """Return the forward and the backward graph, or None and the reason why torch has to explain."""
+        if needs_network:
+            return "a saliency method needs the torch network", None
+        try:
+            forward, backward = (self._graph(name, shape) for name in _EXPLAIN)
+        except CompilationError as error:
+            return str(error), None
+        names = forward.metadata["feature_layers"]
+        if not set(layers) <= ({None, *names} if names else set()):
+            return "a requested layer is not the output of the backbone", None
+        return None, (forward, backward)
+
     @functools.cached_property
-    def _eager(self) -> "TorchRuntime":
+    def _torch_runtime(self) -> "TorchRuntime":
         from ichprog.runtime.torch_runtime import TorchRuntime
 
         return TorchRuntime(self.spec, self.file.path, "cpu", self.precision)
 
-    def _program(self, graph: str, shape: Sequence[int]) -> "_Program":
-        """A graph ready to run on grids of a shape: in memory, or in the cache, or made now."""
+    def _graph(self, name: str, shape: Sequence[int]) -> "_CompiledGraph":
+        """Return a graph for grids of a shape: from memory, from the cache, or newly compiled."""
         shape = (shape[0], shape[1], shape[2])
         with self._lock:
-            if (graph, shape) not in self._programs:
-                self._programs[graph, shape] = self._found(graph, shape) or self._kept.once(
-                    graph, shape, lambda: self._found(graph, shape) or self._made(graph, shape)
+            if (name, shape) not in self._graphs:
+                self._graphs[name, shape] = self._load(name, shape) or self._cache.build_locked(
+                    name, shape, lambda: self._load(name, shape) or self._build(name, shape)
                 )
-            return self._programs[graph, shape]
+            return self._graphs[name, shape]
 
-    def _found(self, graph: str, shape: Shape) -> "_Program | None":
-        if (held := self._kept.find(graph, shape)) is None:
+    def _load(self, name: str, shape: Shape) -> "_CompiledGraph | None":
+        """Load a graph from the cache, or return None if the cache has no valid graph."""
+        if (cached := self._cache.load(name, shape)) is None:
             return None
-        exported, about = held
-        if "refused" in about:
-            raise CompilationError(about["refused"])
+        exported, metadata = cached
+        if "refused" in metadata:
+            raise CompilationError(metadata["refused"])
         try:
-            compiled = backend.core().import_model(
-                backend.openvino().Tensor(exported, shared_memory=True), "CPU", self._settings
-            )
-        except RuntimeError:  # whole and of this version, and still not to be read
+            compiled = backend.import_model(exported, self.precision)
+        except RuntimeError:  # the file is intact, but OpenVINO cannot read it
             return None
-        return _Program(compiled, about, exported)
+        _logger.debug("Loaded the compiled graph %r of %s fold %s.", name, self.spec.name, self.file.fold)
+        return _CompiledGraph(compiled, metadata, exported)
 
-    def _made(self, graph: str, shape: Shape) -> "_Program":
-        """Makes a graph from torch, and what goes with it, and keeps them."""
+    def _build(self, name: str, shape: Shape) -> "_CompiledGraph":
+        """Compile a graph, and the graphs that are compiled with it, from torch and cache them."""
         from ichprog import networks
 
-        whole = networks.load(self.spec, self.file.path)
+        _logger.info("Compiling %s fold %s for grids of %s x %s x %s.", self.spec.name, self.file.fold, *shape)
+        network = networks.load(self.spec, self.file.path)
         try:
-            made = self._answering(whole, shape) if graph == "answers" else self._explaining(whole, shape)
+            graphs = self._build_predict(network, shape) if name == _PREDICT else self._build_explain(network, shape)
         except CompilationError as error:
-            for name in ("answers",) if graph == "answers" else _EXPLAINING:
-                self._kept.put(name, shape, b"", {"refused": str(error)})
+            for refused in (_PREDICT,) if name == _PREDICT else _EXPLAIN:
+                self._cache.save(refused, shape, b"", {"refused": str(error)})
             raise
-        for name, program in made.items():
-            self._kept.put(name, shape, program.compiled.export_model().getvalue(), program.about)
-            self._programs[name, shape] = program
-        return made[graph]
+        for built, graph in graphs.items():
+            self._cache.save(built, shape, graph.compiled.export_model().getvalue(), graph.metadata)
+            self._graphs[built, shape] = graph
+        return graphs[name]
 
-    def _answering(self, whole: "Network", shape: Shape) -> "dict[str, _Program]":
-        """A grid to each task's logits, then each task's probabilities."""
+    def _build_predict(self, network: "Network", shape: Shape) -> "dict[str, _CompiledGraph]":
+        """Compile the graph from a grid to the logits of all tasks, then the probabilities of all tasks."""
         import torch
 
-        module = _answers(whole)
-        program = self._compiled(self._converted(module, shape))
-        seeded = np.random.default_rng(0).random((1, 1, *shape), np.float32)
+        module = _with_probabilities(network)
+        graph = self._compile(self._convert(module, shape))
+        grid = np.random.default_rng(0).random((1, 1, *shape), np.float32)
         with torch.inference_mode():
-            expected = [values.numpy() for values in module(torch.from_numpy(seeded))]
+            expected = [values.numpy() for values in module(torch.from_numpy(grid))]
         half = len(expected) // 2
-        pairs = list(zip(program.infer([seeded]), expected, strict=True))[half:]
-        difference = max(float(np.abs(got - right).max()) for got, right in pairs)
+        pairs = list(zip(graph.infer([grid]), expected, strict=True))[half:]
+        difference = max(float(np.abs(actual - reference).max()) for actual, reference in pairs)
         if not difference <= _TOLERANCE[self.precision]:
             raise CompilationError(
                 f"{self.spec.name}: OpenVINO's probabilities differ by {difference:.2g} from torch's"
             )
-        return {"answers": program}
+        return {_PREDICT: graph}
 
-    def _explaining(self, whole: "Network", shape: Shape) -> "dict[str, _Program]":
-        """A grid to features and what is kept of the way; and back."""
+    def _build_explain(self, network: "Network", shape: Shape) -> "dict[str, _CompiledGraph]":
+        """Compile the graph from a grid to features and saved tensors, and the graph back to the guided gradient."""
         import torch
 
         from ichprog import saliency
         from ichprog.runtime.openvino import guided_graph
 
-        model = self._converted(whole.backbone, shape)
+        model = self._convert(network.backbone, shape)
         try:
-            forward, backward = guided_graph.reverse(backend.openvino(), model)
+            forward, backward = guided_graph.build_adjoint(backend.openvino(), model)
         except guided_graph.UnsupportedOpError as error:
-            raise CompilationError(f"there is no compiled way back through {self.spec.name} ({error})") from error
-        names: list[str] = []  # of the layer whose output the features are, where that is the backbone's choice
-        layer = whole.cam_layer
-        with torch.inference_mode(), saliency.kept_outputs(whole, [layer]) as outputs:
-            features = whole.backbone(torch.rand(1, 1, *shape))
+            raise CompilationError(f"{self.spec.name}: guided backpropagation cannot be compiled ({error})") from error
+        names: list[str] = []  # of the layer that outputs the features, if that layer is `cam_layer`
+        layer = network.cam_layer
+        with torch.inference_mode(), saliency.record_outputs(network, [layer]) as outputs:
+            features = network.backbone(torch.rand(1, 1, *shape))
             if outputs[layer].shape == features.shape and torch.equal(outputs[layer], features):
                 names = [layer, layer.removeprefix("backbone.")]
         return {
-            "forward": self._compiled(forward, {"features_are": names}),
-            "backward": self._compiled(backward),
+            "forward": self._compile(forward, {"feature_layers": names}),
+            "backward": self._compile(backward),
         }
 
-    def _converted(self, module: "nn.Module", shape: Shape) -> Any:
+    def _convert(self, module: "nn.Module", shape: Shape) -> Any:
+        """Convert a torch module and name the model in the error."""
         try:
-            return backend.converted(module, shape)
-        except MemoryError:
+            return backend.convert(module, shape)
+        except (MemoryError, CompilationError):
             raise
-        except Exception as error:  # a plugin may compute in any way
-            said = " ".join(str(error).split())[:200]
+        except Exception as error:  # a plugin may compute anything
+            cause = " ".join(str(error).split())[:200]
             raise CompilationError(
-                f"{self.spec.name}: OpenVINO cannot run its network ({type(error).__name__}: {said})"
+                f"{self.spec.name}: OpenVINO cannot run its network ({type(error).__name__}: {cause})"
             ) from error
 
-    def _compiled(self, model: Any, about: dict[str, Any] | None = None) -> "_Program":
-        if self.precision == "bfloat16":
-            backend.pair_columns(model)
-        return _Program(backend.core().compile_model(model, "CPU", self._settings), about or {})
-
-    @property
-    def _settings(self) -> dict[str, str]:
-        # The precision is said at every load: left to itself, OpenVINO takes bfloat16 where the processor has it.
-        return {
-            "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[self.precision],
-            "PERFORMANCE_HINT": "LATENCY",
-        }
+    def _compile(self, model: Any, metadata: dict[str, Any] | None = None) -> "_CompiledGraph":
+        return _CompiledGraph(backend.compile_model(model, self.precision), metadata or {})
 
 
-class _Program:
-    """A compiled graph with the memory it runs in; one run at a time."""
+class _CompiledGraph:
+    """A compiled graph with its working memory. Hold `lock` while it runs.
 
-    def __init__(self, compiled: Any, about: dict[str, Any], exported: np.ndarray | None = None) -> None:
-        self.compiled, self.about = compiled, about
-        self.turn = threading.Lock()
+    Args:
+        compiled: The compiled model.
+        metadata: Plain data about the graph.
+        exported: The exported graph. The compiled model may refer to this memory.
+    """
+
+    def __init__(self, compiled: Any, metadata: dict[str, Any], exported: np.ndarray | None = None) -> None:
+        self.compiled, self.metadata = compiled, metadata
+        self.lock = threading.Lock()
         self._has_memory = False
-        self._exported = exported  # its weights may lie in there
+        self._exported = exported
         self._request = compiled.create_infer_request()
 
     def release_memory(self) -> None:
-        """Gives back the memory of runs, where none is under way; the next takes it again."""
-        if self._has_memory and self.turn.acquire(blocking=False):
+        """Release the working memory unless the graph is running. The next run allocates it again."""
+        if self._has_memory and self.lock.acquire(blocking=False):
             try:
                 self.compiled.release_memory()
                 self._has_memory = False
             finally:
-                self.turn.release()
+                self.lock.release()
 
     def infer(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Runs, in its `turn`; the outputs lie in the program's own memory until it runs again."""
+        """Run the graph. The outputs are views of memory that the next run overwrites."""
         self._has_memory = True
         for position, values in enumerate(inputs):
-            self._request.set_input_tensor(position, backend.openvino().Tensor(values, shared_memory=True))
+            self._request.set_input_tensor(position, backend.as_tensor(values))
         self._request.infer()
         return [self._request.get_output_tensor(i).data for i in range(len(self.compiled.outputs))]
 
 
-def _answers(network: "Network") -> "nn.Module":
-    """A network that gives its logits and then its label probabilities, task by task."""
+def _with_probabilities(network: "Network") -> "nn.Module":
+    """Return a module that outputs the logits of all tasks, then the probabilities of all tasks."""
     from torch import Tensor, nn
 
-    class Answers(nn.Module):
+    class WithProbabilities(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.network = network
@@ -278,4 +286,4 @@ def _answers(network: "Network") -> "nn.Module":
             logits = self.network(grid)
             return (*logits.values(), *self.network.probabilities(logits).values())
 
-    return Answers().eval()
+    return WithProbabilities().eval()

@@ -11,9 +11,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ichprog._captum.loan import at_layer, features_of, layer_of, lent, refuse_functional_relus, seeded
 from ichprog.errors import PluginError
 from ichprog.saliency import ScoreFunction
+from ichprog_captum.loan import at_layer, features_of, layer_of, lent, refuse_functional_relus, seeded
 
 Steps = int | str | tuple[int, int, int]
 

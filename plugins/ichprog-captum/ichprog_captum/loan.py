@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ichprog.errors import PluginError, UnknownNameError
-from ichprog.saliency import ScoreFunction, layer_name
+from ichprog.saliency import ScoreFunction, resolve_layer
 
 
 class Scored(nn.Module):
@@ -77,7 +77,7 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 def layer_of(network: nn.Module, layer: str | None) -> str:
     """A layer's name from the network down."""
-    name = layer_name(network, layer)
+    name = resolve_layer(network, layer)
     try:
         network.get_submodule(name)
     except AttributeError as error:
