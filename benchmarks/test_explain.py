@@ -16,7 +16,7 @@ from process import WorkloadProcess
 
 MEDCAM = "medcam, eager float32"
 GB = 1e9
-REDUCED = ["bfloat16"] if backend.computes_in_bfloat16() else []
+REDUCED = ["bfloat16"] if backend.supports_bfloat16() else []
 
 
 @pytest.fixture(scope="module")

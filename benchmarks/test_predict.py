@@ -27,7 +27,7 @@ def rates(scans, timing):
     ("bfloat16", 16, 4.5, 2e-3),
 ])  # fmt: skip
 def test_a_list_of_scans(compare, record, cache, cohort, precision, scans, lowest, tolerance):
-    if precision == "bfloat16" and not backend.computes_in_bfloat16():
+    if precision == "bfloat16" and not backend.supports_bfloat16():
         pytest.skip("this processor does not support bfloat16")
     folder = cohort(scans)
     with (

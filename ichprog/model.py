@@ -358,7 +358,7 @@ def predict(
 
 
 @overload
-def explain(  # type: ignore[overload-overlap]  # a string is a sequence too, and means one task or method
+def explain(
     model: Model | str,
     scan: "ScanSource",
     *,

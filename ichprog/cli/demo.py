@@ -36,8 +36,8 @@ def demo(out: Path, as_json: bool) -> None:
     with results_file(out / "results.csv", model.spec) as add:
         add(prediction)
     maps = ichprog.explain(model, examined, task=[task.name for task in model.spec.tasks], method=[_METHOD])
-    for (task, method), saliency in maps.items():  # type: ignore[union-attr]  # several tasks give a dict
-        saliency.save(out / f"{patient.name}_{task}_{method}.nii.gz")
+    for (name, method), saliency in maps.items():
+        saliency.save(out / f"{patient.name}_{name}_{method}.nii.gz")
     picture = out / "picture.png"
     with atomic_write(picture) as partial:
         plot(maps, scan, prediction=prediction, outline=nib.load(mask)).savefig(partial, dpi=110)

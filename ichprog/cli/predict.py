@@ -244,7 +244,7 @@ def _save_maps(
     found = ichprog.explain(model, examined, task=names, label=label, method=methods, **options)
     return [
         (saliency.save(folder / f"{stem}_{task}_{method}.nii.gz"), saliency)
-        for (task, method), saliency in found.items()  # type: ignore[union-attr]  # several tasks give a dict
+        for (task, method), saliency in found.items()
     ]
 
 

@@ -6,7 +6,7 @@ weights away, and watches the map.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
@@ -222,7 +222,7 @@ def randomised(
 
     def maps() -> dict[tuple[str, str], np.ndarray]:
         found = explain(own, examined, task=task, label=label, method=methods, **options)
-        return {key: _on_grid(each.grid_map, own.spec.input)[inside] for key, each in cast("Maps", found).items()}
+        return {key: _on_grid(each.grid_map, own.spec.input)[inside] for key, each in found.items()}
 
     trained = maps()
     random = torch.Generator().manual_seed(seed)

@@ -15,7 +15,7 @@ from ichprog.export.model_card import config
 from ichprog.hub import WeightFile
 from ichprog.model import Model
 from ichprog.networks import Network
-from ichprog.runtime.openvino.backend import openvino, quiet
+from ichprog.runtime.openvino.backend import openvino, silenced
 from ichprog.spec import ModelSpec
 
 FORMATS = {"onnx": ("onnx", "onnxscript"), "openvino": ("onnx", "onnxscript")}  # and what they need
@@ -132,7 +132,7 @@ def _culprit(spec: ModelSpec, member: Network, grids: Tensor) -> str:
 def _onnx(module: nn.Module, example: Tensor, outputs: Sequence[str]) -> Any:
     """A module as an ONNX program for batches of any size, with nothing in it of where it was made."""
     shapes = ({0: torch.export.Dim("batch")},)
-    with quiet():
+    with silenced():
         # Traced first by itself: the exporter would fix the size of the batch rather than say that it cannot vary.
         traced = torch.export.export(module, (example,), dynamic_shapes=shapes)
         program = torch.onnx.export(

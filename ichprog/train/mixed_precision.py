@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from ichprog.runtime.openvino.backend import computes_in_bfloat16
+from ichprog.runtime.openvino.backend import supports_bfloat16
 
 _CONVOLUTIONS = {torch.conv1d, torch.conv2d, torch.conv3d}
 _TRANSPOSED = {torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d}
@@ -47,7 +47,7 @@ def autocast(device: torch.device, *, is_bfloat16: bool) -> Iterator[None]:
 def unsupported_reason(device: torch.device) -> str | None:
     """Return why a device does not support bfloat16, as the end of a sentence, or None if it does."""
     if device.type == "cpu":
-        return None if computes_in_bfloat16() else "this processor does not multiply in bfloat16"
+        return None if supports_bfloat16() else "this processor does not multiply in bfloat16"
     if device.type == "cuda" and torch.cuda.is_bf16_supported():
         return None
     return f"the device {device} does not compute in bfloat16"
