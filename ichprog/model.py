@@ -26,9 +26,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from ichprog.saliency import Score
-
     from ichprog.cohort import Cohort
+    from ichprog.saliency import Score
     from ichprog.sources import ScanSource
 
 OnError = Literal["raise", "record"]

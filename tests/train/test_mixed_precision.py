@@ -138,7 +138,7 @@ def test_bfloat16_on_a_cpu_needs_a_request_and_correct_convolutions(cohort, spec
 
 
 def test_bfloat16_is_refused_on_a_cpu_without_it(cohort, spec, tmp_path, monkeypatch, options):
-    monkeypatch.setattr(mixed_precision, "computes_in_bfloat16", lambda: False)
+    monkeypatch.setattr(mixed_precision, "supports_bfloat16", lambda: False)
     with pytest.raises(RunError, match="'bfloat16': this processor does not multiply in bfloat16"):
         train(cohort, spec, tmp_path / "run", folds=4, only_folds=[0], options=options, device="cpu",
               protocol=QUICK.replace(precision="bfloat16"))  # fmt: skip
