@@ -81,6 +81,7 @@ class Model:
             UnknownNameError: The spec names a plugin that is not installed.
             PluginError: A plugin of the spec cannot be loaded or breaks its contract.
         """
+        scan_package.resolve_ranges(spec.input.expected_ranges)  # refuses unknown checks before a scan is read
         runtimes, config = build_runtimes(spec, weights, config, cache)
         return cls(spec, weights, runtimes, config)
 
@@ -139,7 +140,7 @@ class Model:
         """
         contract, scan = self.spec.input, sources.scan_of(source)
         mode = brain if contract.brain_only else "given"
-        return scan_package.examine(scan, expected_ranges=contract.expected_ranges, brain=mode)
+        return scan_package.load(scan, expected_ranges=contract.expected_ranges, brain=mode)
 
     def predict_grids(self, grids: np.ndarray) -> list[dict[str, TaskOutput]]:
         """Run every fold on preprocessed grids.
@@ -199,7 +200,7 @@ class Model:
         contract, scan = self.spec.input, sources.scan_of(source)
         mode = brain if contract.brain_only else "given"
         try:
-            hu, finish = scan_package.begin(scan, expected_ranges=contract.expected_ranges, brain=mode)
+            hu, finish = scan_package.load_deferred(scan, expected_ranges=contract.expected_ranges, brain=mode)
         except ScanError as error:
             return error
         return preprocessing.prepare(hu, contract), finish
@@ -346,7 +347,7 @@ def predict(
         print(prediction["prognosis"].probabilities)
         ```
     """
-    scan_package.refuse_unknown_mode(brain)
+    scan_package.validate_brain_mode(brain)
     if on_error not in ("raise", "record"):
         raise InvalidValueError("on_error", on_error, "'raise' or 'record'")
     found, is_single = sources.resolve(scans)
@@ -457,7 +458,7 @@ def _to_image(
     contract: InputSpec,
     grid_map: np.ndarray,
 ) -> "nib.Nifti1Image":
-    return scan_package.image(preprocessing.to_scan(grid_map, shape, contract), source_shape, source_affine)
+    return scan_package.source_image(preprocessing.to_scan(grid_map, shape, contract), source_shape, source_affine)
 
 
 def _predictions(

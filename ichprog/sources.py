@@ -47,7 +47,7 @@ def find_scans(source: Any) -> "list[ScanSource]":
         path = Path(source)
         if path.suffix.lower() in TABLE_SUFFIXES:
             return list(Cohort.read(path, scans=False).patients)
-        return list(scan_package.find(path))
+        return list(scan_package.find_scans(path))
     if isinstance(source, Cohort):
         return list(source.patients)
     if _is_scan_in_memory(source):

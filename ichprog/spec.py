@@ -113,29 +113,11 @@ class Window:
     above: Literal["zero", "one"]
 
 
-@dataclass(frozen=True)
-class ExpectedRanges:
-    """What a scan for this model looks like; outside of it a scan is doubted, in units.
+ExpectedRanges = Mapping[str, tuple[float | None, float | None]]
+"""Ranges that override the default ranges of scan checks, by check code: (lowest, highest), None for no bound.
 
-    Attributes:
-        slices: Fewest and most slices.
-        in_plane_spacing_mm: Smallest and largest distance of rows and of columns, in mm.
-        slice_spacing_mm: Smallest and largest distance of slices, in mm.
-        coverage_mm: Smallest and largest extent from the lowest to the highest slice, in mm.
-        field_of_view_mm: Smallest and largest extent of a slice, in mm.
-        brain_ml: Smallest and largest volume of brain, in mL.
-        blood_dense_ml: Least volume of the largest blood-dense region, in mL; 0 where none is needed.
-        obliquity_deg: Largest angle between the scan's axes and the patient's, in degrees.
-    """
-
-    slices: tuple[int, int]
-    in_plane_spacing_mm: tuple[float, float]
-    slice_spacing_mm: tuple[float, float]
-    coverage_mm: tuple[float, float]
-    field_of_view_mm: tuple[float, float]
-    brain_ml: tuple[float, float]
-    blood_dense_ml: float
-    obliquity_deg: float
+`ichprog.scan.resolve_ranges` fills in the defaults and refuses unknown codes.
+"""
 
 
 @dataclass(frozen=True)
@@ -149,7 +131,7 @@ class InputSpec:
         shape: Grid shape (D, H, W): slices, rows, columns.
         pad_slices: Whether fewer slices than D are zero-padded symmetrically before resizing.
         resize: How other shapes become `shape`: "area" is averaging over each cell.
-        expected_ranges: What the scan is checked against.
+        expected_ranges: Ranges of scan checks that differ from their defaults, by check code.
     """
 
     orientation: Literal["LPS"]
@@ -333,10 +315,11 @@ def _check(spec: ModelSpec) -> None:
         )
     if min(spec.input.shape) < 1:
         raise SpecError(f"input.shape: sizes must be positive, are {list(spec.input.shape)}")
-    for field in dataclasses.fields(spec.input.expected_ranges):
-        bounds = getattr(spec.input.expected_ranges, field.name)
-        if isinstance(bounds, tuple) and bounds[0] > bounds[1]:
-            raise SpecError(f"input.expected_ranges.{field.name}: the lower bound comes first, are {list(bounds)}")
+    for code, (lowest, highest) in spec.input.expected_ranges.items():
+        if lowest is not None and highest is not None and lowest > highest:
+            raise SpecError(
+                f"input.expected_ranges.{code}: Expected [lowest, highest], got {[lowest, highest]}. Swap the two."
+            )
     revision = spec.weights.revision
     if (spec.weights.repo is None) != (revision is None):
         raise SpecError("weights: repo and revision are given both or neither")

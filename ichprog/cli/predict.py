@@ -142,9 +142,9 @@ def explain(
 
 
 def _load(name: str, brain: str, loading: dict[str, Any]) -> "Model":
-    from ichprog.scan import refuse_unknown_mode
+    from ichprog.scan import validate_brain_mode
 
-    refuse_unknown_mode(brain)
+    validate_brain_mode(brain)
     model = ichprog.load_model(name, **loading)
     click.get_current_context().find_root().obj = model  # is in use until the process ends, and not taken apart before
     _import_nibabel()
@@ -166,7 +166,7 @@ def _import_nibabel() -> None:
 
 def _sources(paths: Iterable[Path]) -> list[Path]:
     """Every scan behind the paths, once: a cohort's in the order of its rows, whether they are there or not."""
-    from ichprog.scan import find
+    from ichprog.scan import find_scans
 
     sources: list[Path] = []
     for path in paths:
@@ -175,7 +175,7 @@ def _sources(paths: Iterable[Path]) -> list[Path]:
 
             sources += [patient.scan for patient in Cohort.read(path, scans=False).patients]
         else:
-            sources += find(path)
+            sources += find_scans(path)
     return list(dict.fromkeys(sources))
 
 

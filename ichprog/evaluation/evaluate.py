@@ -190,7 +190,7 @@ def evaluate(
         RunError: The model's run.json cannot be read.
         UnknownNameError, SpecError, WeightsError, PluginError: As of `load_model`.
     """
-    scan_package.refuse_unknown_mode(brain)
+    scan_package.validate_brain_mode(brain)
     table = cohort if isinstance(cohort, Cohort) else Cohort.read(cohort, scans=False)
     spec, weights = hub.fetch(name, fold=fold, cache_dir=cache_dir, offline=offline)
     labels, unscored = _labels(spec, table)

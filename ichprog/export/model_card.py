@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ichprog.hub import WeightFile
+from ichprog.scan import CHECKS, format_range, resolve_ranges
 from ichprog.spec import ModelSpec, PluginRef, Task
 
 CAUTION = (
@@ -198,17 +199,8 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _usual(spec: ModelSpec) -> str:
     """The table of what scans for a model look like."""
-    seen = spec.input.expected_ranges
-    rows = [
-        ["slices", _range(seen.slices), ""],
-        ["pixel spacing", _range(seen.in_plane_spacing_mm), "mm"],
-        ["distance of slices", _range(seen.slice_spacing_mm), "mm"],
-        ["extent from foot to head", _range(seen.coverage_mm), "mm"],
-        ["extent of a slice", _range(seen.field_of_view_mm), "mm"],
-        ["volume of the brain", _range(seen.brain_ml), "mL"],
-        ["largest piece as dense as blood", f"at least {seen.blood_dense_ml:g}", "mL"],
-        ["turn against the patient's axes", f"at most {seen.obliquity_deg:g}", "degrees"],
-    ]
+    ranges = resolve_ranges(spec.input.expected_ranges)
+    rows = [[CHECKS[code].quantity, format_range(bounds), CHECKS[code].unit or ""] for code, bounds in ranges.items()]
     return table(["measure", "usual", "unit"], rows)
 
 
@@ -217,10 +209,6 @@ def _target(task: Task) -> str:
     word = "from" if task.target.severity == "high" else "below"
     bounds = zip(task.labels[1:], task.target.bin_edges, strict=True)
     return f"`{task.target.column}`: " + ", ".join(f"`{label}` {word} {cut:g}" for label, cut in bounds)
-
-
-def _range(bounds: tuple[float, float]) -> str:
-    return f"{bounds[0]:g} to {bounds[1]:g}"
 
 
 def _options(part: PluginRef) -> str:

@@ -1,7 +1,8 @@
-"""A CT on disk becomes a `Scan`: read, checked, and left with its brain alone.
+"""Head CTs on disk: reading, brain isolation and checks, with a `Scan` as the result.
 
-`volume` holds the Scan and reads NIfTI, `series` chooses among DICOM series and `dicom` makes a volume of one, `brain`
-finds the brain, `checks` says what is impossible and what is doubtful. Nothing in this room knows of networks.
+`volume` holds `Scan` and reads NIfTI. `series` selects a DICOM series and `dicom` reads it as a volume. `brain`
+isolates the brain. `checks` refuses impossible scans and warns about unusual ones. This package knows no networks and
+no registry.
 """
 
 import dataclasses
@@ -11,102 +12,149 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ichprog.scan.brain import BrainMode, brain_only, extract, holds_brain_alone, refuse_unknown_mode
-from ichprog.scan.checks import check, refuse_geometry, refuse_unless_ct
-from ichprog.scan.volume import Scan, image, read
+from ichprog.scan.brain import (
+    BrainExtractor,
+    BrainMode,
+    extract_brain,
+    is_brain_only,
+    isolate_brain,
+    run_extractor,
+    validate_brain_mode,
+)
+from ichprog.scan.checks import (
+    CHECKS,
+    check_scan,
+    format_range,
+    register_check,
+    resolve_ranges,
+    validate_ct,
+    validate_geometry,
+)
+from ichprog.scan.volume import Scan, read, source_image
 from ichprog.spec import ExpectedRanges
 
 if TYPE_CHECKING:
     import nibabel as nib
 
-__all__ = ["BrainMode", "Scan", "begin", "brain_mask", "examine", "find", "image", "read", "refuse_unknown_mode"]
+    from ichprog.scan.brain import Mask
+
+__all__ = [
+    "CHECKS",
+    "BrainExtractor",
+    "BrainMode",
+    "Scan",
+    "brain_mask",
+    "extract_brain",
+    "find_scans",
+    "format_range",
+    "load",
+    "load_deferred",
+    "read",
+    "register_check",
+    "resolve_ranges",
+    "source_image",
+    "validate_brain_mode",
+]
 
 
-def examine(source: Any, *, expected_ranges: ExpectedRanges, brain: BrainMode = "auto") -> Scan:
-    """Reads a scan, checks it, and leaves nothing but the brain in it.
+def load(source: Any, *, expected_ranges: ExpectedRanges, brain: "BrainMode | BrainExtractor | Mask" = "auto") -> Scan:
+    """Read a scan, check it, and set everything but the brain to 0 HU.
 
     Args:
-        source: What `read` takes. A scan that was examined already is returned as it is.
-        expected_ranges: What the scan is checked against.
-        brain: "auto" extracts the brain where a skull is seen, "extract" always, "given" never.
+        source: A source that `read` takes. A scan that was loaded before is returned unchanged.
+        expected_ranges: Ranges of scan checks that differ from their defaults, by check code.
+        brain: "auto" extracts the brain if a skull is visible, "extract" always, "given" never. A BrainExtractor
+            extracts with that extractor. A mask (path, nibabel image, or array in the shape of the source) is applied.
 
     Raises:
-        ScanError: The scan cannot be read, or nothing can be said about it.
-        UnknownNameError: There is no such way to treat the brain.
+        ScanError: The scan or mask cannot be read, they do not match, or the scan is no head CT.
+        UnknownNameError: There is no such brain mode.
+        SpecError: `expected_ranges` names an unknown check.
     """
-    return begin(source, expected_ranges=expected_ranges, brain=brain)[1]()
+    return load_deferred(source, expected_ranges=expected_ranges, brain=brain)[1]()
 
 
-def begin(
-    source: Any, *, expected_ranges: ExpectedRanges, brain: BrainMode = "auto"
+def load_deferred(
+    source: Any, *, expected_ranges: ExpectedRanges, brain: "BrainMode | BrainExtractor | Mask" = "auto"
 ) -> tuple[np.ndarray, Callable[[], Scan]]:
-    """Reads a scan as far as a network needs it, and leaves the rest of the examination for later.
+    """Read what a network needs of a scan, and defer the checks.
 
-    Where the brain is given, nothing that is checked changes what the network sees, so that it can start at once.
+    If a scan holds the brain alone, no check changes the network's input, so the network can start at once.
 
     Args:
-        source: As in `examine`.
-        expected_ranges: As in `examine`.
-        brain: As in `examine`.
+        source: As in `load`.
+        expected_ranges: As in `load`.
+        brain: As in `load`.
 
     Returns:
-        `(i, j, k)` HU with nothing but the brain in them, and what ends the examination: it returns and raises what
-        `examine` does, and until it has, nothing may be said about the scan.
+        `(i, j, k)` HU with 0 outside the brain, and a function that finishes the checks. The function returns and
+        raises what `load` does; no result may be reported before it returned.
 
     Raises:
-        ScanError: The scan cannot be read, or no brain can be extracted from it.
-        UnknownNameError: There is no such way to treat the brain.
+        ScanError: The scan or mask cannot be read, they do not match, or no brain can be extracted.
+        UnknownNameError: There is no such brain mode.
     """
+    validate_brain_mode(brain)
     scan = read(source)
     if scan.brain is not None:
         return scan.hu, lambda: scan
-    refuse_unknown_mode(brain)
-    refuse_geometry(scan)
+    validate_geometry(scan)
 
-    def examined(kept: Scan, mask: np.ndarray, done: dict[str, Any]) -> Scan:
-        doubts = check(scan, mask, expected_ranges, given=done["brain"] == "given")
-        warnings = (*scan.warnings, *doubts)
-        return dataclasses.replace(kept, brain=mask, record={**scan.record, **done}, warnings=warnings)
+    def finish(isolated: Scan, mask: np.ndarray, record: dict[str, Any]) -> Scan:
+        warnings = check_scan(scan, mask, expected_ranges, given=record["brain"] == "given")
+        return dataclasses.replace(
+            isolated, brain=mask, record={**scan.record, **record}, warnings=(*scan.warnings, *warnings)
+        )
 
-    if holds_brain_alone(scan, brain):
+    if is_brain_only(scan, brain):
 
-        def end() -> Scan:
-            refuse_unless_ct(scan)
-            return examined(*brain_only(scan, "given"))
+        def validate_and_finish() -> Scan:
+            validate_ct(scan)
+            return finish(*isolate_brain(scan, "given"))
 
-        return scan.hu, end
-    refuse_unless_ct(scan)
-    found = brain_only(scan, "extract")
-    return found[0].hu, lambda: examined(*found)
+        return scan.hu, validate_and_finish
+    validate_ct(scan)
+    isolated, mask, record = isolate_brain(scan, "extract" if brain == "auto" else brain)
+    return isolated.hu, lambda: finish(isolated, mask, record)
 
 
-def brain_mask(scan: Any) -> "nib.Nifti1Image":
-    """The brain in a whole head, as an image of 0 and 1 in the scan's own shape and affine.
+def brain_mask(scan: Any, *, brain: "BrainExtractor | None" = None) -> "nib.Nifti1Image":
+    """Extract the brain of a whole head.
 
     Args:
         scan: A NIfTI path, a DICOM folder or a .zip of one, or a nibabel image.
+        brain: The brain extractor; the built-in one by default.
+
+    Returns:
+        An image of 0 and 1 in the shape and affine of the source.
 
     Raises:
         ScanError: The scan cannot be read, or no brain is found.
+
+    Example:
+        ```python
+        ichprog.brain_mask("head.nii.gz").to_filename("brain.nii.gz")
+        ```
     """
-    whole = read(scan)
-    if whole.brain is None:
-        refuse_unless_ct(whole)
-        whole = dataclasses.replace(whole, brain=extract(whole))
-    return whole.image(np.asarray(whole.brain, np.uint8))
+    head = read(scan)
+    mask = head.brain
+    if mask is None:
+        validate_ct(head)
+        mask = run_extractor(head) if brain is None else run_extractor(head, brain)
+    return head.image(np.asarray(mask, np.uint8))
 
 
-def find(path: str | Path) -> list[Path]:
-    """The scans behind a path.
+def find_scans(path: str | Path) -> list[Path]:
+    """Find the scans in a folder.
 
-    A folder is one scan where it, or its folders together, hold the DICOM files of one study. Else every NIfTI file
-    and every .zip in it is a scan, and so on in its folders.
+    A folder is one scan if it, or its subfolders together, hold the DICOM files of one study. Otherwise every NIfTI
+    file and every .zip in the folder is a scan, and the subfolders are searched in the same way.
 
     Args:
         path: A file, a DICOM folder, or a folder of scans.
 
     Returns:
-        Paths that `read` takes, sorted; the path itself where it is no folder or holds none.
+        Sorted paths that `read` takes, or the path itself if it is no folder or holds no scans.
     """
     path = Path(path)
     return _scans_in(path) or [path] if path.is_dir() else [path]
@@ -120,7 +168,7 @@ def _scans_in(folder: Path) -> list[Path]:
     folders = [entry for entry in entries if entry.is_dir()]
     if any(dicom.is_dicom(file) for file in files):
         return [folder]
-    studies = [found for inner in folders if (found := dicom.study(inner)) is not None]
+    studies = [uid for inner in folders if (uid := dicom.study_uid(inner)) is not None]
     if len(studies) > 1 and len(set(studies)) == 1:
         return [folder]
     scans = [file for file in files if file.name.endswith((".nii", ".nii.gz", ".zip"))]

@@ -1,200 +1,311 @@
-"""What is impossible about a scan, and what is doubtful, in units.
+"""Checks of a scan: refuse what cannot be a head CT in HU, and warn about what is unusual, in units.
 
-`refuse_unless_ct` comes before the brain is extracted, so that a picture without HU or a clipped one is called what it
-is and not a head without a brain. `check` comes after it.
+`CHECKS` is the table of checks. A new check is one function with its row, which `register_check` adds to the table.
+
+`validate_ct` runs before the brain is extracted, so that an image without HU or a clipped image is named as such.
+`check_scan` runs when the brain mask is known.
 """
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from ichprog.errors import ScanError, ScanWarning
-from ichprog.scan.brain import LEAST_ML, SKULL_ML, sees_skull, skull_in
-from ichprog.scan.morphology import Box, banded, bounds, largest, weigh_slices, weights, within
+from ichprog.errors import ScanError, ScanWarning, SpecError, UnknownNameError
+from ichprog.scan.brain import MIN_BRAIN_ML, MIN_SKULL_ML, find_skull, has_skull
+from ichprog.scan.morphology import (
+    Box,
+    bounding_box,
+    cut_bands,
+    dilate_mm,
+    largest_component,
+    resample_slices,
+    triangle_weights,
+)
 from ichprog.scan.volume import AIR_HU, Scan
 from ichprog.spec import ExpectedRanges
 
-_FEWEST_SLICES = 8
+Range = tuple[float | None, float | None]
+
+_MIN_SLICES = 8
 _VOXEL_MM = (0.1, 15.0)
 _EXTENT_MM = (40.0, 1000.0)
-_TISSUE_HU = (0.0, 90.0)  # where the median of a head without its air lies; muscle and bone lift it
-_BRAIN_HU = (10.0, 60.0)  # where the median of a brain alone lies
-_CEILING_HU = 200.0  # clipped lower, bone cannot be told from what it lies against
-_SKULL_HU = 140.0
-_FAT_HU = -30.0  # a whole head that is clipped lower is whole in soft tissue and bone
+_TISSUE_HU = (0.0, 90.0)  # the median of a head without its air; muscle and bone raise it
+_BRAIN_HU = (10.0, 60.0)  # the median of a brain alone
+_CLIPPED_HU = 200.0  # a lower maximum does not separate bone from what lies next to it
+_FAT_HU = -30.0  # a whole head with lower values is not clipped in soft tissue
 _OFFSET_HU = (1000.0, 1130.0)  # soft tissue in a scan that is stored without its offset of 1000 or 1024
-_OFFSET_ML = 300.0  # more than a skull has of one such band
+_OFFSET_ML = 300.0  # more than a skull has in one such band
 _TOP_CM2, _SIDE_CM2, _BOTTOM_CM2 = 25.0, 10.0, 60.0
 _BLOOD_HU = (50.0, 100.0)
 _BLOOD_DEEP_MM, _BLOOD_SHALLOW_MM, _BLOOD_THICK_MM = 5.0, 3.0, 2.5
 _SINUS_ML = 5.0
 
 
-def refuse_unless_ct(scan: Scan) -> None:
-    """Refuses what cannot be a head CT in HU.
+class Finding(NamedTuple):
+    """An unusual measurement.
 
-    A value that is merely unusual passes; `check` doubts it.
-
-    Args:
-        scan: The scan as it was read.
-
-    Raises:
-        ScanError: `spacing`: voxels or extent in mm that no head has. `too-few-slices`: under 8. `empty`: one value
-            everywhere. `windowed`: a whole head clipped so low that bone and soft tissue are one. `eight-bit`: a
-            picture of 0 to 255. `not-hu`: any other values that are not HU, among them HU with an offset of 1024.
+    Attributes:
+        message: The finding in one sentence, with its values and units.
+        measured: Measured value or values.
+        expected: Expected value or range.
     """
-    refuse_geometry(scan)
-    low, high = scan.extremes
-    seen = [round(low, 3), round(high, 3)]
-    if low == high:
-        raise ScanError(f"{scan.name}: every voxel is {low:g}; the scan is empty.", code="empty", measured=low)
 
-    def refusal(code: str, found: str, measured: Any, expected: str) -> ScanError:
-        message = f"{scan.name}: {found}. A head CT in HU is needed: air -1000, water 0, brain 20 to 45, bone above 300"
-        return ScanError(f"{message}.", code=code, measured=measured, expected=expected, unit="HU")
-
-    if high - low < 20:
-        raise refusal("not-hu", f"all values lie between {low:g} and {high:g}, rescaled or normalised", seen, "HU")
-    empty, share = scan.background
-    if high > _OFFSET_HU[0]:
-        offset = (scan.hu > _OFFSET_HU[0]) & (scan.hu < _OFFSET_HU[1])
-        shifted = _values(scan, offset & scan.matter)
-        if _ml(offset, scan) > _OFFSET_ML and shifted.size:
-            near = round(_median(shifted))
-            found = (
-                f"soft tissue has a value near {near}: an offset of about 1024 was not subtracted (RescaleIntercept)"
-            )
-            raise refusal("not-hu", found, near, "20 to 45 in brain")
-
-    tissue = _values(scan, scan.matter)
-    middle = _median(tissue) if tissue.size else empty
-    if high < _CEILING_HU and _is_clipped_skull(scan, high - 1e-3 * (high - low)):
-        found = f"a skull's worth of voxels has the highest value, {high:g}: clipped to a window, bone cannot be seen"
-        raise refusal("windowed", found, seen, f"a highest value of at least {_CEILING_HU:g}")
-    skull = sees_skull(scan)
-    in_hu = _TISSUE_HU[0] <= middle <= _TISSUE_HU[1]
-    if skull and in_hu and low < _FAT_HU:
-        return
-    # a brain alone lies in one constant value: 0 mostly, -1024 or the like sometimes
-    strange = 0 if low > AIR_HU else np.count_nonzero((scan.hu <= AIR_HU) & (np.abs(scan.hu - empty) > 0.5))
-    if not skull and share > 0.5 and strange < 0.1 * tissue.size and _BRAIN_HU[0] <= middle <= _BRAIN_HU[1]:
-        return
-    if low >= 0 and 100 < high <= 255 and bool((scan.hu == np.round(scan.hu)).all()):
-        found = f"whole numbers from {low:g} to {high:g} with a median of {middle:g}: an 8-bit picture, its HU are lost"
-        raise refusal("eight-bit", found, seen, "-1000 to 3000")
-    if skull and in_hu:
-        found = f"a whole head without a value under {low:.4g}: clipped to a window, or no CT"
-        raise refusal("windowed", found, seen, f"a lowest value under {_FAT_HU:g}")
-    found = f"values run from {low:.4g} to {high:.4g}, half of those above air over {middle:.4g}: not HU (an MR image?)"
-    raise refusal("not-hu", found, round(middle, 1), f"a median of {_TISSUE_HU[0]:g} to {_TISSUE_HU[1]:g}")
+    message: str
+    measured: Any
+    expected: Any
 
 
-def check(scan: Scan, mask: np.ndarray, expected_ranges: ExpectedRanges, *, given: bool) -> tuple[ScanWarning, ...]:
-    """Doubts about a scan whose brain is known.
+class CheckInput(NamedTuple):
+    """Input of a check.
+
+    Attributes:
+        scan: The scan as it was read.
+        mask: `(i, j, k)` bool brain mask.
+        expected: Lowest and highest expected value, None for no bound.
+    """
+
+    scan: Scan
+    mask: np.ndarray
+    expected: Range
+
+
+FindFunction = Callable[[CheckInput], Iterable[Finding]]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check of a scan.
+
+    Attributes:
+        code: Code of its warnings, and the key of its range in `input.expected_ranges` of a model.
+        description: What its warning means, for the documentation.
+        quantity: The measured quantity, for tables of expected ranges.
+        unit: Unit of measured and expected values, or None.
+        expected: Default range as (lowest, highest), None for no bound; None for a check without a range.
+        only_if_given: Whether the check runs only if the scan was given as the brain alone.
+        find: Function from a CheckInput to the findings.
+    """
+
+    code: str
+    description: str
+    quantity: str
+    unit: str | None
+    expected: Range | None
+    only_if_given: bool
+    find: FindFunction
+
+
+CHECKS: dict[str, Check] = {}
+
+
+def register_check(
+    code: str,
+    description: str,
+    *,
+    quantity: str = "",
+    unit: str | None = None,
+    expected: Range | None = None,
+    only_if_given: bool = False,
+) -> Callable[[FindFunction], FindFunction]:
+    """Register a function as a scan check.
 
     Args:
-        scan: The scan as it was read.
-        mask: `(i, j, k)` bool, true in the brain.
-        expected_ranges: What a scan for the model looks like.
-        given: Whether the brain was given and not extracted.
+        code: Code of its warnings, and the key of its range in `input.expected_ranges` of a model.
+        description: What its warning means, for the documentation.
+        quantity: The measured quantity, for tables of expected ranges.
+        unit: Unit of measured and expected values.
+        expected: Default range as (lowest, highest), None for no bound; None for a check without a range.
+        only_if_given: Whether the check runs only if the scan was given as the brain alone.
 
     Returns:
-        One warning for each of these that is out of bounds: `slices`, `in-plane-spacing`, `slice-spacing`,
-        `coverage`, `field-of-view`, `obliquity`, `brain-volume`, `cropped-brain`, `skull-present`, `windowed`,
-        `no-blood`.
+        A decorator for a function that takes a `CheckInput` and returns `Finding` objects.
+
+    Example:
+        ```python
+        @register_check("density", "an unusual median", quantity="median of the brain", unit="HU", expected=(20, 45))
+        def check_density(case: CheckInput) -> list[Finding]:
+            median = float(np.median(case.scan.hu[case.mask]))
+            return out_of_range([median], case.expected, "the median of the brain", "HU")
+        ```
+    """
+
+    def register(find: FindFunction) -> FindFunction:
+        CHECKS[code] = Check(code, description, quantity, unit, expected, only_if_given, find)
+        return find
+
+    return register
+
+
+def resolve_ranges(overrides: ExpectedRanges) -> dict[str, Range]:
+    """Return the expected range of every check: the default, or the override of a model.
+
+    Args:
+        overrides: Ranges by check code, as in `input.expected_ranges` of a model.
 
     Raises:
-        ScanError: `no-brain`: the brain has less than 100 mL.
+        SpecError: A code names no check with a range.
+
+    Example:
+        >>> resolve_ranges({"slices": (10, 40)})["slices"]
+        (10, 40)
+        >>> resolve_ranges({})["slices"]
+        (20, 64)
     """
-    brain_ml = _ml(mask, scan)
-    if brain_ml < LEAST_ML:
-        raise ScanError(
-            f"{scan.name}: holds {brain_ml:.0f} mL of brain; at least {LEAST_ML:g} mL is needed.",
-            code="no-brain",
-            measured=round(brain_ml, 1),
-            expected=f">= {LEAST_ML:g}",
-            unit="mL",
-        )
-    extent = [n * mm for n, mm in zip(scan.hu.shape, scan.spacing, strict=True)]
-    slices, obliquity = scan.hu.shape[2], float(scan.record.get("obliquity_deg", 0.0))
-    measured = (
-        ("slices", "the number of slices", [slices], expected_ranges.slices, "slices"),
-        ("in-plane-spacing", "the pixel spacing", scan.spacing[:2], expected_ranges.in_plane_spacing_mm, "mm"),
-        ("slice-spacing", "the distance of slices", [scan.spacing[2]], expected_ranges.slice_spacing_mm, "mm"),
-        ("coverage", "the extent from foot to head", [extent[2]], expected_ranges.coverage_mm, "mm"),
-        ("field-of-view", "the extent of a slice", extent[:2], expected_ranges.field_of_view_mm, "mm"),
-        (
-            "obliquity",
-            "the turn against the patient's axes",
-            [obliquity],
-            (0.0, expected_ranges.obliquity_deg),
-            "degrees",
-        ),
-        ("brain-volume", "the volume of the brain", [brain_ml], expected_ranges.brain_ml, "mL"),
-    )
-    found = (_out_of_bounds(*row) for row in measured)
-    doubts = [*found, *_cropped(scan, mask), _bloodless(scan, mask, expected_ranges.blood_dense_ml)]
-    if given:
-        doubts += [_skull_present(scan), _clipped(scan, mask)]
-    return tuple(doubt for doubt in doubts if doubt is not None)
+    ranges = {check.code: check.expected for check in CHECKS.values() if check.expected is not None}
+    for code in overrides:
+        if code not in ranges:
+            raise SpecError(f"input.expected_ranges: {UnknownNameError('scan check', code, sorted(ranges))}")
+    return {**ranges, **overrides}
 
 
-def refuse_geometry(scan: Scan) -> None:
-    """Refuses a scan with voxels, slices or an extent that no head CT has.
+def check_scan(scan: Scan, mask: np.ndarray, expected_ranges: ExpectedRanges, *, given: bool) -> list[ScanWarning]:
+    """Run all checks on a scan whose brain mask is known.
 
     Args:
         scan: The scan as it was read.
+        mask: `(i, j, k)` bool brain mask.
+        expected_ranges: Ranges that differ from the defaults, by check code.
+        given: Whether the scan was given as the brain alone.
+
+    Returns:
+        The warnings, in the order of `CHECKS`.
 
     Raises:
-        ScanError: `spacing` or `too-few-slices`, as in `refuse_unless_ct`.
+        ScanError: `no-brain`: the mask has less than 100 mL.
+        SpecError: `expected_ranges` names an unknown check.
     """
-    extent = [round(float(n * mm), 2) for n, mm in zip(scan.hu.shape, scan.spacing, strict=True)]
-    measured: list[float]
-    if min(scan.spacing) < _VOXEL_MM[0] or max(scan.spacing) > _VOXEL_MM[1]:
-        what, bounds = "voxels of", _VOXEL_MM
-        measured = [float(f"{mm:.3g}") for mm in scan.spacing]
-    elif scan.hu.shape[2] < _FEWEST_SLICES:
+    ranges = resolve_ranges(expected_ranges)
+    brain_ml = _volume_ml(mask, scan)
+    if brain_ml < MIN_BRAIN_ML:
         raise ScanError(
-            f"{scan.name}: has {scan.hu.shape[2]} slices; a head CT of at least {_FEWEST_SLICES} is needed.",
-            code="too-few-slices",
-            measured=scan.hu.shape[2],
-            expected=f">= {_FEWEST_SLICES}",
-            unit="slices",
+            f"{scan.name}: holds {brain_ml:.0f} mL of brain; at least {MIN_BRAIN_ML:g} mL is needed.",
+            code="no-brain",
+            measured=round(brain_ml, 1),
+            expected=f">= {MIN_BRAIN_ML:g}",
+            unit="mL",
         )
-    elif min(extent) < _EXTENT_MM[0] or max(extent) > _EXTENT_MM[1]:
-        what, measured, bounds = "an extent of", extent, _EXTENT_MM
-    else:
-        return
-    raise ScanError(
-        f"{scan.name}: {what} {' x '.join(f'{mm:g}' for mm in measured)} mm; a head CT has {bounds[0]:g} to "
-        f"{bounds[1]:g} mm. Are the units or the affine wrong?",
-        code="spacing",
-        measured=measured,
-        expected=list(bounds),
-        unit="mm",
-    )
+    return [
+        ScanWarning(check.code, finding.message, finding.measured, finding.expected, check.unit)
+        for check in CHECKS.values()
+        if given or not check.only_if_given
+        for finding in check.find(CheckInput(scan, mask, ranges.get(check.code, (None, None))))
+    ]
 
 
-def _out_of_bounds(code: str, what: str, values: Any, bounds: tuple[float, float], unit: str) -> ScanWarning | None:
-    low, high = bounds
-    if all(low * 0.999 <= v <= high * 1.001 for v in values):
-        return None
+def out_of_range(values: Sequence[float], expected: Range, quantity: str, unit: str) -> list[Finding]:
+    """Return a finding if any value is out of range by more than 0.1 percent.
+
+    Args:
+        values: Measured values.
+        expected: Lowest and highest value, None for no bound.
+        quantity: The measured quantity, as the subject of a sentence.
+        unit: Unit of all values.
+
+    Example:
+        >>> out_of_range([90.0], (100, 220), "the extent from foot to head", "mm")[0].message
+        'the extent from foot to head is 90 mm; 100 to 220 is usual for this model.'
+    """
+    lowest, highest = expected
+    if all((lowest is None or lowest * 0.999 <= v) and (highest is None or v <= highest * 1.001) for v in values):
+        return []
     text = " x ".join(f"{v:.4g}" for v in values)
     measured = [float(f"{v:.4g}") for v in values]
-    return ScanWarning(
-        code,
-        f"{what} is {text} {unit}; {low:g} to {high:g} is usual for this model.",
-        measured=measured if len(measured) > 1 else measured[0],
-        expected=list(bounds),
-        unit=unit,
-    )
+    message = f"{quantity} is {text} {unit}; {format_range(expected)} is usual for this model."
+    return [Finding(message, measured if len(measured) > 1 else measured[0], list(expected))]
 
 
-def _cropped(scan: Scan, mask: np.ndarray) -> list[ScanWarning]:
-    """Faces of the scan that cut through the brain; at the bottom it may end at the foramen magnum."""
-    i, j, k = scan.spacing
-    faces = (
+def format_range(expected: Range) -> str:
+    """Return a range as text.
+
+    Args:
+        expected: Lowest and highest value, None for no bound.
+
+    Example:
+        >>> format_range((20, 64)), format_range((1, None)), format_range((None, 25))
+        ('20 to 64', 'at least 1', 'at most 25')
+    """
+    lowest, highest = expected
+    if lowest is None:
+        return "any" if highest is None else f"at most {highest:g}"
+    return f"at least {lowest:g}" if highest is None else f"{lowest:g} to {highest:g}"
+
+
+@register_check("slices", "fewer or more slices than usual", quantity="slices", unit="slices", expected=(20, 64))
+def _check_slices(case: CheckInput) -> list[Finding]:
+    return out_of_range([case.scan.hu.shape[2]], case.expected, "the number of slices", "slices")
+
+
+@register_check(
+    "in-plane-spacing", "smaller or larger pixels than usual", quantity="pixel spacing", unit="mm", expected=(0.3, 1.1)
+)
+def _check_in_plane_spacing(case: CheckInput) -> list[Finding]:
+    return out_of_range(case.scan.spacing[:2], case.expected, "the pixel spacing", "mm")
+
+
+@register_check(
+    "slice-spacing",
+    "slices closer together or further apart than usual",
+    quantity="slice spacing",
+    unit="mm",
+    expected=(2.0, 8.0),
+)
+def _check_slice_spacing(case: CheckInput) -> list[Finding]:
+    return out_of_range([case.scan.spacing[2]], case.expected, "the slice spacing", "mm")
+
+
+@register_check(
+    "coverage",
+    "an unusual extent from foot to head",
+    quantity="extent from foot to head",
+    unit="mm",
+    expected=(100.0, 220.0),
+)
+def _check_coverage(case: CheckInput) -> list[Finding]:
+    return out_of_range([_extent_mm(case.scan)[2]], case.expected, "the extent from foot to head", "mm")
+
+
+@register_check(
+    "field-of-view",
+    "an unusual extent of a slice",
+    quantity="extent of a slice",
+    unit="mm",
+    expected=(150.0, 350.0),
+)
+def _check_field_of_view(case: CheckInput) -> list[Finding]:
+    return out_of_range(_extent_mm(case.scan)[:2], case.expected, "the extent of a slice", "mm")
+
+
+@register_check(
+    "obliquity",
+    "voxel axes rotated from the patient's axes",
+    quantity="rotation from the patient's axes",
+    unit="degrees",
+    expected=(0.0, 25.0),
+)
+def _check_obliquity(case: CheckInput) -> list[Finding]:
+    degrees = float(case.scan.record.get("obliquity_deg", 0.0))
+    return out_of_range([degrees], case.expected, "the rotation from the patient's axes", "degrees")
+
+
+@register_check(
+    "brain-volume",
+    "an unusual volume of the brain",
+    quantity="volume of the brain",
+    unit="mL",
+    expected=(700.0, 2000.0),
+)
+def _check_brain_volume(case: CheckInput) -> list[Finding]:
+    return out_of_range([_volume_ml(case.mask, case.scan)], case.expected, "the volume of the brain", "mL")
+
+
+@register_check("cropped-brain", "the scan ends inside the brain; one warning for each side", unit="cm2")
+def _check_cropping(case: CheckInput) -> list[Finding]:
+    """Find the sides of the scan that cut the brain; the bottom may cut it at the foramen magnum."""
+    mask = case.mask
+    i, j, k = case.scan.spacing
+    sides = (
         ("top", mask[:, :, -1], i * j, _TOP_CM2),
         ("bottom", mask[:, :, 0], i * j, _BOTTOM_CM2),
         ("right side", mask[0], j * k, _SIDE_CM2),
@@ -203,121 +314,237 @@ def _cropped(scan: Scan, mask: np.ndarray) -> list[ScanWarning]:
         ("back", mask[:, -1], i * k, _SIDE_CM2),
     )
     return [
-        ScanWarning(
-            "cropped-brain",
-            f"the scan ends inside the brain: {area:.0f} cm2 of it are cut at the {side}; up to {most:g} is usual.",
+        Finding(
+            f"the scan ends inside the brain: {area:.0f} cm2 of brain are cut at the {side}; up to {limit:g} is usual.",
             measured=round(area, 1),
-            expected=f"<= {most:g}",
-            unit="cm2",
+            expected=f"<= {limit:g}",
         )
-        for side, face, mm2, most in faces
-        if (area := float(np.count_nonzero(face)) * mm2 / 100) > most
+        for side, face, mm2, limit in sides
+        if (area := float(np.count_nonzero(face)) * mm2 / 100) > limit
     ]
 
 
-def _bloodless(scan: Scan, mask: np.ndarray, least_ml: float) -> ScanWarning | None:
-    """Doubts a brain without a piece as dense and as thick as a haematoma.
+@register_check(
+    "no-blood",
+    "no component of the brain is as dense and as thick as a haematoma; old, thin or very small ones go undetected",
+    quantity="largest component as dense as blood",
+    unit="mL",
+    expected=(1.0, None),
+)
+def _check_blood(case: CheckInput) -> list[Finding]:
+    """Find a brain without a component as dense and as thick as a haematoma.
 
-    On a grid of 2 mm noise is averaged away; what is under 5 mm thick is dura, a vessel or the edge of bone. Venous
-    sinuses remain. They lie at the brain's edge, so a piece counts in full from 5 mm under it, and nearer only as far
-    as it is larger than sinuses are: a thin or small haematoma against the skull can go unseen, not a large one.
+    A grid of 2 mm averages noise away; what is thinner than 5 mm is dura, a vessel or the edge of bone. Venous sinuses
+    remain at the surface of the brain. A component counts fully from a depth of 5 mm on, and nearer to the surface only
+    by its volume beyond that of a sinus. A thin or small haematoma at the skull can therefore go undetected.
     """
-    if least_ml <= 0:
-        return None
-    box = bounds(mask)
-    _, spacing = scan.coarse_form
-    floor, ceiling = np.float32(_BLOOD_HU[0] - 20), np.float32(1.2 * _BLOOD_HU[1])
+    scan, mask, (minimum_ml, _) = case
+    if minimum_ml is None or minimum_ml <= 0:
+        return []
+    box = bounding_box(mask)
+    _, spacing = scan.lowres_geometry
+    low, high = np.float32(_BLOOD_HU[0] - 20), np.float32(1.2 * _BLOOD_HU[1])
     slices = zip(np.moveaxis(scan.hu[box], 2, 0), np.moveaxis(mask[box], 2, 0), strict=True)
-    above = ((np.minimum(hu, ceiling) - floor) * inside for hu, inside in slices)
-    coarse = _averaged(above, box, scan) + floor
-    brain = _averaged(np.moveaxis(mask[box], 2, 0), box, scan) > 0.5
-    near = tuple(slice(max(0, at.start - 1), at.stop + 1) for at in bounds(brain))  # so that the brain ends in it
-    coarse, around = coarse[near], ~brain[near]
-    dense = (coarse > _BLOOD_HU[0]) & (coarse < _BLOOD_HU[1])
+    above = ((np.minimum(hu, high) - low) * inside for hu, inside in slices)
+    lowres = _resample_box(above, box, scan) + low
+    brain = _resample_box(np.moveaxis(mask[box], 2, 0), box, scan) > 0.5
+    near = tuple(slice(max(0, at.start - 1), at.stop + 1) for at in bounding_box(brain))  # the brain ends inside it
+    lowres, outside = lowres[near], ~brain[near]
+    dense = (lowres > _BLOOD_HU[0]) & (lowres < _BLOOD_HU[1])
 
-    def thickest_ml(deeper_than: float) -> float:
-        there = dense & ~within(around, np.nextafter(deeper_than, 0), spacing)
-        core = ~within(~there, _BLOOD_THICK_MM, spacing)
-        piece = largest(there & within(core, _BLOOD_THICK_MM, spacing))
-        return float(np.count_nonzero(piece) * np.prod(spacing) / 1000)
+    def thickest_ml(depth_mm: float) -> float:
+        deep = dense & ~dilate_mm(outside, np.nextafter(depth_mm, 0), spacing)
+        core = ~dilate_mm(~deep, _BLOOD_THICK_MM, spacing)
+        component = largest_component(deep & dilate_mm(core, _BLOOD_THICK_MM, spacing))
+        return float(np.count_nonzero(component) * np.prod(spacing) / 1000)
 
     blood_ml = max(thickest_ml(_BLOOD_DEEP_MM), thickest_ml(_BLOOD_SHALLOW_MM) - _SINUS_ML, 0.0)
-    if blood_ml >= least_ml:
-        return None
-    return ScanWarning(
-        "no-blood",
-        f"no haemorrhage is seen: the largest piece of {_BLOOD_HU[0]:g} to {_BLOOD_HU[1]:g} HU in the brain has "
-        f"{blood_ml:.1f} mL, and the model was made for scans with at least {least_ml:g} mL. Old, thin or very small "
-        "haemorrhages can go unseen.",
-        measured=round(blood_ml, 2),
-        expected=f">= {least_ml:g}",
-        unit="mL",
+    if blood_ml >= minimum_ml:
+        return []
+    message = (
+        f"no haemorrhage is visible: the largest component of {_BLOOD_HU[0]:g} to {_BLOOD_HU[1]:g} HU in the brain has "
+        f"{blood_ml:.1f} mL, and the model was made for scans with at least {minimum_ml:g} mL. Old, thin or very small "
+        "haemorrhages can go undetected."
     )
+    return [Finding(message, measured=round(blood_ml, 2), expected=f">= {minimum_ml:g}")]
 
 
-def _skull_present(scan: Scan) -> ScanWarning | None:
-    if not sees_skull(scan):
-        return None
-    return ScanWarning(
-        "skull-present",
-        "the scan was said to hold the brain alone, but a skull is seen; brain='extract' takes it off.",
-        measured="skull",
-        expected="brain alone",
-    )
+@register_check("skull-present", "the scan was given as the brain alone, but a skull is visible", only_if_given=True)
+def _check_skull(case: CheckInput) -> list[Finding]:
+    if not has_skull(case.scan):
+        return []
+    message = "the scan was given as the brain alone, but a skull is visible. Use brain='extract' to remove the skull."
+    return [Finding(message, measured="skull", expected="brain alone")]
 
 
-def _clipped(scan: Scan, mask: np.ndarray) -> ScanWarning | None:
-    """Doubts a brain whose highest value is shared by far more voxels than the values just under it."""
-    values = _values(scan, mask)
+@register_check("windowed", "a brain alone that seems clipped to a window", unit="HU", only_if_given=True)
+def _check_clipping(case: CheckInput) -> list[Finding]:
+    """Find a brain in which far more voxels have the highest value than have the values just below it."""
+    values = _masked_values(case.scan, case.mask)
     high = float(values.max())
-    at, under = np.count_nonzero(values == high), np.count_nonzero((values < high) & (values >= high - 3))
-    if high >= _CEILING_HU or at < 20 or at < under:
-        return None
-    return ScanWarning(
-        "windowed",
-        f"{at} voxels share exactly the highest value, {high:g} HU: the scan seems clipped to a window.",
-        measured=high,
-        expected=f">= {_CEILING_HU:g}",
-        unit="HU",
+    at, below = np.count_nonzero(values == high), np.count_nonzero((values < high) & (values >= high - 3))
+    if high >= _CLIPPED_HU or at < 20 or at < below:
+        return []
+    message = f"{at} voxels have exactly the highest value, {high:g} HU: the scan seems clipped to a window."
+    return [Finding(message, measured=high, expected=f">= {_CLIPPED_HU:g}")]
+
+
+def validate_ct(scan: Scan) -> None:
+    """Refuse what cannot be a head CT in HU.
+
+    A value that is merely unusual passes; `check_scan` warns about it.
+
+    Args:
+        scan: The scan as it was read.
+
+    Raises:
+        ScanError: `spacing`: voxels or extent in mm that no head has. `too-few-slices`: under 8. `empty`: one value
+            everywhere. `windowed`: a whole head clipped so low that bone and soft tissue have the same value.
+            `eight-bit`: an image of 0 to 255. `not-hu`: other values that are not HU, including HU with an offset
+            of 1024.
+    """
+    validate_geometry(scan)
+    low, high = scan.hu_range
+    if low == high:
+        raise ScanError(f"{scan.name}: every voxel is {low:g}; the scan is empty.", code="empty", measured=low)
+    if high - low < 20:
+        raise _not_hu_error(
+            scan, "not-hu", f"all values lie between {low:g} and {high:g}, rescaled or normalised", _rounded(scan), "HU"
+        )
+    _refuse_offset(scan)
+    if high < _CLIPPED_HU and _is_clipped_skull(scan, high - 1e-3 * (high - low)):
+        found = f"as many voxels as a skull has are {high:g}, the highest value: clipped to a window without bone"
+        raise _not_hu_error(scan, "windowed", found, _rounded(scan), f"a highest value of at least {_CLIPPED_HU:g}")
+    _refuse_other_values(scan)
+
+
+def _refuse_offset(scan: Scan) -> None:
+    """Refuse HU that are stored with an offset of about 1024."""
+    if scan.hu_range[1] <= _OFFSET_HU[0]:
+        return
+    in_band = (scan.hu > _OFFSET_HU[0]) & (scan.hu < _OFFSET_HU[1])
+    shifted = _masked_values(scan, in_band & scan.foreground)
+    if _volume_ml(in_band, scan) > _OFFSET_ML and shifted.size:
+        median = round(_median(shifted))
+        found = f"soft tissue has values near {median}: an offset of about 1024 was not subtracted (RescaleIntercept)"
+        raise _not_hu_error(scan, "not-hu", found, median, "20 to 45 in brain")
+
+
+def _refuse_other_values(scan: Scan) -> None:
+    """Refuse values that are those of neither a whole head nor a brain alone."""
+    low, high = scan.hu_range
+    background, share = scan.background
+    tissue = _masked_values(scan, scan.foreground)
+    median = _median(tissue) if tissue.size else background
+    has_bone = has_skull(scan)
+    in_hu = _TISSUE_HU[0] <= median <= _TISSUE_HU[1]
+    if has_bone and in_hu and low < _FAT_HU:
+        return
+    # the background of a brain alone is one value: usually 0, sometimes -1024 or similar
+    mixed = 0 if low > AIR_HU else np.count_nonzero((scan.hu <= AIR_HU) & (np.abs(scan.hu - background) > 0.5))
+    if not has_bone and share > 0.5 and mixed < 0.1 * tissue.size and _BRAIN_HU[0] <= median <= _BRAIN_HU[1]:
+        return
+    if low >= 0 and 100 < high <= 255 and bool((scan.hu == np.round(scan.hu)).all()):
+        found = f"integers from {low:g} to {high:g} with a median of {median:g}: an 8-bit image, its HU are lost"
+        raise _not_hu_error(scan, "eight-bit", found, _rounded(scan), "-1000 to 3000")
+    if has_bone and in_hu:
+        found = f"a whole head without a value below {low:.4g}: clipped to a window, or no CT"
+        raise _not_hu_error(scan, "windowed", found, _rounded(scan), f"a lowest value under {_FAT_HU:g}")
+    found = f"values range from {low:.4g} to {high:.4g}, with a median of {median:.4g} above air: not HU (an MR image?)"
+    raise _not_hu_error(scan, "not-hu", found, round(median, 1), f"a median of {_TISSUE_HU[0]:g} to {_TISSUE_HU[1]:g}")
+
+
+def _not_hu_error(scan: Scan, code: str, found: str, measured: Any, expected: str) -> ScanError:
+    message = f"{scan.name}: {found}. A head CT in HU is needed: air -1000, water 0, brain 20 to 45, bone above 300."
+    return ScanError(message, code=code, measured=measured, expected=expected, unit="HU")
+
+
+def _rounded(scan: Scan) -> list[float]:
+    return [round(value, 3) for value in scan.hu_range]
+
+
+def validate_geometry(scan: Scan) -> None:
+    """Refuse a scan with voxels, slices or an extent that no head CT has.
+
+    Args:
+        scan: The scan as it was read.
+
+    Raises:
+        ScanError: `spacing` or `too-few-slices`, as in `validate_ct`.
+    """
+    extent = [round(mm, 2) for mm in _extent_mm(scan)]
+    measured: list[float]
+    if min(scan.spacing) < _VOXEL_MM[0] or max(scan.spacing) > _VOXEL_MM[1]:
+        quantity, limits = "voxels of", _VOXEL_MM
+        measured = [float(f"{mm:.3g}") for mm in scan.spacing]
+    elif scan.hu.shape[2] < _MIN_SLICES:
+        raise ScanError(
+            f"{scan.name}: has {scan.hu.shape[2]} slices; a head CT of at least {_MIN_SLICES} is needed.",
+            code="too-few-slices",
+            measured=scan.hu.shape[2],
+            expected=f">= {_MIN_SLICES}",
+            unit="slices",
+        )
+    elif min(extent) < _EXTENT_MM[0] or max(extent) > _EXTENT_MM[1]:
+        quantity, measured, limits = "an extent of", extent, _EXTENT_MM
+    else:
+        return
+    raise ScanError(
+        f"{scan.name}: {quantity} {' x '.join(f'{mm:g}' for mm in measured)} mm; a head CT has {limits[0]:g} to "
+        f"{limits[1]:g} mm. Check the units and the affine.",
+        code="spacing",
+        measured=measured,
+        expected=list(limits),
+        unit="mm",
     )
 
 
 def _is_clipped_skull(scan: Scan, value: float) -> bool:
-    """Whether the voxels of a value and above form a skull."""
+    """Return whether the voxels of at least a value form a skull."""
     top = scan.hu >= value
-    if _ml(top, scan) < SKULL_ML / 8:  # too little for a skull, however averaging spreads it
+    if _volume_ml(top, scan) < MIN_SKULL_ML / 8:  # too little for a skull, however averaging spreads it
         return False
-    box = bounds(top)
-    averaged = _averaged(np.moveaxis(top[box], 2, 0), box, scan)
-    return skull_in(averaged > 0.5, scan.coarse_form[1]) is not None
+    box = bounding_box(top)
+    lowres = _resample_box(np.moveaxis(top[box], 2, 0), box, scan)
+    return find_skull(lowres > 0.5, scan.lowres_geometry[1]) is not None
 
 
-def _averaged(slices: Iterable[np.ndarray], box: Box, scan: Scan) -> np.ndarray:
-    """Values in a box of a scan, `(i, j)` for each k, which are 0 around it, on the scan's coarse grid."""
-    shape, _ = scan.coarse_form
-    return weigh_slices(
-        slices, [banded(weights(n, m)[:, at]) for n, m, at in zip(scan.hu.shape, shape, box, strict=True)]
+def _resample_box(slices: Iterable[np.ndarray], box: Box, scan: Scan) -> np.ndarray:
+    """Resample a box of a scan, with zeros around it, to the low-resolution grid.
+
+    Args:
+        slices: Values in the box, `(i, j)` for each k.
+        box: Where the box lies in the scan.
+        scan: The scan.
+    """
+    shape, _ = scan.lowres_geometry
+    return resample_slices(
+        slices, [cut_bands(triangle_weights(n, m)[:, at]) for n, m, at in zip(scan.hu.shape, shape, box, strict=True)]
     )
 
 
-def _values(scan: Scan, mask: np.ndarray) -> np.ndarray:
-    """HU where a mask is true, in the order of memory."""
+def _masked_values(scan: Scan, mask: np.ndarray) -> np.ndarray:
+    """Return the HU in a mask, in memory order."""
     values: np.ndarray = scan.hu.T[mask.T]
     return values
 
 
 def _median(values: np.ndarray) -> float:
-    """The median, counted where all values are whole numbers."""
-    whole = values.astype(np.int16)
-    if not np.array_equal(whole, values):
+    """Return the median, by counting if all values are integers."""
+    integers = values.astype(np.int16)
+    if not np.array_equal(integers, values):
         return float(np.median(values))
-    lowest = int(whole.min())
-    counts = np.zeros(int(whole.max()) - lowest + 1, int)
-    for part in np.array_split(whole, whole.size // 2**16 + 1):  # numpy counts in integers of four times the size
+    lowest = int(integers.min())
+    counts = np.zeros(int(integers.max()) - lowest + 1, int)
+    for part in np.array_split(integers, integers.size // 2**16 + 1):  # numpy counts in integers of four times the size
         counts += np.bincount(part.astype(int) - lowest, minlength=counts.size)
-    middle = np.searchsorted(np.cumsum(counts), [(whole.size - 1) // 2, whole.size // 2], "right") + lowest
+    middle = np.searchsorted(np.cumsum(counts), [(integers.size - 1) // 2, integers.size // 2], "right") + lowest
     return float(middle.mean())
 
 
-def _ml(mask: np.ndarray, scan: Scan) -> float:
+def _extent_mm(scan: Scan) -> list[float]:
+    return [n * mm for n, mm in zip(scan.hu.shape, scan.spacing, strict=True)]
+
+
+def _volume_ml(mask: np.ndarray, scan: Scan) -> float:
     return float(np.count_nonzero(mask) * np.prod(scan.spacing) / 1000)

@@ -19,12 +19,12 @@ from ichprog.scan.series import (
     AIR_HU,
     TOLERANCE_MM,
     Stack,
-    begins_as_dicom,
-    choose,
-    files_in,
-    images_of,
-    stacks_of,
-    values_of,
+    choose_stack,
+    group_stacks,
+    has_dicom_magic,
+    iter_files,
+    read_hu,
+    read_images,
 )
 
 _WIDEST_GAP_MM = 25.0  # a whole ventricle fits in more: that is not interpolated
@@ -55,10 +55,10 @@ def is_dicom(path: Path) -> bool:
         path: A file.
     """
     with path.open("rb") as file:
-        return begins_as_dicom(file.read(132))
+        return has_dicom_magic(file.read(132))
 
 
-def study(folder: Path) -> str | None:
+def study_uid(folder: Path) -> str | None:
     """The study of the first DICOM file in a folder or below it; None where there is no such file.
 
     Args:
@@ -73,7 +73,7 @@ def study(folder: Path) -> str | None:
     return None
 
 
-def read(path: Path) -> Series:
+def read_series(path: Path) -> Series:
     """Reads the axial non-contrast head CT out of whatever a scanner or archive exported.
 
     Where a study offers the same head several times, a soft-tissue kernel goes before a sharp one, an original before
@@ -89,43 +89,43 @@ def read(path: Path) -> Series:
             ("mixed-positions", "uneven-slices-shape", "gap"), or pixels that cannot be decoded ("pixel-data").
     """
     with ExitStack() as opened:
-        images, files = images_of(files_in(path, opened))
+        images, files = read_images(iter_files(path, opened))
         if not images:
             kind = "folder" if path.is_dir() else "archive" if path.suffix.lower() == ".zip" else "file"
             message = f"{path}: the {kind} holds no scan: none of {files['other']} files is DICOM or NIfTI."
             raise ScanError(message, code="no-dicom", measured=0, expected="one head CT", unit="DICOM files")
-        stack, record = choose(stacks_of(images), path)
-        planes, doubts = _planes(stack, path)
-    planes, steps, origin, done, more_doubts = _straightened(planes, stack, path)
-    hu, affine = _upright(planes, steps, origin)
+        stack, record = choose_stack(group_stacks(images), path)
+        planes, doubts = _read_planes(stack, path)
+    planes, steps, origin, done, more_doubts = _regrid(planes, stack, path)
+    hu, affine = _reorient(planes, steps, origin)
     return Series(hu, affine, {"files": files, **record, **done}, (*doubts, *more_doubts))
 
 
-def _planes(stack: Stack, path: Path) -> tuple[np.ndarray, list[ScanWarning]]:
+def _read_planes(stack: Stack, path: Path) -> tuple[np.ndarray, list[ScanWarning]]:
     """HU of a stack, `(slice, row, column)` float32."""
-    forms = sorted({image.form for image in stack.images})
+    forms = sorted({image.pixel_geometry for image in stack.images})
     if len(forms) > 1:
         message = f"{path}: slices of {stack} differ in rows, columns or pixel size: {forms}. Export them in one form."
         unit = "rows, columns, mm, mm"
         raise ScanError(message, code="uneven-slices-shape", measured=forms, expected="one form", unit=unit)
     planes = np.empty((len(stack.images), *map(int, forms[0][:2])), np.float32)
-    for plane, hu in zip(planes, values_of(stack.images), strict=True):
+    for plane, hu in zip(planes, read_hu(stack.images), strict=True):
         plane[:] = hu
     bare = sum(not image.numbers("RescaleSlope", 1).size for image in stack.images)
     message = f"{bare} slices do not say how stored values become HU; the values were taken as HU."
     return planes, [ScanWarning("no-rescale", message, bare, 0, "slices")] if bare else []
 
 
-def _straightened(
+def _regrid(
     planes: np.ndarray, stack: Stack, path: Path
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, Any], list[ScanWarning]]:
     """Planes straight above each other and evenly spaced.
 
     Returns:
-        The planes; the steps from voxel to voxel as `_upright` takes them; LPS mm of the first voxel; what was done;
+        The planes; the steps from voxel to voxel as `_reorient` takes them; LPS mm of the first voxel; what was done;
         doubts.
     """
-    depths, drift, gaps, gap = stack.depths, stack.offsets[:, :2], np.diff(stack.depths), stack.gap
+    depths, drift, gaps, gap = stack.depths, stack.offsets[:, :2], np.diff(stack.depths), stack.slice_spacing
     if gaps.max() > _WIDEST_GAP_MM:
         widest, most = round(float(gaps.max()), 2), f"<= {_WIDEST_GAP_MM:g}"
         message = f"{path}: {stack} has a hole of {widest} mm; {most} mm is interpolated. Give all of its slices."
@@ -163,7 +163,7 @@ def _straightened(
     origin, pixel_mm = first.numbers("ImagePositionPatient", 3), first.numbers("PixelSpacing", 2)
     if not (straight and even):
         across = drift[:, ::-1] / pixel_mm * (not straight)
-        planes, corner = _resampled(planes, depths, across, step * np.arange(count))
+        planes, corner = _interpolate_planes(planes, depths, across, step * np.arange(count))
         origin = origin + (corner * pixel_mm)[::-1] @ stack.axes[:2]
     done = {
         "slice_spacing_mm": round(step, 4),
@@ -176,7 +176,7 @@ def _straightened(
     return planes, stack.axes.T * (*pixel_mm[::-1], step), origin, done, doubts
 
 
-def _resampled(
+def _interpolate_planes(
     planes: np.ndarray, depths: np.ndarray, across: np.ndarray, wanted: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """One linear interpolation of shifted, unevenly spaced planes onto a grid that has room for all of them.
@@ -195,7 +195,7 @@ def _resampled(
 
     @functools.lru_cache(maxsize=2)
     def moved(n: int) -> np.ndarray:
-        return _moved(planes[n], across[n] - corner, shape)
+        return _shift_plane(planes[n], across[n] - corner, shape)
 
     grid = np.empty((len(wanted), *shape), np.float32)
     for plane, depth in zip(grid, wanted, strict=True):
@@ -205,7 +205,7 @@ def _resampled(
     return grid, corner
 
 
-def _moved(plane: np.ndarray, by: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+def _shift_plane(plane: np.ndarray, by: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """A plane moved down and to the right by some rows and columns, with linear interpolation and air around it."""
     values, box = plane.astype(np.float64), []
     for axis, far in enumerate(by):
@@ -222,7 +222,7 @@ def _moved(plane: np.ndarray, by: np.ndarray, shape: tuple[int, ...]) -> np.ndar
     return whole
 
 
-def _upright(planes: np.ndarray, steps: np.ndarray, origin: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _reorient(planes: np.ndarray, steps: np.ndarray, origin: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Planes as `(i, j, k)` in LPS order and their RAS affine, by exchanging and flipping axes.
 
     Args:

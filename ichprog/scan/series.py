@@ -75,7 +75,7 @@ class Image:
         return float([*self.numbers(keyword, 1), otherwise][0])
 
     @property
-    def form(self) -> tuple[float, ...]:
+    def pixel_geometry(self) -> tuple[float, ...]:
         """Rows, columns, and a pixel's height and width in mm where they are said."""
         header = self.header
         return (header.get("Rows", 0), header.get("Columns", 0), *self.numbers("PixelSpacing", 2).round(4).tolist())
@@ -119,7 +119,7 @@ class Stack:
         return self.images[0].text(keyword)
 
     @property
-    def gap(self) -> float:
+    def slice_spacing(self) -> float:
         """The usual distance of neighbouring slices in mm, 0 where there is only one slice.
 
         The finest that at least a quarter of the neighbours keep: where half a head has thin slices and half thick
@@ -130,12 +130,12 @@ class Stack:
         return float(np.quantile(gaps, 0.25, method="lower")) if gaps.size else 0.0
 
     @property
-    def sharp(self) -> bool:
+    def is_sharp(self) -> bool:
         """Whether a kernel for bone or lung made it."""
         return any(_SHARP.search(self.text(tag).lower()) for tag in ("ConvolutionKernel", "SeriesDescription"))
 
     @property
-    def derived(self) -> bool:
+    def is_derived(self) -> bool:
         """Whether it was computed from other slices."""
         return bool(re.search("^DERIVED|REFORMAT|MPR|MIP|PROJECTION", self.text("ImageType").upper()))
 
@@ -146,10 +146,10 @@ class Stack:
             "description": self.text("SeriesDescription"),
             "uid": self.text("SeriesInstanceUID"),
             "slices": len(self.images),
-            "spacing_mm": round(self.gap, 3),
+            "spacing_mm": round(self.slice_spacing, 3),
             "coverage_mm": round(self.coverage, 1),
             "kernel": self.text("ConvolutionKernel"),
-            "kind": "derived" if self.derived else "original",
+            "kind": "derived" if self.is_derived else "original",
             "first_file": self.images[0].name,
         }
 
@@ -157,7 +157,7 @@ class Stack:
         return "series " + ", ".join(f"{key} {value}" for key, value in self.summary().items() if value != "")
 
 
-def files_in(path: Path, opened: ExitStack) -> Iterator[tuple[str, Callable[[], IO[bytes]]]]:
+def iter_files(path: Path, opened: ExitStack) -> Iterator[tuple[str, Callable[[], IO[bytes]]]]:
     """Names and openers of all files, in an order that does not depend on the file system."""
     if path.is_dir():
         for file in sorted(p for p in path.rglob("*") if p.is_file()):
@@ -177,14 +177,14 @@ def _open(path: Path) -> IO[bytes]:
     return path.open("rb")
 
 
-def begins_as_dicom(start: bytes) -> bool:
+def has_dicom_magic(start: bytes) -> bool:
     """True for the mark after the preamble, and for a first element of group 0002 or 0008 where there is none."""
     tag = start[1::-1] + start[3:1:-1] if start[:1] == b"\0" else start[:4]
     short = start[4:6].isupper() or start[5:8] == b"\0\0\0"  # two letters of a VR, or a small length
     return start[128:] == b"DICM" or (tag[:2] in (b"\x02\0", b"\x08\0") and tag[3:] == b"\0" and short)
 
 
-def images_of(files: Iterable[tuple[str, Callable[[], IO[bytes]]]]) -> tuple[list[Image], dict[str, int]]:
+def read_images(files: Iterable[tuple[str, Callable[[], IO[bytes]]]]) -> tuple[list[Image], dict[str, int]]:
     """Every image once, by its header; and how many files were DICOM and were not, and how many images came again."""
     from pydicom import dcmread
 
@@ -194,7 +194,7 @@ def images_of(files: Iterable[tuple[str, Callable[[], IO[bytes]]]]) -> tuple[lis
         try:
             with opener() as file:
                 start = file.read(132)
-                if not begins_as_dicom(start):
+                if not has_dicom_magic(start):
                     count["other"] += 1
                     continue
                 file.seek(0)
@@ -238,7 +238,7 @@ def _frames(header: Any) -> list[Any]:
     return frames or [header]
 
 
-def stacks_of(images: Iterable[Image]) -> list[Stack]:
+def group_stacks(images: Iterable[Image]) -> list[Stack]:
     """Slices grouped by series and in it by orientation; scouts, which a series may hold too, by themselves."""
     groups: list[tuple[tuple[str, bool], np.ndarray, list[Image]]] = []
     for image in images:
@@ -253,9 +253,9 @@ def stacks_of(images: Iterable[Image]) -> list[Stack]:
     return [Stack(members) for _, _, members in groups]
 
 
-def choose(stacks: list[Stack], path: Path) -> tuple[Stack, dict[str, Any]]:
+def choose_stack(stacks: list[Stack], path: Path) -> tuple[Stack, dict[str, Any]]:
     """The one stack to take, without repeated slices, and the record of the choice."""
-    verdicts = [(stack, _unsuitable(stack)) for stack in stacks]
+    verdicts = [(stack, _rejection_reason(stack)) for stack in stacks]
     passed = [(stack, why) for stack, why in verdicts if why]
     left, reason, dropped = [stack for stack, why in verdicts if not why], "the only axial non-contrast head CT", 0
     if not left:
@@ -268,10 +268,10 @@ def choose(stacks: list[Stack], path: Path) -> tuple[Stack, dict[str, Any]]:
         )
         raise ScanError(message, code=code, measured=reasons, expected="an axial non-contrast head CT")
     if len({stack.text("StudyInstanceUID") for stack in left}) == 1:
-        left, reason = _preferred(left, reason, passed)
+        left, reason = _prefer(left, reason, passed)
     if len(left) == 1:
-        left, dropped = _without_repeats(left[0], path)
-        left, reason = _preferred(left, reason, passed)
+        left, dropped = _drop_repeats(left[0], path)
+        left, reason = _prefer(left, reason, passed)
     if len(left) > 1:
         message = (
             f"{path}: {len(left)} series suit, each an axial non-contrast head CT, and nothing decides between them: "
@@ -286,7 +286,7 @@ def choose(stacks: list[Stack], path: Path) -> tuple[Stack, dict[str, Any]]:
     }
 
 
-def _unsuitable(stack: Stack) -> str:
+def _rejection_reason(stack: Stack) -> str:
     """Why a stack is no axial non-contrast head CT; empty where it is one."""
     first, modality, unit = stack.images[0], stack.text("Modality"), stack.text("RescaleType").upper()
     description = stack.text("SeriesDescription").lower().replace("_", " ")
@@ -303,7 +303,7 @@ def _unsuitable(stack: Stack) -> str:
         (modality != "CT", f"modality {modality or 'unsaid'}, not CT"),
         ("LOCALIZER" in stack.text("ImageType").upper() or _SCOUT.search(description), "a scout"),
         (first.header.get("SamplesPerPixel", 1) != 1, "a colour picture"),
-        (not stack.axes.any() or len(first.form) < 4, "does not say where its pixels lie"),
+        (not stack.axes.any() or len(first.pixel_geometry) < 4, "does not say where its pixels lie"),
         (unit not in ("", "HU", "US"), f"values in {unit}, not HU"),
         (lean > _MOST_OBLIQUE_DEG, f"slices lean {lean:.0f} degrees from axial"),
         (_ELSEWHERE.search(place) and not _HEAD.search(place), f"another part of the body ({place})"),
@@ -313,14 +313,14 @@ def _unsuitable(stack: Stack) -> str:
     return next((why for unsuitable, why in verdicts if unsuitable), "")
 
 
-def _preferred(stacks: list[Stack], reason: str, passed: list[tuple[Stack, str]]) -> tuple[list[Stack], str]:
+def _prefer(stacks: list[Stack], reason: str, passed: list[tuple[Stack, str]]) -> tuple[list[Stack], str]:
     """The best among suitable stacks of one study, and why; the others are added to those passed over."""
     whole = _MOST_OF_THE_HEAD * max(stack.coverage for stack in stacks)
     preferences: tuple[tuple[str, Callable[[Stack], float]], ...] = (
-        ("a soft-tissue kernel", lambda stack: not stack.sharp),
-        ("an original, not a reformat", lambda stack: not stack.derived),
+        ("a soft-tissue kernel", lambda stack: not stack.is_sharp),
+        ("an original, not a reformat", lambda stack: not stack.is_derived),
         ("the whole head", lambda stack: stack.coverage >= whole),
-        ("the slice spacing nearest 5 mm", lambda stack: -abs(round(2 * stack.gap) / 2 - _USUAL_SPACING_MM)),
+        ("the slice spacing nearest 5 mm", lambda stack: -abs(round(2 * stack.slice_spacing) / 2 - _USUAL_SPACING_MM)),
     )
     for what, merit in preferences:
         best = max(map(merit, stacks))
@@ -331,14 +331,14 @@ def _preferred(stacks: list[Stack], reason: str, passed: list[tuple[Stack, str]]
     return stacks, reason
 
 
-def _without_repeats(stack: Stack, path: Path) -> tuple[list[Stack], int]:
+def _drop_repeats(stack: Stack, path: Path) -> tuple[list[Stack], int]:
     """One stack with one slice at each position, or one for each acquisition; and how many copies were dropped."""
     kept: list[Image] = []
     positions = np.split(np.arange(len(stack.images)), np.flatnonzero(np.diff(stack.depths) > TOLERANCE_MM) + 1)
     for here in positions:
         images = [stack.images[n] for n in here]
         seen: list[np.ndarray] = []
-        for image, hu in zip(images, values_of(images) if len(images) > 1 else [np.empty(0)], strict=True):
+        for image, hu in zip(images, read_hu(images) if len(images) > 1 else [np.empty(0)], strict=True):
             if not any(np.array_equal(hu, other) for other in seen):
                 kept.append(image)
                 seen.append(hu)
@@ -359,7 +359,7 @@ def _without_repeats(stack: Stack, path: Path) -> tuple[list[Stack], int]:
     return parts, dropped
 
 
-def values_of(images: Iterable[Image]) -> Iterator[np.ndarray]:
+def read_hu(images: Iterable[Image]) -> Iterator[np.ndarray]:
     """HU of each slice, `(row, column)` float32."""
     from pydicom import dcmread
     from pydicom.pixels.utils import pixel_array

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ichprog.errors import SpecError
+from ichprog.scan import resolve_ranges
 from ichprog.spec import InputSpec
 from ichprog.train.protocol import Protocol
 
@@ -32,11 +34,7 @@ def augment(grids: Tensor, protocol: Protocol, contract: InputSpec, seeds: Seque
         ```
     """
     generators = [np.random.default_rng(list(seed)) for seed in seeds]
-    if protocol.rotation_units == "mm":
-        spans = (contract.expected_ranges.coverage_mm, *2 * (contract.expected_ranges.field_of_view_mm,))
-        extent = np.array([math.sqrt(low * high) for low, high in spans])
-    else:
-        extent = np.array(contract.shape, float)
+    extent = _usual_extent_mm(contract) if protocol.rotation_units == "mm" else np.array(contract.shape, float)
     transforms = np.stack([_draw_affine(generator, protocol, extent) for generator in generators])
     if (transforms != np.eye(3, 4)).any():
         positions = functional.affine_grid(
@@ -62,6 +60,22 @@ def augment(grids: Tensor, protocol: Protocol, contract: InputSpec, seeds: Seque
                 grids.shape[1:], generator=source, device=grids.device, dtype=grids.dtype
             )
     return grids
+
+
+def _usual_extent_mm(contract: InputSpec) -> np.ndarray:
+    """Return the usual extent in mm along slices, rows and columns: the geometric mean of the expected range.
+
+    Raises:
+        SpecError: The expected range of `coverage` or `field-of-view` has no bound on one side.
+    """
+    ranges = resolve_ranges(contract.expected_ranges)
+    spans = [ranges["coverage"], *2 * [ranges["field-of-view"]]]
+    if any(not low or not high for low, high in spans):
+        raise SpecError(
+            "input.expected_ranges: rotation in mm needs a lowest and a highest value of coverage and field-of-view, "
+            f"got {spans}. Give both, or train with a protocol that rotates in cells."
+        )
+    return np.array([math.sqrt(low * high) for low, high in spans if low and high])
 
 
 def _draw_affine(generator: np.random.Generator, protocol: Protocol, extent: np.ndarray) -> np.ndarray:

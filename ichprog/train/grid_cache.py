@@ -56,7 +56,7 @@ def prepare(
         ```
     """
     mode = brain if contract.brain_only else "given"
-    scan_package.refuse_unknown_mode(mode)
+    scan_package.validate_brain_mode(mode)
     settings = json.dumps([_CACHE_VERSION, mode, {k: v for k, v in asdict(contract).items() if k != "expected_ranges"}])
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -110,7 +110,7 @@ def _prepare_one(item: tuple[Path, Path], *, contract: InputSpec, mode: BrainMod
     """Prepare one grid, or return the problem of its scan."""
     file, source = item
     try:
-        examined = scan_package.examine(source, expected_ranges=contract.expected_ranges, brain=mode)
+        examined = scan_package.load(source, expected_ranges=contract.expected_ranges, brain=mode)
     except ScanError as error:
         return str(error)
     with atomic_write(file) as part, part.open("wb") as opened:

@@ -9,7 +9,7 @@ from scipy import ndimage
 
 from ichprog.errors import ScanError, UnknownNameError
 from ichprog.scan import morphology, read
-from ichprog.scan.brain import brain_only, extract, sees_skull
+from ichprog.scan.brain import has_skull, isolate_brain, run_extractor
 from ichprog.scan.morphology import resample
 
 from support import phantoms
@@ -25,7 +25,7 @@ def plain():
 
 @cache
 def plain_mask():
-    return extract(plain().scan)
+    return run_extractor(plain().scan)
 
 
 def dice(a, b):
@@ -50,7 +50,7 @@ def real(name):
 )
 def test_the_known_brain_is_found_at_any_slice_distance(spacing, least):
     made = phantoms.head(spacing)
-    mask = extract(made.scan)
+    mask = run_extractor(made.scan)
     assert mask.shape == made.scan.hu.shape
     assert mask.dtype == bool
     assert dice(mask, made.brain) > least  # what is missing is mixed with bone and denser than 140 HU
@@ -64,7 +64,7 @@ def test_the_known_brain_is_found_at_any_slice_distance(spacing, least):
 )
 def test_no_blood_is_lost_wherever_it_lies(spacing, hu, noise):
     made = phantoms.head(spacing, blood=KINDS, blood_hu=hu, noise=noise)
-    assert kept(made, extract(made.scan), made.blood) == 1
+    assert kept(made, run_extractor(made.scan), made.blood) == 1
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_no_blood_is_lost_wherever_it_lies(spacing, hu, noise):
 )
 def test_a_missing_piece_of_skull_loses_no_brain_and_keeps_the_skin_out(defect):
     made = phantoms.head(blood="epidural", defect=defect)
-    mask = extract(made.scan)
+    mask = run_extractor(made.scan)
     assert dice(mask, made.brain) > 0.94
     assert kept(made, mask, made.brain) > 0.995
     assert kept(made, mask, made.blood) == 1
@@ -100,7 +100,7 @@ def test_fluid_and_calcification_inside_the_brain_stay():
 )
 def test_more_or_less_than_a_head_is_scanned(cut):
     made = phantoms.head(**cut)
-    mask = extract(made.scan)
+    mask = run_extractor(made.scan)
     assert dice(mask, made.brain) > 0.97
     assert kept(made, mask, made.brain) > 0.995
 
@@ -110,22 +110,22 @@ def test_padding_of_a_straightened_scan_changes_nothing():
     padded = made.scan.hu.copy()
     corner = np.add.outer(np.arange(padded.shape[1]), 2 * np.arange(padded.shape[2])) < 40
     padded[:, corner] = -1024
-    again = extract(phantoms.scan_of(padded, made.scan.affine))
+    again = run_extractor(phantoms.scan_of(padded, made.scan.affine))
     assert dice(again, plain_mask()) > 0.999
 
 
 def test_a_skull_is_seen_in_heads_and_not_in_brains():
     made = plain()
-    assert sees_skull(made.scan)
+    assert has_skull(made.scan)
     alone = phantoms.alone(made)
     alone.hu[20:24, 30:34, 5:7] = 3000  # a clip and crumbs
     alone.hu[60:75, 20:22, 20:23] = 700
-    assert not sees_skull(alone)
+    assert not has_skull(alone)
 
 
 def test_auto_extracts_where_a_skull_is_seen():
     made = plain()
-    scan, mask, record = brain_only(made.scan, "auto")
+    scan, mask, record = isolate_brain(made.scan, "auto")
     assert record["brain"] == "extracted"
     assert record["brain_ml"] == pytest.approx(mask.sum() * np.prod(made.scan.spacing) / 1000, abs=0.1)
     assert not scan.hu[~mask].any()
@@ -139,7 +139,7 @@ def test_a_given_brain_is_left_as_it_is(mode, empty):
     made = plain()
     alone = phantoms.alone(made)
     alone.hu[~made.brain] = empty
-    scan, mask, record = brain_only(alone, mode)
+    scan, mask, record = isolate_brain(alone, mode)
     assert scan is alone
     assert record["brain"] == "given"
     assert dice(mask, made.brain) > 0.99
@@ -148,9 +148,9 @@ def test_a_given_brain_is_left_as_it_is(mode, empty):
 def test_errors_say_what_is_wrong():
     alone = phantoms.alone(plain())
     with pytest.raises(UnknownNameError, match="given"):
-        brain_only(alone, "givn")
+        isolate_brain(alone, "givn")
     with pytest.raises(ScanError, match="brain='given'") as e:
-        extract(alone)
+        run_extractor(alone)
     assert e.value.code == "no-brain"
 
 
@@ -158,7 +158,7 @@ def test_a_skull_without_a_brain_is_no_brain():
     made = plain()
     hollow = np.where(made.brain, -1000, made.scan.hu)
     with pytest.raises(ScanError) as e:
-        extract(phantoms.scan_of(hollow, made.scan.affine))
+        run_extractor(phantoms.scan_of(hollow, made.scan.affine))
     assert e.value.code == "no-brain"
 
 
@@ -193,32 +193,32 @@ def test_pieces_and_holes_are_those_of_scipy(mask, among):
     labels, _ = ndimage.label(mask)
     sizes = np.bincount(labels.ravel())
     sizes[0] = 0
-    np.testing.assert_array_equal(morphology.pieces(mask, lambda sizes: sizes >= 3), (sizes >= 3)[labels])
-    piece = morphology.largest(mask)
+    np.testing.assert_array_equal(morphology.filter_components(mask, lambda sizes: sizes >= 3), (sizes >= 3)[labels])
+    piece = morphology.largest_component(mask)
     assert piece.sum() == sizes.max()
     assert (labels[piece] == labels[piece][:1]).all()
-    np.testing.assert_array_equal(morphology.filled(mask), ndimage.binary_fill_holes(mask))
+    np.testing.assert_array_equal(morphology.fill_holes(mask), ndimage.binary_fill_holes(mask))
     if among.shape == mask.shape:
         touched = np.unique(labels[among & mask])
-        kept = morphology.pieces(mask, lambda sizes: sizes > 0, among=among)
+        kept = morphology.filter_components(mask, lambda sizes: sizes > 0, count_in=among)
         np.testing.assert_array_equal(kept, np.isin(labels, touched) & mask)
         counts = np.bincount(labels[among & mask], minlength=1)
-        assert (morphology.largest(mask, among=among) & among).sum() == counts.max()
+        assert (morphology.largest_component(mask, count_in=among) & among).sum() == counts.max()
 
 
 @given(masks(), st.tuples(*[st.sampled_from([0.5, 1.9973, 2.0, 5.0])] * 3), st.sampled_from([2.0, 2.5, 6.0, 9.7]))
 @settings(max_examples=200, deadline=None)
 def test_distances_are_those_of_scipy(mask, spacing, most):
     far = ndimage.distance_transform_edt(~mask, sampling=spacing) if mask.any() else np.full(mask.shape, np.inf)
-    np.testing.assert_array_equal(morphology.within(mask, most, spacing), far <= most)
-    found = morphology.distance(mask, spacing, most)
+    np.testing.assert_array_equal(morphology.dilate_mm(mask, most, spacing), far <= most)
+    found = morphology.distance_mm(mask, spacing, most)
     np.testing.assert_allclose(found[far <= most], far[far <= most], rtol=1e-6)
     assert (found[far > most] > most - 1e-5).all()
 
 
 def test_a_real_head():
     scan = real("head_ct_ge_dicom.zip")
-    mask = extract(scan)
+    mask = run_extractor(scan)
     ml = mask.sum() * np.prod(scan.spacing) / 1000
     assert 1350 < ml < 1550
     assert np.median(scan.hu[mask]) == pytest.approx(33, abs=5)
@@ -228,7 +228,7 @@ def test_a_real_head():
 
 def test_a_real_brain_has_no_skull():
     scan = real("brain_ct_average_1mm.nii.gz")
-    assert not sees_skull(scan)
-    _, _, record = brain_only(scan, "auto")
+    assert not has_skull(scan)
+    _, _, record = isolate_brain(scan, "auto")
     assert record["brain"] == "given"
     assert 1250 < record["brain_ml"] < 1400

@@ -50,7 +50,7 @@ def worst_error_mm(series):
 
 def refused(path):
     with pytest.raises(ScanError) as caught:
-        dicom.read(path)
+        dicom.read_series(path)
     return caught.value
 
 
@@ -81,7 +81,7 @@ GEOMETRIES = {
 @pytest.mark.parametrize(("geometry", "doubts"), GEOMETRIES.values(), ids=GEOMETRIES)
 def test_voxels_lie_where_they_lay_in_the_patient(tmp_path, geometry, doubts):
     write(tmp_path, **geometry)
-    series = dicom.read(tmp_path)
+    series = dicom.read_series(tmp_path)
 
     assert worst_error_mm(series) < 0.5
     assert codes(series) == doubts
@@ -97,7 +97,7 @@ def test_voxels_lie_where_they_lay_in_the_patient(tmp_path, geometry, doubts):
 
 def test_a_straight_even_series_keeps_its_pixels_and_its_place(tmp_path):
     write(tmp_path, gaps=4.0, count=20)
-    series = dicom.read(tmp_path)
+    series = dicom.read_series(tmp_path)
     scanned = slices(gaps=4.0, count=20)
     expected = np.stack([np.round(hu).T for _, _, hu in scanned], axis=2)
     np.testing.assert_array_equal(series.hu, expected)
@@ -111,7 +111,7 @@ def test_rounded_positions_are_even_enough(tmp_path):
         data = dcmread(file)
         data.ImagePositionPatient = [round(float(v), 1) for v in data.ImagePositionPatient]
         data.save_as(file)
-    series = dicom.read(tmp_path)
+    series = dicom.read_series(tmp_path)
     assert not series.record["resampled"]
     assert worst_error_mm(series) < 0.5
 
@@ -119,7 +119,7 @@ def test_rounded_positions_are_even_enough(tmp_path):
 @pytest.mark.parametrize("tilt", [18.5, -18.5])
 def test_the_tilt_is_said_with_its_sign(tmp_path, tilt):
     write(tmp_path, tilt=tilt)
-    series = dicom.read(tmp_path)
+    series = dicom.read_series(tmp_path)
     (doubt,) = series.warnings
     assert doubt.measured == series.record["tilt_deg"] == pytest.approx(tilt, abs=0.01)
     assert doubt.unit == "degrees"
@@ -127,7 +127,7 @@ def test_the_tilt_is_said_with_its_sign(tmp_path, tilt):
 
 def test_a_tilted_volume_has_room_for_every_slice_and_air_around(tmp_path):
     write(tmp_path, tilt=18.5)
-    series = dicom.read(tmp_path)
+    series = dicom.read_series(tmp_path)
     drift_px = 25 * 5 * np.sin(np.radians(18.5)) / PIXEL_MM
     assert series.hu.shape[1] == 90 + np.ceil(drift_px)
     assert series.hu.min() == -1024
@@ -136,14 +136,14 @@ def test_a_tilted_volume_has_room_for_every_slice_and_air_around(tmp_path):
 
 def test_gaps_and_missing_slices_are_said_in_mm(tmp_path):
     write(tmp_path, missing=(5, 6, 20))
-    series = dicom.read(tmp_path)
+    series = dicom.read_series(tmp_path)
     assert series.record["missing_slices"] == 3
     assert series.record["gaps_mm"] == {"5.00": 20, "10.00": 1, "15.00": 1}
     assert series.record["slice_spacing_mm"] == pytest.approx(5)
     assert series.hu.shape[2] == 26
     (doubt,) = series.warnings
     assert (doubt.code, doubt.measured, doubt.expected, doubt.unit) == ("missing-slice", 15.0, 5.0, "mm")
-    kept = dicom.read(tmp_path).hu[..., [0, 10, 25]]
+    kept = dicom.read_series(tmp_path).hu[..., [0, 10, 25]]
     expected = np.stack([np.round(slices()[n][2]).T for n in (0, 10, 25)], axis=2)
     np.testing.assert_allclose(kept, expected, atol=1e-3)
 
@@ -154,7 +154,7 @@ def test_thick_slices_above_thin_ones_are_uneven_not_missing(tmp_path):
         data = dcmread(file)
         data.SliceThickness = 5
         data.save_as(file)
-    series = dicom.read(tmp_path)
+    series = dicom.read_series(tmp_path)
     assert series.record["missing_slices"] == 0
     assert codes(series) == ["uneven-slices"]
     assert series.warnings[0].measured == [2.5, 5.0]
@@ -168,7 +168,7 @@ def test_a_hole_is_not_interpolated(tmp_path):
 
 @pytest.mark.skipif(not REAL_HEAD.exists(), reason="the real head is not here")
 def test_a_real_tilted_uneven_head(tmp_path):
-    series = dicom.read(REAL_HEAD)
+    series = dicom.read_series(REAL_HEAD)
     assert series.record["tilt_deg"] == pytest.approx(18.5, abs=0.05)
     assert codes(series) == ["gantry-tilt", "uneven-slices"]
     assert series.record["gaps_mm"] == {"1.08": 1, "4.00": 13, "7.00": 13}
@@ -218,7 +218,7 @@ def test_a_real_tilted_uneven_head(tmp_path):
 def test_hu_whatever_is_stored(tmp_path, stored):
     write(tmp_path, count=25, **stored)
     expected = np.stack([hu.T for _, _, hu in slices(count=25)], axis=2)
-    np.testing.assert_allclose(dicom.read(tmp_path).hu, expected, atol=0.51)
+    np.testing.assert_allclose(dicom.read_series(tmp_path).hu, expected, atol=0.51)
 
 
 def test_each_slice_has_its_own_rescale(tmp_path):
@@ -227,12 +227,12 @@ def test_each_slice_has_its_own_rescale(tmp_path):
     data.RescaleIntercept = -1000
     data.save_as(files[3])
     expected = np.stack([hu.T for _, _, hu in slices(count=25)], axis=2)
-    np.testing.assert_allclose(dicom.read(tmp_path).hu[..., 3], expected[..., 3] + 24, atol=0.51)
+    np.testing.assert_allclose(dicom.read_series(tmp_path).hu[..., 3], expected[..., 3] + 24, atol=0.51)
 
 
 def test_no_rescale_is_a_doubt(tmp_path):
     write(tmp_path, slope=None, signed=True)
-    series = dicom.read(tmp_path)
+    series = dicom.read_series(tmp_path)
     assert codes(series) == ["no-rescale"]
     assert worst_error_mm(series) < 0.5
 
@@ -248,7 +248,7 @@ def test_padding_becomes_air_before_it_can_bleed(tmp_path, padding):
         data.PixelPaddingValue = padding
         data["PixelPaddingValue"].VR = "SS"
         data.save_as(file)
-    series = dicom.read(tmp_path)
+    series = dicom.read_series(tmp_path)
     assert series.hu.min() == -1024
     assert series.hu.max() < TISSUE_HU + 701
     assert worst_error_mm(series) < 0.5
@@ -256,7 +256,7 @@ def test_padding_becomes_air_before_it_can_bleed(tmp_path, padding):
 
 def test_a_padding_value_that_is_also_water_is_not_believed(tmp_path):
     write(tmp_path, signed=True, intercept=0.0, tags={"PixelPaddingValue": int(TISSUE_HU)})
-    assert dicom.read(tmp_path).hu.min() == TISSUE_HU
+    assert dicom.read_series(tmp_path).hu.min() == TISSUE_HU
 
 
 @pytest.mark.parametrize("signed", [False, True])
@@ -268,7 +268,8 @@ def test_compressed_pixels_are_the_same_pixels(tmp_path, syntax, signed):
     write(tmp_path / "plain", **stored)
     files = write(tmp_path / "compressed", syntax=syntax, **stored)
     assert dcmread(files[0]).file_meta.TransferSyntaxUID == syntax
-    np.testing.assert_array_equal(dicom.read(tmp_path / "compressed").hu, dicom.read(tmp_path / "plain").hu)
+    compressed, plain = (dicom.read_series(tmp_path / name).hu for name in ("compressed", "plain"))
+    np.testing.assert_array_equal(compressed, plain)
 
 
 def test_an_unknown_compression_is_named(tmp_path):
@@ -286,7 +287,7 @@ def test_an_unknown_compression_is_named(tmp_path):
 
 def test_order_subfolders_zip_and_other_files_do_not_matter(tmp_path):
     files = write(tmp_path / "plain", count=25)
-    expected = dicom.read(tmp_path / "plain")
+    expected = dicom.read_series(tmp_path / "plain")
     mess = tmp_path / "mess"
     for n, file in enumerate(files):
         place = mess / f"D{n % 3}" / f"IM{(n * 7) % 25:03d}"
@@ -297,7 +298,7 @@ def test_order_subfolders_zip_and_other_files_do_not_matter(tmp_path):
     (mess / "picture.png").write_bytes(bytes(range(256)))
     archive = shutil.make_archive(str(tmp_path / "all"), "zip", mess)
     for path in (mess, Path(archive)):
-        series = dicom.read(path)
+        series = dicom.read_series(path)
         np.testing.assert_array_equal(series.hu, expected.hu)
         np.testing.assert_array_equal(series.affine, expected.affine)
         assert series.record["files"] == {"dicom": 25, "repeated": 0, "other": 3}
@@ -306,8 +307,8 @@ def test_order_subfolders_zip_and_other_files_do_not_matter(tmp_path):
 def test_a_multi_frame_file(tmp_path):
     write(tmp_path / "single", tilt=18.5, count=25)
     write_enhanced(tmp_path / "all.dcm", tilt=18.5, count=25)
-    series = dicom.read(tmp_path / "all.dcm")
-    np.testing.assert_array_equal(series.hu, dicom.read(tmp_path / "single").hu)
+    series = dicom.read_series(tmp_path / "all.dcm")
+    np.testing.assert_array_equal(series.hu, dicom.read_series(tmp_path / "single").hu)
     assert worst_error_mm(series) < 0.5
 
 
@@ -318,7 +319,7 @@ def test_files_without_preamble(tmp_path):
         plain.save_as(file, implicit_vr=True, little_endian=True)
         assert file.read_bytes()[128:132] != b"DICM"
         assert dicom.is_dicom(file)
-    assert worst_error_mm(dicom.read(tmp_path)) < 0.5
+    assert worst_error_mm(dicom.read_series(tmp_path)) < 0.5
 
 
 def test_is_dicom(tmp_path):
@@ -352,7 +353,7 @@ def test_the_soft_thick_original_plain_head_is_taken(tmp_path):
     write(tmp_path, count=8, numbered_from=8000, tags={"SeriesNumber": 10, "SeriesDescription": "Head 5.0 repeat"})
     write(tmp_path, numbered_from=9000, tags={"SeriesNumber": 2, "ConvolutionKernel": "H31s"})
 
-    record = dicom.read(tmp_path).record
+    record = dicom.read_series(tmp_path).record
     assert record["series"]["number"] == "2"
     assert record["series"]["slices"] == 26
     why = {other["number"]: other["reason"] for other in record["other_series"]}
@@ -391,7 +392,7 @@ def test_contrast_is_refused(tmp_path, tags, contrast):
         assert error.code == "contrast"
         assert "without contrast" in str(error)
     else:
-        dicom.read(tmp_path)
+        dicom.read_series(tmp_path)
 
 
 def test_two_that_cannot_be_told_apart_are_listed(tmp_path):
@@ -416,7 +417,7 @@ def test_a_scout_inside_the_series_is_dropped(tmp_path):
     change(data, SeriesInstanceUID=dcmread(files[0]).SeriesInstanceUID, ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
     data.save_as(scout[0])
     scout[1].unlink()
-    series = dicom.read(tmp_path)
+    series = dicom.read_series(tmp_path)
     assert series.hu.shape[2] == 26
     assert worst_error_mm(series) < 0.5
 
@@ -427,7 +428,7 @@ def test_duplicates_are_dropped_and_counted(tmp_path):
     data = dcmread(files[9])
     data.SOPInstanceUID = data.file_meta.MediaStorageSOPInstanceUID = generate_uid()
     data.save_as(tmp_path / "sent twice.dcm")
-    series = dicom.read(tmp_path)
+    series = dicom.read_series(tmp_path)
     assert series.hu.shape[2] == 26
     assert series.record["files"]["repeated"] == 1
     assert series.record["duplicates_dropped"] == 1
@@ -455,7 +456,7 @@ def test_mixed_acquisitions(tmp_path):
     assert refused(tmp_path).code == "several-series"
     for file in second[10:]:
         file.unlink()
-    series = dicom.read(tmp_path)
+    series = dicom.read_series(tmp_path)
     assert worst_error_mm(series) < 0.5
     assert [other["slices"] for other in series.record["other_series"]] == [10]
 
@@ -513,7 +514,7 @@ def test_headers_out_of_form_are_read_without_a_word(tmp_path):
         uid = str(data.SeriesInstanceUID).encode()
         raw = raw.replace(b"Head 5.0 H31s", b"K\xf6pf 5 \xff\xfe\xfd   ").replace(uid, uid.replace(b".826.", b".026."))
         file.write_bytes(raw)
-    series = dicom.read(tmp_path)
+    series = dicom.read_series(tmp_path)
     assert worst_error_mm(series) < 0.5
     assert series.record["series"]["uid"].startswith("1.2.026.")
 
@@ -529,4 +530,4 @@ def test_implicit_syntax(tmp_path):
         data = dcmread(file)
         data.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian
         data.save_as(file, enforce_file_format=True)
-    assert worst_error_mm(dicom.read(tmp_path)) < 0.5
+    assert worst_error_mm(dicom.read_series(tmp_path)) < 0.5

@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 
 import ichprog
-from ichprog import ScanError, UnknownNameError, scan, zoo
+from ichprog import InvalidValueError, ScanError, UnknownNameError, scan
 
 from support import phantoms
 from support.phantoms import brain_hu
 
-PLAUSIBLE = zoo.find(zoo.DEFAULT).input.expected_ranges
 AFFINE = np.diag([-2.5, -2.5, 5.0, 1.0])
 
 
@@ -107,9 +106,9 @@ def test_what_is_no_volume_in_space_is_refused(hu, values, affine, code):
 
 
 def test_an_oblique_scan_is_read_as_it_lies_and_said_in_degrees(hu):
-    straight = scan.examine(nib.Nifti1Image(hu, AFFINE), expected_ranges=PLAUSIBLE)
-    slight = scan.examine(nib.Nifti1Image(hu, turned(12)), expected_ranges=PLAUSIBLE)
-    much = scan.examine(nib.Nifti1Image(hu, turned(30)), expected_ranges=PLAUSIBLE)
+    straight = scan.load(nib.Nifti1Image(hu, AFFINE), expected_ranges={})
+    slight = scan.load(nib.Nifti1Image(hu, turned(12)), expected_ranges={})
+    much = scan.load(nib.Nifti1Image(hu, turned(30)), expected_ranges={})
     assert np.array_equal(slight.hu, straight.hu)
     assert slight.record["obliquity_deg"] == pytest.approx(12, abs=0.1)
     assert "obliquity" not in {w.code for w in slight.warnings}
@@ -169,19 +168,19 @@ def test_a_compressed_file_whose_checksum_is_another_is_unreadable(hu, tmp_path,
     assert caught.value.code == "unreadable"
 
 
-def test_what_is_no_scan_at_all_is_refused():
-    with pytest.raises(ScanError, match="this is a ndarray"):
+def test_an_array_without_an_affine_is_refused():
+    with pytest.raises(InvalidValueError, match="Invalid type of scan 'ndarray'"):
         scan.read(np.zeros((3, 3, 3)))
 
 
 @pytest.mark.parametrize("mode", ["auto", "given"])
 def test_what_a_network_needs_comes_before_the_examination_of_a_brain(hu, mode):
     image = nib.Nifti1Image(hu, AFFINE)
-    early, end = scan.begin(image, expected_ranges=PLAUSIBLE, brain=mode)
+    early, end = scan.load_deferred(image, expected_ranges={}, brain=mode)
     late = end()
     np.testing.assert_array_equal(early, late.hu)
     np.testing.assert_array_equal(early, scan.read(image).hu)
-    whole = scan.examine(image, expected_ranges=PLAUSIBLE, brain=mode)
+    whole = scan.load(image, expected_ranges={}, brain=mode)
     np.testing.assert_array_equal(late.brain, whole.brain)
     assert late.record == whole.record
     assert [w.code for w in late.warnings] == [w.code for w in whole.warnings]
@@ -189,7 +188,7 @@ def test_what_a_network_needs_comes_before_the_examination_of_a_brain(hu, mode):
 
 def test_a_brain_that_cannot_be_told_from_a_picture_is_refused_at_the_end(hu):
     picture = nib.Nifti1Image(np.where(hu == 0, 0, hu * 3 + 40).clip(0, 255).astype(np.uint8), AFFINE)
-    _, end = scan.begin(picture, expected_ranges=PLAUSIBLE, brain="given")
+    _, end = scan.load_deferred(picture, expected_ranges={}, brain="given")
     with pytest.raises(ScanError) as caught:
         end()
     assert caught.value.code == "eight-bit"
@@ -197,28 +196,28 @@ def test_a_brain_that_cannot_be_told_from_a_picture_is_refused_at_the_end(hu):
 
 def test_what_is_no_ct_is_refused_before_a_brain_is_looked_for(hu):
     with pytest.raises(ScanError) as caught:
-        scan.begin(nib.Nifti1Image((hu / 100).astype(np.float32), AFFINE), expected_ranges=PLAUSIBLE, brain="extract")
+        scan.load_deferred(nib.Nifti1Image((hu / 100).astype(np.float32), AFFINE), expected_ranges={}, brain="extract")
     assert caught.value.code == "not-hu"
 
 
 @pytest.mark.parametrize("mode", ["auto", "given", "extract"])
 def test_a_scan_of_no_possible_size_is_refused_at_once(hu, mode):
     with pytest.raises(ScanError) as caught:
-        scan.begin(nib.Nifti1Image(hu, AFFINE * 1000), expected_ranges=PLAUSIBLE, brain=mode)
+        scan.load_deferred(nib.Nifti1Image(hu, AFFINE * 1000), expected_ranges={}, brain=mode)
     assert caught.value.code == "spacing"
 
 
 def test_an_unknown_mode_is_refused_at_once(hu):
     with pytest.raises(UnknownNameError, match="given"):
-        scan.begin(nib.Nifti1Image(hu, AFFINE), expected_ranges=PLAUSIBLE, brain="givn")
+        scan.load_deferred(nib.Nifti1Image(hu, AFFINE), expected_ranges={}, brain="givn")
 
 
 def test_examining_a_head_needs_no_scipy(tmp_path):
     """Its import alone takes longer than the whole examination."""
     head = phantoms.head(blood="deep").scan
     nib.Nifti1Image(head.hu, head.affine).to_filename(tmp_path / "head.nii.gz")
-    code = "import sys, nibabel; before = set(sys.modules)\nfrom ichprog import scan, zoo\n"
-    code += "done = scan.examine(sys.argv[1], expected_ranges=zoo.find(zoo.DEFAULT).input.expected_ranges)\n"
+    code = "import sys, nibabel; before = set(sys.modules)\nfrom ichprog import scan\n"
+    code += "done = scan.load(sys.argv[1], expected_ranges={})\n"
     code += "print(done.record['brain'], *{m for m in set(sys.modules) - before if m.startswith('scipy')})"
     said = subprocess.run(
         [sys.executable, "-c", code, tmp_path / "head.nii.gz"], capture_output=True, text=True, check=True
@@ -227,9 +226,9 @@ def test_examining_a_head_needs_no_scipy(tmp_path):
 
 
 def test_an_examined_scan_is_taken_as_it_is(hu):
-    examined = scan.examine(nib.Nifti1Image(hu, AFFINE), expected_ranges=PLAUSIBLE)
-    assert scan.examine(examined, expected_ranges=PLAUSIBLE) is examined
-    early, end = scan.begin(examined, expected_ranges=PLAUSIBLE)
+    examined = scan.load(nib.Nifti1Image(hu, AFFINE), expected_ranges={})
+    assert scan.load(examined, expected_ranges={}) is examined
+    early, end = scan.load_deferred(examined, expected_ranges={})
     assert early is examined.hu
     assert end() is examined
     assert np.array_equal(np.asarray(ichprog.brain_mask(examined).dataobj) > 0, examined.brain)

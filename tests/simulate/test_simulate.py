@@ -14,7 +14,7 @@ from scipy import stats
 
 from ichprog import Cohort, IchprogError, RunError, zoo
 from ichprog.cli import main
-from ichprog.scan import examine, read
+from ichprog.scan import load, read
 from ichprog.simulate import Patient, anatomy, simulate
 from ichprog.simulate.anatomy import Individual
 from ichprog.simulate.haemorrhage import shape_of
@@ -154,7 +154,7 @@ def test_scans_are_written_as_a_scanner_would(cohort):
         assert 0.4 < image.header.get_zooms()[0] < 0.5
         assert 2.5 <= image.header.get_zooms()[2] <= 5
         assert "simulated" in str(image.header["descrip"])
-        examined = examine(cohort / row["scan"], expected_ranges=PLAUSIBLE)
+        examined = load(cohort / row["scan"], expected_ranges=PLAUSIBLE)
         assert {warning.code for warning in examined.warnings} <= {"no-blood"}
 
 
@@ -221,7 +221,7 @@ def test_whole_heads_as_dicom_give_their_brain_back(tmp_path):
         scan = read(tmp_path / row["scan"])
         np.testing.assert_array_equal(scan.hu, exposure.hu)
         np.testing.assert_allclose(scan.affine, exposure.affine, atol=1e-4)
-        examined = examine(scan, expected_ranges=PLAUSIBLE)
+        examined = load(scan, expected_ranges=PLAUSIBLE)
         assert examined.record["brain"] == "extracted"
         overlap = 2 * (examined.brain & exposure.inside).sum() / (examined.brain.sum() + exposure.inside.sum())
         assert overlap > 0.95

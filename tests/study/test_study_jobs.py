@@ -108,7 +108,7 @@ def folder(tmp_path_factory):
     contract = dataclasses.replace(
         spec.input,
         shape=(8, 24, 24),
-        expected_ranges=dataclasses.replace(spec.input.expected_ranges, blood_dense_ml=0.0),
+        expected_ranges={"no-blood": (None, None)},
     )
     small = dataclasses.replace(spec, name="small.three", backbone=PluginRef("compact", {"width": 4}), input=contract)
     (root / "spec.json").write_text(json.dumps(small.to_dict()))

@@ -58,8 +58,7 @@ def write_cohort(root):
 def small_spec():
     """Return the default model with a compact backbone and a small grid."""
     spec = zoo.find(zoo.DEFAULT)
-    ranges = dataclasses.replace(spec.input.expected_ranges, blood_dense_ml=0.0)
-    contract = dataclasses.replace(spec.input, shape=SHAPE, expected_ranges=ranges)
+    contract = dataclasses.replace(spec.input, shape=SHAPE, expected_ranges={"no-blood": (None, None)})
     return dataclasses.replace(spec, name="small.three", backbone=PluginRef("compact", {"width": 4}), input=contract)
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from ichprog.scan import resolve_ranges
 from ichprog.train import PRESETS
 from ichprog.train.augmentation import augment
 
@@ -75,7 +76,7 @@ def test_rotation_in_voxels_equals_the_published_transform(axis, spec, monkeypat
 def test_rotation_in_mm_moves_a_flat_grid_less(spec, without_augmentation):
     """A grid of few high cells: an angle in cells leans the head by several times as many mm."""
     contract = dataclasses.replace(spec.input, shape=(8, 64, 64))
-    low, high = contract.expected_ranges.coverage_mm
+    low, high = resolve_ranges(contract.expected_ranges)["coverage"]
     values = torch.zeros(1, 1, 8, 64, 64)
     values[..., 4, :, :] = 1
     moved = {}
