@@ -89,7 +89,7 @@ def test_few_readers_and_wrong_calls():
     assert one["readers"]["A"]["specificity"] == {"value": None, "low": None, "high": None}
     assert one["readers"]["A"]["against_model"]["specificity"]["p"] is None
     assert one["readers"]["A"]["against_model"]["accuracy"]["p_holm"] == 1
-    with pytest.raises(InvalidValueError, match="call of reader A 2.0. Expected 0 or 1"):
+    with pytest.raises(InvalidValueError, match=r"call of reader A 2\.0\. Expected 0 or 1"):
         agreement.compare_readers([0, 1], {"A": [2, 1]}, [0, 1])
     with pytest.raises(InvalidValueError, match="number of calls of reader A"):
         agreement.compare_readers([0, 1], {"A": [0, 1, 1]}, [0, 1])

@@ -88,7 +88,7 @@ def test_the_threshold_is_a_half_if_none_is_better_than_chance():
 
 
 def test_net_benefit_equals_that_computed_by_hand():
-    """Ten patients, three of them with outcome 1: at a threshold of 0.2 a false positive costs a quarter of a true positive."""
+    """At a threshold of 0.2 a false positive costs a quarter of a true positive."""
     truth = [1, 1, 1, 0, 0, 0, 0, 0, 0, 0]
     p = [0.9, 0.6, 0.1, 0.7, 0.3, 0.1, 0.1, 0.1, 0.1, 0.1]
     found = net_benefit(truth, p, [0.2, 0.5])

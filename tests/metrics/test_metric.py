@@ -80,7 +80,7 @@ def test_metrics_have_intervals(ci_method):
 
 
 def test_wrong_arguments_are_refused():
-    with pytest.raises(InvalidValueError, match="Invalid ci_method 'normal'. Expected 'percentile' or 'bca'"):
+    with pytest.raises(InvalidValueError, match="Expected 'percentile' or 'bca'"):
         compute_with_intervals(*two_labels(10), kind="binary", n_bootstrap=5, ci_method="normal")
     with pytest.raises(
         InvalidValueError, match=r"shape of probabilities \(10, 3\). Expected \(10, 2\) for a binary task"
