@@ -184,51 +184,59 @@ class Saliency:
 
 
 @contextmanager
-def results_file(target: Path, spec: ModelSpec) -> Iterator[Callable[[Prediction], None]]:
-    """A file of predictions, written one by one and there when all are.
+def results_file(
+    target: Path, spec: ModelSpec, *, with_patients: bool = False
+) -> Iterator[Callable[[Prediction], None]]:
+    """Open a file of predictions, which appears whole when the block ends without an error.
 
     Args:
-        target: A name that ends in .csv (a row a scan), .json (one list) or .jsonl (a line a scan).
+        target: A path that ends in .csv (one row per scan), .json (one list) or .jsonl (one line per scan). Its folder
+            is created if missing.
         spec: The model that predicts.
+        with_patients: Whether a .csv has the column `patient`, for scans of a cohort.
 
-    Returns:
-        The function that adds a prediction.
+    Yields:
+        A function that adds one prediction.
 
     Raises:
-        UnknownNameError: The name ends in something else.
+        UnknownNameError: The path has another suffix.
         OSError: The file cannot be written.
     """
     if target.suffix not in _WRITERS:
         raise UnknownNameError("format of results", target.suffix or target.name, _WRITERS)
+    target.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(target) as partial, partial.open("w", encoding="utf-8", newline="") as file:
-        with _WRITERS[target.suffix](file, spec) as add:
+        with _WRITERS[target.suffix](file, spec, with_patients) as add:
             yield add
         file.flush()
 
 
 @contextmanager
-def _csv(file: TextIO, spec: ModelSpec) -> Iterator[Callable[[Prediction], None]]:
-    columns = ["scan", "model"]
+def _csv(file: TextIO, spec: ModelSpec, with_patients: bool) -> Iterator[Callable[[Prediction], None]]:
+    columns = [*(["patient"] if with_patients else []), "scan", "model", "status"]
     for task in spec.tasks:
-        columns += [f"{task.name}_label", *(f"{task.name}_{label}" for label in task.labels)]
-    table = csv.DictWriter(file, [*columns, "warnings"])
+        columns += [f"{task.name}_label", *(f"{task.name}_{label}" for label in task.labels), f"{task.name}_std"]
+    table = csv.DictWriter(file, [*columns, "warnings", "error_code", "error_message"], extrasaction="ignore")
     table.writeheader()
 
     def add(prediction: Prediction) -> None:
-        row: dict[str, Any] = {"scan": prediction.scan, "model": prediction.model}
+        error = prediction.error
+        row: dict[str, Any] = {"patient": prediction.patient, "scan": prediction.scan, "model": prediction.model}
+        row["status"] = "ok" if error is None else "failed"
         for name, task in prediction.tasks.items():
             row[f"{name}_label"] = task.label
-            row |= {f"{name}_{label}": value for label, value in task.probabilities.items()}
-        said = [f"{warning.code}: {warning.message}" for warning in prediction.warnings]
-        if prediction.error is not None:
-            said.append(f"error {prediction.error['code']}: {prediction.error['message']}")
-        table.writerow(row | {"warnings": " | ".join([*said, spec.notice])})
+            row |= {f"{name}_{label}": f"{value:.4f}" for label, value in task.probabilities.items()}
+            row[f"{name}_std"] = "" if task.std is None else f"{task.std[task.label]:.4f}"
+        row["warnings"] = " | ".join(f"{warning.code}: {warning.message}" for warning in prediction.warnings)
+        if error is not None:
+            row |= {"error_code": error["code"], "error_message": error["message"]}
+        table.writerow(row)
 
     yield add
 
 
 @contextmanager
-def _json(file: TextIO, spec: ModelSpec) -> Iterator[Callable[[Prediction], None]]:  # noqa: ARG001
+def _json(file: TextIO, *_: Any) -> Iterator[Callable[[Prediction], None]]:
     between = "[\n"
 
     def add(prediction: Prediction) -> None:
@@ -241,7 +249,7 @@ def _json(file: TextIO, spec: ModelSpec) -> Iterator[Callable[[Prediction], None
 
 
 @contextmanager
-def _jsonl(file: TextIO, spec: ModelSpec) -> Iterator[Callable[[Prediction], None]]:  # noqa: ARG001
+def _jsonl(file: TextIO, *_: Any) -> Iterator[Callable[[Prediction], None]]:
     yield lambda prediction: print(json.dumps(prediction.to_dict(), ensure_ascii=False), file=file)
 
 

@@ -1,18 +1,17 @@
-"""The command line: a thin skin over the library, a file for each kind of command."""
+"""The command line: thin commands over the library, one module for each group of commands."""
 
-import os
-import sys
+import logging
 from typing import Any
 
 import click
 
-from ichprog.cli import cohorts, demo, evaluate, export, models, plugins, predict, simulate, study, train
+from ichprog.cli import cohorts, demo, evaluate, export, models, plugins, predict, process, simulate, study, train
 from ichprog.cli.options import WRONG_USE
 from ichprog.errors import IchprogError
 
 
 class _Group(click.Group):
-    """Says what went wrong instead of showing a traceback: exit code 2 for wrong use, 1 for what failed."""
+    """A group that prints errors as one message: exit code 2 for wrong use, 1 for everything else that failed."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -24,8 +23,28 @@ class _Group(click.Group):
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="ichprog")
-def main() -> None:
+@click.option("-v", "--verbose", count=True, help="Log what is fetched, compiled and cached; -vv logs more.")
+@click.pass_context
+def main(ctx: click.Context, verbose: int) -> None:
     """Prognosis after intracranial haemorrhage from one head CT. For research only, not for patient care."""
+    if verbose:
+        _log_to_stderr(ctx, logging.INFO if verbose == 1 else logging.DEBUG)
+
+
+def _log_to_stderr(ctx: click.Context, level: int) -> None:
+    """Write the messages of the logger `ichprog` to standard error until the command ends."""
+    logger = logging.getLogger("ichprog")
+    handler = logging.StreamHandler(click.get_text_stream("stderr"))
+    handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+    previous = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(level)
+
+    def restore() -> None:
+        logger.removeHandler(handler)
+        logger.setLevel(previous)
+
+    ctx.call_on_close(restore)
 
 
 for command in (
@@ -36,16 +55,5 @@ for command in (
 
 
 def run() -> None:
-    """The command as a process, which ends as soon as everything is said.
-
-    To take apart what a prediction loaded takes as long as a tenth of it. Torch, where it was loaded, may have ends of
-    its own to meet and is left to them.
-    """
-    try:
-        main()
-    except SystemExit as done:
-        if "torch" in sys.modules or not isinstance(done.code, int):
-            raise
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(done.code)
+    """Run the command line as a process of its own."""
+    process.run(main)

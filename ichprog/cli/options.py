@@ -1,4 +1,4 @@
-"""What several commands take, and how they print."""
+"""Options that several commands share, and how the commands print JSON."""
 
 import json
 from collections.abc import Callable, Iterable
@@ -10,29 +10,32 @@ import click
 from ichprog.errors import CohortError, InvalidValueError, SpecError, UnknownNameError
 from ichprog.zoo import DEFAULT
 
-WRONG_USE = (UnknownNameError, InvalidValueError, SpecError, CohortError)
+WRONG_USE = (UnknownNameError, InvalidValueError, SpecError, CohortError)  # errors that exit with 2
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 model_option = click.option(
     "-m", "--model", "name", default=DEFAULT, show_default=True,
-    help="A name of `ichprog models`, hf-hub:org/repo[/folder]@revision, or local-dir:PATH.",
+    help="A name from `ichprog models`, hf-hub:org/repo[/folder]@revision, or local-dir:PATH.",
 )  # fmt: skip
 brain = click.option(
     "--brain", default="auto", show_default=True, metavar="auto|extract|given",
-    help="Extract the brain where a skull is seen, always, or never.",
+    help="Extract the brain if a skull is visible (auto), always (extract) or never (given).",
 )  # fmt: skip
+fold = click.option("--fold", type=int, help="Use one fold. By default, all available folds are averaged.")
+cache_dir = click.option("--cache-dir", type=click.Path(path_type=Path), help="Cache folder.")
+offline = click.option("--offline", is_flag=True, help="Use only the cache, not the network.")
 loading = [
-    click.option("--fold", type=int, help="One fold instead of the mean over all there are."),
+    fold,
     click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps."),
     click.option("--runtime", default="auto", show_default=True, metavar="auto|openvino|torch"),
     click.option("--precision", default="float32", show_default=True, metavar="float32|bfloat16"),
-    click.option("--cache-dir", type=click.Path(path_type=Path), help="Where weights are kept."),
-    click.option("--offline", is_flag=True, help="Leave the network alone."),
+    cache_dir,
+    offline,
 ]
 
 
 def with_options(options: Iterable[Callable[..., Any]]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorates a command with several options, shown in their order."""
+    """Return a decorator that adds several options to a command, shown in their order."""
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         for option in reversed(list(options)):
@@ -42,26 +45,33 @@ def with_options(options: Iterable[Callable[..., Any]]) -> Callable[[Callable[..
     return decorate
 
 
-def parsed(option: str, given: Iterable[str], example: str) -> dict[str, Any]:
-    """NAME=VALUE as given; a value is JSON where it can be read as such and text where not.
+def parse_assignments(option: str, values: Iterable[str], example: str) -> dict[str, Any]:
+    """Parse NAME=VALUE pairs; a value is read as JSON if possible and is text otherwise.
 
     Args:
-        option: The option that was given, for messages.
-        given: Its values.
-        example: One that would do, for messages.
+        option: Name of the option, for messages.
+        values: The values of the option.
+        example: A valid value, for messages.
+
+    Raises:
+        click.UsageError: A value has no "=".
+
+    Example:
+        >>> parse_assignments("--option", ["power=2", "layer=features.1"], "power=2")
+        {'power': 2, 'layer': 'features.1'}
     """
-    found = {}
-    for one in given:
-        name, equals, value = one.partition("=")
+    parsed = {}
+    for text in values:
+        name, equals, value = text.partition("=")
         if not equals:
-            raise click.UsageError(f"{option} takes NAME=VALUE, such as {example}; got {one!r}.")
+            raise click.UsageError(f"Invalid {option} {text!r}. Expected NAME=VALUE, such as {example}.")
         try:
-            found[name] = json.loads(value)
+            parsed[name] = json.loads(value)
         except ValueError:
-            found[name] = value
-    return found
+            parsed[name] = value
+    return parsed
 
 
 def print_json(data: Any) -> None:
-    """Prints data as JSON for people to read too."""
+    """Print data as indented JSON."""
     click.echo(json.dumps(data, indent=2, ensure_ascii=False))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ichprog.cli.options import as_json, parsed, print_json
+from ichprog.cli.options import as_json, parse_assignments, print_json
 from ichprog.errors import InvalidValueError
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def run(
 
     if scheduler and slurm:
         raise click.UsageError("--scheduler and --slurm exclude each other. Give one of them.")
-    options = parsed("--slurm", slurm, "queue=gpu")
+    options = parse_assignments("--slurm", slurm, "queue=gpu")
     plan, folder = ichprog.study.Study.read(study), output or study.with_suffix("")
     with ExitStack() as stack:
         executor = None

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ichprog.cli.options import brain, parsed
+from ichprog.cli.options import brain, parse_assignments
 from ichprog.errors import InvalidValueError, UnknownNameError
 from ichprog.zoo import DEFAULT
 
@@ -67,12 +67,12 @@ def train(
     if preset not in PRESETS:
         raise UnknownNameError("preset", preset, PRESETS)
     shortcuts = {name: options.pop(name) for name in ("epochs", "seed", "loss_weighting")}
-    fields = parsed("--set", changes, "learning_rate=0.0005")
+    fields = parse_assignments("--set", changes, "learning_rate=0.0005")
     protocol = PRESETS[preset].replace(
         **fields, **{name: value for name, value in shortcuts.items() if value is not None}
     )
-    weights = parsed("--loss-weight", loss_weights, "TASK=0.5")
-    spec = edit_tasks(resolve_spec(model), parsed("--head", heads, "TASK=softmax"), dropped, weights)
+    weights = parse_assignments("--loss-weight", loss_weights, "TASK=0.5")
+    spec = edit_tasks(resolve_spec(model), parse_assignments("--head", heads, "TASK=softmax"), dropped, weights)
     is_main_process = os.environ.get("RANK", "0") == "0"
     if is_main_process:
         for sentence in protocol.quirks():
