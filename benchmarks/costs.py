@@ -26,7 +26,7 @@ Parameters, operations, memory and time of every backbone, head and saliency met
 as it stands, in float32 on a processor, with the weights it starts from. What is compared here is plugins with each
 other: a model on a processor is run by OpenVINO where that can, and is [faster](speed.md).
 
-`ichprog plugins costs` measures what is installed where you are, `ichprog plugins costs NAME...` one plugin or several;
+`ichprog plugins profile` measures what is installed where you are, `ichprog plugins profile NAME...` one plugin or several;
 it has [options](command-line.md#plugins). Families such as `timm/*` have members without number, of which a few are
 here. This page is written by
 

@@ -1,6 +1,6 @@
 """Prognosis after intracranial haemorrhage (ICH) from one head CT: `load_model`, `predict`, `explain`.
 
-Names arrive when they are first used, so that importing the package costs next to nothing.
+Each public name is imported on first use, so that `import ichprog` takes milliseconds.
 
 For research only, not for patient care.
 """
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from ichprog.zoo import list_models as list_models
     from ichprog.zoo import register_model as register_model
 
-_ROOM_OF = {
+_MODULE_OF = {
     "list_models": "zoo",
     "load_model": "model",
     "predict": "model",
@@ -65,15 +65,15 @@ _ROOM_OF = {
     "WeightsError": "errors",
 }
 
-__all__ = list(_ROOM_OF)
+__all__ = list(_MODULE_OF)
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _ROOM_OF:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module 'ichprog' has no attribute {name!r}")
-    return getattr(import_module(f"ichprog.{_ROOM_OF[name]}"), name)
+    return getattr(import_module(f"ichprog.{_MODULE_OF[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_ROOM_OF])
+    return sorted([*__all__, "__version__"])

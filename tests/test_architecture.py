@@ -17,7 +17,7 @@ LAYERS = [
     {"errors", "schema", "spec", "io", "parallel"},
     {"registry"},
     {"zoo", "scan", "preprocessing", "results", "cohort", "clinical_scores", "backbones", "heads", "saliency"},
-    {"hub"},
+    {"hub", "sources"},
     {"networks"},
     {"runtime"},
     {"model"},

@@ -561,12 +561,12 @@ def test_what_the_pages_say_of_mistakes_is_what_is_shown(registered, kind):
 
 
 @pytest.mark.parametrize(("arguments", "said"), [
-    (["Tiny"], "small letters"),
-    (["class"], "small letters"),
-    (["../tiny"], "small letters"),
-    (["compact"], "is there already, from ichprog"),
-    (["ordinal", "--kind", "head"], "is there already, from ichprog"),
-    (["tiny", "-o", "."], "is there already"),
+    (["Tiny"], "lower-case letters"),
+    (["class"], "lower-case letters"),
+    (["../tiny"], "lower-case letters"),
+    (["compact"], "exists already, from ichprog"),
+    (["ordinal", "--kind", "head"], "exists already, from ichprog"),
+    (["tiny", "-o", "."], "exists already"),
     (["tiny", "--kind", "model"], "backbone"),
 ])  # fmt: skip
 def test_a_new_plugin_is_refused_a_name_or_place_that_does_not_do(arguments, said):

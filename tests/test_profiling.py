@@ -207,7 +207,7 @@ def rows(text):
 
 
 def test_the_command_says_it_as_tables_and_as_data(tmp_path):
-    asked = ["plugins", "costs", "compact", "--shape", "8", "32", "32"]
+    asked = ["plugins", "profile", "compact", "--shape", "8", "32", "32"]
     shown = CliRunner().invoke(main, asked)
     assert shown.exit_code == 0, shown.output
     written = CliRunner().invoke(main, [*asked, "-o", str(tmp_path / "costs.md"), "--json"])
@@ -222,19 +222,19 @@ def test_the_command_says_it_as_tables_and_as_data(tmp_path):
         assert float(row["MiB"]) == pytest.approx(cost["memory"] / 2**20, rel=5e-3)
         assert data["machine"] in text
     assert data["failed"] == []
-    of_a_kind = CliRunner().invoke(main, ["plugins", "costs", "--kind", "head", "--kind", "saliency"])
+    of_a_kind = CliRunner().invoke(main, ["plugins", "profile", "--kind", "head", "--kind", "saliency"])
     assert set(rows(of_a_kind.stdout)) == {name for kind, name in profiling.claims(kinds=[HEAD, METHOD])}
 
 
 def test_the_command_says_what_it_could_not_measure():
     small = ["--shape", "8", "32", "32"]
-    partly = CliRunner().invoke(main, ["plugins", "costs", "perez2023", "compact", *small])
+    partly = CliRunner().invoke(main, ["plugins", "profile", "perez2023", "compact", *small])
     assert partly.exit_code == 1
     assert "- perez2023: backbone 'perez2023' of ichprog" in partly.stdout
     assert "compact" in rows(partly.stdout)
-    data = json.loads(CliRunner().invoke(main, ["plugins", "costs", "perez2023", *small, "--json"]).stdout)
+    data = json.loads(CliRunner().invoke(main, ["plugins", "profile", "perez2023", *small, "--json"]).stdout)
     assert [one["name"] for one in data["failed"]] == ["perez2023"]
-    unknown = CliRunner().invoke(main, ["plugins", "costs", "compakt"])
+    unknown = CliRunner().invoke(main, ["plugins", "profile", "compakt"])
     assert unknown.exit_code == 2
     assert "compact" in unknown.stderr
 

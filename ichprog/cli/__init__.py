@@ -1,6 +1,7 @@
 """The command line: thin commands over the library, one module for each group of commands."""
 
 import logging
+import sys
 from typing import Any
 
 import click
@@ -34,7 +35,7 @@ def main(ctx: click.Context, verbose: int) -> None:
 def _log_to_stderr(ctx: click.Context, level: int) -> None:
     """Write the messages of the logger `ichprog` to standard error until the command ends."""
     logger = logging.getLogger("ichprog")
-    handler = logging.StreamHandler(click.get_text_stream("stderr"))
+    handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
     previous = logger.level
     logger.addHandler(handler)

@@ -1,4 +1,4 @@
-"""The whole of it on one simulated patient, with no data and no network."""
+"""Demonstrate the package on one simulated patient, with no data and no network."""
 
 from pathlib import Path
 
@@ -8,18 +8,18 @@ import ichprog
 from ichprog.cli.options import as_json, print_json
 
 _MODEL = "compact.prognosis_gcs3_age"
-_PATIENT = (2, 0)  # seed and number: a patient the embedded model was not trained on
+_PATIENT = (2, 0)  # seed and number of a patient that the embedded model was not trained on
 _METHOD = "grad_cam"
 
 
 @click.command()
 @click.option(
-    "-o", "--output", "out", type=click.Path(path_type=Path), default=Path("ichprog-demo"), show_default=True,
-    help="Folder for what is made.",
+    "-o", "--output", "folder", type=click.Path(path_type=Path), default=Path("ichprog-demo"), show_default=True,
+    help="Folder of the scan, the results, the maps and the picture.",
 )  # fmt: skip
 @as_json
-def demo(out: Path, as_json: bool) -> None:
-    """Simulate a patient, predict and explain: scan, answers, maps and a picture, with no data and no network."""
+def demo(folder: Path, as_json: bool) -> None:
+    """Simulate a patient, predict and explain, with no data and no network."""
     import nibabel as nib
 
     from ichprog.io import atomic_write
@@ -27,29 +27,29 @@ def demo(out: Path, as_json: bool) -> None:
     from ichprog.results import results_file
     from ichprog.simulate import Patient
 
-    out.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     patient = Patient(*_PATIENT)
-    scan, mask = patient.save(out)
-    model = ichprog.load_model(_MODEL, runtime="torch")  # which nothing is kept of
-    examined = model.load_scan(scan)
-    prediction = ichprog.predict(model, examined)
-    with results_file(out / "results.csv", model.spec) as add:
+    scan_path, mask_path = patient.save(folder)
+    model = ichprog.load_model(_MODEL, runtime="torch")  # compiles nothing and leaves nothing in the cache
+    scan = model.load_scan(scan_path)
+    prediction = ichprog.predict(model, scan)
+    with results_file(folder / "results.csv", model.spec) as add:
         add(prediction)
-    maps = ichprog.explain(model, examined, task=[task.name for task in model.spec.tasks], method=[_METHOD])
+    maps = ichprog.explain(model, scan, task=[task.name for task in model.spec.tasks], method=[_METHOD])
     for (name, method), saliency in maps.items():
-        saliency.save(out / f"{patient.name}_{name}_{method}.nii.gz")
-    picture = out / "picture.png"
+        saliency.save(folder / f"{patient.name}_{name}_{method}.nii.gz")
+    picture = folder / "picture.png"
     with atomic_write(picture) as partial:
-        plot(maps, scan, prediction=prediction, outline=nib.load(mask)).savefig(partial, dpi=110)
+        plot(maps, scan_path, prediction=prediction, outline=nib.load(mask_path)).savefig(partial, dpi=110)
     if as_json:
-        print_json({"prediction": prediction.to_dict(), "truth": patient.truth(), "folder": str(out)})
+        print_json({"prediction": prediction.to_dict(), "truth": patient.truth(), "folder": str(folder)})
     else:
         columns = patient.columns()
-        click.echo(f"{'task':12}{'answer':10}{'probability':>12}   truth")
+        click.echo(f"{'task':12}{'prediction':12}{'probability':>12}   truth")
         for task in model.spec.tasks:
             answer, value = prediction[task.name], columns[task.target.column]
             truth = f"{task.labels[task.target.index(float(value))]} ({task.target.column} {value})"
-            click.echo(f"{task.name:12}{answer.label:10}{answer.probabilities[answer.label]:12.2f}   {truth}")
+            click.echo(f"{task.name:12}{answer.label:12}{answer.probabilities[answer.label]:12.2f}   {truth}")
         person = patient.person
         click.echo(f"The patient is simulated: {person.site}, {person.volume_ml:.0f} mL. Picture: {picture}")
     click.echo(model.spec.notice, err=True)

@@ -1,4 +1,4 @@
-"""What there is: models, weights, and whether all of it is whole."""
+"""List models, fetch their weights and check the installation."""
 
 import json
 import sys
@@ -11,97 +11,109 @@ import click
 
 import ichprog
 from ichprog.cli import plugins
-from ichprog.cli.options import WRONG_USE, as_json, print_json
-from ichprog.errors import IchprogError
+from ichprog.cli.options import WRONG_USE, as_json, cache_dir, print_json
+from ichprog.errors import IchprogError, UnknownNameError
 
 
 @click.command()
 @click.argument("pattern", default="*")
 @as_json
 def models(pattern: str, as_json: bool) -> None:
-    """List the models whose names match PATTERN."""
-    found = ichprog.list_models(pattern)
+    """List the models whose names match the shell pattern PATTERN."""
+    specs = ichprog.list_models(pattern)
+    if not specs:
+        raise UnknownNameError("model or pattern", pattern, [spec.name for spec in ichprog.list_models()])
     if as_json:
-        print_json([spec.to_dict() for spec in found])
+        print_json([spec.to_dict() for spec in specs])
         return
-    width = max((len(spec.name) for spec in found), default=0)
-    for spec in found:
+    width = max(len(spec.name) for spec in specs)
+    for spec in specs:
         click.echo(f"{spec.name:{width}}  {spec.summary}")
 
 
 @click.command()
 @click.argument("names", nargs=-1, metavar="[NAME]...")
-@click.option("--all", "everything", is_flag=True, help="Every model of the zoo.")
-@click.option("--cache-dir", type=click.Path(path_type=Path), help="Where weights are kept.")
+@click.option("--all", "is_all", is_flag=True, help="Fetch every model of the zoo.")
+@cache_dir
 @as_json
 @click.pass_context
-def fetch(ctx: click.Context, names: tuple[str, ...], everything: bool, cache_dir: Path | None, as_json: bool) -> None:
-    """Bring models' weights into the cache, so that they load without a network."""
+def fetch(ctx: click.Context, names: tuple[str, ...], is_all: bool, cache_dir: Path | None, as_json: bool) -> None:
+    """Download the weights of models into the cache, so that the models load without a network."""
     from ichprog import hub
 
-    if everything == bool(names):
+    if is_all == bool(names):
         raise click.UsageError("Give names of models, or --all.")
-    failed = False
+    has_failed = False
     for name in names or [spec.name for spec in ichprog.list_models()]:
         try:
             _, files = hub.fetch(name, cache_dir=cache_dir)
         except IchprogError as error:
             if isinstance(error, WRONG_USE):
                 raise
-            failed = True
+            has_failed = True
             click.echo(f"{name}: {error}", err=True)
             continue
         for file in files:
-            described = {"model": name, "fold": file.fold, "path": str(file.path), "sha256": file.sha256}
-            click.echo(json.dumps(described) if as_json else f"{name}  fold {file.fold}  {file.path}")
-    ctx.exit(1 if failed else 0)
+            row = {"model": name, "fold": file.fold, "path": str(file.path), "sha256": file.sha256}
+            click.echo(json.dumps(row) if as_json else f"{name}  fold {file.fold}  {file.path}")
+    ctx.exit(1 if has_failed else 0)
 
 
 @click.command()
 @click.argument("name", required=False)
-@click.option("--cache-dir", type=click.Path(path_type=Path), help="Where weights are kept.")
+@cache_dir
 @as_json
 @click.pass_context
 def doctor(ctx: click.Context, name: str | None, cache_dir: Path | None, as_json: bool) -> None:
-    """Say what is installed, which plugins load, what is cached and whether it is whole.
+    """Check the installed versions, the plugins and the cached weights.
 
-    With NAME, load that model too and run its golden probe.
+    With NAME, load that model too and compare its output with the golden output of its description.
     """
+    report = _check(name, cache_dir)
+    if as_json:
+        print_json(report)
+    else:
+        for line in _format_report(report):
+            click.echo(line)
+    model = report["model"]
+    is_broken = any(plugin["problem"] for plugin in report["plugins"])
+    is_broken |= not all(file["is_valid"] for file in report["cache"]["files"])
+    is_broken |= model is not None and model["golden_output"]["state"] == "differs"
+    ctx.exit(1 if is_broken else 0)
+
+
+def _check(name: str | None, cache_dir: Path | None) -> dict[str, Any]:
     from ichprog import hub
     from ichprog.model import DEPENDENCIES
 
     model = None if name is None else ichprog.load_model(name, cache_dir=cache_dir)
-    report: dict[str, Any] = {
-        "installed": {"python": sys.version.split()[0], **{d: version(d) for d in DEPENDENCIES}},
-        "plugins": plugins.states(),
+    files = hub.cached_files(cache_dir)
+    return {
+        "installed": {"python": sys.version.split()[0], **{package: version(package) for package in DEPENDENCIES}},
+        "plugins": plugins.check_all(),
         "cache": {
             "folder": str(hub.cache_folder(cache_dir)),
-            "files": [
-                {"source": f.source, "path": str(f.path), "is_valid": f.is_valid} for f in hub.cached_files(cache_dir)
-            ],
+            "files": [{"source": each.source, "path": str(each.path), "is_valid": each.is_valid} for each in files],
         },
-        "model": model
-        and {"name": name, "weights": model.provenance()["weights"], "probe": model.check_golden_output()},
+        "model": None
+        if model is None
+        else {
+            "name": name,
+            "weights": model.provenance()["weights"],
+            "golden_output": model.check_golden_output(),
+        },
     }
-    broken = any(p["problem"] for p in report["plugins"]) or any(not f["is_valid"] for f in report["cache"]["files"])
-    broken |= model is not None and report["model"]["probe"]["state"] == "differs"
-    if as_json:
-        print_json(report)
-    else:
-        for line in _doctor_lines(report):
-            click.echo(line)
-    ctx.exit(1 if broken else 0)
 
 
-def _doctor_lines(report: dict[str, Any]) -> Iterator[str]:
+def _format_report(report: dict[str, Any]) -> Iterator[str]:
     yield "installed  " + ", ".join(f"{name} {number}" for name, number in report["installed"].items())
-    problems = [p for p in report["plugins"] if p["problem"]]
+    problems = [plugin["problem"] for plugin in report["plugins"] if plugin["problem"]]
     yield f"plugins    {len(report['plugins']) - len(problems)} load, {len(problems)} do not"
-    yield from (f"           {p['problem']}" for p in problems)
-    yield f"cache      {report['cache']['folder']}: {len(report['cache']['files'])} files of weights"
-    for file in report["cache"]["files"]:
-        yield f"           {'valid  ' if file['is_valid'] else 'DAMAGED'}  {file['source']}"
-    if report["model"]:
-        probe = report["model"]["probe"]
-        difference = "" if probe["difference"] is None else f", largest difference {probe['difference']:.2g}"
-        yield f"model      {report['model']['name']} loads; golden probe: {probe['state']}{difference}"
+    yield from (f"           {problem}" for problem in problems)
+    files = report["cache"]["files"]
+    yield f"cache      {report['cache']['folder']}: {len(files)} weight files"
+    yield from (f"           {'valid  ' if file['is_valid'] else 'DAMAGED'}  {file['source']}" for file in files)
+    if model := report["model"]:
+        golden = model["golden_output"]
+        difference = "" if golden["difference"] is None else f", largest difference {golden['difference']:.2g}"
+        yield f"model      {model['name']} loads; golden output: {golden['state']}{difference}"

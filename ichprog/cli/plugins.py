@@ -1,4 +1,4 @@
-"""Plugins: which there are, what they cost, and the beginnings of a new one."""
+"""List plugins, profile them, and write the template of a new one."""
 
 import keyword
 import re
@@ -14,107 +14,107 @@ import click
 from ichprog.cli.options import as_json, print_json
 from ichprog.errors import IchprogError
 
-_KINDS = {"backbone": "backbones", "head": "heads", "saliency": "saliency"}  # and their registries
+_REGISTRIES = {"backbone": "backbones", "head": "heads", "saliency": "saliency"}  # by kind, in `ichprog.registry`
+_kinds = click.Choice(list(_REGISTRIES))
 
 
 @click.group(invoke_without_command=True)
 @as_json
 @click.pass_context
 def plugins(ctx: click.Context, /, as_json: bool) -> None:
-    """List the plugins there are, whose they are, and whether they load; measure them; begin one."""
+    """List all plugins with their distribution and whether they load."""
     if ctx.invoked_subcommand is not None:
         return
-    found = states()
+    listed = check_all()
     if as_json:
-        print_json(found)
+        print_json(listed)
         return
-    for plugin in found:
+    for plugin in listed:
         owner = f"{plugin['distribution']} {plugin['version']}".rstrip()
         click.echo(f"{plugin['kind']:18}  {plugin['name']:36}  {owner:24}  {plugin['problem'] or 'loads'}")
 
 
-def states() -> list[dict[str, Any]]:
-    """Every claim to a name, with what hinders it from loading or None."""
+def check_all() -> list[dict[str, Any]]:
+    """Load every plugin and return one row each; `problem` is the error message, or None if the plugin loads."""
     from ichprog import registry, zoo
 
-    found = []
+    rows = []
     kinds = [registry.backbones, registry.heads, registry.saliency, registry.models]
     for entries, load in [*((kind.entries(), registry.Entry.load) for kind in kinds), (zoo.entries(), zoo.read_entry)]:
         for entry in entries:
+            problem = None
             try:
                 registry.single_entry(other for other in entries if other.matches(entry.name))
                 load(entry)
-                problem = None
             except IchprogError as error:
                 problem = str(error)
-            found.append(
-                {
-                    "kind": entry.kind,
-                    "name": entry.name,
-                    "distribution": entry.distribution,
-                    "version": entry.version,
-                    "problem": problem,
-                }
-            )
-    return found
+            owner = {"distribution": entry.distribution, "version": entry.version}
+            rows.append({"kind": entry.kind, "name": entry.name, **owner, "problem": problem})
+    return rows
 
 
 @plugins.command()
 @click.argument("name")
+@click.option("--kind", type=_kinds, default="backbone", show_default=True, help="Kind of the plugin.")
 @click.option(
-    "--kind", type=click.Choice(list(_KINDS)), default="backbone", show_default=True, help="What it is to be."
+    "-o", "--output", type=click.Path(path_type=Path), help="Folder of the distribution. By default, ichprog-NAME."
 )
-@click.option(
-    "-o", "--output", type=click.Path(path_type=Path), help="Folder of the distribution; ichprog-NAME if absent."
-)
-def new(name: str, kind: str, output: Path | None) -> None:
-    """Write an installable distribution with a plugin NAME that works, and a test that it keeps its contract."""
+@as_json
+def new(name: str, kind: str, output: Path | None, as_json: bool) -> None:
+    """Write an installable distribution with a working plugin NAME and a test of its contract."""
     from ichprog import registry
 
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or keyword.iskeyword(name):
-        raise click.UsageError(f"NAME is {name!r}; it takes small letters, digits and _, and begins with a letter.")
-    group: registry.Registry = getattr(registry, _KINDS[kind])
-    if taken := [entry.owner for entry in group.entries() if entry.matches(name)]:
-        raise click.UsageError(f"The {group.kind} {name!r} is there already, from {taken[0]}. Take another name.")
+        raise click.UsageError(f"Invalid NAME {name!r}. Expected lower-case letters, digits and _, a letter first.")
+    group: registry.Registry = getattr(registry, _REGISTRIES[kind])
+    if owners := [entry.owner for entry in group.entries() if entry.matches(name)]:
+        raise click.UsageError(f"The {group.kind} {name!r} exists already, from {owners[0]}. Choose another name.")
     folder = output or Path(f"ichprog-{name}")
     if folder.exists():
-        raise click.UsageError(f"{folder} is there already. Take another name, or another folder by --output.")
-    here = version("ichprog")
-    major, minor, *_ = (int(part) for part in re.findall(r"\d+", here))
-    words = {
+        raise click.UsageError(f"{folder} exists already. Choose another name, or another folder with --output.")
+    _write_template(folder, name, kind, group)
+    command = f"cd {folder} && pip install -e '.[dev]' && pytest"
+    if as_json:
+        print_json({"folder": str(folder), "next": command})
+    else:
+        click.echo(f"{folder}: next, `{command}`.")
+
+
+def _write_template(folder: Path, name: str, kind: str, group: Any) -> None:
+    installed = version("ichprog")
+    major, minor, *_ = (int(part) for part in re.findall(r"\d+", installed))
+    fields = {
         "name": name,
         "kind": group.kind,
         "group": group.group,
         "check": kind,
-        "version": here,
+        "version": installed,
         "next": f"0.{minor + 1}" if major == 0 else str(major + 1),
     }
-    package = f"ichprog_{name}"
-    places = {
+    targets = {
         "pyproject.toml": "pyproject.toml",
         "README.md": "README.md",
-        f"{kind}.py": f"{package}/__init__.py",
+        f"{kind}.py": f"ichprog_{name}/__init__.py",
         "test_plugin.py": "tests/test_plugin.py",
     }
-    for source, target in places.items():
+    for source, target in targets.items():
         text = files("ichprog.cli").joinpath("template", f"{source}.txt").read_text(encoding="utf-8")
         path = folder / target
         path.parent.mkdir(parents=True, exist_ok=True)
-        # safe: a dollar sign of the template's own stays
-        path.write_text(Template(text).safe_substitute(words), encoding="utf-8")
-    click.echo(f"{folder}: next, `cd {folder} && pip install -e '.[dev]' && pytest`.")
+        # safe_substitute leaves other dollar signs of the template unchanged
+        path.write_text(Template(text).safe_substitute(fields), encoding="utf-8")
 
 
 @plugins.command()
 @click.argument("names", nargs=-1, metavar="[NAME]...")
-@click.option("--kind", "kinds", type=click.Choice(list(_KINDS)), multiple=True, help="Of this kind only; repeatable.")
+@click.option("--kind", "kinds", type=_kinds, multiple=True, help="Profile only this kind; repeatable.")
 @click.option(
-    "--shape", type=click.IntRange(min=1), nargs=3, metavar="D H W", help="Slices, rows and columns of grids."
+    "--shape", type=click.IntRange(min=1), nargs=3, metavar="D H W", help="Slices, rows and columns of the grids."
 )
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the tables as Markdown to this file.")
 @as_json
 @click.pass_context
-def costs(
+def profile(
     ctx: click.Context,
     names: tuple[str, ...],
     kinds: tuple[str, ...],
@@ -124,29 +124,32 @@ def costs(
 ) -> None:
     """Measure parameters, operations, memory and time of plugins.
 
-    Of the NAMEs given, such as timm/resnet18, or of all but families where none is given.
+    NAME is a plugin, or a member of a family such as timm/resnet18. By default, all plugins except families are
+    measured.
     """
     from tqdm import tqdm
 
     from ichprog import profiling, registry
     from ichprog.io import atomic_write
 
-    asked = profiling.claims(names, [getattr(registry, _KINDS[kind]).kind for kind in kinds])
-    found, failed = [], []
-    bar = tqdm(asked, unit="plugin", leave=False, disable=None)  # None: where there is no terminal
+    selected = profiling.claims(names, [getattr(registry, _REGISTRIES[kind]).kind for kind in kinds])
+    costs, failed = [], []
+    bar = tqdm(selected, unit="plugin", leave=False, disable=None)  # None hides the bar outside a terminal
     for kind, name in bar:
         bar.set_postfix_str(name)
         try:
-            found.append(profiling.measure(kind, name, shape=shape))
+            costs.append(profiling.measure(kind, name, shape=shape))
         except IchprogError as error:
             failed.append((kind, name, str(error)))
-    text = f"{profiling.table(found, failed=[(name, why) for _, name, why in failed])}\n\nOn {profiling.machine()}.\n"
+    machine = profiling.machine()
+    text = f"{profiling.table(costs, failed=[(name, problem) for _, name, problem in failed])}\n\nOn {machine}.\n"
     if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(output) as partial:
             partial.write_text(text, encoding="utf-8")
     if as_json:
-        problems = [{"kind": kind, "name": name, "problem": why} for kind, name, why in failed]
-        print_json({"machine": profiling.machine(), "costs": [asdict(cost) for cost in found], "failed": problems})
+        problems = [{"kind": kind, "name": name, "problem": problem} for kind, name, problem in failed]
+        print_json({"machine": machine, "costs": [asdict(cost) for cost in costs], "failed": problems})
     else:
         click.echo(output if output is not None else text, nl=output is not None)
     if failed:
