@@ -1,0 +1,67 @@
+"""What all commands share: errors, exit codes and logging."""
+
+import logging
+import subprocess
+import sys
+
+import pytest
+
+import ichprog
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["predict"], "Missing argument"),
+        (["predict", "SCAN", "-m", "densenet121.prognosys"], "Did you mean densenet121.prognosis"),
+        (["predict", "SCAN", "-m", "BRIGHT", "--fold", "9"], "Unknown fold"),
+        (["predict", "SCAN", "-m", "BRIGHT", "--brain", "perhaps"], "'perhaps'"),
+        (["predict", "SCAN", "-m", "BRIGHT", "--device", "tpu"], "Unknown device 'tpu'"),
+        (["predict", "SCAN", "-m", "BRIGHT", "-o", "out.xlsx"], "Unknown format of results '.xlsx'"),
+        (["predict", "SCAN", "-m", "BRIGHT", "--explain", "grad_cam"], "--explain and --maps need each other"),
+        (["predict", "SCAN", "-m", "BRIGHT", "--explain", "gradcam", "--maps", "m"], "Did you mean grad_cam"),
+        (["explain", "SCAN", "-m", "BRIGHT", "--option", "layer", "-o", "m"], "Expected NAME=VALUE"),
+        (["explain", "SCAN", "-m", "BRIGHT", "--task", "sex", "-o", "m"], "Unknown task"),
+        (["fetch"], "Give names of models, or --all"),
+        (["fetch", "nothing"], "Unknown model 'nothing'"),
+        (["doctor", "nothing"], "Unknown model 'nothing'"),
+        (["unheard"], "No such command"),
+    ],
+)
+def test_wrong_use_exits_with_2_and_a_message(run, bright_model, small_scan, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    names = {"SCAN": small_scan, "BRIGHT": bright_model}
+    assert message in run(*(names.get(argument, argument) for argument in arguments), code=2).stderr
+
+
+def test_the_verbose_option_logs_to_standard_error(run, monkeypatch):
+    def log(pattern="*"):
+        logging.getLogger("ichprog.zoo").info("reading the zoo")
+        logging.getLogger("ichprog.zoo").debug("reading one file")
+        return list_models(pattern)
+
+    list_models = ichprog.list_models
+    monkeypatch.setattr(ichprog, "list_models", log, raising=False)
+    assert run("models").stderr == ""
+    assert run("-v", "models").stderr == "INFO ichprog.zoo: reading the zoo\n"
+    assert "DEBUG ichprog.zoo: reading one file" in run("-vv", "models").stderr
+    assert run("models").stderr == ""
+    assert logging.getLogger("ichprog").level == logging.NOTSET
+
+
+@pytest.mark.parametrize("code", [0, 2])
+def test_the_process_ends_with_the_exit_code_and_whole_output(code):
+    arguments = ["models", "perez*" if code == 0 else "zzz*"]
+    done = subprocess.run([sys.executable, "-m", "ichprog", *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == code
+    assert ("perez2023.prognosis" in done.stdout) == (code == 0)
+    assert ("Error: Unknown model" in done.stderr) == (code == 2)
+
+
+def test_public_names_are_all_that_dir_lists():
+    assert dir(ichprog) == sorted([*ichprog.__all__, "__version__"])
+    assert all(hasattr(ichprog, name) for name in dir(ichprog))
+
+
+def test_the_version_is_that_of_the_installed_package(run):
+    assert run("--version").stdout.strip().endswith(ichprog.__version__)

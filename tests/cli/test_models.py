@@ -1,0 +1,72 @@
+"""`ichprog models`, `fetch` and `doctor`."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+import ichprog
+from ichprog import zoo
+
+from support.models import REPOSITORY
+
+
+def test_models_lists_the_zoo(run):
+    assert len(run("models").stdout.splitlines()) == len(zoo.list_models())
+    listed = json.loads(run("models", "densenet121.*", "--json").stdout)
+    assert [model["name"] for model in listed] == [spec.name for spec in zoo.list_models("densenet121.*")]
+    assert listed[0]["input"]["window"] == {"low": 15.0, "high": 100.0, "above": "zero"}
+
+
+def test_models_refuses_a_pattern_that_matches_no_model(run):
+    result = run("models", "zzz*", code=2)
+    assert "Unknown model or pattern 'zzz*'. Expected one of: " in result.stderr
+    assert result.stdout == ""
+
+
+def test_fetch_all_continues_after_a_failure(run, hub_server):
+    hub_server.faults["/Baseline_DenseNet_PrognosisICH/"] = 500
+    result = run("fetch", "--all", "--json", code=1)
+    assert {json.loads(line)["model"] for line in result.stdout.splitlines()} == {
+        spec.name for spec in zoo.list_models() if spec.name != "densenet121.prognosis"
+    }
+    assert "densenet121.prognosis" in result.stderr
+    assert "500" in result.stderr
+
+
+def test_doctor_reports_valid_and_damaged_files(run, hub_server):
+    report = json.loads(run("doctor", "perez2023.prognosis", "--json").stdout)
+    assert report["model"]["golden_output"]["state"] == "none stored"
+    assert "torch" in report["installed"]
+    assert all(plugin["problem"] is None for plugin in report["plugins"])
+    assert [file["is_valid"] for file in report["cache"]["files"]] == [True, True]
+    assert REPOSITORY.repo in report["cache"]["files"][0]["source"]
+    path = Path(report["cache"]["files"][0]["path"])
+    body = bytearray(path.read_bytes())
+    body[-1] ^= 1
+    path.write_bytes(body)
+    assert "DAMAGED" in run("doctor", code=1).stdout
+
+
+def test_doctor_detects_weights_that_compute_wrongly(run, bright_model, tmp_path):
+    model = ichprog.load_model(bright_model)
+    grids = np.random.default_rng(3).random((1, 8, 12, 12), np.float32)
+    config = tmp_path / "bright" / "config.json"
+    data = json.loads(config.read_text())
+    data["golden_output"] = {
+        "seed": 3,
+        "shape": [8, 12, 12],
+        "logits": {
+            str(fold): {task: output.logits[0].tolist() for task, output in outputs.items()}
+            for fold, outputs in enumerate(model.predict_grids(grids))
+        },
+    }
+    config.write_text(json.dumps(data))
+    assert "golden output: holds" in run("doctor", bright_model).stdout
+    path = tmp_path / "bright" / "fold1.safetensors"
+    state = load_file(path)
+    state["backbone.features.0.bias"] += torch.tensor(0.01)
+    save_file(state, path)
+    assert "golden output: differs" in run("doctor", bright_model, code=1).stdout
