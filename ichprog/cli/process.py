@@ -13,8 +13,8 @@ def run(command: click.Command) -> None:
     """Run a command and end the process as soon as its output is flushed.
 
     The interpreter's shutdown would destroy a loaded model and its threads object by object. Skipping this destruction
-    saves about a sixth of the processor time of a short prediction. A process that imported torch shuts down normally, because torch may
-    have its own work to do at exit.
+    saves about a sixth of the processor time of a short prediction. A process that imported torch shuts down normally,
+    because torch may have its own work to do at exit.
     """
     _state["is_command_process"] = True
     try:
