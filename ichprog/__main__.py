@@ -1,4 +1,4 @@
-"""`python -m ichprog` is `ichprog`."""
+"""Run the command line with `python -m ichprog`."""
 
 from ichprog.cli import run
 
