@@ -9,6 +9,7 @@ import functools
 import importlib
 import io
 import logging
+import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -120,7 +121,7 @@ def convert(module: "nn.Module", shape: Sequence[int]) -> Any:
 
     fuse, frontends, decoder_type = _private_api()
     size = (1, 1, *shape)
-    with silenced(), torch.no_grad():
+    with silenced(), _unchanged_environment(), torch.no_grad():
         program = torch.export.export(module, (torch.zeros(size),))
         frontend = frontends().load_by_framework("pytorch")
         decoder = decoder_type.from_exported_program(program)  # must stay alive during the conversion
@@ -223,6 +224,17 @@ def silenced() -> Iterator[None]:
     finally:
         logging.disable(disabled)
         root.removeHandler(handler)
+
+
+@contextmanager
+def _unchanged_environment() -> Iterator[None]:
+    """Remove the environment variables that torch sets while it exports a graph."""
+    before = set(os.environ)
+    try:
+        yield
+    finally:
+        for name in set(os.environ) - before:
+            del os.environ[name]
 
 
 def run_in_thread(work: Callable[[], _Result]) -> Callable[[], _Result]:
