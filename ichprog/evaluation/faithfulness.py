@@ -1,7 +1,7 @@
-"""Whether saliency maps are true to the network, which needs no mask of any lesion.
+"""Faithfulness of saliency maps: tests that need no lesion mask.
 
-`curves` takes away and gives back what a map calls important, and watches the answer. `randomised` takes the network's
-weights away, and watches the map.
+`deletion_insertion` replaces the cells that a map calls important and measures the probability.
+`parameter_randomisation` replaces the network's weights and measures the map.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 
 from ichprog import hub, preprocessing
-from ichprog.errors import RunError, UnknownNameError
+from ichprog.errors import InvalidValueError, UnknownNameError
 from ichprog.model import Model, explain, load_model
 from ichprog.results import Saliency
 from ichprog.runtime import resolve_runtime
@@ -23,22 +23,20 @@ if TYPE_CHECKING:
 
     from ichprog.sources import ScanSource
 
-    Maps = dict[tuple[str, str], Saliency]
-
 Baseline = Literal["zero", "blurred"]
 
-RANDOM = "random order"  # in the place of a method, what chance would give
-_BLUR = 0.03  # standard deviation of "blurred", as a share of the grid's extent: about 6 mm of a head
+RANDOM = "random order"  # name of the random order, used like the name of a method
+_BLUR = 0.03  # standard deviation of "blurred" as a share of the grid's extent: about 6 mm of a head
 
 
 @dataclass(frozen=True, eq=False)
-class Curves:
-    """The probability of the explained label while a map's most important cells are taken away, or given back.
+class DeletionInsertion:
+    """The probability of the explained label while the most important cells are deleted or inserted.
 
     Attributes:
-        shares: `(S + 1,)` share of the cells done, from 0 to 1.
-        deletion: `(S + 1,)` from the whole grid to the baseline.
-        insertion: `(S + 1,)` from the baseline to the whole grid.
+        shares: Share of the cells replaced `(S + 1,)`, from 0 to 1.
+        deletion: Probability `(S + 1,)` from the whole grid to the baseline.
+        insertion: Probability `(S + 1,)` from the baseline to the whole grid.
     """
 
     shares: np.ndarray
@@ -47,16 +45,16 @@ class Curves:
 
     @property
     def deletion_area(self) -> float:
-        """The area under `deletion`; low where the answer falls soon."""
+        """Return the area under `deletion`; lower is better."""
         return float(np.trapezoid(self.deletion, self.shares))
 
     @property
     def insertion_area(self) -> float:
-        """The area under `insertion`; high where the answer comes back soon."""
+        """Return the area under `insertion`; higher is better."""
         return float(np.trapezoid(self.insertion, self.shares))
 
 
-def curves(
+def deletion_insertion(
     model: Model | str,
     scan: "ScanSource",
     maps: Saliency | Mapping[tuple[str, str], Saliency],
@@ -65,102 +63,112 @@ def curves(
     baseline: Baseline = "zero",
     brain: BrainMode = "auto",
     seed: int = 0,
-) -> dict[tuple[str, str], Curves]:
-    """Insertion and deletion curves of one scan: is what a map calls important what the answer comes from.
+) -> dict[tuple[str, str], DeletionInsertion]:
+    """Compute the deletion and insertion curves of saliency maps of one scan.
 
-    The grid's cells are replaced in the order of the map, the highest first, ties at random. Only cells that differ
-    from the baseline take part, so that what lies around the brain counts for nothing.
+    Cells of the grid are replaced in the order of the map, the highest first and ties at random. Cells that equal the
+    baseline, such as those around the brain, are not replaced. Source: Petsiuk et al., "RISE", BMVC 2018
+    (arXiv 1806.07421).
 
     Args:
-        model: The model whose maps they are, or its name; with several folds, their mean probability is watched.
-        scan: The scan that was explained.
-        maps: What `explain` gives.
-        steps: How many times cells are replaced.
-        baseline: What replaces them: "zero", or "blurred", the grid itself after a Gaussian of 3 % of its extent.
-        brain: As it was explained.
-        seed: Seed of the random order.
+        model: The explained model, or its name. Several folds give their mean probability.
+        scan: The explained scan.
+        maps: The result of `explain`.
+        steps: Number of steps.
+        baseline: Replacement of the cells: "zero", or "blurred", the grid after a Gaussian of 3 % of its extent.
+        brain: As in `explain`.
+        seed: Random seed of the random order.
 
     Returns:
-        By (task, method) as the maps, and by (task, `RANDOM`) for a random order of the same cells.
+        Curves by (task, method), and by (task, `RANDOM`) for a random order of the same cells.
 
     Raises:
-        UnknownNameError: There is no such baseline.
-        RunError: There is no step.
-        ScanError: The scan cannot be read or is none that the model can be asked about.
+        UnknownNameError: No baseline has this name.
+        InvalidValueError: `steps` is less than 1.
+        ScanError: The scan cannot be read, or the model cannot process it.
 
-    Source: Petsiuk et al., "RISE", BMVC 2018 (arXiv 1806.07421).
+    Example:
+        ```python
+        maps = ichprog.explain(model, "scan.nii.gz", method=["grad_cam"])
+        curves = deletion_insertion(model, "scan.nii.gz", maps)
+        print(curves["prognosis", "grad_cam"].deletion_area, curves["prognosis", RANDOM].deletion_area)
+        ```
     """
     if steps < 1:
-        raise RunError(f"curves take 1 step or more, not {steps}; 20 are usual.")
+        raise InvalidValueError("steps", steps, "1 or more, usually 20")
     loaded = load_model(model) if isinstance(model, str) else model
     contract = loaded.spec.input
     whole = preprocessing.prepare(loaded.load_scan(scan, brain=brain).hu, contract)
-    nothing = _baseline(whole, baseline)
-    shuffled = np.random.default_rng(seed).permutation(np.flatnonzero(whole != nothing))
+    replacement = _replacement(whole, baseline)
+    shuffled = np.random.default_rng(seed).permutation(np.flatnonzero(whole != replacement))
     shares = np.linspace(0, 1, steps + 1)
-    result: dict[tuple[str, str], Curves] = {}
+    curves: dict[tuple[str, str], DeletionInsertion] = {}
     for each in [maps] if isinstance(maps, Saliency) else maps.values():
-        answer = _probability(loaded, each.task, each.label)
-        values = _on_grid(each.grid_map, contract).ravel()[shuffled]
+        probability = _probability(loaded, each.task, each.label)
+        values = _resample_to_grid(each.grid_map, contract).ravel()[shuffled]
         orders = {RANDOM: shuffled, each.method: shuffled[np.argsort(-values, kind="stable")]}
         for method, order in orders.items():
-            if (each.task, method) not in result:
-                ends = (whole, nothing), (nothing, whole)
-                result[each.task, method] = Curves(shares, *(_replaced(answer, *pair, order, shares) for pair in ends))
-    return result
+            if (each.task, method) not in curves:
+                deletion = _replace_cells(probability, whole, replacement, order, shares)
+                insertion = _replace_cells(probability, replacement, whole, order, shares)
+                curves[each.task, method] = DeletionInsertion(shares, deletion, insertion)
+    return curves
 
 
 def _probability(model: Model, task: str, label: str) -> Callable[[np.ndarray], float]:
-    """The probability of a label from a grid `(D, H, W)`, the mean over folds."""
-    at = model.spec.task(task).labels.index(label)
+    """Return a function from a grid `(D, H, W)` to the probability of a label, the mean over folds."""
+    index = model.spec.task(task).labels.index(label)
 
-    def answer(cells: np.ndarray) -> float:
-        return float(
-            np.mean([fold[task].probabilities[0, at] for fold in model.predict_grids(cells[None])], dtype=np.float64)
-        )
+    def probability(grid: np.ndarray) -> float:
+        folds = model.predict_grids(grid[None])
+        return float(np.mean([fold[task].probabilities[0, index] for fold in folds], dtype=np.float64))
 
-    return answer
+    return probability
 
 
-def _replaced(
-    answer: Callable[[np.ndarray], float], start: np.ndarray, end: np.ndarray, order: np.ndarray, shares: np.ndarray
+def _replace_cells(
+    probability: Callable[[np.ndarray], float],
+    start: np.ndarray,
+    end: np.ndarray,
+    order: np.ndarray,
+    shares: np.ndarray,
 ) -> np.ndarray:
-    """The answers while one grid becomes another, cell by cell in an order."""
-    now = start.copy()
-    values, done = [answer(now)], 0
-    for upto in np.rint(shares[1:] * len(order)).astype(int):
-        now.flat[order[done:upto]] = end.flat[order[done:upto]]
-        values.append(answer(now))
-        done = upto
+    """Return the probability after each step from one grid to another, cell by cell in an order."""
+    grid = start.copy()
+    values, done = [probability(grid)], 0
+    for stop in np.rint(shares[1:] * len(order)).astype(int):
+        grid.flat[order[done:stop]] = end.flat[order[done:stop]]
+        values.append(probability(grid))
+        done = stop
     return np.array(values)
 
 
-def _baseline(whole: np.ndarray, baseline: Baseline) -> np.ndarray:
+def _replacement(grid: np.ndarray, baseline: Baseline) -> np.ndarray:
     if baseline not in get_args(Baseline):
         raise UnknownNameError("baseline", baseline, get_args(Baseline))
     if baseline == "zero":
-        return np.zeros_like(whole)
+        return np.zeros_like(grid)
     from scipy.ndimage import gaussian_filter
 
-    blurred: np.ndarray = gaussian_filter(whole, [_BLUR * n for n in whole.shape])
+    blurred: np.ndarray = gaussian_filter(grid, [_BLUR * n for n in grid.shape])
     return blurred
 
 
-def _on_grid(values: np.ndarray, contract: InputSpec) -> np.ndarray:
-    """A map as fine as the grid, `(D, H, W)`."""
+def _resample_to_grid(values: np.ndarray, contract: InputSpec) -> np.ndarray:
+    """Return a map in the resolution of the grid `(D, H, W)`."""
     return preprocessing.to_scan(values, contract.shape[::-1], contract).transpose(2, 1, 0)
 
 
 @dataclass(frozen=True)
-class Stage:
-    """How like the trained network's map one is that comes from a network with random weights in its last layers.
+class RandomisationStage:
+    """Similarity of the trained network's map to the map of a network with random weights in its last layers.
 
     Attributes:
-        down_to: The module nearest to the input whose weights are random.
-        layers: How many modules' weights are.
-        pearson: Correlation of the maps in the brain; None where either is the same everywhere.
-        spearman: Correlation of their ranks.
-        spearman_absolute: Correlation of the ranks of their absolute values, which exchanged signs leave as it is.
+        down_to: The module with random weights that is nearest to the input.
+        layers: Number of modules with random weights.
+        pearson: Pearson's correlation of the maps in the brain; None if a map is constant.
+        spearman: Spearman's rank correlation of the maps.
+        spearman_absolute: Spearman's rank correlation of the absolute values, which a change of sign leaves equal.
     """
 
     down_to: str
@@ -170,7 +178,7 @@ class Stage:
     spearman_absolute: float | None
 
 
-def randomised(
+def parameter_randomisation(
     model: Model | str,
     scan: "ScanSource",
     *,
@@ -181,69 +189,75 @@ def randomised(
     brain: BrainMode = "auto",
     seed: int = 0,
     **options: Any,
-) -> dict[tuple[str, str], tuple[Stage, ...]]:
-    """The model-randomisation check: does a method look at the network's weights at all.
+) -> dict[tuple[str, str], tuple[RandomisationStage, ...]]:
+    """Test whether saliency maps depend on the network's weights.
 
-    Weights are made random from the heads down, at last all of them: normally distributed about 0, with the root mean
-    square that each tensor had, so that what flows through the network keeps its size. Running means and variances of
-    normalisation stay. A map that stays the same while the weights go does not explain the network.
+    Weights become random from the heads towards the input, at last all weights. Random weights are normal with mean 0
+    and the root mean square of the trained tensor, so that activations keep their size. Running means and variances of
+    normalisation stay. A map that does not change does not explain the network. Source: Adebayo et al., "Sanity checks
+    for saliency maps", NeurIPS 2018 (arXiv 1810.03292), cascading randomisation.
 
     Args:
-        model: A model, or a name that `load_model` takes; it is left as it is. Of several folds the first is checked.
-        scan: One scan, as `predict` takes it.
+        model: A model, or a name that `load_model` takes. The model is not changed. Of several folds the first is
+            tested.
+        scan: One scan, as in `explain`.
         task: As in `explain`.
         label: As in `explain`.
         method: As in `explain`.
-        stages: In how many steps the backbone's layers lose their weights, after the heads.
-        brain: As in `predict`.
-        seed: Seed of the random weights.
+        stages: Number of steps in which the backbone's layers become random, after the heads.
+        brain: As in `explain`.
+        seed: Random seed of the weights.
         **options: Options of the methods.
 
     Returns:
-        By (task, method), a Stage for the heads and for each step further down.
+        By (task, method) a stage for the heads and for each further step.
 
     Raises:
-        UnknownNameError: There is no such task, label, method or option.
-        ScanError: The scan cannot be read or is none that the model can be asked about.
+        UnknownNameError: No task, label, method or option has this name.
+        ScanError: The scan cannot be read, or the model cannot process it.
         PluginError: A method does not apply to the network.
 
-    Source: Adebayo et al., "Sanity checks for saliency maps", NeurIPS 2018 (arXiv 1810.03292), cascading.
+    Example:
+        ```python
+        stages = parameter_randomisation("compact.prognosis_gcs3_age", "scan.nii.gz", method="grad_cam")
+        print([stage.spearman for stage in stages["prognosis", "grad_cam"]])
+        ```
     """
     import torch
 
     loaded = load_model(model) if isinstance(model, str) else model
     methods = [method] if isinstance(method, str) else list(method)
-    choice = resolve_runtime("torch", loaded.device, "float32")
+    config = resolve_runtime("torch", loaded.device, "float32")
     with torch.random.fork_rng(devices=[]):
-        own = Model.build(loaded.spec, loaded.weights[:1], choice, hub.cache_folder())  # a copy that may be changed
-    network = own.torch_module()
-    examined = own.load_scan(scan, brain=brain)
-    inside = preprocessing.prepare(examined.hu, own.spec.input) > 0
+        copy = Model.build(loaded.spec, loaded.weights[:1], config, hub.cache_folder())  # its weights may change
+    network = copy.torch_module()
+    loaded_scan = copy.load_scan(scan, brain=brain)
+    inside = preprocessing.prepare(loaded_scan.hu, copy.spec.input) > 0
 
-    def maps() -> dict[tuple[str, str], np.ndarray]:
-        found = explain(own, examined, task=task, label=label, method=methods, **options)
-        return {key: _on_grid(each.grid_map, own.spec.input)[inside] for key, each in found.items()}
+    def compute_maps() -> dict[tuple[str, str], np.ndarray]:
+        maps = explain(copy, loaded_scan, task=task, label=label, method=methods, **options)
+        return {key: _resample_to_grid(each.grid_map, copy.spec.input)[inside] for key, each in maps.items()}
 
-    trained = maps()
+    trained = compute_maps()
     random = torch.Generator().manual_seed(seed)
-    result: dict[tuple[str, str], list[Stage]] = {key: [] for key in trained}
-    done = 0
+    results: dict[tuple[str, str], list[RandomisationStage]] = {key: [] for key in trained}
+    layers = 0
     for group in _cascade(network, stages):
         for module in group:
             _randomise(network.get_submodule(module), random)
-        done += len(group)
-        for key, values in maps().items():
-            result[key].append(Stage(group[-1], done, *_likeness(trained[key], values)))
-    return {key: tuple(each) for key, each in result.items()}
+        layers += len(group)
+        for key, values in compute_maps().items():
+            results[key].append(RandomisationStage(group[-1], layers, *_similarity(trained[key], values)))
+    return {key: tuple(each) for key, each in results.items()}
 
 
 def _cascade(network: "nn.Module", stages: int) -> list[list[str]]:
-    """The modules that have weights of their own by name: those of the heads, then the backbone's from its end."""
+    """Return the names of modules with weights: those of the heads, then the backbone's from its end in steps."""
     names = [name for name, module in network.named_modules() if any(True for _ in module.parameters(recurse=False))]
     heads = [name for name in names if name.startswith("heads.")]
     backbone = [name for name in reversed(names) if not name.startswith("heads.")]
     steps = np.array_split(np.arange(len(backbone)), min(stages, len(backbone))) if backbone else []
-    return [heads, *([backbone[at] for at in step] for step in steps)]
+    return [heads, *([backbone[index] for index in step] for step in steps)]
 
 
 def _randomise(module: "nn.Module", random: Any) -> None:
@@ -255,8 +269,8 @@ def _randomise(module: "nn.Module", random: Any) -> None:
             values.copy_(drawn * values.square().mean().sqrt())
 
 
-def _likeness(first: np.ndarray, second: np.ndarray) -> tuple[float | None, float | None, float | None]:
-    """Pearson's and Spearman's correlation, and Spearman's of the absolute values."""
+def _similarity(first: np.ndarray, second: np.ndarray) -> tuple[float | None, float | None, float | None]:
+    """Return Pearson's and Spearman's correlation, and Spearman's of the absolute values."""
     from scipy.stats import rankdata
 
     ranks = (rankdata(first), rankdata(second)), (rankdata(np.abs(first)), rankdata(np.abs(second)))
@@ -265,8 +279,8 @@ def _likeness(first: np.ndarray, second: np.ndarray) -> tuple[float | None, floa
 
 
 def _correlation(first: np.ndarray, second: np.ndarray) -> float | None:
-    parts = [values.astype(np.float64) for values in (first, second)]
-    if any(values.size < 2 or np.ptp(values) == 0 for values in parts):
+    pair = [values.astype(np.float64) for values in (first, second)]
+    if any(values.size < 2 or np.ptp(values) == 0 for values in pair):
         return None
-    a, b = ((values - values.mean()) / np.abs(values - values.mean()).max() for values in parts)
+    a, b = ((values - values.mean()) / np.abs(values - values.mean()).max() for values in pair)
     return float(np.clip(a @ b / np.sqrt((a @ a) * (b @ b)), -1, 1))

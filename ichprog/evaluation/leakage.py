@@ -1,7 +1,7 @@
-"""Who may be scored by what: no patient by a network that has seen them, as far as anybody can know.
+"""Leakage control: exclude folds that may have been trained on a patient.
 
-A run of `train` knows its patients by name. Of some released weights it is known on which cohort and in which folds
-they were trained (`released.toml`). Of other weights nothing is known, and that is said.
+A run of `train` lists its patients by name. For some released weights the training cohort and its folds are known
+(`released.toml`). For other weights nothing is known, and the report says so.
 """
 
 import json
@@ -13,132 +13,150 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from ichprog.cohort import Cohort
-from ichprog.errors import RunError
+from ichprog.errors import RunError, missing_extra
 from ichprog.hub import WeightFile
 from ichprog.spec import ModelSpec
+
+_UNKNOWN_NAMES = "ichprog cannot know whether the run contains any of them under another name."
 
 
 @dataclass(frozen=True)
 class LeakageReport:
-    """The folds that may answer for each patient of a cohort.
+    """The folds that may predict each patient of a cohort.
 
     Attributes:
-        by: What it goes by: the model's "run", its "released" folds, or "nothing".
-        folds: For each of `N` patients the folds whose mean answers; none where every fold here may have seen them.
-        sentence: What is known and what is not, for whoever reads the figures.
+        source: Source of the knowledge: the "run" of the model, the folds of "released" weights, or "nothing".
+        folds: For each of N patients the folds whose mean predicts the patient. Empty if every fold of the model may
+            have been trained on the patient.
+        sentence: What is known and what is not, for readers of the metrics.
     """
 
-    by: Literal["run", "released", "nothing"]
+    source: Literal["run", "released", "nothing"]
     folds: tuple[tuple[int, ...], ...]
     sentence: str
 
 
-def guard(name: str, spec: ModelSpec, weights: Sequence[WeightFile], cohort: Cohort) -> LeakageReport:
-    """Finds out which of a model's folds have not seen which patients.
+def check_leakage(spec: ModelSpec, weights: Sequence[WeightFile], cohort: Cohort) -> LeakageReport:
+    """Find the folds of a model that were not trained on each patient.
 
-    A patient is a run's where the names are alike, or are but for a table's name that `Cohort.join` has put before one
-    of them. Such a patient is scored by the fold that has tested that name and by no other, so whether the names mean
-    one person or two, nothing leaks. Patients of the run whom none of these folds has tested are scored by none. Who is
-    in the run under another name altogether is not found.
+    A patient belongs to the model's run if the names are equal, or differ only by the prefix that `Cohort.join` adds.
+    Such a patient is predicted only by the fold that tested this name. Nothing leaks, even if the name belongs to
+    another person. A patient of the run that no fold of the model tested is predicted by none. A patient of the run
+    under a different name is not found.
 
     Args:
-        name: The name that the model was asked for by.
-        spec: What the model is.
-        weights: Its folds.
+        spec: The specification of the model.
+        weights: Weight file of each fold.
         cohort: The patients.
 
     Raises:
-        RunError: The model's run.json cannot be read, or tells of other weights.
-        IchprogError: The folds of released weights are needed, and scikit-learn is not installed.
+        RunError: The run.json beside the weights cannot be read, or describes other weights.
+        IchprogError: The folds of released weights need scikit-learn, which is not installed.
+
+    Example:
+        ```python
+        model = ichprog.load_model("local-dir:run")
+        report = check_leakage(model.spec, model.weights, Cohort.read("cohort.csv"))
+        print(report.sentence)
+        ```
     """
-    here = tuple(file.fold for file in weights)
-    folder = Path(name.removeprefix("local-dir:")).expanduser()
-    if name.startswith("local-dir:") and (folder / "run.json").is_file():
-        return _by_run(_record(folder / "run.json", weights), spec, here, cohort)
-    released = [each for each in _released() if spec.weights.repo in each["repositories"]]
+    available = tuple(file.fold for file in weights)
+    record = weights[0].path.parent / "run.json"
+    if record.is_file():
+        return _check_run(_read_record(record, weights), spec, available, cohort)
+    released = [each for each in _load_released() if spec.weights.repo in each["repositories"]]
     for each in released:
-        if _recognised(each, cohort):
-            return _by_release(each, here, cohort)
-    learnt = "".join(f" These weights were trained on {each['cohort']}." for each in released)
+        if _is_training_cohort(each, cohort):
+            return _check_released(each, available, cohort)
+    known = "".join(f" These weights were trained on {each['cohort']}." for each in released)
     if released:
-        learnt += " This table is not recognised as it, and one with some of its patients would not be."
+        known += " This table is not recognised as that cohort. A table with some of its patients is never recognised."
     return LeakageReport(
         "nothing",
-        (here,) * len(cohort),
-        f"ichprog cannot know whether the model has seen these patients.{learnt} If it has seen any, the figures are "
-        "too good.",
+        (available,) * len(cohort),
+        f"ichprog cannot know whether the model was trained on these patients.{known} If it was, the metrics are too "
+        "good.",
     )
 
 
-def _by_run(run: Mapping[str, Any], spec: ModelSpec, here: tuple[int, ...], cohort: Cohort) -> LeakageReport:
+def _check_run(run: Mapping[str, Any], spec: ModelSpec, available: tuple[int, ...], cohort: Cohort) -> LeakageReport:
     tested: dict[str, set[int]] = {}
     for fold, parts in run["membership"].items():
         for part, patients in parts.items():
             for patient in patients:
                 tested.setdefault(patient, set()).update([int(fold)] if part == "test" else [])
-    folds, found = [], 0
-    for alike in _alike([patient.name for patient in cohort.patients], tested):
-        found += bool(alike)
-        unseen = set(here).intersection(*(tested[name] for name in alike))
-        folds.append(tuple(fold for fold in here if fold in unseen))
-    n, mean = len(cohort), f"fold {here[0]}" if len(here) == 1 else f"the mean of its {len(here)} folds"
-    cannot = "ichprog cannot know whether the run has seen any of them under another name."
-    if _same(run, spec, cohort):
-        said = ["The model was trained on this very table, by its names and labels."]
-    elif found:
-        said = [
-            f"{found} of {n} patients have names that the model's run knows, though its table was another: by name "
-            "alone they are taken for its patients."
-        ]
+    folds, members = [], 0
+    for matches in _match_names([patient.name for patient in cohort.patients], tested):
+        members += bool(matches)
+        unseen = set(available).intersection(*(tested[name] for name in matches))
+        allowed = tuple(fold for fold in available if fold in unseen)
+        folds.append(allowed[:1] if matches else allowed)
+    trained_here = _is_same_table(run, spec, cohort)
+    return LeakageReport("run", tuple(folds), _describe_run(folds, members, available, trained_here=trained_here))
+
+
+def _describe_run(
+    folds: Sequence[tuple[int, ...]], members: int, available: tuple[int, ...], *, trained_here: bool
+) -> str:
+    n, mean = len(folds), f"fold {available[0]}" if len(available) == 1 else f"the mean of its {len(available)} folds"
+    if trained_here:
+        sentences = ["The model was trained on this table: names and labels are equal."]
+    elif members:
+        sentences = [f"{members} of {n} patients have names of the model's run, which used another table."]
+        sentences.append("They are taken for its patients by name alone.")
     else:
-        said = [f"None of the {n} patients has a name that the model's run knows. They are scored by {mean}. {cannot}"]
-    if found:
-        said.append("Each is scored by the one fold that has tested them and never saw them before.")
-    if out := folds.count(()):
-        said.append(f"{out} are left out, since no fold here has tested them.")
-    if 0 < found < n:
-        said.append(f"The {n - found} others are scored by {mean}. {cannot}")
-    return LeakageReport("run", tuple(folds), " ".join(said))
+        sentences = [f"None of the {n} patients has a name of the model's run. They are scored by {mean}."]
+        sentences.append(_UNKNOWN_NAMES)
+    if members:
+        sentences.append("Each is scored by the fold that tested it, which was not trained on it.")
+    if excluded := folds.count(()):
+        sentences.append(f"{excluded} are left out: no fold of the model tested them.")
+    if 0 < members < n:
+        sentences.append(f"The {n - members} others are scored by {mean}. {_UNKNOWN_NAMES}")
+    return " ".join(sentences)
 
 
-def _by_release(released: Mapping[str, Any], here: tuple[int, ...], cohort: Cohort) -> LeakageReport:
-    import numpy as np
-
+def _check_released(released: Mapping[str, Any], available: tuple[int, ...], cohort: Cohort) -> LeakageReport:
     from ichprog.train import folds as folds_module
 
     labels = cohort.numbers(released["column"]).astype(np.int64)
-    parts = folds_module.split(labels, released["folds"], seed=released["seed"])
-    tested = {int(place): fold for fold, part in enumerate(parts) for place in part.test}
-    folds = tuple((tested[place],) if tested[place] in here else () for place in range(len(cohort)))
+    try:
+        parts = folds_module.split(labels, released["folds"], seed=released["seed"])
+    except ImportError as error:
+        raise missing_extra("study", "scikit-learn", f"Leakage control of {released['cohort']}") from error
+    tested = {int(index): fold for fold, part in enumerate(parts) for index in part.test}
+    folds = tuple((tested[index],) if tested[index] in available else () for index in range(len(cohort)))
     counts = " and ".join(f"{count} of {value}" for value, count in released["counts"].items())
     return LeakageReport(
         "released",
         folds,
-        f"This table is taken for {released['cohort']}, in the order of its clinical table, since it has {len(cohort)} "
-        f"patients, {counts} in column {released['column']}. Each is scored by the one released fold that has tested "
-        f"them and never saw them before. {folds.count(())} are left out, since no fold here has tested them.",
+        f"This table is taken for {released['cohort']}, in the order of its clinical table: it has {len(cohort)} "
+        f"patients, {counts} in column {released['column']}. Each is scored by the released fold that tested it, which "
+        f"was not trained on it. {folds.count(())} are left out: no fold of the model tested them.",
     )
 
 
-def _record(path: Path, weights: Sequence[WeightFile]) -> Mapping[str, Any]:
-    """A run's record, which must be of these weights."""
-    hint = "It tells whom the model has seen. Bring the folder back to what the run left there."
+def _read_record(path: Path, weights: Sequence[WeightFile]) -> Mapping[str, Any]:
+    """Return the record of a run after a check that it describes these weights."""
+    hint = "The file lists the patients of the run. Restore the folder to its state after training."
     try:
         run: dict[str, Any] = json.loads(path.read_text("utf-8"))
         sums = {int(fold): result["sha256"] for fold, result in run["results"].items()}
-        whole = all(isinstance(run[key], dict) for key in ("membership", "cohort"))
+        is_complete = all(isinstance(run[key], dict) for key in ("membership", "cohort"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(f"{path}: cannot be read as the record of a run ({error}). {hint}") from error
     others = [file.fold for file in weights if sums.get(file.fold) != file.sha256]
-    if others or not whole:
-        which = f"the weights of fold {others[0]} are not those it tells of" if others else "it is not whole"
-        raise RunError(f"{path}: {which}. {hint}")
+    if others or not is_complete:
+        problem = f"it describes other weights of fold {others[0]}" if others else "it is incomplete"
+        raise RunError(f"{path}: {problem}. {hint}")
     return run
 
 
-def _same(run: Mapping[str, Any], spec: ModelSpec, cohort: Cohort) -> bool:
-    """Whether the cohort is the run's, by its names and labels in their order."""
+def _is_same_table(run: Mapping[str, Any], spec: ModelSpec, cohort: Cohort) -> bool:
+    """Return whether the run used this table, by names and labels in their order."""
     from ichprog.train.run_dir import digest
 
     if any(task.target.column not in cohort.patients[0].columns for task in spec.tasks):
@@ -147,8 +165,8 @@ def _same(run: Mapping[str, Any], spec: ModelSpec, cohort: Cohort) -> bool:
     return bool(digest([[p.name for p in cohort.patients], labels]) == run["cohort"].get("sha256"))
 
 
-def _alike(names: Sequence[str], members: Collection[str]) -> Iterator[tuple[str, ...]]:
-    """For each name the members it may stand for: itself, or those that differ by what is put before one of them."""
+def _match_names(names: Sequence[str], members: Collection[str]) -> Iterator[tuple[str, ...]]:
+    """Yield for each name the members it may refer to: the same name, or names that differ by a prefix."""
     by_tail: dict[str, list[str]] = {}
     for member in members:
         for tail in _tails(member):
@@ -159,19 +177,19 @@ def _alike(names: Sequence[str], members: Collection[str]) -> Iterator[tuple[str
 
 
 def _tails(name: str) -> list[str]:
-    """What stands after each underscore of a name."""
+    """Return the parts of a name after each underscore."""
     parts = name.split("_")
-    return ["_".join(parts[place:]) for place in range(1, len(parts))]
+    return ["_".join(parts[index:]) for index in range(1, len(parts))]
 
 
-def _released() -> list[dict[str, Any]]:
+def _load_released() -> list[dict[str, Any]]:
     text = files("ichprog.evaluation").joinpath("released.toml").read_text("utf-8")
-    found: list[dict[str, Any]] = tomllib.loads(text)["released"]
-    return found
+    released: list[dict[str, Any]] = tomllib.loads(text)["released"]
+    return released
 
 
-def _recognised(released: Mapping[str, Any], cohort: Cohort) -> bool:
-    """Whether a cohort has as many patients of each number as the one that released weights were trained on."""
+def _is_training_cohort(released: Mapping[str, Any], cohort: Cohort) -> bool:
+    """Return whether a cohort has as many patients of each value as the training cohort of released weights."""
     column = released["column"]
     if column not in cohort.patients[0].columns:
         return False

@@ -404,11 +404,12 @@ def _saliency(writer: _Writer, study: Study, cohort: Cohort, out: Path, maps_of:
     rows_of = saliency_results.measure_maps(study, cohort, out, maps_of, writer.cache_dir)
     if not rows_of:
         return Section("Saliency", ["Nothing was measured: no variant is done whose patients have a lesion mask."])
-    rows = localization.summary(rows_of, draws=study.draws, seed=study.seed)
+    rows = localization.summarise_maps(rows_of, n_bootstrap=study.draws, seed=study.seed)
     columns = {
         "variant": "variant", "task": "task", "method": "method", "maps": "maps", "empty": "empty",
-        "pointing": "pointing game", "inside": "positive share inside", "chance": "lesion's share of the brain",
-        "inside_gain": "inside less chance", "side": "right side", "deletion_gain": "deletion less random",
+        "pointing_game": "pointing game", "relevance_mass_accuracy": "relevance mass accuracy",
+        "lesion_share": "lesion's share of the brain", "relevance_mass_gain": "relevance mass accuracy less share",
+        "hemisphere_correct": "hemisphere correct", "deletion_gain": "deletion less random",
         "insertion_gain": "insertion less random",
     }  # fmt: skip
     made = [writer.table("saliency", rows, columns, "Maps against lesion masks, with 95 % intervals over patients.")]
@@ -430,7 +431,7 @@ def _saliency(writer: _Writer, study: Study, cohort: Cohort, out: Path, maps_of:
     made.append(writer.table("randomised", checked, columns, caption))
     names = list(dict.fromkeys(row.patient for row in rows_of))[:3]
     models = saliency_results.complete_variants(study, out, writer.cache_dir, task=study.split_by)
-    drawn = localization.figure(
+    drawn = localization.compare_maps(
         models,
         cohort,
         [(name, None) for name in names],

@@ -109,10 +109,10 @@ def saliency_figure(
     out, task = Path(out), task or study.stratify_by
     cohort, folds = load_cohort(study, out), fold_of_patient(out)
     if not slices:
-        with_mask = [name for name in localization.masks(cohort) if name in folds]
+        with_mask = [name for name in localization.find_masks(cohort) if name in folds]
         slices = [(name, None) for name in (with_mask or list(folds))[:3]]
     models = complete_variants(study, out, cache_dir, task=task)
-    return localization.figure(models, cohort, slices, folds=folds, task=task, method=method, brain=study.brain)
+    return localization.compare_maps(models, cohort, slices, folds=folds, task=task, method=method, brain=study.brain)
 
 
 def measure_maps(
@@ -130,7 +130,7 @@ def measure_maps(
     Raises:
         ScanError: A scan or a mask cannot be read.
     """
-    path, masks, folds = out / "saliency.csv", localization.masks(cohort), fold_of_patient(out)
+    path, masks, folds = out / "saliency.csv", localization.find_masks(cohort), fold_of_patient(out)
     patients = [each for each in cohort.patients if each.name in masks and each.name in folds][:n_patients]
     rows = _read_rows(path) if path.is_file() else []
     done = {(row.variant, row.patient, row.method) for row in rows}
@@ -139,7 +139,7 @@ def measure_maps(
         missing = [p for p in patients if any((variant.name, p.name, m) not in done for m in variant.saliency)]
         if not missing or variant.name not in models:
             continue
-        measured = localization.measured(
+        measured = localization.measure_maps(
             {variant.name: models[variant.name]},
             Cohort(tuple(missing), cohort.source),
             folds=folds,
@@ -169,11 +169,11 @@ def randomise_parameters(
     Yields:
         A table row for each task, method and stage of randomisation.
     """
-    masks, folds = localization.masks(cohort), fold_of_patient(out)
+    masks, folds = localization.find_masks(cohort), fold_of_patient(out)
     patient = next(each for each in cohort.patients if each.name in masks and each.name in folds)
     model = load_fold_model(out, variant, folds[patient.name], cache_dir)
     methods = list(study.variant(variant).saliency)
-    stages_by_map = faithfulness.randomised(
+    stages_by_map = faithfulness.parameter_randomisation(
         model, patient.scan, task=[model.spec.tasks[0].name], method=methods, brain=study.brain
     )
     for (task, method), stages in stages_by_map.items():

@@ -4,7 +4,6 @@ import csv
 import dataclasses
 import json
 import shutil
-from functools import partial
 from pathlib import Path
 
 import nibabel as nib
@@ -19,10 +18,8 @@ from ichprog import CohortError, RunError, UnknownNameError, networks, registry,
 from ichprog.cli import main
 from ichprog.cli.evaluate import evaluate as command
 from ichprog.cohort import Cohort
-from ichprog.evaluation.evaluate import SEVERAL
-from ichprog.evaluation.evaluate import evaluate as evaluate_model
-from ichprog.evaluation.leakage import guard
-from ichprog.evaluation.predictions import Predictions
+from ichprog.evaluation import SEVERAL_FOLDS, Predictions, check_leakage
+from ichprog.evaluation import evaluate as evaluate_model
 from ichprog.spec import PluginRef
 from ichprog.train import PRESETS, TrainOptions, train
 
@@ -32,7 +29,11 @@ from support.models import REPOSITORY, bright_backbone
 PATIENTS = [f"P{number:02}" for number in range(24)]
 TRAIN_ONLY = {"P05", "P17"}  # their outcome is not known, their GCS is
 CANNOT = "ichprog cannot know"
-evaluate = partial(evaluate_model, runtime="torch")  # small networks are not worth compiling
+
+
+def evaluate(name, cohort, *, fold=None, **options):
+    """Evaluate with torch, as small networks are not worth compiling."""
+    return evaluate_model(ichprog.load_model(name, fold=fold, runtime="torch"), cohort, **options)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -102,7 +103,7 @@ def named(cohort, rename):
 
 
 def said(found, task):
-    answers = found.predictions.answers[found.model.name, task, "test"]
+    answers = found.predictions.entries[found.model.name, task, "test"]
     return {
         patient: (int(fold), p)
         for patient, fold, p in zip(answers.patients, answers.fold, answers.probabilities, strict=True)
@@ -136,10 +137,10 @@ def test_every_patient_is_scored_out_of_fold(run, spec, cohort):
         assert_alike(said(found, task), out_of_fold(run, spec, task))
     assert set(found.left_out) == TRAIN_ONLY
     assert found.counts == {"patients": 24, "scored": 22, "left_out": 2, "unlabelled": 0, "failed": 0}
-    assert found.guard.by == "run"
-    assert "trained on this very table" in found.guard.sentence
-    assert "2 are left out" in found.guard.sentence
-    assert CANNOT not in found.guard.sentence
+    assert found.leakage.source == "run"
+    assert "trained on this table" in found.leakage.sentence
+    assert "2 are left out" in found.leakage.sentence
+    assert CANNOT not in found.leakage.sentence
 
     rows = table(run / "out_of_fold.csv")
     truth = [row["prognosis_true"] == "poor" for row in rows]
@@ -160,7 +161,7 @@ def test_members_are_known_in_another_table_and_strangers_are_scored_by_all_fold
     model = ichprog.load_model(f"local-dir:{run}", runtime="torch")
     assert len(model.weights) == 3
     for name in ("Q0", "Q1", "Q2"):
-        members[name] = SEVERAL, np.array(list(ichprog.predict(model, scans[name])["gcs"].probabilities.values()))
+        members[name] = SEVERAL_FOLDS, np.array(list(ichprog.predict(model, scans[name])["gcs"].probabilities.values()))
     assert_alike(said(found, "gcs"), members)
     assert found.left_out == ("P05",)
     for words in (
@@ -169,15 +170,15 @@ def test_members_are_known_in_another_table_and_strangers_are_scored_by_all_fold
         "3 others are scored by the mean of its 3 folds",
         CANNOT,
     ):
-        assert words in found.guard.sentence
+        assert words in found.leakage.sentence
 
 
 def test_strangers_alone_are_scored_by_all_folds(run, folder):
     strangers = named(Cohort.read(folder / "all.csv"), {"Q0": "Q0", "Q1": "Q1"})
     found = evaluate(f"local-dir:{run}", strangers)
-    assert [fold for fold, _ in said(found, "age").values()] == [SEVERAL, SEVERAL]
-    assert found.guard.sentence.startswith("None of the 2 patients has a name that the model's run knows")
-    assert CANNOT in found.guard.sentence
+    assert [fold for fold, _ in said(found, "age").values()] == [SEVERAL_FOLDS, SEVERAL_FOLDS]
+    assert found.leakage.sentence.startswith("None of the 2 patients has a name of the model's run")
+    assert CANNOT in found.leakage.sentence
 
 
 def test_a_name_that_a_table_was_put_before_is_still_known(run, spec, cohort):
@@ -199,9 +200,11 @@ def guarded(tmp_path, spec, cohort, tests, names):
         "results": {str(fold): {"sha256": f"sum{fold}"} for fold in range(2)},
     }
     (tmp_path / "run.json").write_text(json.dumps(record))
-    files = [ichprog.hub.WeightFile(fold, tmp_path, f"sum{fold}", "", "") for fold in range(2)]
+    files = [
+        ichprog.hub.WeightFile(fold, tmp_path / f"fold{fold}.safetensors", f"sum{fold}", "", "") for fold in range(2)
+    ]
     people = tuple(dataclasses.replace(cohort.patients[0], name=name) for name in names)
-    return guard(f"local-dir:{tmp_path}", spec, files, Cohort(people, "made.csv")).folds
+    return check_leakage(spec, files, Cohort(people, "made.csv")).folds
 
 
 def test_where_a_name_may_stand_for_two_only_a_fold_that_has_seen_neither_answers(tmp_path, spec, cohort):
@@ -216,7 +219,7 @@ def test_one_fold_alone_is_asked_about_whom_it_has_tested(run, spec, cohort):
     expected = {name: answer for name, answer in out_of_fold(run, spec, "age").items() if answer[0] == 1}
     assert_alike(said(found, "age"), expected)
     assert len(found.left_out) == 24 - len(expected)
-    assert [each["fold"] for each in found.about["provenance"]["weights"]] == [1]
+    assert [each["fold"] for each in found.provenance["weights"]] == [1]
 
 
 def test_folds_that_are_not_trained_yet_leave_their_patients_out(copied, spec, cohort):
@@ -228,9 +231,9 @@ def test_folds_that_are_not_trained_yet_leave_their_patients_out(copied, spec, c
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (lambda run: run["results"]["1"].update(sha256="0" * 64), "weights of fold 1 are not those"),
+        (lambda run: run["results"]["1"].update(sha256="0" * 64), "it describes other weights of fold 1"),
         (lambda run: run.pop("results"), "cannot be read as the record of a run"),
-        (lambda run: run.update(membership=None), "is not whole"),
+        (lambda run: run.update(membership=None), "is incomplete"),
     ],
 )
 def test_a_record_that_cannot_be_right_is_refused(damage, words, copied, cohort):
@@ -244,14 +247,14 @@ def test_a_record_that_cannot_be_right_is_refused(damage, words, copied, cohort)
 def test_without_its_record_nobody_knows(copied, cohort):
     (copied / "run.json").unlink()
     found = evaluate(f"local-dir:{copied}", cohort)
-    assert found.guard.by == "nothing"
-    assert found.guard.sentence.startswith(CANNOT)
-    assert {fold for fold, _ in said(found, "age").values()} == {SEVERAL}
+    assert found.leakage.source == "nothing"
+    assert found.leakage.sentence.startswith(CANNOT)
+    assert {fold for fold, _ in said(found, "age").values()} == {SEVERAL_FOLDS}
     assert found.counts["scored"] == 24
 
 
 def test_nobody_left_is_an_error(run, cohort):
-    with pytest.raises(CohortError, match=r"nobody is left to be scored: 2 patients may not be, 0 have no label"):
+    with pytest.raises(CohortError, match=r"no patient can be scored: 2 may not be predicted, 0 have no label"):
         evaluate(f"local-dir:{run}", named(cohort, {name: name for name in TRAIN_ONLY}))
 
 
@@ -306,7 +309,7 @@ def test_released_folds_are_scored_on_their_test_patients_only(released, folder)
     from sklearn.model_selection import StratifiedKFold
 
     cohort = published_rows(folder, OUTCOMES)
-    found = evaluate(released, cohort, brain="given", draws=10)
+    found = evaluate(released, cohort, brain="given", n_bootstrap=10)
     parts = [t for _, t in StratifiedKFold(10, shuffle=True, random_state=1).split(np.zeros(261), OUTCOMES)]
     expected = {}
     for fold in (0, 3):
@@ -316,10 +319,10 @@ def test_released_folds_are_scored_on_their_test_patients_only(released, folder)
             expected[str(n)] = fold, np.array(list(said_of["prognosis"].probabilities.values()))
     assert_alike(said(found, "prognosis"), expected)
     assert found.counts["left_out"] == 261 - len(parts[0]) - len(parts[3])
-    assert found.guard.by == "released"
-    assert "taken for the published cohort of Cobo et al. 2024" in found.guard.sentence
-    assert f"{found.counts['left_out']} are left out" in found.guard.sentence
-    assert CANNOT not in found.guard.sentence
+    assert found.leakage.source == "released"
+    assert "taken for the published cohort of Cobo et al. 2024" in found.leakage.sentence
+    assert f"{found.counts['left_out']} are left out" in found.leakage.sentence
+    assert CANNOT not in found.leakage.sentence
 
 
 @pytest.mark.parametrize(
@@ -328,8 +331,8 @@ def test_released_folds_are_scored_on_their_test_patients_only(released, folder)
 def test_any_other_cohort_is_not_taken_for_the_published_one(outcomes, released, folder):
     cohort = published_rows(folder, [outcome if outcome >= 0 else "" for outcome in outcomes])
     spec, files = ichprog.hub.fetch(released)
-    found = guard(released, spec, files, cohort)
-    assert found.by == "nothing"
+    found = check_leakage(spec, files, cohort)
+    assert found.source == "nothing"
     assert found.sentence.startswith(CANNOT)
     assert "trained on the published cohort of Cobo et al. 2024" in found.sentence
     assert found.folds == ((0, 3),) * len(cohort)
@@ -337,8 +340,8 @@ def test_any_other_cohort_is_not_taken_for_the_published_one(outcomes, released,
 
 def test_the_published_cohort_is_nothing_special_to_other_weights(bright_model, folder):
     spec, files = ichprog.hub.fetch(bright_model)
-    found = guard(bright_model, spec, files, published_rows(folder, OUTCOMES))
-    assert found.by == "nothing"
+    found = check_leakage(spec, files, published_rows(folder, OUTCOMES))
+    assert found.source == "nothing"
     assert found.sentence.startswith(CANNOT)
     assert "Cobo" not in found.sentence
 
@@ -346,7 +349,7 @@ def test_the_published_cohort_is_nothing_special_to_other_weights(bright_model, 
 def test_every_published_model_of_the_zoo_is_guarded(folder):
     cohort = published_rows(folder, OUTCOMES)
     file = ichprog.hub.WeightFile(0, folder, "", "", "")
-    found = {spec.name: guard(spec.name, spec, [file], cohort).by for spec in ichprog.list_models()}
+    found = {spec.name: check_leakage(spec, [file], cohort).source for spec in ichprog.list_models()}
     embedded = {spec.name for spec in ichprog.list_models() if spec.weights.repo is None}
     assert {name for name, by in found.items() if by == "nothing"} == embedded
     assert set(found.values()) == {"released", "nothing"}
@@ -363,7 +366,7 @@ def test_calibration_is_of_every_event(run, cohort):
         "age": [">=80"],
     }
     for task, curves in found.calibration.items():
-        answers = found.answers(task)
+        answers = found.labelled(task)
         for k, curve in enumerate(curves.values(), start=1):
             assert curve["count"].sum() == len(answers)
             observed = (curve["observed"] * curve["count"]).sum()
@@ -379,7 +382,7 @@ def test_unknown_labels_are_in_no_figure_and_unknown_columns_are_said(run, cohor
     found = evaluate(f"local-dir:{run}", Cohort(tuple(people), "few.csv"))
     assert found.unlabelled == ("Q2",)
     assert found.unscored == {"gcs": "gcs"}
-    assert {task: found.answers(task).patients for task in found.metrics} == {"prognosis": ("Q0",), "age": ("Q1",)}
+    assert {task: found.labelled(task).patients for task in found.metrics} == {"prognosis": ("Q0",), "age": ("Q1",)}
     assert found.metrics["age"]["accuracy"]["value"] in (0, 1)
     assert found.metrics["age"]["auroc"] == {"value": None, "low": None, "high": None}
 
@@ -402,7 +405,7 @@ def test_the_command_writes_everything_and_says_what_failed(run, folder, tmp_pat
     assert text.exit_code == 1, text.output
     assert "small.three on" in text.stdout
     assert "20 of 24 patients scored, 2 left out, 2 failed" in text.stdout
-    assert "trained on this very table" in text.stdout
+    assert "trained on this table" in text.stdout
     assert "patient P03" in text.stderr
     assert "FAILED" in text.stderr
     assert "For research only" in text.stderr
@@ -412,16 +415,16 @@ def test_the_command_writes_everything_and_says_what_failed(run, folder, tmp_pat
     assert shown == written
     assert [each["patient"] for each in shown["scans_failed"]] == ["P03", "P04"]
     assert shown["patients_left_out"] == ["P05", "P17"]
-    assert "trained on this very table" in shown["leak"]
-    assert shown["guard"] == "run"
+    assert "trained on this table" in shown["leakage"]
+    assert shown["leakage_source"] == "run"
     assert shown["simulated"] is False
-    assert shown["truth"]["prognosis"] == {"good": 7, "poor": 13}
+    assert shown["label_counts"]["prognosis"] == {"good": 7, "poor": 13}
     metrics = json.loads((tmp_path / "out/metrics.json").read_text())
     assert metrics == {"small.three": shown["metrics"]}
     answers = Predictions.read(tmp_path / "out/predictions.csv")
     assert answers.variants == ("small.three",)
     assert answers.tasks("small.three") == ("prognosis", "gcs", "age")
-    assert len(answers.answers["small.three", "gcs", "test"]) == 20
+    assert len(answers.entries["small.three", "gcs", "test"]) == 20
     rows = table(tmp_path / "out/tables/metrics.csv")
     assert {row["task"] for row in rows} == {"prognosis", "gcs", "age"}
     auroc = next(row for row in rows if row["metric"] == "AUROC")
@@ -444,4 +447,4 @@ def test_tables_are_taken_together(run, folder, tmp_path, ask):
         (folder / f"{name}.csv").write_text("\n".join([lines[0], *rows]))
     done = json.loads(ask(f"local-dir:{run}", folder / "north.csv", folder / "south.csv", "--json").stdout)
     assert done["scored"] == 22
-    assert "trained on this very table" in done["leak"]
+    assert "trained on this table" in done["leakage"]

@@ -16,7 +16,7 @@ import ichprog
 from ichprog import ScanError, UnknownNameError, registry
 from ichprog.backbones import Backbone
 from ichprog.cohort import Cohort
-from ichprog.errors import CohortError, RunError
+from ichprog.errors import CohortError, InvalidValueError
 from ichprog.evaluation import faithfulness, localization
 from ichprog.evaluation.localization import MapMetrics
 
@@ -37,7 +37,8 @@ def ball(shape, centre, radius):
 def row(**said):
     """A row of `measured`, with what the test says."""
     plain = {"variant": "v", "fold": 0, "patient": "p", "task": "prognosis", "label": "poor", "method": "m"}
-    plain |= {"empty": False, "pointing": 1.0, "inside": 0.5, "chance": 0.1, "side": True}
+    plain |= {"empty": False, "pointing_game": 1.0, "relevance_mass_accuracy": 0.5, "lesion_share": 0.1}
+    plain |= {"hemisphere_correct": True}
     return MapMetrics(**plain | said)
 
 
@@ -65,18 +66,18 @@ def cohort(tmp_path_factory):
 
 
 def test_masks_are_found_beside_the_scans(cohort):
-    assert {name: path.name for name, path in localization.masks(cohort).items()} == {
+    assert {name: path.name for name, path in localization.find_masks(cohort).items()} == {
         "p0": "p0.nii.gz",
         "p1": "p1.nii.gz",
     }
-    assert all(path.parent.name == "masks" for path in localization.masks(cohort).values())
+    assert all(path.parent.name == "masks" for path in localization.find_masks(cohort).values())
 
 
 def test_a_column_names_the_masks_and_a_blank_says_there_is_none(tmp_path):
     named = cohort_in(tmp_path / "a", column=["masks/p1.nii.gz", ""])
-    assert localization.masks(named) == {"p0": tmp_path / "a/masks/p1.nii.gz"}
+    assert localization.find_masks(named) == {"p0": tmp_path / "a/masks/p1.nii.gz"}
     joined = Cohort.join([named, cohort_in(tmp_path / "b", column=["masks/p0.nii.gz", "masks/p1.nii.gz"])])
-    assert {name: str(path.relative_to(tmp_path)) for name, path in localization.masks(joined).items()} == {
+    assert {name: str(path.relative_to(tmp_path)) for name, path in localization.find_masks(joined).items()} == {
         "a_cohort_p0": "a/masks/p1.nii.gz",
         "b_cohort_p0": "b/masks/p0.nii.gz",
         "b_cohort_p1": "b/masks/p1.nii.gz",
@@ -85,21 +86,21 @@ def test_a_column_names_the_masks_and_a_blank_says_there_is_none(tmp_path):
 
 def test_a_mask_that_is_not_there_is_named(tmp_path):
     with pytest.raises(CohortError, match=r"patient p1.*masks/nowhere\.nii\.gz"):
-        localization.masks(cohort_in(tmp_path / "c", column=["", "masks/nowhere.nii.gz"]))
+        localization.find_masks(cohort_in(tmp_path / "c", column=["", "masks/nowhere.nii.gz"]))
 
 
 def test_a_mask_may_have_another_voxel_order_but_not_another_place(cohort):
     patient = cohort.patients[0]
-    scan, image = ichprog.scan.read(patient.scan), nib.load(localization.masks(cohort)["p0"])
+    scan, image = ichprog.scan.read(patient.scan), nib.load(localization.find_masks(cohort)["p0"])
     expected = np.asarray(image.dataobj) > 0
     turned = nib.as_closest_canonical(image)  # RAS
     assert turned.affine[0, 0] > 0
-    assert np.array_equal(localization.lesion_in(turned, scan), expected)
+    assert np.array_equal(localization.load_mask(turned, scan), expected)
     moved = image.affine.copy()
     moved[:3, 3] += 20
     for other in (nib.Nifti1Image(expected.astype(np.uint8), moved), image.slicer[:, :, :-1]):
         with pytest.raises(ScanError) as error:
-            localization.lesion_in(other, scan)
+            localization.load_mask(other, scan)
         assert error.value.code == "other-scan"
 
 
@@ -113,7 +114,7 @@ def loaded(name, fold=None):
 
 def test_a_network_that_sees_blood_points_at_it(bright_model, cohort):
     rows = list(
-        localization.measured(
+        localization.measure_maps(
             {"v": loaded(bright_model)}, cohort, folds={"p0": 0, "p1": 1}, methods=["guided_backprop"]
         )
     )
@@ -121,19 +122,19 @@ def test_a_network_that_sees_blood_points_at_it(bright_model, cohort):
         (name, fold, task) for name, fold in (("p0", 0), ("p1", 1)) for task in ("prognosis", "gcs", "age")
     ]
     for each in rows:
-        assert (each.pointing, each.side, each.empty) == (1.0, True, False)
-        assert each.inside > 3 * each.chance > 0
+        assert (each.pointing_game, each.hemisphere_correct, each.empty) == (1.0, True, False)
+        assert each.relevance_mass_accuracy > 3 * each.lesion_share > 0
     hu = brain_hu(SHAPE, LEFT, seed=0)
-    assert rows[0].chance == pytest.approx((hu == 68).sum() / (hu != 0).sum(), rel=0.01)
+    assert rows[0].lesion_share == pytest.approx((hu == 68).sum() / (hu != 0).sum(), rel=0.01)
 
 
 def test_masks_of_the_other_side_turn_all_of_it_round(bright_model, tmp_path):
     mirrored = cohort_in(tmp_path / "mirrored", flip=True)
-    for each in localization.measured(
+    for each in localization.measure_maps(
         {"v": loaded(bright_model)}, mirrored, folds=None, methods=["guided_backprop", "grad_cam"]
     ):
-        assert (each.pointing, each.side) == (0.0, False)
-        assert each.inside < each.chance
+        assert (each.pointing_game, each.hemisphere_correct) == (0.0, False)
+        assert each.relevance_mass_accuracy < each.lesion_share
         assert each.fold is None
 
 
@@ -151,29 +152,37 @@ def test_only_the_network_that_has_not_seen_the_patient_explains_it(tmp_path, co
             "function": lambda f: ichprog.load_model(name, fold=f),
         }
         rows = list(
-            localization.measured(sources, cohort, folds={"p0": 1, "p1": 0}, tasks=["gcs"], methods=["guided_backprop"])
+            localization.measure_maps(
+                sources, cohort, folds={"p0": 1, "p1": 0}, tasks=["gcs"], methods=["guided_backprop"]
+            )
         )
         assert {(r.variant, r.patient, r.fold): r.empty for r in rows} == {
             (variant, patient, fold): fold == 1 for variant in sources for patient, fold in (("p0", 1), ("p1", 0))
         }
-        assert all(r.pointing is None and r.inside is None and r.side is None for r in rows if r.empty)
+        assert all(
+            r.pointing_game is None and r.relevance_mass_accuracy is None and r.hemisphere_correct is None
+            for r in rows
+            if r.empty
+        )
         left_out = list(
-            localization.measured(
+            localization.measure_maps(
                 {"v": sources["model"]}, cohort, folds={"p1": 0}, tasks=["gcs"], methods=["guided_backprop"]
             )
         )
         assert [r.patient for r in left_out] == ["p1"]
         with pytest.raises(UnknownNameError, match="fold"):
-            list(localization.measured({"v": sources["model"]}, cohort, folds={"p1": 7}, methods=["guided_backprop"]))
+            list(
+                localization.measure_maps({"v": sources["model"]}, cohort, folds={"p1": 7}, methods=["guided_backprop"])
+            )
     finally:
         registry.backbones.unregister("plain")
 
 
 def test_what_cannot_be_measured_is_said(bright_model, cohort):
     with pytest.raises(CohortError, match="none of 2 patients"):
-        list(localization.measured({"v": loaded(bright_model)}, cohort, folds={"someone else": 0}))
+        list(localization.measure_maps({"v": loaded(bright_model)}, cohort, folds={"someone else": 0}))
     with pytest.raises(UnknownNameError, match="task of any model"):
-        list(localization.measured({"v": loaded(bright_model)}, cohort, folds=None, tasks=["mortality"]))
+        list(localization.measure_maps({"v": loaded(bright_model)}, cohort, folds=None, tasks=["mortality"]))
 
 
 # The summary
@@ -181,35 +190,42 @@ def test_what_cannot_be_measured_is_said(bright_model, cohort):
 
 def test_the_summary_is_the_mean_with_an_interval_over_patients():
     inside = RNG.beta(2, 5, 60)
-    rows = [row(patient=f"p{n}", inside=float(value), chance=0.1) for n, value in enumerate(inside)]
-    (said,) = localization.summary(rows, draws=4000)
+    rows = [
+        row(patient=f"p{n}", relevance_mass_accuracy=float(value), lesion_share=0.1) for n, value in enumerate(inside)
+    ]
+    (said,) = localization.summarise_maps(rows, n_bootstrap=4000)
     assert (said["variant"], said["task"], said["method"], said["maps"]) == ("v", "prognosis", "m", 60)
-    assert said["inside"]["value"] == pytest.approx(inside.mean())
+    assert said["relevance_mass_accuracy"]["value"] == pytest.approx(inside.mean())
     expected = scipy.stats.bootstrap(
         (inside,), np.mean, method="percentile", n_resamples=4000, rng=1
     ).confidence_interval
-    assert (said["inside"]["low"], said["inside"]["high"]) == pytest.approx(tuple(expected), abs=0.006)
-    assert said["inside_gain"]["value"] == pytest.approx(inside.mean() - 0.1)
-    assert said["inside_gain"]["low"] == pytest.approx(said["inside"]["low"] - 0.1)
-    assert said["pointing"] == {"value": 1.0, "low": 1.0, "high": 1.0, "patients": 60}
+    assert (said["relevance_mass_accuracy"]["low"], said["relevance_mass_accuracy"]["high"]) == pytest.approx(
+        tuple(expected), abs=0.006
+    )
+    assert said["relevance_mass_gain"]["value"] == pytest.approx(inside.mean() - 0.1)
+    assert said["relevance_mass_gain"]["low"] == pytest.approx(said["relevance_mass_accuracy"]["low"] - 0.1)
+    assert said["pointing_game"] == {"value": 1.0, "low": 1.0, "high": 1.0, "patients": 60}
     assert said["deletion"] is None
 
 
 def test_empty_maps_are_counted_as_empty_and_not_as_misses():
-    rows = [row(patient=f"p{n}", pointing=float(n % 2)) for n in range(8)]
-    rows += [row(patient=f"e{n}", empty=True, pointing=None, inside=None, side=None) for n in range(2)]
-    (said,) = localization.summary(rows)
+    rows = [row(patient=f"p{n}", pointing_game=float(n % 2)) for n in range(8)]
+    rows += [
+        row(patient=f"e{n}", empty=True, pointing_game=None, relevance_mass_accuracy=None, hemisphere_correct=None)
+        for n in range(2)
+    ]
+    (said,) = localization.summarise_maps(rows)
     assert (said["maps"], said["empty"]["value"]) == (10, 0.2)
-    assert (said["pointing"]["value"], said["pointing"]["patients"]) == (0.5, 8)
+    assert (said["pointing_game"]["value"], said["pointing_game"]["patients"]) == (0.5, 8)
 
 
 def test_each_variant_task_and_method_is_summed_up_alone_and_one_patient_has_no_interval():
     rows = [row(variant=v, task=t, method=m) for v in "ab" for t in "cd" for m in "ef"]
-    said = localization.summary(rows)
+    said = localization.summarise_maps(rows)
     assert [(s["variant"], s["task"], s["method"]) for s in said] == [
         (v, t, m) for v in "ab" for t in "cd" for m in "ef"
     ]
-    assert said[0]["inside"] == {"value": 0.5, "low": None, "high": None, "patients": 1}
+    assert said[0]["relevance_mass_accuracy"] == {"value": 0.5, "low": None, "high": None, "patients": 1}
 
 
 # Insertion and deletion
@@ -254,7 +270,7 @@ def test_curves_of_a_score_that_can_be_written_down(plain_model, cohort):
     saliency = ichprog.explain(model, path)
     cells = ichprog.preprocessing.prepare(model.load_scan(path).hu, model.spec.input)
     ranked = dataclasses.replace(saliency, grid_map=cells + 1e-6 * RNG.random(cells.shape, np.float32))
-    found = faithfulness.curves(model, path, ranked, steps=7)
+    found = faithfulness.deletion_insertion(model, path, ranked, steps=7)
     there = np.flatnonzero(cells)
     order = there[np.argsort(-ranked.grid_map.ravel()[there])]
     deletion, insertion = by_hand(cells.ravel(), order, 7)
@@ -274,14 +290,14 @@ def test_curves_of_a_score_that_can_be_written_down(plain_model, cohort):
 def test_a_map_without_an_order_is_no_better_than_chance(plain_model, cohort):
     """The gradient of a mean is the same everywhere, and so is this network's guided gradient."""
     model, path = loaded(plain_model), cohort.patients[0].scan
-    found = faithfulness.curves(model, path, ichprog.explain(model, path), steps=5)
+    found = faithfulness.deletion_insertion(model, path, ichprog.explain(model, path), steps=5)
     assert found["prognosis", "guided_backprop"].deletion_area == found["prognosis", faithfulness.RANDOM].deletion_area
 
 
 def test_a_blurred_baseline_is_where_curves_end(bright_model, cohort):
     path = cohort.patients[0].scan
     model = loaded(bright_model)
-    found = faithfulness.curves(
+    found = faithfulness.deletion_insertion(
         model, path, ichprog.explain(model, path, method=["grad_cam"]), steps=3, baseline="blurred"
     )
     curve = found["prognosis", "grad_cam"]
@@ -297,22 +313,22 @@ def test_curves_refuse_what_there_is_not(plain_model, cohort):
     model, path = loaded(plain_model), cohort.patients[0].scan
     saliency = ichprog.explain(model, path)
     with pytest.raises(UnknownNameError, match="baseline"):
-        faithfulness.curves(model, path, saliency, baseline="noise")
-    with pytest.raises(RunError, match="1 step"):
-        faithfulness.curves(model, path, saliency, steps=0)
+        faithfulness.deletion_insertion(model, path, saliency, baseline="noise")
+    with pytest.raises(InvalidValueError, match="steps 0"):
+        faithfulness.deletion_insertion(model, path, saliency, steps=0)
 
 
 def test_areas_are_measured_beside_the_lesion(bright_model, cohort):
     model, path = loaded(bright_model), cohort.patients[0].scan
     rows = list(
-        localization.measured({"v": model}, cohort, folds=None, tasks=["prognosis"], methods=["grad_cam"], steps=4)
+        localization.measure_maps({"v": model}, cohort, folds=None, tasks=["prognosis"], methods=["grad_cam"], steps=4)
     )
-    found = faithfulness.curves(model, path, ichprog.explain(model, path, method=["grad_cam"]), steps=4)
+    found = faithfulness.deletion_insertion(model, path, ichprog.explain(model, path, method=["grad_cam"]), steps=4)
     curve, random = found["prognosis", "grad_cam"], found["prognosis", faithfulness.RANDOM]
     assert (rows[0].deletion, rows[0].insertion) == (curve.deletion_area, curve.insertion_area)
     assert (rows[0].random_deletion, rows[0].random_insertion) == (random.deletion_area, random.insertion_area)
     assert rows[0].deletion < rows[0].random_deletion
-    (said,) = localization.summary(rows)
+    (said,) = localization.summarise_maps(rows)
     assert said["deletion_gain"]["value"] > 0
 
 
@@ -338,14 +354,16 @@ def compact_model(tmp_path_factory):
 
 def test_a_map_of_the_network_goes_with_its_weights_and_an_edge_detector_stays(compact_model, cohort, methods):
     path = cohort.patients[0].scan
-    found = faithfulness.randomised(loaded(compact_model), path, method=["guided_backprop", "edges"], stages=2)
+    found = faithfulness.parameter_randomisation(
+        loaded(compact_model), path, method=["guided_backprop", "edges"], stages=2
+    )
     assert all(abs(value) < 0.5 for value in dataclasses.astuple(found["prognosis", "guided_backprop"][-1])[2:4])
     for stage in found["prognosis", "edges"]:
         assert (stage.pearson, stage.spearman, stage.spearman_absolute) == pytest.approx((1, 1, 1))
 
 
 def test_a_head_of_one_channel_can_only_scale_the_map_and_a_dead_network_has_none(bright_model, cohort):
-    heads, whole = faithfulness.randomised(loaded(bright_model), cohort.patients[0].scan, stages=1)[
+    heads, whole = faithfulness.parameter_randomisation(loaded(bright_model), cohort.patients[0].scan, stages=1)[
         "prognosis", "guided_backprop"
     ]
     assert heads.down_to.startswith("heads.")
@@ -357,7 +375,7 @@ def test_a_head_of_one_channel_can_only_scale_the_map_and_a_dead_network_has_non
 def test_correlations_are_those_of_scipy_in_the_brain(bright_model, cohort, methods):
     path = cohort.patients[0].scan
     model = loaded(bright_model)
-    found = faithfulness.randomised(model, path, method="told", stages=3)["prognosis", "told"]
+    found = faithfulness.parameter_randomisation(model, path, method="told", stages=3)["prognosis", "told"]
     assert len(found) == 2  # the heads, and the only layer of the backbone
     inside = ichprog.preprocessing.prepare(model.load_scan(path).hu, model.spec.input) > 0
     first, *later = (values[inside].astype(np.float32) for values in methods[:3])
@@ -369,7 +387,7 @@ def test_correlations_are_those_of_scipy_in_the_brain(bright_model, cohort, meth
 
 
 def test_a_deeper_network_loses_its_weights_from_the_heads_down(compact_model, cohort):
-    found = faithfulness.randomised(
+    found = faithfulness.parameter_randomisation(
         loaded(compact_model), cohort.patients[0].scan, method=["guided_backprop"], stages=3
     )
     stages = found["prognosis", "guided_backprop"]
@@ -387,7 +405,7 @@ def test_the_model_stays_as_it_was(bright_model, cohort):
     before = [copy.deepcopy(member.network.state_dict()) for member in model.fold_runtimes]
     files = [Path(file.path).read_bytes() for file in model.weights]
     dice = torch.get_rng_state()
-    faithfulness.randomised(model, cohort.patients[0].scan, stages=1)
+    faithfulness.parameter_randomisation(model, cohort.patients[0].scan, stages=1)
     assert torch.equal(torch.get_rng_state(), dice)
     assert [Path(file.path).read_bytes() for file in model.weights] == files
     for member, state in zip(model.fold_runtimes, before, strict=True):
@@ -397,7 +415,7 @@ def test_the_model_stays_as_it_was(bright_model, cohort):
 def test_the_same_seed_draws_the_same_weights(compact_model, cohort):
     path = cohort.patients[0].scan
     first, again, other = (
-        faithfulness.randomised(loaded(compact_model), path, stages=1, seed=seed) for seed in (1, 1, 2)
+        faithfulness.parameter_randomisation(loaded(compact_model), path, stages=1, seed=seed) for seed in (1, 1, 2)
     )
     assert first == again
     assert first != other
@@ -412,7 +430,7 @@ def panels(figure):
 
 def test_a_figure_has_a_row_a_slice_and_a_panel_a_model(bright_model, plain_model, cohort):
     models = {"bright": loaded(bright_model), "plain": loaded(plain_model)}
-    drawn = localization.figure(models, cohort, [("p0", None), ("p1", 12)], folds=None)
+    drawn = localization.compare_maps(models, cohort, [("p0", None), ("p1", 12)], folds=None)
     axes = panels(drawn)
     assert len(axes) == 6
     assert [len(axis.images) for axis in axes] == [1, 2, 2] * 2
@@ -420,7 +438,7 @@ def test_a_figure_has_a_row_a_slice_and_a_panel_a_model(bright_model, plain_mode
         said = ichprog.predict(name, patient.scan)["prognosis"].probabilities["poor"]
         axis = [a for n, a in enumerate(axes) if n % 3][at]
         assert axis.get_title().startswith(f"{('bright', 'plain')[at % 2]}\np(poor) = {said:.2f}, map up to ")
-    mask = np.asarray(nib.load(localization.masks(cohort)["p0"]).dataobj)
+    mask = np.asarray(nib.load(localization.find_masks(cohort)["p0"]).dataobj)
     most = mask.sum((0, 1))
     first, second = axes[0].get_title(), axes[3].get_title()
     assert first == f"p0, truth: poor\nslice {most.argmax() + 1} of 30"
@@ -430,7 +448,7 @@ def test_a_figure_has_a_row_a_slice_and_a_panel_a_model(bright_model, plain_mode
 
 
 def test_the_figure_shows_the_slice_and_its_map_over_it(bright_model, cohort):
-    drawn = localization.figure({"v": loaded(bright_model)}, cohort, [("p0", None)], folds=None)
+    drawn = localization.compare_maps({"v": loaded(bright_model)}, cohort, [("p0", None)], folds=None)
     slice_, (under, over) = panels(drawn)[0].images[0], panels(drawn)[1].images
     hu = brain_hu(SHAPE, LEFT, seed=0)
     number = int(panels(drawn)[0].get_title().split()[-3]) - 1
@@ -452,7 +470,7 @@ def test_an_empty_map_is_said_in_the_figure(tmp_path, cohort):
     ichprog.register_backbone("plain", plain)
     try:
         name = local_model(tmp_path / "mute", "plain", shape=(20, 48, 48), adjust=lambda state: known(state, -3.0, 0.0))
-        drawn = localization.figure({"v": loaded(name)}, cohort, [("p0", None)], folds=None)
+        drawn = localization.compare_maps({"v": loaded(name)}, cohort, [("p0", None)], folds=None)
         axis = panels(drawn)[1]
         assert [text.get_text() for text in axis.texts] == ["empty map"]
         assert len(axis.images) == 1
@@ -463,4 +481,4 @@ def test_an_empty_map_is_said_in_the_figure(tmp_path, cohort):
 def test_the_figure_refuses_who_is_not_there(bright_model, cohort):
     for chosen, folds in (([("nobody", None)], None), ([("p0", 31)], None), ([("p0", None)], {"p1": 0})):
         with pytest.raises(UnknownNameError):
-            localization.figure({"v": loaded(bright_model)}, cohort, chosen, folds=folds)
+            localization.compare_maps({"v": loaded(bright_model)}, cohort, chosen, folds=folds)
