@@ -21,17 +21,18 @@ if TYPE_CHECKING:
     from ichprog.errors import UnknownNameError as UnknownNameError
     from ichprog.errors import WeightsError as WeightsError
     from ichprog.model import Model as Model
+    from ichprog.model import brain_mask as brain_mask
     from ichprog.model import explain as explain
     from ichprog.model import load_model as load_model
     from ichprog.model import predict as predict
     from ichprog.registry import register_backbone as register_backbone
+    from ichprog.registry import register_brain_extractor as register_brain_extractor
     from ichprog.registry import register_head as register_head
     from ichprog.registry import register_saliency as register_saliency
     from ichprog.reporting.overlay import plot as plot
     from ichprog.results import Prediction as Prediction
     from ichprog.results import Saliency as Saliency
     from ichprog.scan import Scan as Scan
-    from ichprog.scan import brain_mask as brain_mask
     from ichprog.spec import ModelSpec as ModelSpec
     from ichprog.zoo import list_models as list_models
     from ichprog.zoo import register_model as register_model
@@ -41,9 +42,10 @@ _MODULE_OF = {
     "load_model": "model",
     "predict": "model",
     "explain": "model",
-    "brain_mask": "scan",
+    "brain_mask": "model",
     "plot": "reporting.overlay",
     "register_backbone": "registry",
+    "register_brain_extractor": "registry",
     "register_head": "registry",
     "register_saliency": "registry",
     "register_model": "zoo",

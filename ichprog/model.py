@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from platform import python_version
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, cast, get_args, overload
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from ichprog.errors import InvalidValueError, PluginError, ScanError, UnknownNam
 from ichprog.hub import WeightFile
 from ichprog.results import Prediction, Saliency, TaskPrediction
 from ichprog.runtime import Runtime, RuntimeConfig, TaskOutput, build_runtimes, resolve_runtime
-from ichprog.scan import Scan
+from ichprog.scan import BrainExtractor, BrainMode, Scan
 from ichprog.spec import InputSpec, ModelSpec, Task
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from ichprog.cohort import Cohort
     from ichprog.saliency import Score
+    from ichprog.scan.brain import Brain
     from ichprog.sources import ScanSource
 
 OnError = Literal["raise", "record"]
@@ -126,7 +127,7 @@ class Model:
             raise UnknownNameError(f"fold of {self.spec.name}", fold, folds)
         return folds.index(fold)
 
-    def load_scan(self, source: "ScanSource", *, brain: scan_package.BrainMode = "auto") -> Scan:
+    def load_scan(self, source: "ScanSource", *, brain: "Brain" = "auto") -> Scan:
         """Read a scan, check it against the input contract of the model and extract the brain.
 
         `predict` and `explain` call this function first. They take its result as a scan, too.
@@ -139,8 +140,8 @@ class Model:
             ScanError: The scan cannot be read, or the model cannot process it.
         """
         contract, scan = self.spec.input, sources.scan_of(source)
-        mode = brain if contract.brain_only else "given"
-        return scan_package.load(scan, expected_ranges=contract.expected_ranges, brain=mode)
+        resolved = resolve_brain(brain) if contract.brain_only else "given"
+        return scan_package.load(scan, expected_ranges=contract.expected_ranges, brain=resolved)
 
     def predict_grids(self, grids: np.ndarray) -> list[dict[str, TaskOutput]]:
         """Run every fold on preprocessed grids.
@@ -154,7 +155,7 @@ class Model:
         return [runtime.run(np.ascontiguousarray(grids, np.float32)) for runtime in self.fold_runtimes]
 
     def predict_iter(
-        self, scans: "Iterable[ScanSource]", *, brain: scan_package.BrainMode = "auto"
+        self, scans: "Iterable[ScanSource]", *, brain: "Brain" = "auto"
     ) -> "Iterator[tuple[Prediction, Scan | ScanError]]":
         """Yield a prediction for each scan, with the checked scan or the error of the scan.
 
@@ -164,8 +165,9 @@ class Model:
             scans: Sources of one scan each, as `sources.find_scans` returns them.
             brain: As in `predict`.
         """
+        resolved = resolve_brain(brain) if self.spec.input.brain_only else "given"
         with ThreadPoolExecutor(1, thread_name_prefix="ichprog-run") as executor:
-            for source, loaded in _prefetch(functools.partial(self._load_grid, brain=brain), scans):
+            for source, loaded in _prefetch(functools.partial(self._load_grid, brain=resolved), scans):
                 if isinstance(loaded, ScanError):
                     yield self.error_prediction(source, loaded), loaded
                     continue
@@ -194,13 +196,12 @@ class Model:
         return Prediction(scan.name, self.spec.name, tasks, scan.warnings, provenance, patient=patient)
 
     def _load_grid(
-        self, source: "ScanSource", *, brain: scan_package.BrainMode
+        self, source: "ScanSource", *, brain: "Brain"
     ) -> tuple[np.ndarray, Callable[[], Scan]] | ScanError:
         """Return the grid of a scan and the function that runs the remaining checks, or the error of the scan."""
         contract, scan = self.spec.input, sources.scan_of(source)
-        mode = brain if contract.brain_only else "given"
         try:
-            hu, finish = scan_package.load_deferred(scan, expected_ranges=contract.expected_ranges, brain=mode)
+            hu, finish = scan_package.load_deferred(scan, expected_ranges=contract.expected_ranges, brain=brain)
         except ScanError as error:
             return error
         return preprocessing.prepare(hu, contract), finish
@@ -300,25 +301,25 @@ def load_model(
 
 @overload
 def predict(  # type: ignore[overload-overlap]  # some sources are iterable too, but one is meant
-    model: Model | str, scans: "ScanSource", *, brain: scan_package.BrainMode = ..., on_error: OnError = ...
+    model: Model | str, scans: "ScanSource", *, brain: "Brain" = ..., on_error: OnError = ...
 ) -> Prediction: ...
 @overload
 def predict(  # type: ignore[overload-overlap]
     model: Model | str,
     scans: "list[Any] | tuple[Any, ...] | Cohort",
     *,
-    brain: scan_package.BrainMode = ...,
+    brain: "Brain" = ...,
     on_error: OnError = ...,
 ) -> list[Prediction]: ...
 @overload
 def predict(
-    model: Model | str, scans: "Iterable[Any]", *, brain: scan_package.BrainMode = ..., on_error: OnError = ...
+    model: Model | str, scans: "Iterable[Any]", *, brain: "Brain" = ..., on_error: OnError = ...
 ) -> Iterator[Prediction]: ...
 def predict(
     model: Model | str,
     scans: "ScanSource | Cohort | Iterable[Any]",
     *,
-    brain: scan_package.BrainMode = "auto",
+    brain: "Brain" = "auto",
     on_error: OnError = "raise",
 ) -> Prediction | list[Prediction] | Iterator[Prediction]:
     """Predict every task of a model for one scan or several.
@@ -328,7 +329,9 @@ def predict(
         scans: One scan or several. One scan is a NIfTI path, a DICOM folder or a .zip of one, a nibabel image, or a
             tuple `(array, affine)`: HU of shape `(i, j, k)` and the `(4, 4)` affine from voxels to RAS mm. Several are
             a folder of scans, a table of patients (.csv), a Cohort, or a list, tuple or other iterable of all these.
-        brain: "auto" extracts the brain if a skull is visible, "extract" always, "given" never.
+        brain: "auto" extracts the brain if a skull is visible, "extract" always, "given" never. The name of a
+            brain-extractor plugin extracts with the plugin. A mask (a path, a nibabel image, or an array in the shape
+            of the scan; 0 outside the brain) is applied to every scan.
         on_error: "raise" raises the error of a scan; "record" records the error in the scan's Prediction and continues
             with the next scan.
 
@@ -337,7 +340,9 @@ def predict(
         any other iterable; the iterator reads one scan ahead.
 
     Raises:
-        InvalidValueError: `scans` holds something that is no scan, or `on_error` is unknown.
+        InvalidValueError: `scans` holds something that is no scan, `on_error` is unknown, or `brain` is the path of a
+            missing mask.
+        UnknownNameError: There is no such model, brain mode or brain extractor.
         ScanError: A scan cannot be read, or the model cannot predict it.
         CohortError: A table of patients cannot be read.
 
@@ -347,7 +352,7 @@ def predict(
         print(prediction["prognosis"].probabilities)
         ```
     """
-    scan_package.validate_brain_mode(brain)
+    brain = resolve_brain(brain)
     if on_error not in ("raise", "record"):
         raise InvalidValueError("on_error", on_error, "'raise' or 'record'")
     found, is_single = sources.resolve(scans)
@@ -365,7 +370,7 @@ def explain(
     task: str | None = ...,
     label: str | Mapping[str, str] | None = ...,
     method: str = ...,
-    brain: scan_package.BrainMode = ...,
+    brain: "Brain" = ...,
     **options: Any,
 ) -> Saliency: ...
 @overload
@@ -376,7 +381,7 @@ def explain(
     task: str | Sequence[str] | None = ...,
     label: str | Mapping[str, str] | None = ...,
     method: str | Sequence[str] = ...,
-    brain: scan_package.BrainMode = ...,
+    brain: "Brain" = ...,
     **options: Any,
 ) -> dict[tuple[str, str], Saliency]: ...
 def explain(
@@ -386,7 +391,7 @@ def explain(
     task: str | Sequence[str] | None = None,
     label: str | Mapping[str, str] | None = None,
     method: str | Sequence[str] = "guided_backprop",
-    brain: scan_package.BrainMode = "auto",
+    brain: "Brain" = "auto",
     **options: Any,
 ) -> Saliency | dict[tuple[str, str], Saliency]:
     """Compute saliency maps for the label of a task.
@@ -410,7 +415,7 @@ def explain(
 
     Raises:
         ScanError: The scan cannot be read, or the model cannot process it.
-        UnknownNameError: There is no such task, label, method, layer or option.
+        UnknownNameError: There is no such task, label, method, layer, option, brain mode or brain extractor.
         PluginError: A method cannot be loaded, breaks its contract, refuses its options, or does not apply to the
             network.
 
@@ -419,7 +424,7 @@ def explain(
         ichprog.explain("perez2023.prognosis", "scan.nii.gz", method="grad_cam").save("map.nii.gz")
         ```
     """
-    scan = sources.find_one_scan(scan)
+    scan, brain = sources.find_one_scan(scan), resolve_brain(brain)
     loaded = load_model(model) if isinstance(model, str) else model
     spec = loaded.spec
     tasks = [spec.tasks[0]] if task is None else [spec.task(name) for name in _as_list(task)]
@@ -451,6 +456,62 @@ def explain(
     return next(iter(results.values())) if is_single else results
 
 
+def resolve_brain(brain: "Brain") -> "Brain":
+    """Resolve a brain option to a brain mode, a brain extractor or a mask.
+
+    Args:
+        brain: A brain mode, the name of a brain-extractor plugin, or a mask: a path, a nibabel image or an array.
+
+    Returns:
+        The brain mode as text, a `BrainExtractor`, a Path, an image or an array.
+
+    Raises:
+        UnknownNameError: There is no such brain mode or brain extractor.
+        InvalidValueError: The mask file does not exist, or the option is of another type.
+        PluginError: The brain extractor cannot be loaded.
+
+    Example:
+        >>> resolve_brain("morphology").name
+        'morphology'
+    """
+    if isinstance(brain, str) and brain not in get_args(BrainMode):
+        extractors = registry.brain_extractors
+        if any(entry.matches(brain) for entry in extractors.entries()):
+            return BrainExtractor(brain, extractors.load(brain), extractors.entry(brain).owner)
+        if not (Path(brain).exists() or brain.endswith((".nii", ".nii.gz")) or len(Path(brain).parts) > 1):
+            names = [*get_args(BrainMode), *extractors.names()]
+            raise UnknownNameError("brain mode or extractor", brain, names, hint="A mask is given by its path.")
+        brain = Path(brain)
+    if isinstance(brain, Path) and not brain.is_file():
+        raise InvalidValueError("brain mask", str(brain), "an existing file")
+    if not (isinstance(brain, str | Path | BrainExtractor | np.ndarray) or hasattr(brain, "dataobj")):
+        expected = "a brain mode, the name of a brain extractor, or a mask (path, nibabel image or array)"
+        raise InvalidValueError("type of brain", type(brain).__name__, expected)
+    return brain
+
+
+def brain_mask(scan: "ScanSource", *, brain: "Brain" = "extract") -> "nib.Nifti1Image":
+    """Return the brain mask of a scan.
+
+    Args:
+        scan: One scan, as in `predict`.
+        brain: As in `predict`; "extract" by default.
+
+    Returns:
+        An image of 0 and 1 in the shape and affine of the source.
+
+    Raises:
+        ScanError: The scan or mask cannot be read, they do not match, or no brain is found.
+        UnknownNameError: There is no such brain mode or brain extractor.
+
+    Example:
+        ```python
+        ichprog.brain_mask("head.nii.gz").to_filename("brain.nii.gz")
+        ```
+    """
+    return scan_package.brain_mask(sources.scan_of(scan), brain=resolve_brain(brain))
+
+
 def _to_image(
     shape: tuple[int, int, int],
     source_shape: tuple[int, ...],
@@ -462,7 +523,7 @@ def _to_image(
 
 
 def _predictions(
-    model: Model, sources: "Iterable[ScanSource]", brain: scan_package.BrainMode, on_error: OnError
+    model: Model, sources: "Iterable[ScanSource]", brain: "Brain", on_error: OnError
 ) -> Iterator[Prediction]:
     for prediction, scan in model.predict_iter(sources, brain=brain):
         if isinstance(scan, ScanError) and on_error == "raise":

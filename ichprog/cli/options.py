@@ -18,8 +18,8 @@ model_option = click.option(
     help="A name from `ichprog models`, hf-hub:org/repo[/folder]@revision, or local-dir:PATH.",
 )  # fmt: skip
 brain = click.option(
-    "--brain", default="auto", show_default=True, metavar="auto|extract|given",
-    help="Extract the brain if a skull is visible (auto), always (extract) or never (given).",
+    "--brain", default="auto", show_default=True, metavar="auto|extract|given|NAME|MASK",
+    help="Extract the brain if a skull is visible, always or never; or use the extractor NAME, or a MASK in NIfTI.",
 )  # fmt: skip
 fold = click.option("--fold", type=int, help="Use one fold. By default, all available folds are averaged.")
 cache_dir = click.option("--cache-dir", type=click.Path(path_type=Path), help="Cache folder.")

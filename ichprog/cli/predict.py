@@ -150,9 +150,9 @@ def explain(
 
 
 def _load_model(name: str, brain: str, loading: dict[str, Any]) -> "Model":
-    from ichprog.scan import validate_brain_mode
+    from ichprog.model import resolve_brain
 
-    validate_brain_mode(brain)
+    resolve_brain(brain)
     model = ichprog.load_model(name, **loading)
     process.import_nibabel()
     return model

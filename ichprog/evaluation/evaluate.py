@@ -4,22 +4,24 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from ichprog import metrics as metrics_package
-from ichprog import scan as scan_package
 from ichprog.cohort import Cohort, Patient
 from ichprog.errors import CohortError, ScanError
 from ichprog.evaluation.leakage import LeakageReport, check_leakage
 from ichprog.evaluation.predictions import Predictions, TaskPredictions
 from ichprog.io import write_json
 from ichprog.metrics.calibration import calibration_curve
-from ichprog.model import Model, load_model
+from ichprog.model import Model, load_model, resolve_brain
 from ichprog.reporting import tables
 from ichprog.results import Prediction
 from ichprog.spec import ModelSpec, Task
+
+if TYPE_CHECKING:
+    from ichprog.scan.brain import Brain
 
 SEVERAL_FOLDS = -1  # stored as the fold of a prediction that is the mean of several folds
 
@@ -161,7 +163,7 @@ def evaluate(
     model: Model | str,
     cohort: Cohort | str | Path,
     *,
-    brain: scan_package.BrainMode = "auto",
+    brain: "Brain" = "auto",
     n_bootstrap: int = 1000,
     seed: int = 0,
     ci_method: Literal["percentile", "bca"] = "percentile",
@@ -196,7 +198,7 @@ def evaluate(
         print(evaluation.metrics["prognosis"]["auroc"])
         ```
     """
-    scan_package.validate_brain_mode(brain)
+    brain = resolve_brain(brain)
     table = cohort if isinstance(cohort, Cohort) else Cohort.read(cohort, scans=False)
     loaded = load_model(model) if isinstance(model, str) else model
     spec = loaded.spec
@@ -271,7 +273,7 @@ def _predict(
     model: Model,
     cohort: Cohort,
     folds_of: Mapping[int, tuple[int, ...]],
-    brain: scan_package.BrainMode,
+    brain: "Brain",
     *,
     progress: bool,
 ) -> _ScanResults:

@@ -15,12 +15,12 @@ from ichprog.errors import InvalidValueError, UnknownNameError
 from ichprog.model import Model, explain, load_model
 from ichprog.results import Saliency
 from ichprog.runtime import resolve_runtime
-from ichprog.scan import BrainMode
 from ichprog.spec import InputSpec
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from ichprog.scan.brain import Brain
     from ichprog.sources import ScanSource
 
 Baseline = Literal["zero", "blurred"]
@@ -61,7 +61,7 @@ def deletion_insertion(
     *,
     steps: int = 20,
     baseline: Baseline = "zero",
-    brain: BrainMode = "auto",
+    brain: "Brain" = "auto",
     seed: int = 0,
 ) -> dict[tuple[str, str], DeletionInsertion]:
     """Compute the deletion and insertion curves of saliency maps of one scan.
@@ -186,7 +186,7 @@ def parameter_randomisation(
     label: str | Mapping[str, str] | None = None,
     method: str | Sequence[str] = "guided_backprop",
     stages: int = 5,
-    brain: BrainMode = "auto",
+    brain: "Brain" = "auto",
     seed: int = 0,
     **options: Any,
 ) -> dict[tuple[str, str], tuple[RandomisationStage, ...]]:

@@ -22,11 +22,13 @@ from ichprog.evaluation.faithfulness import RANDOM, deletion_insertion
 from ichprog.metrics.agreement import hemisphere_correct, pointing_game, relevance_mass_accuracy
 from ichprog.model import Model, explain, load_model, predict
 from ichprog.results import Saliency
-from ichprog.scan import BrainMode, Scan, read
+from ichprog.scan import Scan, read
 from ichprog.spec import Task
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from ichprog.scan.brain import Brain
 
 Models = Mapping[str, str | Model | Callable[[int | None], Model]]  # by variant; a function takes a fold
 
@@ -148,7 +150,7 @@ def measure_maps(
     methods: Sequence[str] = ("guided_backprop", "grad_cam", "guided_grad_cam"),
     tolerance_mm: float = 0.0,
     steps: int = 0,
-    brain: BrainMode = "auto",
+    brain: "Brain" = "auto",
 ) -> Iterator[MapMetrics]:
     """Measure the maps of several models for every patient with a lesion mask.
 
@@ -303,7 +305,7 @@ def compare_maps(
     task: str | None = None,
     label: str | None = None,
     method: str = "guided_backprop",
-    brain: BrainMode = "auto",
+    brain: "Brain" = "auto",
     **options: Any,
 ) -> "Figure":
     """Draw the maps of several models: slices in rows, models in columns, with each model's probability of the label.

@@ -15,10 +15,10 @@ import numpy as np
 from ichprog.scan.brain import (
     BrainExtractor,
     BrainMode,
+    brain_key,
     extract_brain,
     is_brain_only,
     isolate_brain,
-    run_extractor,
     validate_brain_mode,
 )
 from ichprog.scan.checks import (
@@ -36,13 +36,14 @@ from ichprog.spec import ExpectedRanges
 if TYPE_CHECKING:
     import nibabel as nib
 
-    from ichprog.scan.brain import Mask
+    from ichprog.scan.brain import Brain
 
 __all__ = [
     "CHECKS",
     "BrainExtractor",
     "BrainMode",
     "Scan",
+    "brain_key",
     "brain_mask",
     "extract_brain",
     "find_scans",
@@ -57,7 +58,7 @@ __all__ = [
 ]
 
 
-def load(source: Any, *, expected_ranges: ExpectedRanges, brain: "BrainMode | BrainExtractor | Mask" = "auto") -> Scan:
+def load(source: Any, *, expected_ranges: ExpectedRanges, brain: "Brain" = "auto") -> Scan:
     """Read a scan, check it, and set everything but the brain to 0 HU.
 
     Args:
@@ -75,7 +76,7 @@ def load(source: Any, *, expected_ranges: ExpectedRanges, brain: "BrainMode | Br
 
 
 def load_deferred(
-    source: Any, *, expected_ranges: ExpectedRanges, brain: "BrainMode | BrainExtractor | Mask" = "auto"
+    source: Any, *, expected_ranges: ExpectedRanges, brain: "Brain" = "auto"
 ) -> tuple[np.ndarray, Callable[[], Scan]]:
     """Read what a network needs of a scan, and defer the checks.
 
@@ -114,33 +115,26 @@ def load_deferred(
 
         return scan.hu, validate_and_finish
     validate_ct(scan)
-    isolated, mask, record = isolate_brain(scan, "extract" if brain == "auto" else brain)
+    isolated, mask, record = isolate_brain(scan, "extract" if isinstance(brain, str) else brain)
     return isolated.hu, lambda: finish(isolated, mask, record)
 
 
-def brain_mask(scan: Any, *, brain: "BrainExtractor | None" = None) -> "nib.Nifti1Image":
-    """Extract the brain of a whole head.
+def brain_mask(scan: Any, *, brain: "Brain" = "extract") -> "nib.Nifti1Image":
+    """Return the brain mask of a scan as an image in the shape and affine of the source.
 
     Args:
-        scan: A NIfTI path, a DICOM folder or a .zip of one, or a nibabel image.
-        brain: The brain extractor; the built-in one by default.
-
-    Returns:
-        An image of 0 and 1 in the shape and affine of the source.
+        scan: A source that `read` takes.
+        brain: As in `load`. A scan that was loaded before keeps its mask.
 
     Raises:
-        ScanError: The scan cannot be read, or no brain is found.
-
-    Example:
-        ```python
-        ichprog.brain_mask("head.nii.gz").to_filename("brain.nii.gz")
-        ```
+        ScanError: The scan or mask cannot be read, they do not match, or no brain is found.
+        UnknownNameError: There is no such brain mode.
     """
     head = read(scan)
     mask = head.brain
     if mask is None:
         validate_ct(head)
-        mask = run_extractor(head) if brain is None else run_extractor(head, brain)
+        mask = isolate_brain(head, brain)[1]
     return head.image(np.asarray(mask, np.uint8))
 
 

@@ -5,7 +5,9 @@ density and shape: the brain is the large soft component inside the bone. It wor
 so slices of 0.6 mm and of 7 mm are treated alike. Only the last 3 mm towards the bone are decided voxel by voxel.
 """
 
+import contextlib
 import dataclasses
+import hashlib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,8 +34,6 @@ from ichprog.scan.volume import AIR_HU, Scan, Spacing, image_name, lowres_geomet
 if TYPE_CHECKING:
     import nibabel as nib
 
-    Mask = Path | nib.spatialimages.SpatialImage | np.ndarray
-
 BrainMode = Literal["auto", "extract", "given"]
 
 MIN_BRAIN_ML = 100.0
@@ -58,10 +58,20 @@ class BrainExtractor:
         name: Name for results and messages.
         extract: Function `extract(hu, spacing_mm)` that returns a bool mask, all `(i, j, k)` in LPS order. If it has a
             keyword parameter `lowres`, it also receives the HU on a grid of about 2 mm.
+        owner: Distribution and version that provide the extractor.
     """
 
     name: str
     extract: Callable[..., np.ndarray]
+    owner: str
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.owner})"
+
+
+if TYPE_CHECKING:
+    Mask = Path | nib.spatialimages.SpatialImage | np.ndarray
+    Brain = str | BrainExtractor | Mask
 
 
 def validate_brain_mode(brain: Any) -> None:
@@ -189,7 +199,7 @@ def _refine_to_bone(brain: np.ndarray, hu: np.ndarray, spacing_mm: Spacing) -> n
     return mask
 
 
-MORPHOLOGY = BrainExtractor("morphology", extract_brain)
+MORPHOLOGY = BrainExtractor("morphology", extract_brain, "ichprog")
 
 
 def run_extractor(scan: Scan, extractor: BrainExtractor = MORPHOLOGY) -> np.ndarray:
@@ -304,7 +314,7 @@ def _mask_geometry_error(scan: Scan, name: str, what: str, measured: Any, expect
     )
 
 
-def isolate_brain(scan: Scan, brain: "BrainMode | BrainExtractor | Mask") -> tuple[Scan, np.ndarray, dict[str, Any]]:
+def isolate_brain(scan: Scan, brain: "Brain") -> tuple[Scan, np.ndarray, dict[str, Any]]:
     """Set everything but the brain to 0 HU.
 
     Args:
@@ -325,7 +335,7 @@ def isolate_brain(scan: Scan, brain: "BrainMode | BrainExtractor | Mask") -> tup
     else:
         if isinstance(brain, str | BrainExtractor):
             extractor = brain if isinstance(brain, BrainExtractor) else MORPHOLOGY
-            mask, record = run_extractor(scan, extractor), {"brain": "extracted", "brain_extractor": extractor.name}
+            mask, record = run_extractor(scan, extractor), {"brain": "extracted", "brain_extractor": str(extractor)}
         else:
             mask, record = load_mask(brain, scan), {"brain": "mask"}
             if not isinstance(brain, np.ndarray):
@@ -337,7 +347,7 @@ def isolate_brain(scan: Scan, brain: "BrainMode | BrainExtractor | Mask") -> tup
     return isolated, mask, {**record, "brain_ml": ml}
 
 
-def is_brain_only(scan: Scan, brain: "BrainMode | BrainExtractor | Mask") -> bool:
+def is_brain_only(scan: Scan, brain: "Brain") -> bool:
     """Return whether a scan is used unchanged, without extraction or mask.
 
     Args:
@@ -349,6 +359,33 @@ def is_brain_only(scan: Scan, brain: "BrainMode | BrainExtractor | Mask") -> boo
     """
     validate_brain_mode(brain)
     return isinstance(brain, str) and (brain == "given" or (brain == "auto" and not has_skull(scan)))
+
+
+def brain_key(brain: "Brain") -> str:
+    """Return a text that identifies a brain mode, an extractor or a mask, for caches of prepared grids.
+
+    The text changes with the version and source code of an extractor and with the content of a mask.
+
+    Args:
+        brain: As in `isolate_brain`.
+
+    Example:
+        >>> brain_key("auto")
+        'auto'
+    """
+    if isinstance(brain, str):
+        return brain
+    digest = hashlib.sha256()
+    if isinstance(brain, BrainExtractor):
+        with contextlib.suppress(OSError, TypeError):  # compiled code or a callable object has no source
+            digest.update(inspect.getsource(brain.extract).encode())
+        return f"{brain} {digest.hexdigest()}"
+    if isinstance(brain, Path):
+        return f"mask {hashlib.sha256(brain.read_bytes()).hexdigest()}"
+    voxels = brain if isinstance(brain, np.ndarray) else read_voxels(brain)
+    digest.update(f"{voxels.shape} {voxels.dtype} {getattr(brain, 'affine', None)}".encode())
+    digest.update(np.ascontiguousarray(voxels).tobytes())
+    return f"mask {digest.hexdigest()}"
 
 
 def _deeper_than_scalp(lowres: np.ndarray, spacing: tuple[float, ...]) -> np.ndarray:

@@ -14,7 +14,7 @@ from ichprog.train.protocol import PRESETS, QUIRKS, Protocol
 
 if TYPE_CHECKING:
     from ichprog.cohort import Cohort
-    from ichprog.scan import BrainMode
+    from ichprog.scan.brain import Brain
     from ichprog.spec import ModelSpec
     from ichprog.train.folds import Fold
 
@@ -27,7 +27,8 @@ class TrainOptions:
 
     Attributes:
         device: "auto", "cpu", "cuda", "cuda:1", "mps".
-        brain: "auto" extracts the brain if a skull is detected, "extract" always, "given" never.
+        brain: "auto" extracts the brain if a skull is detected, "extract" always, "given" never; or the name of a
+            brain-extractor plugin; or a mask that fits every scan.
         cache_dir: Folder of prepared grids; `~/.cache/ichprog` or `$ICHPROG_CACHE` by default.
         workers: Number of processes that prepare grids.
         progress: Whether progress is shown on standard error: bars on a terminal, otherwise one line per epoch.
@@ -35,7 +36,7 @@ class TrainOptions:
     """
 
     device: str = "auto"
-    brain: "BrainMode" = "auto"
+    brain: "Brain" = "auto"
     cache_dir: str | Path | None = None
     workers: int = 1
     progress: bool = False

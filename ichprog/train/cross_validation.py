@@ -8,6 +8,8 @@ import torch
 from ichprog import hub, networks
 from ichprog.cohort import Cohort
 from ichprog.errors import InvalidValueError, RunError, UnknownNameError
+from ichprog.model import resolve_brain
+from ichprog.scan import brain_key
 from ichprog.spec import ModelSpec
 from ichprog.train import TrainOptions, grid_cache, mixed_precision, trainer
 from ichprog.train import folds as folds_module
@@ -127,7 +129,7 @@ class CrossValidation:
             self.cohort,
             self.labels,
             len(self.folds),
-            self.options.brain,
+            brain_key(resolve_brain(self.options.brain)),
             membership if self.has_given_folds else None,
         )
         details = {
@@ -150,7 +152,7 @@ class CrossValidation:
         return grid_cache.prepare(
             [patient.scan for patient in self.cohort.patients],
             self.spec.input,
-            brain=self.options.brain,
+            brain=resolve_brain(self.options.brain),
             folder=hub.cache_folder(self.options.cache_dir) / "grids",
             workers=self.options.workers,
             progress=self.options.progress and show_progress,

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,8 +18,10 @@ from ichprog import scan as scan_package
 from ichprog.errors import CohortError, RunError, ScanError
 from ichprog.io import atomic_write, file_lock
 from ichprog.parallel import parallel_map
-from ichprog.scan import BrainMode
 from ichprog.spec import InputSpec
+
+if TYPE_CHECKING:
+    from ichprog.scan.brain import Brain
 
 _CACHE_VERSION = 1  # increase if the same scan and input contract give another grid
 
@@ -28,7 +30,7 @@ def prepare(
     scans: Sequence[Path],
     contract: InputSpec,
     *,
-    brain: BrainMode,
+    brain: "Brain",
     folder: Path,
     workers: int = 1,
     progress: bool = False,
@@ -38,7 +40,7 @@ def prepare(
     Args:
         scans: Paths that `scan.read` accepts.
         contract: The model's input contract.
-        brain: Brain extraction mode.
+        brain: Brain mode, extractor or mask, as `model.resolve_brain` returns it.
         folder: Cache folder. Each grid is a .npy file with `(D, H, W)` float32.
         workers: Number of processes.
         progress: Whether a progress bar is shown on standard error.
@@ -55,9 +57,11 @@ def prepare(
         files = prepare(["1.nii.gz"], spec.input, brain="auto", folder=Path("grids"), workers=4)
         ```
     """
-    mode = brain if contract.brain_only else "given"
-    scan_package.validate_brain_mode(mode)
-    settings = json.dumps([_CACHE_VERSION, mode, {k: v for k, v in asdict(contract).items() if k != "expected_ranges"}])
+    if not contract.brain_only:
+        brain = "given"
+    scan_package.validate_brain_mode(brain)
+    unchecked = {k: v for k, v in asdict(contract).items() if k != "expected_ranges"}
+    settings = json.dumps([_CACHE_VERSION, scan_package.brain_key(brain), unchecked])
     try:
         folder.mkdir(parents=True, exist_ok=True)
         files = [folder / f"{_cache_key(scan, settings)}.npy" for scan in scans]
@@ -67,7 +71,7 @@ def prepare(
         with file_lock(folder / f".{hashlib.sha256(settings.encode()).hexdigest()[:16]}.lock"):
             missing = {file: scan for file, scan in zip(files, scans, strict=True) if not file.is_file()}
             if missing:
-                _prepare_missing(missing, contract, mode, folder, workers, progress)
+                _prepare_missing(missing, contract, brain, folder, workers, progress)
     except OSError as error:
         remedy = "Free some space" if error.errno == errno.ENOSPC else "Grant write permission"
         raise RunError(
@@ -78,7 +82,7 @@ def prepare(
 
 
 def _prepare_missing(
-    missing: dict[Path, Path], contract: InputSpec, mode: BrainMode, folder: Path, workers: int, progress: bool
+    missing: dict[Path, Path], contract: InputSpec, brain: "Brain", folder: Path, workers: int, progress: bool
 ) -> None:
     from tqdm import tqdm
 
@@ -92,7 +96,7 @@ def _prepare_missing(
             f"{folder}: {len(missing)} prepared grids need {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free. Free "
             "some space, or choose another folder with `cache_dir` or the environment variable ICHPROG_CACHE."
         )
-    prepare_one = partial(_prepare_one, contract=contract, mode=mode)
+    prepare_one = partial(_prepare_one, contract=contract, brain=brain)
     with tqdm(total=len(missing), desc="grids", unit="scan", file=sys.stderr, disable=not progress) as bar:
         problems = []
         for problem in parallel_map(prepare_one, list(missing.items()), workers=workers):
@@ -106,11 +110,11 @@ def _prepare_missing(
         )
 
 
-def _prepare_one(item: tuple[Path, Path], *, contract: InputSpec, mode: BrainMode) -> str | None:
+def _prepare_one(item: tuple[Path, Path], *, contract: InputSpec, brain: "Brain") -> str | None:
     """Prepare one grid, or return the problem of its scan."""
     file, source = item
     try:
-        examined = scan_package.load(source, expected_ranges=contract.expected_ranges, brain=mode)
+        examined = scan_package.load(source, expected_ranges=contract.expected_ranges, brain=brain)
     except ScanError as error:
         return str(error)
     with atomic_write(file) as part, part.open("wb") as opened:
