@@ -1,29 +1,34 @@
-"""What a model is, as data.
+"""Describe a model as data.
 
-A `ModelSpec` says everything about a model: backbone, tasks and heads, input contract, weights, licence. The JSON
-files of the zoo are specs, and so is the `config.json` beside weights on the Hub. Reading is strict: a missing or
-unknown field is an error, never a default.
+A `ModelSpec` says everything about a model: backbone, tasks and heads, input contract, weights, licence. The JSON files
+of the zoo are specs, and so is the `config.json` stored with weights on the Hub. Reading is strict: a missing or
+unknown field is an error.
+
+A spec carries the `schema_version` of its format. `ModelSpec.from_dict` upgrades older versions and refuses newer ones.
 """
 
-import dataclasses
 import json
-import math
-import types
-import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.resources.abc import Traversable
 from typing import Any, Literal
 
+from ichprog import schema
 from ichprog.errors import SpecError, UnknownNameError
+
+SCHEMA_VERSION = 1
+"""Version of the format that `ModelSpec.to_dict` writes."""
+
+REQUIRES = "ichprog>=0.1"
+"""The oldest version of this library that reads the format; written into each spec for the message of older ones."""
 
 
 @dataclass(frozen=True)
 class PluginRef:
-    """A plugin by name, with the options it is built with.
+    """The name of a plugin and the options to build it with.
 
     Attributes:
-        name: The name it is registered under.
+        name: Name of the plugin.
         options: Keyword arguments of its `build`.
     """
 
@@ -33,13 +38,13 @@ class PluginRef:
 
 @dataclass(frozen=True)
 class Target:
-    """Where a task's true label comes from: a number that is known of each patient, cut into labels.
+    """The source of a task's true label: a column of the cohort, divided into bins.
 
     Attributes:
-        column: The column of a cohort that holds the number.
-        bin_edges: Numbers at which one label ends and the next begins, from the first label on: one fewer than
-            labels. A number that equals an edge belongs to the higher side.
-        severity: Whether "high" or "low" numbers stand for the later labels.
+        column: Column of the cohort, a number for each patient.
+        bin_edges: Boundaries between neighbouring labels, in the order of the labels; one fewer than labels. A number
+            equal to an edge belongs to the bin above the edge.
+        severity: Whether "high" or "low" numbers belong to the later labels.
     """
 
     column: str
@@ -47,23 +52,31 @@ class Target:
     severity: Literal["high", "low"]
 
     def index(self, value: float) -> int:
-        """The index of the label that a number stands for."""
-        return sum(value >= cut if self.severity == "high" else value < cut for cut in self.bin_edges)
+        """Return the index of the label of a number.
+
+        Args:
+            value: Value of the column.
+
+        Example:
+            >>> Target("gcs", (13, 9), "low").index(10)
+            1
+        """
+        return sum(value >= edge if self.severity == "high" else value < edge for edge in self.bin_edges)
 
 
 @dataclass(frozen=True)
 class Task:
-    """One thing a model predicts.
+    """One task of a model.
 
     Attributes:
-        name: The task's name, the key of its result.
-        meaning: What is predicted, in words, with what is not known about it.
-        labels: The labels in order; where the order means severity, the most severe last.
-        target: Where the true label comes from, for training and scoring.
-        head: The head that turns features into this task's logits.
-        threshold: The label is the last one for which P(this label or a later one) exceeds the threshold;
-            null takes the most probable label, for labels that have no order.
-        loss_weight: The weight of this task's loss in training.
+        name: Name of the task, the key of its result.
+        meaning: The predicted quantity in words, with its uncertainties.
+        labels: Labels in order; if they are ordered by severity, the most severe last.
+        target: Source of the true label, for training and evaluation.
+        head: Head that turns features into the logits of this task.
+        threshold: The predicted label is the last one for which P(this label or a later one) exceeds the threshold.
+            null predicts the most probable label, for unordered labels.
+        loss_weight: Weight of the task's loss in training.
     """
 
     name: str
@@ -87,7 +100,11 @@ class Task:
         return 0.5 if self.threshold is None else self.threshold
 
     def decide(self, probabilities: Mapping[str, float]) -> str:
-        """The label that these label probabilities stand for, by the task's `threshold`."""
+        """Return the predicted label by the task's `threshold`.
+
+        Args:
+            probabilities: Probability of each label.
+        """
         if self.threshold is None:
             return max(self.labels, key=lambda label: probabilities[label])
         tail, chosen = 1.0, self.labels[0]
@@ -103,9 +120,9 @@ class Window:
     """The intensity window of the input.
 
     Attributes:
-        low: HU that becomes 0; what is lower becomes 0 too.
-        high: HU that becomes 1.
-        above: What happens at `high` and above: "zero" or "one".
+        low: Intensity in HU that becomes 0; lower intensities become 0 as well.
+        high: Intensity in HU that becomes 1.
+        above: Value of intensities at `high` and above: "zero" or "one".
     """
 
     low: float
@@ -116,21 +133,21 @@ class Window:
 ExpectedRanges = Mapping[str, tuple[float | None, float | None]]
 """Ranges that override the default ranges of scan checks, by check code: (lowest, highest), None for no bound.
 
-`ichprog.scan.resolve_ranges` fills in the defaults and refuses unknown codes.
+`ichprog.scan.resolve_ranges` adds the defaults and refuses unknown codes.
 """
 
 
 @dataclass(frozen=True)
 class InputSpec:
-    """From a scan to the grid the network sees.
+    """The preprocessing from a scan to the grid of the network.
 
     Attributes:
-        orientation: Voxel axes the scan is brought to first; each letter names the side an axis runs towards.
-        brain_only: Whether everything but the brain is 0.
-        window: The intensity window.
+        orientation: Orientation of the voxel axes; each letter names the side towards which an axis increases.
+        brain_only: Whether everything outside the brain is set to 0.
+        window: Intensity window.
         shape: Grid shape (D, H, W): slices, rows, columns.
-        pad_slices: Whether fewer slices than D are zero-padded symmetrically before resizing.
-        resize: How other shapes become `shape`: "area" is averaging over each cell.
+        pad_slices: Whether a scan with fewer slices than D is zero-padded symmetrically before resizing.
+        resize: Resampling to `shape`; "area" averages over each cell of the grid.
         expected_ranges: Ranges of scan checks that differ from their defaults, by check code.
     """
 
@@ -145,16 +162,16 @@ class InputSpec:
 
 @dataclass(frozen=True)
 class Weights:
-    """Where a model's weights are and how they are read.
+    """The location and format of a model's weights.
 
     Attributes:
-        repo: Repository on the Hub, "org/name"; null for weights that lie beside the spec.
-        revision: The commit, 40 hex digits; null where `repo` is.
-        folder: Folder in the repository or beside the spec; "" for the top.
-        format: "pickle" for a published PyTorch state dict, "safetensors" for this project's own files.
-        keys: Key prefixes of the file and what they become in this project's network. Every key must begin with
-            exactly one of them and every prefix must be met; empty keeps the keys as they are.
-        sha256: Checksums of the files in the repository, by file name, where they are known.
+        repo: Repository on the Hub, "org/name"; null for weights that are stored with the spec.
+        revision: Commit, 40 hex digits; null if `repo` is null.
+        folder: Folder in the repository or next to the spec; "" for the top.
+        format: "pickle" for a published PyTorch state dict, "safetensors" for files of this project.
+        keys: New key prefix for each key prefix of the file. Each key must begin with exactly one prefix, and each
+            prefix must occur. An empty mapping leaves the keys unchanged.
+        sha256: Known checksums of the files in the repository, by file name.
     """
 
     repo: str | None
@@ -167,12 +184,12 @@ class Weights:
 
 @dataclass(frozen=True)
 class Licence:
-    """What may be done with a model.
+    """The terms of use of a model.
 
     Attributes:
         code: Licence of the published code.
-        weights: Licence of the weights, or that none is stated.
-        data: On what terms the training data are had.
+        weights: Licence of the weights, or a note that none is stated.
+        data: Terms of access to the training data.
     """
 
     code: str
@@ -182,12 +199,12 @@ class Licence:
 
 @dataclass(frozen=True)
 class Citation:
-    """The work to cite.
+    """The publication to cite.
 
     Attributes:
-        text: The reference as one line.
-        doi: Its digital object identifier.
-        url: Where it can be read.
+        text: Reference as one line.
+        doi: Digital object identifier.
+        url: Address of the text.
     """
 
     text: str
@@ -197,12 +214,12 @@ class Citation:
 
 @dataclass(frozen=True)
 class GoldenOutput:
-    """A golden input and the logits it must give, to tell weights that load from weights that compute.
+    """A reproducible input with its logits, to verify that loaded weights compute correctly.
 
     Attributes:
         seed: Seed of `numpy.random.default_rng`, whose uniform numbers fill the grid.
         shape: Grid shape (D, H, W).
-        logits: For each fold and task, the logits.
+        logits: Logits by fold and task.
     """
 
     seed: int
@@ -212,21 +229,27 @@ class GoldenOutput:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Everything about one model.
+    """A complete description of one model.
 
     Attributes:
-        name: `<backbone>.<tasks joined by _>` in the zoo.
+        name: Name; `<backbone>.<tasks joined by _>` in the zoo.
         summary: One line for lists.
-        backbone: The network that turns a grid into features.
-        tasks: What is predicted, the main task first.
-        input: How a scan becomes a grid.
-        weights: Where the weights are.
-        licence: What may be done with code, weights and data.
-        citation: The work to cite.
-        intended_use: Who may use it for what.
-        limits: What a reader of its results must know.
-        notice: The sentence that goes with every output.
-        golden_output: A golden input with its outputs, or null.
+        backbone: Network that turns a grid into features.
+        tasks: Tasks, the main task first.
+        input: Preprocessing from a scan to a grid.
+        weights: Location and format of the weights.
+        licence: Terms of use of code, weights and data.
+        citation: Publication to cite.
+        intended_use: Intended users and uses.
+        limits: Known limits of the model.
+        notice: Sentence that accompanies every output.
+        golden_output: Reproducible input with its logits, or null.
+
+    Example:
+        >>> from ichprog import zoo
+        >>> spec = zoo.find("perez2023.prognosis")
+        >>> ModelSpec.from_dict(spec.to_dict()) == spec
+        True
     """
 
     name: str
@@ -246,7 +269,10 @@ class ModelSpec:
         _check(self)
 
     def task(self, name: str) -> Task:
-        """The task of that name.
+        """Return the task of a name.
+
+        Args:
+            name: Name of the task.
 
         Raises:
             UnknownNameError: The model has no such task.
@@ -257,31 +283,34 @@ class ModelSpec:
         raise UnknownNameError(f"task of {self.name}", name, [task.name for task in self.tasks])
 
     def to_dict(self) -> dict[str, Any]:
-        """The spec as plain data; `from_dict` of it gives an equal spec."""
-        return typing.cast("dict[str, Any]", _plain(self))
+        """Return the spec as plain data with its schema version; `from_dict` reads it."""
+        return {"schema_version": SCHEMA_VERSION, "requires": REQUIRES, **schema.to_plain(self)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], *, source: str = "model spec") -> "ModelSpec":
-        """Reads a spec strictly.
+        """Read a spec strictly, after an upgrade if its schema version is older.
 
         Args:
-            data: The fields, as JSON gives them.
-            source: Where they came from, for messages.
+            data: Fields as in JSON. A spec without `schema_version` has version 0.
+            source: Origin of the data, for messages.
 
         Raises:
-            SpecError: A field is missing, unknown, of the wrong type or against the rules.
+            SpecError: A field is missing, unknown or invalid, or the schema version is newer than `SCHEMA_VERSION`.
         """
         try:
-            return typing.cast("ModelSpec", parse(cls, data, ""))
+            return schema.read(cls, upgrade(data))
         except SpecError as error:
             raise SpecError(f"{source}: {error}") from None
 
     @classmethod
     def read(cls, path: Traversable) -> "ModelSpec":
-        """Reads a spec from a JSON file, on disk or inside a package.
+        """Read a spec from a JSON file on disk or in a package.
+
+        Args:
+            path: The file.
 
         Raises:
-            SpecError: The file cannot be read, is no JSON, or is no spec.
+            SpecError: The file cannot be read, is not JSON or is not a valid spec.
         """
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
@@ -290,93 +319,106 @@ class ModelSpec:
         return cls.from_dict(data, source=str(path))
 
 
-def _check(spec: ModelSpec) -> None:
-    """The rules that types alone do not say."""
-    names = [task.name for task in spec.tasks]
-    if not names or len(set(names)) != len(names):
-        raise SpecError(f"tasks: needs at least one task and each name once, has {names}")
-    for task in spec.tasks:
-        if len(task.labels) < 2 or len(set(task.labels)) != len(task.labels):
-            raise SpecError(f"tasks.{task.name}.labels: needs two or more different labels, has {list(task.labels)}")
-        cuts = sorted(task.target.bin_edges, reverse=task.target.severity == "low")
-        if len(cuts) != len(task.labels) - 1 or len(set(cuts)) != len(cuts) or list(task.target.bin_edges) != cuts:
-            order = "rising" if task.target.severity == "high" else "falling"
-            raise SpecError(
-                f"tasks.{task.name}.target.bin_edges: {len(task.labels)} labels need {len(task.labels) - 1} "
-                f"{order} numbers, has {list(task.target.bin_edges)}"
-            )
-        if task.threshold is not None and not 0 < task.threshold < 1:
-            raise SpecError(f"tasks.{task.name}.threshold: must lie between 0 and 1, is {task.threshold}")
-        if not task.loss_weight > 0:
-            raise SpecError(f"tasks.{task.name}.loss_weight: must be positive, is {task.loss_weight}")
-    if not spec.input.window.low < spec.input.window.high:
-        raise SpecError(
-            f"input.window: low must be below high, is {spec.input.window.low} and {spec.input.window.high}"
-        )
-    if min(spec.input.shape) < 1:
-        raise SpecError(f"input.shape: sizes must be positive, are {list(spec.input.shape)}")
-    for code, (lowest, highest) in spec.input.expected_ranges.items():
-        if lowest is not None and highest is not None and lowest > highest:
-            raise SpecError(
-                f"input.expected_ranges.{code}: Expected [lowest, highest], got {[lowest, highest]}. Swap the two."
-            )
-    revision = spec.weights.revision
-    if (spec.weights.repo is None) != (revision is None):
-        raise SpecError("weights: repo and revision are given both or neither")
-    if revision is not None and (len(revision) != 40 or set(revision) - set("0123456789abcdef")):
-        raise SpecError(f"weights.revision: a commit of 40 hex digits is needed, is {revision!r}")
+def model_schema() -> dict[str, Any]:
+    """Return the JSON Schema of a spec, for editors."""
+    described = schema.json_schema(ModelSpec, "ichprog model spec")
+    own = {
+        "$schema": {"type": "string", "description": "JSON Schema of this file, for editors."},
+        "schema_version": {"const": SCHEMA_VERSION, "description": "Version of the format of this file."},
+        "requires": {"type": "string", "description": "Oldest version of ichprog that reads this file."},
+    }
+    required = ["schema_version", *described["required"]]
+    return described | {"properties": own | described["properties"], "required": required}
 
 
-def parse(kind: Any, value: Any, where: str) -> Any:
-    """Plain data as what it must be, strictly.
+def upgrade(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a spec in the current schema version.
 
     Args:
-        kind: A dataclass, a plain type or one of the generic types that specs use.
-        value: The data.
-        where: What it is called in messages.
+        data: Fields in any version, as in JSON.
 
     Raises:
-        SpecError: It is of another kind, or a field is missing or unknown.
+        SpecError: The version is newer than `SCHEMA_VERSION` or is not a whole number.
     """
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if kind is Any:
-        return value
-    if origin is types.UnionType:
-        return None if value is None else parse(next(a for a in args if a is not type(None)), value, where)
-    if origin is Literal:
-        if value not in args:
-            raise SpecError(f"{where}: must be one of {list(args)}, is {value!r}")
-        return value
-    if origin is tuple:
-        if not isinstance(value, list | tuple):
-            raise SpecError(f"{where}: must be a list, is {value!r}")
-        kinds = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
-        if len(kinds) != len(value):
-            raise SpecError(f"{where}: must have {len(kinds)} entries, has {len(value)}")
-        return tuple(parse(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
-    if not isinstance(value, Mapping) and (dataclasses.is_dataclass(kind) or origin is Mapping):
-        raise SpecError(f"{where or 'spec'}: must be an object, is {value!r}")
-    if dataclasses.is_dataclass(kind):
-        hints = typing.get_type_hints(kind)
-        for problem, names in (("missing", hints.keys() - value.keys()), ("unknown", value.keys() - hints.keys())):
-            if names:
-                raise SpecError(f"{problem} field {', '.join(f'{where}.{n}'.lstrip('.') for n in sorted(names))}")
-        make = typing.cast("type[Any]", kind)
-        return make(**{n: parse(h, value[n], f"{where}.{n}".lstrip(".")) for n, h in hints.items()})
-    if origin is Mapping:
-        return {str(k): parse(args[1], v, f"{where}.{k}") for k, v in value.items()}
-    if kind is float and isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-        return float(value)
-    if kind is not float and type(value) is kind:
-        return value
-    raise SpecError(f"{where}: must be a {kind.__name__}, is {value!r}")
+    if not isinstance(data, Mapping):
+        raise SpecError(f"Invalid spec {data!r}. Expected an object.")
+    fields = {key: value for key, value in data.items() if key not in ("$schema", "schema_version", "requires")}
+    version = data.get("schema_version", 0)
+    if type(version) is not int or version < 0:
+        raise SpecError(f"Invalid schema_version {version!r}. Expected a whole number up to {SCHEMA_VERSION}.")
+    if version > SCHEMA_VERSION:
+        needed = str(data.get("requires") or "a newer ichprog")
+        raise SpecError(
+            f"Unsupported schema_version {version}. This ichprog reads versions up to {SCHEMA_VERSION}; the file needs "
+            f"{needed}. Run: pip install --upgrade {repr(needed) if 'requires' in data else 'ichprog'}"
+        )
+    for step in _UPGRADES[version:]:
+        fields = step(fields)
+    return fields
 
 
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value):
-        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {key: _plain(entry) for key, entry in value.items()}
-    if isinstance(value, tuple | list):
-        return [_plain(entry) for entry in value]
-    return value
+def _upgrade_0(fields: dict[str, Any]) -> dict[str, Any]:
+    """Rename the fields of version 0 and turn its plausible values into expected ranges by check code."""
+    fields = _renamed(fields, {"probe": "golden_output"})
+    if isinstance(fields.get("tasks"), list | tuple):
+        names = {"cuts": "bin_edges", "severe": "severity"}
+        fields["tasks"] = [
+            task | {"target": _renamed(task["target"], names)} if isinstance(task, dict) and "target" in task else task
+            for task in fields["tasks"]
+        ]
+    if isinstance(fields.get("input"), dict) and isinstance(plausible := fields["input"].get("plausible"), dict):
+        codes = {
+            "in_plane_spacing_mm": "in-plane-spacing", "slice_spacing_mm": "slice-spacing", "coverage_mm": "coverage",
+            "field_of_view_mm": "field-of-view", "brain_ml": "brain-volume", "blood_dense_ml": "no-blood",
+            "obliquity_deg": "obliquity",
+        }  # fmt: skip
+        ranges = _renamed(plausible, codes)
+        for code, bound in (("no-blood", lambda least: [least, None]), ("obliquity", lambda largest: [0, largest])):
+            if isinstance(ranges.get(code), int | float):
+                ranges[code] = bound(ranges[code])
+        fields["input"] = _renamed(fields["input"], {"plausible": "expected_ranges"}) | {"expected_ranges": ranges}
+    return fields
+
+
+def _renamed(fields: Any, names: Mapping[str, str]) -> Any:
+    return {names.get(key, key): value for key, value in fields.items()} if isinstance(fields, dict) else fields
+
+
+_UPGRADES: tuple[Callable[[dict[str, Any]], dict[str, Any]], ...] = (_upgrade_0,)  # step k upgrades version k to k + 1
+
+
+def _check(spec: ModelSpec) -> None:
+    """Check the rules that types do not express."""
+    names = [task.name for task in spec.tasks]
+    if not names or len(set(names)) != len(names):
+        raise SpecError(f"Invalid tasks {names}. Expected one or more tasks with different names.")
+    for task in spec.tasks:
+        _check_task(task)
+    window, ranges = spec.input.window, spec.input.expected_ranges
+    if not window.low < window.high:
+        raise SpecError(f"Invalid input.window {[window.low, window.high]}. Expected low < high.")
+    if min(spec.input.shape) < 1:
+        raise SpecError(f"Invalid input.shape {list(spec.input.shape)}. Expected positive numbers.")
+    for code, (low, high) in ranges.items():
+        if low is not None and high is not None and low > high:
+            raise SpecError(f"Invalid input.expected_ranges.{code} {[low, high]}. Expected [lowest, highest].")
+    revision = spec.weights.revision
+    if (spec.weights.repo is None) != (revision is None):
+        raise SpecError("Invalid weights. Expected both repo and revision, or null for both.")
+    if revision is not None and (len(revision) != 40 or set(revision) - set("0123456789abcdef")):
+        raise SpecError(f"Invalid weights.revision {revision!r}. Expected a commit of 40 hex digits.")
+
+
+def _check_task(task: Task) -> None:
+    path, edges = f"tasks.{task.name}", list(task.target.bin_edges)
+    if len(task.labels) < 2 or len(set(task.labels)) != len(task.labels):
+        raise SpecError(f"Invalid {path}.labels {list(task.labels)}. Expected two or more different labels.")
+    ordered = sorted(set(edges), reverse=task.target.severity == "low")
+    if len(edges) != len(task.labels) - 1 or edges != ordered:
+        order = "increasing" if task.target.severity == "high" else "decreasing"
+        expected = f"{len(task.labels) - 1} {order} numbers for {len(task.labels)} labels"
+        raise SpecError(f"Invalid {path}.target.bin_edges {edges}. Expected {expected}.")
+    if task.threshold is not None and not 0 < task.threshold < 1:
+        raise SpecError(f"Invalid {path}.threshold {task.threshold}. Expected a number between 0 and 1.")
+    if not task.loss_weight > 0:
+        raise SpecError(f"Invalid {path}.loss_weight {task.loss_weight}. Expected a positive number.")

@@ -1,0 +1,27 @@
+"""`ichprog spec`: print the spec of a model, or the JSON Schema of a file format."""
+
+import click
+
+from ichprog.cli.options import print_json
+
+
+@click.command()
+@click.argument("name", required=False)
+@click.option("--schema", type=click.Choice(["model", "study"]), help="Print the JSON Schema of a file format instead.")
+def spec(name: str | None, schema: str | None) -> None:
+    """Print the spec of the model NAME as one JSON object, to edit and to load with local-dir: or a study."""
+    if (name is None) == (schema is None):
+        raise click.UsageError("Give the name of a model, or --schema model, or --schema study.")
+    if name is not None:
+        from ichprog import hub, zoo
+
+        found = hub.resolve(name)[0] if name.startswith(("hf-hub:", "local-dir:")) else zoo.find(name)
+        print_json(found.to_dict())
+    elif schema == "model":
+        from ichprog.spec import model_schema
+
+        print_json(model_schema())
+    else:
+        from ichprog.study.config import study_schema
+
+        print_json(study_schema())
