@@ -373,9 +373,10 @@ def _upgrade_0(fields: dict[str, Any]) -> dict[str, Any]:
             "obliquity_deg": "obliquity",
         }  # fmt: skip
         ranges = _renamed(plausible, codes)
-        for code, bound in (("no-blood", lambda least: [least, None]), ("obliquity", lambda largest: [0, largest])):
-            if isinstance(ranges.get(code), int | float):
-                ranges[code] = bound(ranges[code])
+        if "no-blood" in ranges:
+            ranges["no-blood"] = [ranges["no-blood"], None]
+        if "obliquity" in ranges:
+            ranges["obliquity"] = [0, ranges["obliquity"]]
         fields["input"] = _renamed(fields["input"], {"plausible": "expected_ranges"}) | {"expected_ranges": ranges}
     return fields
 

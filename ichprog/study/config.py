@@ -360,6 +360,16 @@ class StudyFile:
     saliency: tuple[str, ...] = ()
 
 
+def study_schema() -> dict[str, Any]:
+    """Return the JSON Schema of a study file, for editors."""
+    described = schema.json_schema(StudyFile, "ichprog study")
+    protocol = {name: part for name, part in schema.json_schema(Protocol, "protocol").items() if name[0] != "$"}
+    preset = {"enum": list(PRESETS), "description": "Preset that the other fields change."}
+    described["properties"]["protocol"] = protocol | {"properties": {"preset": preset} | protocol["properties"]}
+    described["$defs"]["VariantFile"]["properties"]["protocol"] = protocol
+    return described
+
+
 def _build_study(file: StudyFile, path: Path) -> Study:
     """Check the rules that types do not express, and resolve names and paths."""
     _check_values(file)
@@ -489,9 +499,7 @@ def _add_learning_curve(study: Study, table: LearningCurveFile | None) -> Study:
         _check_name("learning_curve.variants", "variant", name, names)
     sizes = table.sizes
     if not sizes or min(sizes) < 2 or len(set(sizes)) < len(sizes):
-        raise SpecError(
-            f"learning_curve.sizes: Invalid value {list(sizes)}. Expected different numbers, each 2 or more."
-        )
+        raise _invalid("learning_curve.sizes", list(sizes), "different numbers, each 2 or more")
     return replace(study, curve_sizes=tuple(sorted(sizes)), curve_variants=tuple(chosen))
 
 

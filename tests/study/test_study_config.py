@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import tomllib
+from importlib.resources import files
 
+import jsonschema
 import pytest
 
 from ichprog import SpecError, UnknownNameError, zoo
@@ -151,9 +154,9 @@ BASELINE = '[[baseline]]\nname = "new"\n'
         ("", '[[variant]]\nname = "x"\n', r"Missing key 'variant\[2\]\.model'\. Expected all of: name, model"),
         ("", VARIANT + "task = []\n", r"Unknown key of variant\[2\] 'task'\. Did you mean tasks"),
         ("", VARIANT + 'tasks = ["prognosys"]\n', r"variant\[2\]\.tasks: Unknown task 'prognosys'"),
-        ("", VARIANT + "tasks = []\n", "tasks: needs at least one task"),
+        ("", VARIANT + "tasks = []\n", "Invalid tasks .* Expected one or more tasks"),
         ("", VARIANT + "loss_weights = { gsc = 1 }\n", r"loss_weights: Unknown task 'gsc'\. Did you mean gcs"),
-        ("", VARIANT + "loss_weights = { gcs = 0 }\n", r"tasks\.gcs\.loss_weight: must be positive"),
+        ("", VARIANT + "loss_weights = { gcs = 0 }\n", r"tasks\.gcs\.loss_weight 0\.0\. Expected a positive number"),
         ("", VARIANT + "shape = [8, 24]\n", r"Invalid variant\[2\]\.shape \[8, 24\]\. Expected a list of 3 entries"),
         ("", VARIANT + 'backbone = { name = "x" }\n', r"Missing key 'variant\[2\]\.backbone\.options'"),
         ("", VARIANT + "protocol = { split_seed = 4 }\n", r"protocol\.split_seed: defines the folds, which all"),
@@ -187,3 +190,17 @@ def test_no_file_and_no_preset(tmp_path):
         Study.read(tmp_path / "none.toml")
     with pytest.raises(UnknownNameError, match=r"Unknown study preset 'smok'\. Did you mean smoke"):
         config.template("smok")
+
+
+def test_the_shipped_study_schema_is_current():
+    """Otherwise run `ichprog spec --schema study > ichprog/schemas/study.schema.json`."""
+    assert json.loads(files("ichprog").joinpath("schemas/study.schema.json").read_text()) == config.study_schema()
+
+
+@pytest.mark.parametrize("preset", ["default", "paper", "smoke"])
+def test_the_study_templates_are_valid_by_the_schema(preset):
+    validator = jsonschema.Draft202012Validator(config.study_schema())
+    validator.check_schema(config.study_schema())
+    validator.validate(tomllib.loads(config.template(preset)))
+    with pytest.raises(jsonschema.ValidationError):
+        validator.validate(tomllib.loads(config.template(preset)) | {"fold": 3})
