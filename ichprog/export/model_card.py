@@ -1,4 +1,4 @@
-"""What is said of a model in prose, from its description: its page in the documentation, its card on the Hub."""
+"""Describe a model in Markdown, from its spec: its page in the documentation and its model card on the Hub."""
 
 import json
 import statistics
@@ -11,44 +11,46 @@ from ichprog.scan import CHECKS, format_range, resolve_ranges
 from ichprog.spec import ModelSpec, PluginRef, Task
 
 CAUTION = (
-    "The models answer with what happened to patients under the care they were given. Where care was withdrawn early, "
-    "a poor outcome followed from that, and a prediction of it fulfils itself. Guidelines ask to wait 48 to 72 hours. "
-    "No result of a model may take part in a decision to withdraw or limit care."
+    "The models predict outcomes of patients under the care that these patients received. If care was withdrawn early, "
+    "a poor outcome followed from the withdrawal, and a prediction of it fulfils itself. Guidelines recommend to wait "
+    "48 to 72 hours. Do not use any result of a model in a decision to withdraw or limit care."
 )
-_LICENCES = (  # the Hub's names of licences; any other is "other" there
+_LICENCES = (  # names of licences on the Hub; any other licence is "other" there
     "apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0",
     "cc-by-nc-sa-4.0", "cc-by-nc-nd-4.0", "gpl-3.0", "lgpl-3.0", "agpl-3.0", "mpl-2.0", "openrail", "unlicense",
 )  # fmt: skip
 
 
-def config(spec: ModelSpec) -> str:
-    """The text of a `config.json`."""
-    return json.dumps(spec.to_dict(), indent=2, ensure_ascii=False) + "\n"
-
-
-def card(spec: ModelSpec, repo: str, run: Mapping[str, Any] | None = None) -> str:
-    """A model card for the Hub.
+def config_json(spec: ModelSpec) -> str:
+    """Return the text of a `config.json`.
 
     Args:
         spec: The model.
-        repo: Where it is published, "org/name".
-        run: What `record` gives, where the weights come from a run.
     """
-    licence = spec.licence.weights.lower()
-    known = licence in _LICENCES
-    parts = sections(spec)
+    return json.dumps(spec.to_dict(), indent=2, ensure_ascii=False) + "\n"
+
+
+def build_card(spec: ModelSpec, repo: str, run: Mapping[str, Any] | None = None) -> str:
+    """Return the model card for the Hub, with metadata in its header.
+
+    Args:
+        spec: The model.
+        repo: Repository, "org/name".
+        run: Summary of the training run by `read_run_summary`, if the weights come from a run.
+
+    Example:
+        >>> from ichprog import zoo
+        >>> build_card(zoo.find("compact.prognosis_gcs3_age"), "org/name").splitlines()[0]
+        '---'
+    """
+    sections = list(card_sections(spec).items())
     if run is not None:
-        place = list(parts).index("Weights") + 1
-        parts = dict([*list(parts.items())[:place], ("Training", _training(spec, run)), *list(parts.items())[place:]])
-    body = "\n\n".join(f"## {title}\n\n{text}" for title, text in parts.items())
+        index = [title for title, _ in sections].index("Weights") + 1
+        sections.insert(index, ("Training", _training_section(spec, run)))
+    body = "\n\n".join(f"## {title}\n\n{text}" for title, text in sections)
     return f"""\
 ---
-license: {licence if known else "other"}
-library_name: ichprog
-tags:
-- ichprog
-- medical
-- intracranial-haemorrhage
+{_metadata(spec, run)}
 ---
 
 # {spec.name}
@@ -64,7 +66,7 @@ pip install ichprog
 ```python
 import ichprog
 
-model = ichprog.load_model("hf-hub:{repo}@main")  # a commit in place of main never changes
+model = ichprog.load_model("hf-hub:{repo}@main")  # replace main by a commit to pin the weights
 prediction = ichprog.predict(model, "scan.nii.gz")
 print(prediction["{spec.tasks[0].name}"].probabilities)
 ```
@@ -73,144 +75,195 @@ print(prediction["{spec.tasks[0].name}"].probabilities)
 """
 
 
-def sections(spec: ModelSpec, *, warning: str = "warning") -> dict[str, str]:
-    """What is said of a model, each title with its text in Markdown.
+def card_sections(spec: ModelSpec, *, warning: str = "warning") -> dict[str, str]:
+    """Return the sections of a model's description, Markdown by title.
 
     Args:
         spec: The model.
-        warning: How warnings are called, such as a link to where they are explained.
+        warning: Word for warnings, such as a link to their documentation.
     """
-    contract, weights = spec.input, spec.weights
-    rows = [
-        [
-            f"`{task.name}`",
-            task.meaning,
-            ", ".join(f"`{label}`" for label in task.labels),
-            _target(task),
-            f"`{task.head.name}`{_options(task.head)}",
-            "most probable label" if task.threshold is None else f"{task.threshold:g}",
-            f"{task.loss_weight:g}",
-        ]
-        for task in spec.tasks
-    ]
-    above = {"zero": "0 (what is denser is removed)", "one": "1"}[contract.window.above]
-    steps = [
-        f"Voxels in {contract.orientation} order: left, posterior, superior.",
-        "The brain alone: everything else is 0." if contract.brain_only else "The whole head.",
-        f"{contract.window.low:g} HU becomes 0, and so does all below; {contract.window.high:g} HU and all above "
-        f"becomes {above}.",
-        *([f"Fewer than {contract.shape[0]} slices are padded with 0 on both sides."] if contract.pad_slices else []),
-        f"Resized to {' x '.join(map(str, contract.shape))} (slices, rows, columns) by {contract.resize} averaging.",
-    ]
-    place = [
-        ["repository on the Hub", f"`{weights.repo}`" if weights.repo else "none: beside the model's description"],
-        ["commit", f"`{weights.revision}`" if weights.revision else "none"],
-        ["folder", f"`{weights.folder}`" if weights.folder else "the top"],
-        ["format", weights.format],
-        *([f"SHA-256 of `{name}`", f"`{value}`"] for name, value in weights.sha256.items()),
-    ]
+    cited = spec.citation
+    doi = f"doi [{cited.doi}](https://doi.org/{cited.doi})." if cited.doi else ""
+    tasks = ["task", "meaning", "labels in order", "true label", "head", "threshold", "loss weight"]
     terms = [
         ["published code", spec.licence.code],
         ["weights", spec.licence.weights],
         ["training data", spec.licence.data],
     ]
-    heads = ["task", "meaning", "labels in order", "true label", "head", "threshold", "loss weight"]
-    cited = spec.citation
-    doi = f"doi [{cited.doi}](https://doi.org/{cited.doi})." if cited.doi else ""
     return {
         "Intended use": spec.intended_use,
-        "What it predicts": f"""\
-{table(heads, rows)}
+        "Predictions": f"""\
+{markdown_table(tasks, [_task_row(task) for task in spec.tasks])}
 
-The true label is the last one whose bound the patient's number in that column of a cohort meets, else the first. The
-predicted label is the last one for which the probability of it or a later one exceeds the threshold.
-Backbone: `{spec.backbone.name}`{_options(spec.backbone)}.""",
-        "What it sees": f"""\
-{chr(10).join(f"{number}. {step}" for number, step in enumerate(steps, 1))}
+The true label is the last one whose bound the patient's number in the column of the cohort meets, otherwise the first.
+The predicted label is the last one for which the probability of this label or a later one exceeds the threshold.
+Backbone: `{spec.backbone.name}`{_format_options(spec.backbone)}.""",
+        "Preprocessing": f"""\
+{chr(10).join(f"{number}. {step}" for number, step in enumerate(_preprocessing_steps(spec), 1))}
 
-What scans for this model look like; outside of it a scan is answered with a {warning}:
+Expected scans; outside of these ranges the prediction comes with a {warning}:
 
-{_usual(spec)}""",
-        "Weights": table(["", ""], place),
+{_expected_ranges_table(spec)}""",
+        "Weights": markdown_table(["", ""], _weight_rows(spec)),
         "Licences": f"""\
-{table(["what", "terms"], terms)}
+{markdown_table(["what", "terms"], terms)}
 
-The library, ichprog, is under the MIT licence; it covers weights or data only where they say so here.""",
+The library, ichprog, is under the MIT licence. This licence covers weights or data only if the table says so.""",
         "Limits": "\n".join(f"- {limit}" for limit in spec.limits),
-        "To cite": " ".join(part for part in (cited.text, doi, cited.url) if part),
+        "Citation": " ".join(part for part in (cited.text, doi, cited.url) if part),
     }
 
 
-def record(folder: Path, weights: Sequence[WeightFile]) -> dict[str, Any] | None:
-    """What may be told of the run that weights come from: numbers and versions, no names and no paths.
+def read_run_summary(folder: Path, weights: Sequence[WeightFile]) -> dict[str, Any] | None:
+    """Return the publishable facts of a training run: numbers and versions, without names of patients or paths.
 
     Args:
-        folder: The folder of a run.
-        weights: The weights; of the run's results those that belong to them are kept.
+        folder: Folder of the run.
+        weights: Published weights; only the results of these weights are returned.
 
     Returns:
-        `protocol`, `versions`, `patients`, the number of `folds`, and of those that are here the `results`; None where
-        the folder has no record of a run that can be read.
+        `protocol`, `versions`, number of `patients`, number of `folds` and `results`; None if the folder has no
+        readable record of a run.
     """
     try:
         run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        sums = {file.sha256 for file in weights}
+        checksums = {file.sha256 for file in weights}
         return {
             "protocol": {n: v for n, v in run["protocol"].items() if isinstance(v, int | float | str)},
             "versions": {n: v for n, v in run["versions"].items() if isinstance(v, str)},
             "patients": int(run["cohort"]["patients"]),
             "folds": int(run["folds"]),
-            "results": [result for result in run["results"].values() if result["sha256"] in sums],
+            "results": [result for result in run["results"].values() if result["sha256"] in checksums],
         }
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
 
 
-def _training(spec: ModelSpec, run: Mapping[str, Any]) -> str:
-    """How weights were trained, and the figures that the run itself has."""
-    rows = [
-        ["patients", str(run["patients"])],
-        ["folds", f"{len(run['results'])} of {run['folds']} are here"],
-        ["protocol", ", ".join(f"{name} {value}" for name, value in run["protocol"].items())],
-        ["versions", ", ".join(f"{name} {number}" for name, number in run["versions"].items())],
-    ]
-    figures = []
-    for task in spec.tasks:
-        found = [value for r in run["results"] if (value := r.get("best", {}).get(f"val_auc_{task.name}")) is not None]
-        if found:
-            spread = f"{statistics.stdev(found):.3f}" if len(found) > 1 else ""
-            figures.append([f"`{task.name}`", f"{statistics.mean(found):.3f}", spread, str(len(found))])
-    said = table(["", ""], rows)
-    if not figures:
-        return said
-    return f"""\
-{said}
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table in Markdown.
 
-In the part of its training patients by which each fold's epoch was chosen; of other patients expect less:
+    Args:
+        head: Titles of the columns.
+        rows: Cells of each row.
 
-{table(["task", "mean AUC", "SD between folds", "folds"], figures)}"""
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown."""
+    Example:
+        >>> print(markdown_table(["name", "value"], [["a", "1"]]))
+        | name | value |
+        | --- | --- |
+        | a | 1 |
+    """
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in line)} |" for line in lines)
 
 
-def _usual(spec: ModelSpec) -> str:
-    """The table of what scans for a model look like."""
+def _metadata(spec: ModelSpec, run: Mapping[str, Any] | None) -> str:
+    """Return the header of a model card as YAML."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    licence = spec.licence.weights.lower()
+    results = [
+        EvalResult(
+            task_type="image-classification", task_name=task, dataset_type="validation",
+            dataset_name="validation parts of the training patients", metric_type="roc_auc",
+            metric_name="mean AUC over folds", metric_value=round(statistics.mean(values), 3),
+        )
+        for task, values in _validation_aucs(spec, run).items()
+    ]  # fmt: skip
+    data = ModelCardData(
+        license=licence if licence in _LICENCES else "other",
+        library_name="ichprog",
+        tags=["ichprog", "medical", "intracranial-haemorrhage"],
+        model_name=spec.name if results else None,
+        eval_results=results or None,
+    )
+    return str(data.to_yaml()).strip()
+
+
+def _validation_aucs(spec: ModelSpec, run: Mapping[str, Any] | None) -> dict[str, list[float]]:
+    """Return the AUC of each fold on its validation part, by task."""
+    results = run["results"] if run else []
+    values = {task.name: [r.get("best", {}).get(f"val_auc_{task.name}") for r in results] for task in spec.tasks}
+    known = {task: [value for value in aucs if value is not None] for task, aucs in values.items()}
+    return {task: aucs for task, aucs in known.items() if aucs}
+
+
+def _training_section(spec: ModelSpec, run: Mapping[str, Any]) -> str:
+    """Describe how weights were trained, with the results of the run."""
+    rows = [
+        ["patients", str(run["patients"])],
+        ["folds", f"{len(run['results'])} of {run['folds']} are published"],
+        ["protocol", ", ".join(f"{name} {value}" for name, value in run["protocol"].items())],
+        ["versions", ", ".join(f"{name} {number}" for name, number in run["versions"].items())],
+    ]
+    summary = markdown_table(["", ""], rows)
+    results = [
+        [f"`{task}`", f"{statistics.mean(values):.3f}", _format_sd(values), str(len(values))]
+        for task, values in _validation_aucs(spec, run).items()
+    ]
+    if not results:
+        return summary
+    return f"""\
+{summary}
+
+AUC in the validation part of each fold, which also selected the best epoch. Expect less for other patients:
+
+{markdown_table(["task", "mean AUC", "SD between folds", "folds"], results)}"""
+
+
+def _task_row(task: Task) -> list[str]:
+    return [
+        f"`{task.name}`",
+        task.meaning,
+        ", ".join(f"`{label}`" for label in task.labels),
+        _format_target(task),
+        f"`{task.head.name}`{_format_options(task.head)}",
+        "none: the most probable label" if task.threshold is None else f"{task.threshold:g}",
+        f"{task.loss_weight:g}",
+    ]
+
+
+def _preprocessing_steps(spec: ModelSpec) -> list[str]:
+    contract, window = spec.input, spec.input.window
+    above = {"zero": "0, which removes dense structures", "one": "1"}[window.above]
+    steps = [
+        f"Voxels are reordered to {contract.orientation}: left, posterior, superior.",
+        "Everything outside the brain becomes 0." if contract.brain_only else "The whole head is used.",
+        f"{window.low:g} HU and less becomes 0; {window.high:g} HU and more becomes {above}.",
+    ]
+    if contract.pad_slices:
+        steps.append(f"A scan with fewer than {contract.shape[0]} slices is padded with 0 on both sides.")
+    size = " x ".join(map(str, contract.shape))
+    return [*steps, f"The grid is resized to {size} (slices, rows, columns) by {contract.resize} averaging."]
+
+
+def _weight_rows(spec: ModelSpec) -> list[list[str]]:
+    weights = spec.weights
+    return [
+        ["repository on the Hub", f"`{weights.repo}`" if weights.repo else "none: stored with the spec"],
+        ["commit", f"`{weights.revision}`" if weights.revision else "none"],
+        ["folder", f"`{weights.folder}`" if weights.folder else "top"],
+        ["format", weights.format],
+        *([f"SHA-256 of `{name}`", f"`{value}`"] for name, value in weights.sha256.items()),
+    ]
+
+
+def _expected_ranges_table(spec: ModelSpec) -> str:
     ranges = resolve_ranges(spec.input.expected_ranges)
     rows = [[CHECKS[code].quantity, format_range(bounds), CHECKS[code].unit or ""] for code, bounds in ranges.items()]
-    return table(["measure", "usual", "unit"], rows)
+    return markdown_table(["quantity", "expected", "unit"], rows)
 
 
-def _target(task: Task) -> str:
-    """Where a task's true label comes from: a column, and each label's bound in it."""
+def _format_target(task: Task) -> str:
+    """Return the column of a task's true label with the bound of each label."""
     word = "from" if task.target.severity == "high" else "below"
     bounds = zip(task.labels[1:], task.target.bin_edges, strict=True)
-    return f"`{task.target.column}`: " + ", ".join(f"`{label}` {word} {cut:g}" for label, cut in bounds)
+    return f"`{task.target.column}`: " + ", ".join(f"`{label}` {word} {edge:g}" for label, edge in bounds)
 
 
-def _options(part: PluginRef) -> str:
-    said = ", ".join(f"{name} {value}" for name, value in part.options.items())
-    return f" ({said})" if said else ""
+def _format_sd(values: Sequence[float]) -> str:
+    return f"{statistics.stdev(values):.3f}" if len(values) > 1 else ""
+
+
+def _format_options(plugin: PluginRef) -> str:
+    options = ", ".join(f"{name} {value}" for name, value in plugin.options.items())
+    return f" ({options})" if options else ""
