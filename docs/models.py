@@ -8,7 +8,7 @@ import textwrap
 from pathlib import Path
 
 from ichprog import zoo
-from ichprog.export import CAUTION, sections, table
+from ichprog.export import CAUTION, card_sections, markdown_table
 from ichprog.spec import ModelSpec
 
 FOLDER = Path(__file__).with_suffix("")
@@ -35,7 +35,7 @@ def _list(specs: list[ModelSpec]) -> str:
 A name is a backbone and the tasks, and never changes its meaning. The number behind a task is that of its labels.
 Models of one backbone differ in their tasks and their weights alone, so that several tasks and one can be compared.
 
-{table(["name", "tasks", "what it is"], rows)}
+{markdown_table(["name", "tasks", "what it is"], rows)}
 
 {_caution(specs[0].notice)}
 These pages are written from the models' own descriptions by `python docs/models.py`.
@@ -43,7 +43,7 @@ These pages are written from the models' own descriptions by `python docs/models
 
 
 def _page(spec: ModelSpec) -> str:
-    parts = sections(spec, warning="[warning](../scans.md#warnings)")
+    parts = card_sections(spec, warning="[warning](../scans.md#warnings)")
     body = "\n\n".join(f"## {title}\n\n{text}" for title, text in parts.items())
     return f"""\
 # {spec.name}

@@ -24,7 +24,7 @@ def export(
     """Export the model NAME, from a grid to label probabilities, as one file for other runtimes."""
     from ichprog import export
 
-    export.refuse_unless_possible(form)
+    export.check_format(form)
     model = ichprog.load_model(name, fold=fold, device="cpu", cache_dir=cache_dir, offline=offline)
     path = export.export(model, output, format=form)
     folds = [file.fold for file in model.weights]
@@ -48,7 +48,7 @@ def publish(run: Path, repo: str, private: bool, message: str | None, dry_run: b
     from ichprog import export
 
     if dry_run:
-        upload = export.pack(run, repo)
+        upload = export.prepare_upload(run, repo)
         if as_json:
             print_json({"repo": repo, "files": upload.sizes(), "card": upload.card})
             return

@@ -110,7 +110,7 @@ def publish(
     """Publish a run on the Hub in one commit, with a model card. Earlier commits stay unchanged.
 
     Args:
-        run: Folder of a run, or any folder that can be loaded with `local-dir:PATH`. `prepare_upload` selects its files.
+        run: Folder of a run, or any folder that can be loaded with `local-dir:PATH`.
         repo: Repository, "org/name". It is created if it does not exist.
         private: Whether a new repository is private. Otherwise the default of its organisation applies.
         message: Message of the commit.
@@ -200,7 +200,11 @@ def _map_upload_errors(repository: Repository) -> Iterator[None]:
 @contextmanager
 def _progress_bars(shown: bool) -> Iterator[None]:
     """Show or hide the progress bars of the Hub's client, and restore its setting afterwards."""
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from huggingface_hub.utils import (  # type: ignore[attr-defined]  # their documented place
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
 
     by_environment = "HF_HUB_DISABLE_PROGRESS_BARS" in os.environ
     with ExitStack() as stack:

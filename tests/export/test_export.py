@@ -1,4 +1,4 @@
-"""A model as a file that other runtimes read, and as a folder on the Hub, there and back through the real client."""
+"""Exported files agree with the library, and models are published on the Hub with the real client."""
 
 import dataclasses
 import json
@@ -26,8 +26,8 @@ REPO = "org/bright"
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload:DeprecationWarning")
 
 
-def shares(model, grids):
-    """Each task's label probabilities, the mean over folds, as the library itself answers."""
+def mean_probabilities(model, grids):
+    """Return the label probabilities of each task by the library, averaged over folds."""
     answers = model.predict_grids(grids)
     return {task: np.mean([fold[task].probabilities for fold in answers], axis=0) for task in answers[0]}
 
@@ -57,8 +57,8 @@ def agree(found, expected, tolerance=1e-5):
 
 
 @pytest.fixture
-def telling(bright_model):
-    """The bright model, with folds that answer differently to noise, and ordered labels whose order one turns round."""
+def two_fold_model(bright_model):
+    """Return the bright model with folds that differ, one of them with crossing ordinal logits."""
     folder = Path(bright_model.removeprefix("local-dir:"))
     for fold in (0, 1):
         state = load_file(folder / f"fold{fold}.safetensors")
@@ -74,17 +74,17 @@ def telling(bright_model):
 # --- export
 
 
-def test_the_file_answers_as_the_library_does_whatever_the_batch(telling, tmp_path):
-    model = ichprog.load_model(telling)
+def test_an_exported_file_and_the_library_agree_for_any_batch_size(two_fold_model, tmp_path):
+    model = ichprog.load_model(two_fold_model)
     path = export.export(model, tmp_path / "out" / "onnx")
-    other = export.export(telling, tmp_path / "out" / "ir", format="openvino")
+    other = export.export(two_fold_model, tmp_path / "out" / "ir", format="openvino")
     assert sorted(p.name for p in path.parent.iterdir()) == ["config.json", "model.onnx"]
     assert sorted(p.name for p in other.parent.iterdir()) == ["config.json", "model.bin", "model.xml"]
     assert sorted(p.name for p in path.parent.parent.iterdir()) == ["ir", "onnx"]
     assert ModelSpec.read(path.parent / "config.json") == model.spec
     for batch in (1, 3):
         grids = np.random.default_rng(batch).random((batch, *model.spec.input.shape), np.float32)
-        expected = shares(model, grids)
+        expected = mean_probabilities(model, grids)
         assert (model.predict_grids(grids)[1]["gcs"].probabilities[:, 1] == 0).all()
         for found in (read_by_openvino(path, grids), read_by_openvino(other, grids), read_by_reference(path, grids)):
             agree(found, expected)
@@ -93,7 +93,7 @@ def test_the_file_answers_as_the_library_does_whatever_the_batch(telling, tmp_pa
 @pytest.mark.parametrize(
     "name", ["perez2023.prognosis", pytest.param("densenet121.prognosis_gcs3_age", marks=pytest.mark.slow)]
 )
-def test_published_networks_export(name, tmp_path):
+def test_published_networks_can_be_exported(name, tmp_path):
     folder = reference_pipeline.save(name, tmp_path, seed=0).parent
     spec = zoo.find(name)
     weights = dataclasses.replace(spec.weights, repo=None, revision=None, folder="")
@@ -103,7 +103,7 @@ def test_published_networks_export(name, tmp_path):
     )
     model = ichprog.load_model(f"local-dir:{folder}")
     grids = np.random.default_rng(0).random((3, 40, 64, 64), np.float32)
-    expected = shares(model, grids)
+    expected = mean_probabilities(model, grids)
     found = read_by_openvino(export.export(model, tmp_path / "out"), grids)
     for task, values in expected.items():
         assert np.abs(found[task] - values).max() < 1e-5
@@ -164,7 +164,7 @@ def test_a_head_that_cannot_be_exported_is_named(how, bright_model, tmp_path, mo
     assert tuple(capfd.readouterr()) == ("", "")
 
 
-def test_what_is_missing_or_unknown_is_said(bright_model, tmp_path, monkeypatch):
+def test_a_missing_package_or_unknown_format_is_refused(bright_model, tmp_path, monkeypatch):
     with pytest.raises(UnknownNameError, match=r"'tflite'.*onnx, openvino"):
         export.export(bright_model, tmp_path / "out", format="tflite")
     monkeypatch.setitem(sys.modules, "onnxscript", None)
@@ -176,21 +176,21 @@ def test_what_is_missing_or_unknown_is_said(bright_model, tmp_path, monkeypatch)
 # --- the model card
 
 
-def test_the_card_says_what_there_is_to_say(bright_model):
+def test_the_card_contains_the_facts_of_the_spec(bright_model):
     spec = ichprog.load_model(bright_model).spec
-    text = export.card(spec, REPO)
+    text = export.build_card(spec, REPO)
     front, _, body = text.removeprefix("---\n").partition("\n---\n")
-    assert front.splitlines()[:2] == ["license: other", "library_name: ichprog"]
+    assert {"license: other", "library_name: ichprog"} <= set(front.splitlines())
     assert {"- ichprog", "- medical", "- intracranial-haemorrhage"} <= set(front.splitlines())
     assert body.index(spec.notice) < body.index(spec.summary)
     for said in ("`9-12` below 13, `3-8` below 9", spec.licence.data, spec.citation.doi, *spec.limits):
         assert said in body
     assert "## Training" not in body
     free = dataclasses.replace(spec, licence=dataclasses.replace(spec.licence, weights="Apache-2.0"))
-    assert "\nlicense: apache-2.0\n" in export.card(free, REPO)
+    assert "\nlicense: apache-2.0\n" in export.build_card(free, REPO)
 
 
-def test_the_cards_python_runs(on_the_hub, scan_path):
+def test_the_python_example_of_the_card_runs(on_the_hub, scan_path):
     server, _ = on_the_hub
     text = (server.root / REPO / "README.md").read_text()
     [code] = [block.split("```")[0] for block in text.split("```python\n")[1:]]
@@ -213,10 +213,10 @@ def hub(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def run(telling):
-    """A run's folder, with files that name patients."""
-    folder = Path(telling.removeprefix("local-dir:"))
-    sums = {f"fold{k}.safetensors": ichprog.load_model(telling).weights[k].sha256 for k in (0, 1)}
+def run(two_fold_model):
+    """Return the folder of a run, with files that name patients."""
+    folder = Path(two_fold_model.removeprefix("local-dir:"))
+    sums = {f"fold{k}.safetensors": ichprog.load_model(two_fold_model).weights[k].sha256 for k in (0, 1)}
     record = {
         "source": "/hospital/smith/cohort.csv",
         "command": ["ichprog", "train", "/hospital/smith/cohort.csv"],
@@ -241,7 +241,7 @@ def on_the_hub(hub, run):
     return hub, export.publish(run, REPO)
 
 
-def test_what_was_published_loads_from_an_empty_cache_and_answers_the_same(on_the_hub, run):
+def test_a_published_model_loads_from_an_empty_cache_with_equal_predictions(on_the_hub, run):
     server, name = on_the_hub
     assert name == f"hf-hub:{REPO}@{server.refs['main']}"
     assert sorted(p.name for p in (server.root / REPO).iterdir()) == [
@@ -250,8 +250,8 @@ def test_what_was_published_loads_from_an_empty_cache_and_answers_the_same(on_th
     model, own = ichprog.load_model(name), ichprog.load_model(f"local-dir:{run}")
     assert set(model.spec.weights.sha256) == {"fold0.safetensors", "fold1.safetensors"}
     grids = np.random.default_rng(0).random((2, *own.spec.input.shape), np.float32)
-    for task, values in shares(own, grids).items():
-        assert np.array_equal(shares(model, grids)[task], values)
+    for task, values in mean_probabilities(own, grids).items():
+        assert np.array_equal(mean_probabilities(model, grids)[task], values)
     assert len(server.requests_with("PUT /lfs/")) == 2
     assert len(server.requests_with("POST /lfs/")) == 2
     [(message, files)] = server.commits
@@ -259,24 +259,24 @@ def test_what_was_published_loads_from_an_empty_cache_and_answers_the_same(on_th
     assert len(files) == 4
 
 
-def test_nothing_that_names_patients_is_sent(on_the_hub):
+def test_no_file_that_names_patients_is_published(on_the_hub):
     server, _ = on_the_hub
     for path in (server.root / REPO).rglob("*"):
         assert b"smith" not in path.read_bytes()
     text = (server.root / REPO / "README.md").read_text()
-    for said in ("| patients | 261 |", "2 of 10 are here", "epochs 60, schedule cosine", "torch 2.9", "0.650 | 0.071"):
+    for said in ("| patients | 261 |", "2 of 10 are", "epochs 60, schedule cosine", "torch 2.9", "0.650 | 0.071"):
         assert said in text
 
 
-def test_figures_of_other_weights_are_not_told(run):
+def test_results_of_other_weights_are_left_out(run):
     state = load_file(run / "fold1.safetensors")
     save_file({key: value + 1 for key, value in state.items()}, run / "fold1.safetensors")
-    text = export.pack(run, REPO).card
-    assert "1 of 10 are here" in text
+    text = export.prepare_upload(run, REPO).card
+    assert "1 of 10 are published" in text
     assert "0.650" not in text
 
 
-def test_publishing_again(on_the_hub, run, capfd):
+def test_publishing_again_makes_a_commit_only_for_changes(on_the_hub, run, capfd):
     server, first = on_the_hub
     assert export.publish(run, REPO) == first  # nothing changed, so there is no new commit
     (run / "fold1.safetensors").unlink()
@@ -288,30 +288,30 @@ def test_publishing_again(on_the_hub, run, capfd):
 
 
 @pytest.mark.parametrize(
-    ("faults", "said"),
+    ("faults", "message"),
     [
         ({"POST /api/repos/create": 401, "GET /api/models": 401}, r"HTTP 401.*`hf auth login`.*HF_TOKEN"),
-        ({"POST /api/repos/create": 403, "GET /api/models": 403}, r"HTTP 403.*may not write.*`hf auth login`"),
-        ({"/commit/": 403}, "HTTP 403.*may not write"),
-        ({"/commit/": 412}, "HTTP 412.*meanwhile"),
+        ({"POST /api/repos/create": 403, "GET /api/models": 403}, r"HTTP 403.*no write access.*`hf auth login`"),
+        ({"/commit/": 403}, "HTTP 403.*no write access"),
+        ({"/commit/": 412}, "HTTP 412.*changed during the upload"),
         ({"PUT /lfs": 403}, "HTTP 403"),
         ({"/preupload/": "404:RepoNotFound"}, "no such repository"),
     ],
 )
-def test_refusals_say_what_to_do(faults, said, hub, run):
+def test_a_refusal_names_the_remedy(faults, message, hub, run):
     hub.faults.update(faults)
-    with pytest.raises(WeightsError, match=f"^{REPO}: nothing was published: .*{said}"):
+    with pytest.raises(WeightsError, match=f"^{REPO}: nothing was published: .*{message}"):
         export.publish(run, REPO)
     assert hub.commits == []
 
 
-def test_a_wrong_token_none_and_no_network(hub, run, monkeypatch, tmp_path):
-    with pytest.raises(WeightsError, match=r"HTTP 403.*may not write.*HF_TOKEN"):
+def test_a_wrong_or_missing_token_and_a_missing_network_are_reported(hub, run, monkeypatch, tmp_path):
+    with pytest.raises(WeightsError, match=r"HTTP 403.*no write access.*HF_TOKEN"):
         export.publish(run, REPO, token="hf_reader")
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "none"))
     hub.requests.clear()
-    with pytest.raises(WeightsError, match=r"without a token.*`hf auth login`"):
+    with pytest.raises(WeightsError, match=r"there is no token.*`hf auth login`"):
         export.publish(run, REPO)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(WeightsError, match="HF_HUB_OFFLINE is set"):
@@ -329,14 +329,14 @@ def change(run, **weights):
     (run / "config.json").write_text(json.dumps(data))
 
 
-def test_a_folder_that_is_no_whole_model_is_not_sent(hub, run):
+def test_an_incomplete_model_is_not_published(hub, run):
     for repo in ("bright", "org/bright/more", "org/a b", "org/a..b"):
         with pytest.raises(UnknownNameError, match="org/name"):
             export.publish(run, repo)
     with pytest.raises(SpecError, match=r"config\.json"):
         export.publish(run.parent / "nowhere", REPO)
     change(run, sha256={"fold7.safetensors": "0" * 64})
-    with pytest.raises(WeightsError, match=r"fold7\.safetensors.*missing"):
+    with pytest.raises(WeightsError, match=r"fold7\.safetensors.*Restore the missing files"):
         export.publish(run, REPO)
     change(run, sha256={"fold1.safetensors": "0" * 64})
     with pytest.raises(WeightsError, match="SHA-256"):
@@ -347,7 +347,7 @@ def test_a_folder_that_is_no_whole_model_is_not_sent(hub, run):
         export.publish(run, REPO)
     change(run, keys={"backbone.": "backbone.", "heads.": "heads."})
     (run / "fold1.safetensors").unlink()
-    with pytest.raises(WeightsError, match="another project's form"):
+    with pytest.raises(WeightsError, match="the format of another project"):
         export.publish(run, REPO)
     assert hub.requests == []
 
@@ -355,7 +355,7 @@ def test_a_folder_that_is_no_whole_model_is_not_sent(hub, run):
 # --- the command line
 
 
-def test_export_and_publish_by_command(hub, run, tmp_path):
+def test_the_commands_export_and_publish(hub, run, tmp_path):
     def call(*arguments):
         return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
@@ -368,7 +368,7 @@ def test_export_and_publish_by_command(hub, run, tmp_path):
 
     done = call("publish", run, REPO, "--dry-run")
     assert "fold1.safetensors" in done.stdout
-    assert done.stdout.endswith(export.pack(run, REPO).card)
+    assert done.stdout.endswith(export.prepare_upload(run, REPO).card)
     done = call("publish", f"local-dir:{run}", REPO, "--dry-run", "--json")
     assert list(json.loads(done.stdout)["files"]) == [
         "README.md", "config.json", "fold0.safetensors", "fold1.safetensors",

@@ -442,7 +442,7 @@ def test_an_invalid_hub_name_is_refused(server: HubServer) -> None:
             hub.resolve(name)
     (published(server).parent / "config.json").write_text('{"name": "half a spec"}')
     server.refs["main"] = "1" * 40  # a commit's files never change
-    with pytest.raises(SpecError, match="missing field"):
+    with pytest.raises(SpecError, match="Missing key"):
         hub.resolve(f"hf-hub:{REPO}/{FOLDER}@main")
 
 
