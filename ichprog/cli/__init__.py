@@ -7,8 +7,19 @@ from typing import Any
 import click
 
 from ichprog.cli import (
-    cohorts, demo, evaluate, export, models, plugins, predict, process, simulate, spec, study, train,
-)  # fmt: skip
+    cohorts,
+    demo,
+    evaluate,
+    export,
+    models,
+    plugins,
+    predict,
+    process,
+    simulate,
+    spec,
+    study,
+    train,
+)
 from ichprog.cli.options import WRONG_USE
 from ichprog.errors import IchprogError
 
@@ -52,7 +63,8 @@ def _log_to_stderr(ctx: click.Context, level: int) -> None:
 
 for command in (
     models.models, spec.spec, plugins.plugins, models.fetch, models.doctor, predict.predict, predict.explain,
-    cohorts.cohort, demo.demo, simulate.simulate, train.train, study.study, evaluate.evaluate, export.export, export.publish,
+    cohorts.cohort, demo.demo, simulate.simulate, train.train, study.study, evaluate.evaluate,
+    export.export, export.publish,
 ):  # fmt: skip
     main.add_command(command)
 
