@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from ichprog.reporting.overlay import plot as plot
     from ichprog.results import Prediction as Prediction
     from ichprog.results import Saliency as Saliency
+    from ichprog.results import to_frame as to_frame
     from ichprog.scan import Scan as Scan
     from ichprog.spec import ModelSpec as ModelSpec
     from ichprog.zoo import list_models as list_models
@@ -54,6 +55,7 @@ _MODULE_OF = {
     "ModelSpec": "spec",
     "Prediction": "results",
     "Saliency": "results",
+    "to_frame": "results",
     "Scan": "scan",
     "CohortError": "errors",
     "IchprogError": "errors",

@@ -3,7 +3,7 @@
 import csv
 import functools
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 
-from ichprog.errors import InvalidValueError, ScanError, ScanWarning, UnknownNameError
+from ichprog.errors import InvalidValueError, ScanError, ScanWarning, UnknownNameError, missing_extra
 from ichprog.io import atomic_write
 from ichprog.spec import ModelSpec
 
 if TYPE_CHECKING:
     import nibabel as nib
+    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -211,6 +212,47 @@ def results_file(
         file.flush()
 
 
+def to_frame(predictions: "Prediction | Iterable[Prediction]") -> "pd.DataFrame":
+    """Return predictions as a pandas table with one row per scan. This function needs pandas.
+
+    The columns are those of a results file: `scan`, `model`, `status`, then for each task the predicted label, the
+    probability of each label and the standard deviation of the predicted label's probability between folds.
+
+    Args:
+        predictions: One prediction or several.
+
+    Raises:
+        IchprogError: pandas is not installed.
+
+    Example:
+        ```python
+        table = ichprog.to_frame(ichprog.predict("perez2023.prognosis", "scans"))
+        print(table[["scan", "prognosis_poor"]])
+        ```
+    """
+    try:
+        import pandas as pd
+    except ImportError as error:
+        raise missing_extra("pandas", "pandas", "A table of predictions") from error
+    several = [predictions] if isinstance(predictions, Prediction) else predictions
+    return pd.DataFrame([_row(prediction) for prediction in several])
+
+
+def _row(prediction: Prediction) -> dict[str, Any]:
+    """Return a prediction as one row of a table."""
+    row: dict[str, Any] = {} if prediction.patient is None else {"patient": prediction.patient}
+    row |= {"scan": prediction.scan, "model": prediction.model}
+    row["status"] = "ok" if prediction.error is None else "failed"
+    for name, task in prediction.tasks.items():
+        row[f"{name}_label"] = task.label
+        row |= {f"{name}_{label}": value for label, value in task.probabilities.items()}
+        row[f"{name}_std"] = None if task.std is None else task.std[task.label]
+    row["warnings"] = " | ".join(f"{warning.code}: {warning.message}" for warning in prediction.warnings)
+    if prediction.error is not None:
+        row |= {"error_code": prediction.error["code"], "error_message": prediction.error["message"]}
+    return row
+
+
 @contextmanager
 def _csv(file: TextIO, spec: ModelSpec, with_patients: bool) -> Iterator[Callable[[Prediction], None]]:
     columns = [*(["patient"] if with_patients else []), "scan", "model", "status"]
@@ -220,17 +262,8 @@ def _csv(file: TextIO, spec: ModelSpec, with_patients: bool) -> Iterator[Callabl
     table.writeheader()
 
     def add(prediction: Prediction) -> None:
-        error = prediction.error
-        row: dict[str, Any] = {"patient": prediction.patient, "scan": prediction.scan, "model": prediction.model}
-        row["status"] = "ok" if error is None else "failed"
-        for name, task in prediction.tasks.items():
-            row[f"{name}_label"] = task.label
-            row |= {f"{name}_{label}": f"{value:.4f}" for label, value in task.probabilities.items()}
-            row[f"{name}_std"] = "" if task.std is None else f"{task.std[task.label]:.4f}"
-        row["warnings"] = " | ".join(f"{warning.code}: {warning.message}" for warning in prediction.warnings)
-        if error is not None:
-            row |= {"error_code": error["code"], "error_message": error["message"]}
-        table.writerow(row)
+        row = _row(prediction).items()
+        table.writerow({key: f"{value:.4f}" if isinstance(value, float) else value for key, value in row})
 
     yield add
 

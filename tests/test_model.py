@@ -351,3 +351,119 @@ def test_importing_costs_no_network_and_no_heavy_library():
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"torch", "monai", "openvino", "numpy", "nibabel", "huggingface_hub"} & set(loaded)
     assert Path(ichprog.__file__).name == "__init__.py"
+
+
+def test_a_prediction_is_a_mapping_of_its_tasks(bright_model, scan_path):
+    prediction = ichprog.predict(bright_model, scan_path)
+    assert list(prediction) == ["prognosis", "gcs", "age"]
+    assert dict(prediction) == dict(prediction.items()) == dict(prediction.tasks)
+    assert "gcs" in prediction
+    assert "gcz" not in prediction
+    with pytest.raises(UnknownNameError, match="Did you mean gcs"):
+        prediction["gcz"]
+    assert prediction["gcs"].to_dict() == prediction.to_dict()["tasks"]["gcs"]
+
+
+def test_predictions_become_a_table(bright_model, scan_path, tmp_path):
+    predictions = ichprog.predict(bright_model, [scan_path, tmp_path / "none.nii.gz"], on_error="record")
+    table = ichprog.to_frame(predictions)
+    assert list(table["status"]) == ["ok", "failed"]
+    assert table["prognosis_poor"][0] == predictions[0]["prognosis"].probabilities["poor"]
+    assert table["error_code"][1] == "not-found"
+    assert len(ichprog.to_frame(predictions[0])) == 1
+
+
+def test_saving_a_map_refuses_another_suffix(bright_model, scan_path, tmp_path):
+    saliency = ichprog.explain(bright_model, scan_path)
+    with pytest.raises(InvalidValueError, match=r"Invalid file name of a map .*\.nii\.gz"):
+        saliency.save(tmp_path / "map.png")
+
+
+def test_one_fold_of_a_model_predicts_as_that_fold(bright_model, scan_path):
+    model = ichprog.load_model(bright_model)
+    outputs = [ichprog.predict(model.fold(fold), scan_path)["gcs"].logits for fold in (0, 1)]
+    assert ichprog.predict(model, scan_path)["gcs"].logits == pytest.approx(np.mean(outputs, 0))
+    assert repr(model.fold(1)).startswith("<Model bright.prognosis_gcs3_age, folds 1,")
+    with pytest.raises(UnknownNameError, match=r"Unknown fold of bright.* '7'"):
+        model.fold(7)
+
+
+@pytest.mark.parametrize("runtime", ["openvino", "torch"])
+def test_the_torch_module_of_a_fold_has_its_weights(runtime, bright_model, scan_path):
+    model = ichprog.load_model(bright_model, runtime=runtime)
+    grid = np.random.default_rng(0).random((1, *model.spec.input.shape), np.float32)
+    network = model.torch_module(1)
+    assert not network.training
+    with torch.no_grad():
+        logits = network(torch.from_numpy(grid)[:, None])
+    for task, output in model.predict_grids(grid)[1].items():
+        assert np.allclose(logits[task].numpy(), output.logits, atol=1e-4)
+
+
+CAM_PLUGIN = """
+import torch
+from ichprog.saliency import score_and_features
+
+def cam(score, grid, network, *, layer=None):
+    value, features = score_and_features(score, grid, network, layer)
+    (gradient,) = torch.autograd.grad(value.sum(), features, retain_graph=True)
+    return (gradient * features).sum(1)[0]
+
+def plain(score, grid, network, *, layer=None):
+    return cam(score, grid, network, layer=layer)
+
+def careless(score, grid, network):
+    return grid[0, 0] * score(grid)
+
+cam.requires = careless.requires = "features"
+"""
+
+
+@pytest.fixture
+def cam_distribution(tmp_path, monkeypatch):
+    """Install a third-party distribution with saliency methods that declare what they need."""
+    folder = tmp_path / "site"
+    info = folder / "third_party_cam-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: third-party-cam\nVersion: 1.0\n")
+    names = "\n".join(f"{name} = third_party_cam:{name}" for name in ("cam", "plain", "careless"))
+    (info / "entry_points.txt").write_text(f"[ichprog.saliency]\n{names}\n")
+    (folder / "third_party_cam.py").write_text(CAM_PLUGIN)
+    monkeypatch.syspath_prepend(str(folder))
+    yield
+    sys.modules.pop("third_party_cam", None)
+
+
+def test_a_third_party_method_that_requires_features_gets_the_compiled_network(
+    cam_distribution, bright_model, scan_path
+):
+    model = ichprog.load_model(bright_model)
+    compiled = ichprog.explain(model, scan_path, method="cam")
+    plain = ichprog.explain(model, scan_path, method="plain")
+    assert compiled.provenance["runtime"] == "openvino"
+    assert (plain.provenance["runtime"], plain.provenance["fallback_reason"]) == (
+        "torch",
+        "a saliency method needs the torch network",
+    )
+    assert np.allclose(compiled.grid_map, plain.grid_map, atol=1e-4 * np.abs(plain.grid_map).max())
+    with pytest.raises(PluginError, match="requires = 'features' but runs the network"):
+        ichprog.explain(model, scan_path, method="careless")
+
+
+TYPED = """
+import ichprog
+
+ichprog.explain("perez2023.prognosis", "scan.nii.gz").save("map.nii.gz")
+for key, saliency in ichprog.explain("perez2023.prognosis", "scan.nii.gz", method=["grad_cam"]).items():
+    saliency.save(key[0] + ".nii")
+probability: float = ichprog.predict("perez2023.prognosis", "scan.nii.gz")["prognosis"].probabilities["poor"]
+names: list[str] = list(ichprog.predict("perez2023.prognosis", "scan.nii.gz"))
+"""
+
+
+def test_the_examples_of_predict_and_explain_pass_mypy(tmp_path):
+    (tmp_path / "example.py").write_text(TYPED)
+    options = ["--strict", "--follow-imports=silent", "--ignore-missing-imports", "--cache-dir", str(tmp_path)]
+    command = [sys.executable, "-m", "mypy", *options, "example.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout

@@ -1,4 +1,4 @@
-"""What plugins cost is what it is by other ways of counting."""
+"""The profiles of plugins agree with other ways of counting."""
 
 import json
 import math
@@ -18,7 +18,7 @@ from ichprog.cli import main
 from ichprog.errors import PluginError, SpecError, UnknownNameError
 
 ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs" / "costs.md"
+PAGE = ROOT / "docs" / "profiling.md"
 BACKBONE, HEAD, METHOD = registry.backbones.kind, registry.heads.kind, registry.saliency.kind
 
 
@@ -32,7 +32,7 @@ def one_thread():
 
 @pytest.fixture
 def registered():
-    """Registers a plugin as `mine` for one test."""
+    """Register a plugin as `mine` for one test."""
     added = []
 
     def add(plugins, plugin, name="mine"):
@@ -45,7 +45,7 @@ def registered():
 
 
 def by_formula(name, shape):
-    """Operations of a backbone in thousands of millions: two for each weight that makes an output, by hooks."""
+    """Count the operations of a backbone's convolutions with hooks, in units of 10^9."""
     built, total = registry.backbones.load(name)().eval().to("meta"), 0
 
     def add(module, given, found):
@@ -63,12 +63,12 @@ def by_formula(name, shape):
 @pytest.mark.parametrize(("name", "shape"), [
     ("compact", (24, 112, 112)), ("perez2023", (40, 60, 50)), ("densenet121", (32, 48, 40)),
 ])  # fmt: skip
-def test_operations_of_convolutions_are_those_of_the_formula(name, shape):
-    found = profiling.measure(BACKBONE, name, shape=shape)
+def test_operations_of_convolutions_match_the_formula(name, shape):
+    found = profiling.profile(BACKBONE, name, shape=shape)
     expected, features = by_formula(name, shape)
     assert found.gflop == pytest.approx(expected, rel=1e-12)
-    assert found.found == features
-    assert found.given == shape
+    assert found.output_shape == features
+    assert found.input_shape == shape
     built = registry.backbones.load(name)().eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         built(torch.rand(1, 1, *shape))
@@ -78,15 +78,15 @@ def test_operations_of_convolutions_are_those_of_the_formula(name, shape):
     )
 
 
-def test_a_convolution_by_hand(registered):
+def test_profile_of_one_convolution_matches_the_hand_count(registered):
     registered(
         registry.backbones, lambda: Backbone(nn.Sequential(nn.Conv3d(1, 6, (1, 2, 3), (1, 2, 1))), 6, "features.0")
     )
-    found = profiling.measure(BACKBONE, "mine", shape=(4, 6, 8))
+    found = profiling.profile(BACKBONE, "mine", shape=(4, 6, 8))
     assert found.parameters == 6 * 1 * 2 * 3 + 6
-    assert found.found == (6, 4, 3, 6)
+    assert found.output_shape == (6, 4, 3, 6)
     assert found.gflop == pytest.approx(2 * (6 * 4 * 3 * 6) * (1 * 2 * 3) / 1e9)
-    assert (found.distribution, found.version, found.forward, found.back) == ("this session", "", 1, 0)
+    assert (found.distribution, found.version, found.forward, found.backward) == ("this session", "", 1, 0)
     assert 0 < found.seconds < 10
 
 
@@ -100,35 +100,35 @@ class Copies(nn.Module):
 
     def forward(self, grid):
         once = grid.repeat(1, 8, 1, 1, 1)
-        beside = once[:, :4].reshape(1, -1)  # a view
+        half = once[:, :4].reshape(1, -1)  # a view
         del once
-        twice = (beside.view(1, 4, *grid.shape[2:]) + 0).repeat(1, 2, 1, 1, 1)
-        del beside
+        twice = (half.view(1, 4, *grid.shape[2:]) + 0).repeat(1, 2, 1, 1, 1)
+        del half
         return self.last(twice)
 
 
-def test_memory_is_what_tensors_hold_at_once(registered):
+def test_memory_is_the_peak_size_of_all_tensors(registered):
     registered(registry.backbones, Copies)
     shape = (16, 32, 32)
     grid = 4 * math.prod(shape)
-    found = profiling.measure(BACKBONE, "mine", shape=shape)
-    # a copy of eight channels, of which the view keeps all, a half of it, and what repeats that; the ReLU needs less
-    assert found.memory == 4000 + grid + (8 + 4 + 8) * grid
+    found = profiling.profile(BACKBONE, "mine", shape=shape)
+    # the copy of eight channels, which the view keeps alive, half of it, and its repetition; the ReLU needs less
+    assert found.memory_bytes == 4000 + grid + (8 + 4 + 8) * grid
     assert found.parameters == 0
     assert found.gflop == 0
 
 
 def test_memory_and_operations_of_a_head(registered):
-    found = profiling.measure(HEAD, "softmax")
-    assert found.given == by_formula("densenet121", zoo.find(zoo.DEFAULT).input.shape)[1] == (1024, 1, 9, 9)
-    assert found.found == (3,)
+    found = profiling.profile(HEAD, "softmax")
+    assert found.input_shape == by_formula("densenet121", zoo.find(zoo.DEFAULT).input.shape)[1] == (1024, 1, 9, 9)
+    assert found.output_shape == (3,)
     assert found.parameters == 1024 * 3 + 3
     assert found.gflop * 1e9 == pytest.approx(2 * 1024 * 3)
     weights, features = 4 * (1024 * 3 + 3), 4 * 1024 * 81
-    assert weights + 2 * features <= found.memory < weights + 2 * features + 3 * 4 * 1024
+    assert weights + 2 * features <= found.memory_bytes < weights + 2 * features + 3 * 4 * 1024
 
 
-def test_passes_of_a_method_are_counted(registered):
+def test_passes_of_a_saliency_method_are_counted(registered):
     def several(score, grid, network, *, times=3):
         with torch.no_grad():
             score(torch.cat([grid.detach()] * 4))
@@ -139,21 +139,21 @@ def test_passes_of_a_method_are_counted(registered):
         return total
 
     registered(registry.saliency, several)
-    found = profiling.measure(METHOD, "mine")
-    assert (found.forward, found.back) == (1 + 4 + 3, 3)  # the first is the pass that all methods are given
+    found = profiling.profile(METHOD, "mine")
+    assert (found.forward, found.backward) == (1 + 4 + 3, 3)  # one pass is shared by all methods
     assert found.parameters is None
-    once = profiling.measure(METHOD, "guided_backprop")
-    assert (once.forward, once.back) == (1, 1)
-    assert once.given == once.found == found.found
-    assert profiling.measure(METHOD, "grad_cam").found == profiling.measure(BACKBONE, "compact").found[1:]
-    forward = by_formula("compact", once.given)[0] + 2 * 64 * 1e-9
+    once = profiling.profile(METHOD, "guided_backprop")
+    assert (once.forward, once.backward) == (1, 1)
+    assert once.input_shape == once.output_shape == found.output_shape
+    assert profiling.profile(METHOD, "grad_cam").output_shape == profiling.profile(BACKBONE, "compact").output_shape[1:]
+    forward = by_formula("compact", once.input_shape)[0] + 2 * 64 * 1e-9
     assert found.gflop > 8 * forward
-    # on the way back a convolution costs what it did, but the weights are fixed; each pass is to the grid
+    # backward, a convolution takes as many operations as forward, because the weights have no gradient
     assert found.gflop == pytest.approx(8 * forward + 3 * forward, rel=1e-6)
-    assert profiling.measure(METHOD, "guided_grad_cam").back == 2
+    assert profiling.profile(METHOD, "guided_grad_cam").backward == 2
 
 
-def test_nothing_is_left_and_what_fails_is_told_whose_it_is(registered):
+def test_a_failure_names_the_distribution_and_leaves_the_random_state(registered):
     def failing(score, grid, network):
         torch.autograd.grad(score(grid).sum(), grid)
         raise ZeroDivisionError("by zero")
@@ -161,41 +161,41 @@ def test_nothing_is_left_and_what_fails_is_told_whose_it_is(registered):
     registered(registry.saliency, failing)
     before = torch.get_rng_state()
     with pytest.raises(PluginError, match=r"'mine' of this session fails on .*ZeroDivisionError: by zero"):
-        profiling.measure(METHOD, "mine")
-    profiling.measure(BACKBONE, "compact", shape=(8, 16, 16))
+        profiling.profile(METHOD, "mine")
+    profiling.profile(BACKBONE, "compact", shape=(8, 16, 16))
     assert torch.equal(torch.get_rng_state(), before)
     with pytest.raises(PluginError, match=r"'perez2023' of ichprog .* fails on \(1, 1, 8, 16, 16\)"):
-        profiling.measure(BACKBONE, "perez2023", shape=(8, 16, 16))
-    with pytest.raises(PluginError, match="default backbone gives no features"):
-        profiling.measure(HEAD, "softmax", shape=(8, 16, 16))
+        profiling.profile(BACKBONE, "perez2023", shape=(8, 16, 16))
+    with pytest.raises(PluginError, match="default backbone has no features"):
+        profiling.profile(HEAD, "softmax", shape=(8, 16, 16))
     registered(registry.heads, lambda channels, labels, *, needed: None)
     with pytest.raises(SpecError, match="needed"):
-        profiling.measure(HEAD, "mine")
+        profiling.profile(HEAD, "mine")
     with pytest.raises(UnknownNameError, match="kind of plugin"):
-        profiling.measure("layer", "mine")
+        profiling.profile("layer", "mine")
 
 
-def test_what_is_asked_for(registered):
+def test_select_finds_plugins_by_name_and_kind(registered):
     registered(
         registry.backbones, lambda rest, **options: Backbone(nn.Sequential(nn.ReLU()), 1, "features.0"), "many/*"
     )
-    everything = profiling.claims()
+    everything = profiling.select()
     assert ("backbone", "compact") in everything
     assert not any(name.endswith("*") for _, name in everything)
     assert len(everything) == len(set(everything)) >= 10
-    assert profiling.claims(["many/one", "grad_cam"]) == [(BACKBONE, "many/one"), (METHOD, "grad_cam")]
-    assert profiling.measure(BACKBONE, "many/one", shape=(2, 3, 4)).found == (1, 2, 3, 4)
-    assert profiling.claims(kinds=[HEAD]) == [(HEAD, name) for name in registry.heads.names()]
+    assert profiling.select(["many/one", "grad_cam"]) == [(BACKBONE, "many/one"), (METHOD, "grad_cam")]
+    assert profiling.profile(BACKBONE, "many/one", shape=(2, 3, 4)).output_shape == (1, 2, 3, 4)
+    assert profiling.select(kinds=[HEAD]) == [(HEAD, name) for name in registry.heads.names()]
     with pytest.raises(UnknownNameError, match=r"Unknown backbone or head or saliency method 'compakt'.*compact"):
-        profiling.claims(["compakt"])
+        profiling.select(["compakt"])
     with pytest.raises(UnknownNameError, match="Unknown head 'compact'"):
-        profiling.claims(["compact"], [HEAD])
+        profiling.select(["compact"], [HEAD])
     with pytest.raises(UnknownNameError, match="Unknown kind of plugin 'layer'"):
-        profiling.claims(kinds=["layer"])
+        profiling.select(kinds=["layer"])
 
 
 def rows(text):
-    """Each row of the tables in Markdown by the name of its plugin, and the columns' heads."""
+    """Return each row of the Markdown tables by the name of its plugin."""
     found, heads = {}, []
     for line in text.splitlines():
         cells = [cell.strip() for cell in line.strip("| ").split(" | ")]
@@ -206,27 +206,27 @@ def rows(text):
     return found
 
 
-def test_the_command_says_it_as_tables_and_as_data(tmp_path):
+def test_the_command_prints_tables_and_json(tmp_path):
     asked = ["plugins", "profile", "compact", "--shape", "8", "32", "32"]
     shown = CliRunner().invoke(main, asked)
     assert shown.exit_code == 0, shown.output
-    written = CliRunner().invoke(main, [*asked, "-o", str(tmp_path / "costs.md"), "--json"])
+    written = CliRunner().invoke(main, [*asked, "-o", str(tmp_path / "profiles.md"), "--json"])
     assert written.exit_code == 0, written.output
     data = json.loads(written.stdout)
-    (cost,) = data["costs"]
-    for text in (shown.stdout, (tmp_path / "costs.md").read_text()):
+    (profile,) = data["profiles"]
+    for text in (shown.stdout, (tmp_path / "profiles.md").read_text()):
         row = rows(text)["compact"]
-        assert row["parameters"] == f"{cost['parameters']:,}" == "138,992"
+        assert row["parameters"] == f"{profile['parameters']:,}" == "138,992"
         assert row["grid"] == "8 x 32 x 32"
-        assert float(row["GFLOP"]) == pytest.approx(cost["gflop"], rel=5e-3)
-        assert float(row["MiB"]) == pytest.approx(cost["memory"] / 2**20, rel=5e-3)
+        assert float(row["GFLOP"]) == pytest.approx(profile["gflop"], rel=5e-3)
+        assert float(row["MiB"]) == pytest.approx(profile["memory_bytes"] / 2**20, rel=5e-3)
         assert data["machine"] in text
     assert data["failed"] == []
     of_a_kind = CliRunner().invoke(main, ["plugins", "profile", "--kind", "head", "--kind", "saliency"])
-    assert set(rows(of_a_kind.stdout)) == {name for kind, name in profiling.claims(kinds=[HEAD, METHOD])}
+    assert set(rows(of_a_kind.stdout)) == {name for kind, name in profiling.select(kinds=[HEAD, METHOD])}
 
 
-def test_the_command_says_what_it_could_not_measure():
+def test_the_command_lists_what_it_could_not_measure():
     small = ["--shape", "8", "32", "32"]
     partly = CliRunner().invoke(main, ["plugins", "profile", "perez2023", "compact", *small])
     assert partly.exit_code == 1
@@ -240,9 +240,9 @@ def test_the_command_says_what_it_could_not_measure():
 
 
 def test_the_page_is_up_to_date():
-    """In what does not depend on the machine; else run `python benchmarks/costs.py`."""
+    """All columns except the times. If the test fails, run `python benchmarks/profile_plugins.py`."""
     text = PAGE.read_text(encoding="utf-8")
-    assert text.startswith(runpy.run_path(str(ROOT / "benchmarks" / "costs.py"))["OPENING"])
+    assert text.startswith(runpy.run_path(str(ROOT / "benchmarks" / "profile_plugins.py"))["OPENING"])
     page = rows(text)
     ours = [
         name
@@ -250,7 +250,7 @@ def test_the_page_is_up_to_date():
         for name in plugins.names()
         if plugins.entry(name).distribution == "ichprog"
     ]
-    assert set(ours) == {name for name, row in page.items() if row["of"].startswith("ichprog ")}
+    assert set(ours) == {name for name, row in page.items() if row["distribution"].startswith("ichprog ")}
     for name in registry.backbones.names():
         if name in page:
             shape = tuple(map(int, page[name]["grid"].split(" x ")))
@@ -261,13 +261,13 @@ def test_the_page_is_up_to_date():
             assert page[name]["parameters"] == f"{sum(one.numel() for one in built.parameters()):,}"
     for name in registry.heads.names():
         if name in page:
-            assert page[name]["parameters"] == f"{profiling.measure(HEAD, name).parameters:,}"
+            assert page[name]["parameters"] == f"{profiling.profile(HEAD, name).parameters:,}"
     for name in ("grad_cam", "guided_backprop", "guided_grad_cam"):
-        found = profiling.measure(METHOD, name)
-        told = page[name]
-        assert (told["forward"], told["back"], told["map"]) == (
-            str(found.forward), str(found.back), " x ".join(map(str, found.found)),
+        found = profiling.profile(METHOD, name)
+        row = page[name]
+        assert (row["forward"], row["backward"], row["map"]) == (
+            str(found.forward), str(found.backward), " x ".join(map(str, found.output_shape)),
         )  # fmt: skip
-        assert float(told["GFLOP"]) == pytest.approx(found.gflop, rel=5e-3)
-        assert float(told["MiB"]) == pytest.approx(found.memory / 2**20, rel=5e-3)
+        assert float(row["GFLOP"]) == pytest.approx(found.gflop, rel=5e-3)
+        assert float(row["MiB"]) == pytest.approx(found.memory_bytes / 2**20, rel=5e-3)
     assert not re.search(r"/(?:tmp|work|home|root)\b", text)

@@ -132,24 +132,24 @@ def profile(
     from ichprog import profiling, registry
     from ichprog.io import atomic_write
 
-    selected = profiling.claims(names, [getattr(registry, _REGISTRIES[kind]).kind for kind in kinds])
-    costs, failed = [], []
+    selected = profiling.select(names, [getattr(registry, _REGISTRIES[kind]).kind for kind in kinds])
+    profiles, failed = [], []
     bar = tqdm(selected, unit="plugin", leave=False, disable=None)  # None hides the bar outside a terminal
     for kind, name in bar:
         bar.set_postfix_str(name)
         try:
-            costs.append(profiling.measure(kind, name, shape=shape))
+            profiles.append(profiling.profile(kind, name, shape=shape))
         except IchprogError as error:
             failed.append((kind, name, str(error)))
     machine = profiling.machine()
-    text = f"{profiling.table(costs, failed=[(name, problem) for _, name, problem in failed])}\n\nOn {machine}.\n"
+    text = f"{profiling.table(profiles, failed=[(name, problem) for _, name, problem in failed])}\n\nOn {machine}.\n"
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(output) as partial:
             partial.write_text(text, encoding="utf-8")
     if as_json:
         problems = [{"kind": kind, "name": name, "problem": problem} for kind, name, problem in failed]
-        print_json({"machine": machine, "costs": [asdict(cost) for cost in costs], "failed": problems})
+        print_json({"machine": machine, "profiles": [asdict(profile) for profile in profiles], "failed": problems})
     else:
         click.echo(output if output is not None else text, nl=output is not None)
     if failed:
