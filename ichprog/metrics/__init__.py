@@ -21,6 +21,7 @@ from ichprog.metrics.metric import (
     compute_with_intervals,
     label_of,
     metric,
+    ratio,
     registered,
     unregister,
 )
@@ -52,6 +53,7 @@ __all__ = [
     "label_of",
     "metric",
     "ordinal",
+    "ratio",
     "registered",
     "subgroups",
     "unregister",
