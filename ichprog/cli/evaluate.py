@@ -74,7 +74,7 @@ def evaluate(
 def _print_evaluation(evaluation: "Evaluation") -> None:
     """Print the number of patients, the leakage report, the metrics, failed scans and warnings."""
     from ichprog.metrics import AT_HALF
-    from ichprog.reporting.tables import shown, words
+    from ichprog.reporting.tables import format_value, readable_name
 
     described = evaluation.to_dict()
     counts = evaluation.counts
@@ -91,7 +91,7 @@ def _print_evaluation(evaluation: "Evaluation") -> None:
         for metric, interval in metrics.items():
             if threshold == 0.5 and metric.endswith(AT_HALF):
                 continue  # equals the metric at the task's threshold
-            click.echo(f"  {words(metric):30}  {shown(interval)}")
+            click.echo(f"  {readable_name(metric):30}  {format_value(interval)}")
     click.echo(f"\n{described['intervals']}.")
     for task, column in evaluation.unscored.items():
         click.echo(f"{task} is not scored: column {column} is blank for every patient.")

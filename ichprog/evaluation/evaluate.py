@@ -149,7 +149,7 @@ class Evaluation:
         for task, values in self.metrics.items():
             n = len(self.labelled(task))
             for name, value in values.items():
-                yield {"task": task, "n": n, "metric": tables.words(name), "value": value}
+                yield {"task": task, "n": n, "metric": tables.readable_name(name), "value": value}
 
     def _calibration_rows(self) -> Iterator[dict[str, Any]]:
         for task, curves in self.calibration.items():

@@ -1,9 +1,9 @@
-"""Figures of a study, drawn from plain data.
+"""Draw figures of results from plain data.
 
-Each function returns a figure of matplotlib; `save` writes one as SVG and PNG, byte for byte the same each time.
-Colours are those of Okabe and Ito (Color Universal Design, 2008), which the colour-blind tell apart, and lines and
-markers differ beside them. An interval is `{"value": .., "low": .., "high": ..}` as in `metrics.json`; what is None is
-left out, and a dash stands for it where numbers are written. Up to ten variants stay legible in one figure.
+Each function returns a matplotlib figure. `save` writes a figure as SVG and PNG with the same bytes each time. Colours
+are those of Okabe and Ito (Color Universal Design, 2008), which colour-blind readers can distinguish. Lines and markers
+differ as well. An interval is `{"value": .., "low": .., "high": ..}`. A value of None is not drawn.
+Up to ten variants stay legible in one figure.
 """
 
 import functools
@@ -17,7 +17,7 @@ import numpy as np
 
 from ichprog.errors import missing_extra
 from ichprog.io import atomic_write
-from ichprog.reporting.tables import shown, words
+from ichprog.reporting.tables import format_value, readable_name
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -30,7 +30,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 _MARKERS, _DASHES = "osD^vP*Xph", ("-", "--", "-.", ":")
 _BLUE, _GREY, _PALE = COLOURS[0], "#7f7f7f", "#d9d9d9"
 _STYLE = {
-    "font.family": "DejaVu Sans",  # comes with matplotlib, so that a PNG is the same everywhere
+    "font.family": "DejaVu Sans",  # part of matplotlib, so that a PNG is the same on every machine
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -42,7 +42,7 @@ _STYLE = {
     "svg.hashsalt": "ichprog",
     "svg.fonttype": "none",
 }
-_PANEL = 2.7  # inches of a panel among several
+_PANEL_INCHES = 2.7  # width of one of several panels
 _DPI = 200
 
 
@@ -62,25 +62,25 @@ def _styled(draw: Callable[P, "Figure"]) -> Callable[P, "Figure"]:
         with _style():
             figure = draw(*args, **kwargs)
             figure.draw_without_rendering()
-            figure.set_layout_engine("none")  # laid out once: again would move everything by a hair
+            figure.set_layout_engine("none")  # a second layout would move everything slightly
             return figure
 
     return drawn
 
 
 def save(figure: "Figure", folder: Path, name: str) -> tuple[Path, Path]:
-    """Writes a figure as `name.svg` and `name.png`, each whole or not at all.
+    """Write a figure as `name.svg` and `name.png`, each whole or not at all.
 
-    A figure of this module gives the same bytes each time under the same version of matplotlib. Text in the SVG stays
+    A figure of this module gives the same bytes each time with the same version of matplotlib. Text in the SVG stays
     text.
 
     Args:
-        figure: A figure of this module, or any other.
-        folder: Where to; it is made.
-        name: The files' name without an ending.
+        figure: Figure.
+        folder: Folder, which is created.
+        name: Name of the files without extension.
 
     Returns:
-        The SVG and the PNG.
+        The paths of the SVG and the PNG.
 
     Raises:
         IchprogError: matplotlib is not installed.
@@ -102,26 +102,32 @@ def ablation(
     *,
     chance: float | None = None,
 ) -> "Figure":
-    """One metric of every variant that has the task, with its interval: the chart of a comparison.
+    """Draw one metric of every variant that has the task, with its interval.
 
     Args:
-        metrics: By variant, task and metric, as in `metrics.json`; variants are drawn in its order from the top.
-        task: The task.
-        metric: The metric's plain name, such as "auroc".
-        chance: Where a line is drawn for what guessing would give.
+        metrics: Intervals by variant, task and metric, as in `metrics.json`. Variants are drawn from the top.
+        task: Task.
+        metric: Name of the metric in `metrics.json`, such as "auroc".
+        chance: Value at which a line marks random guessing.
+
+    Example:
+        ```python
+        metrics = json.loads(Path("metrics.json").read_text())
+        save(ablation(metrics, "prognosis", "auroc", chance=0.5), Path("figures"), "auroc")
+        ```
     """
     rows = {variant: tasks[task].get(metric) for variant, tasks in metrics.items() if task in tasks}
-    return forest(rows, f"{words(metric)}, {task}", line=chance)
+    return forest(rows, f"{readable_name(metric)}, {task}", line=chance)
 
 
 @_styled
 def forest(rows: Mapping[str, Interval | None], label: str, *, line: float | None = None) -> "Figure":
-    """Dots with intervals, a row each, and the numbers beside them: variants, differences or subgroups.
+    """Draw a forest plot: for each row a dot with its interval, and the numbers on the right.
 
     Args:
-        rows: Names and intervals, from the top.
-        label: What is measured, under the axis.
-        line: Where a line is drawn: chance, or no difference.
+        rows: Intervals by name, from the top.
+        label: Label of the axis.
+        line: Value at which a line is drawn, such as chance or no difference.
     """
     figure, axis = _figure(7.2, 0.9 + 0.32 * max(len(rows), 1))
     for place, interval in enumerate(rows.values()):
@@ -137,44 +143,52 @@ def forest(rows: Mapping[str, Interval | None], label: str, *, line: float | Non
     axis.set_xlabel(label)
     axis.set_yticks(range(len(rows)), list(rows))
     axis.set_ylim(max(len(rows), 1) - 0.5, -0.5)
-    beside = axis.twinx()
-    beside.set_ylim(axis.get_ylim())
-    beside.set_yticks(range(len(rows)), [shown(each) for each in rows.values()])
-    for each in (axis, beside):
+    numbers = axis.twinx()
+    numbers.set_ylim(axis.get_ylim())
+    numbers.set_yticks(range(len(rows)), [format_value(each) for each in rows.values()])
+    for each in (axis, numbers):
         each.tick_params(axis="y", length=0)
         each.spines["left"].set_visible(False)
     return figure
 
 
 def roc_points(truth: np.ndarray, p: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The corners of an ROC curve: false positive rate and sensitivity, a pair for each distinct probability.
+    """Return the points of an ROC curve: false positive rates and sensitivities, one for each distinct probability.
 
     Args:
-        truth: `(N,)` of 0 and 1, both of which must occur.
-        p: `(N,)` probabilities of 1.
+        truth: True labels 0 and 1 `(N,)`, both of which must occur.
+        p: Probabilities of label 1 `(N,)`.
+
+    Example:
+        >>> false_positive_rate, sensitivity = roc_points(np.array([0, 1]), np.array([0.2, 0.8]))
+        >>> sensitivity.tolist()
+        [0.0, 1.0, 1.0]
     """
     order = np.argsort(-p, kind="stable")
-    last = np.append(np.flatnonzero(np.diff(p[order])), len(p) - 1)  # of those that share a probability
-    hits = np.cumsum(truth[order] == 1)[last]
-    alarms = last + 1 - hits
-    return np.append(0.0, alarms / alarms[-1]), np.append(0.0, hits / hits[-1])
+    last = np.append(np.flatnonzero(np.diff(p[order])), len(p) - 1)  # of the patients with the same probability
+    true_positives = np.cumsum(truth[order] == 1)[last]
+    false_positives = last + 1 - true_positives
+    return (
+        np.append(0.0, false_positives / false_positives[-1]),
+        np.append(0.0, true_positives / true_positives[-1]),
+    )
 
 
 @_styled
 def roc(
-    answers: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    predictions: Mapping[str, tuple[np.ndarray, np.ndarray]],
     readers: Mapping[str, Mapping[str, Interval | None]] | None = None,
 ) -> "Figure":
-    """ROC curves, the area under each in the legend, with readers' operating points.
+    """Draw ROC curves, with the area under each curve in the legend, and the operating points of readers.
 
     Args:
-        answers: By name, the truth `(N,)` of 0 and 1 and the probabilities `(N,)` of 1. Where the truth is all of one
-            class there is no curve.
+        predictions: By name, true labels 0 and 1 `(N,)` and probabilities of label 1 `(N,)`. With one class only, no
+            curve is drawn.
         readers: By reader, the intervals of "sensitivity" and "specificity".
     """
-    figure, axis = _figure(6.6 if len(answers) > 1 or readers else 5.4, 4.2)
+    figure, axis = _figure(6.6 if len(predictions) > 1 or readers else 5.4, 4.2)
     axis.plot([0, 1], [0, 1], color=_GREY, linewidth=1, linestyle=":", zorder=0)
-    for (name, (truth, p)), (colour, dash, _) in zip(answers.items(), _looks(), strict=False):
+    for (name, (truth, p)), (colour, dash, _) in zip(predictions.items(), _line_styles(), strict=False):
         if len(np.unique(truth)) < 2:
             axis.plot([], [], color=colour, linestyle=dash, label=f"{name}  one class only")
             continue
@@ -198,27 +212,27 @@ def roc(
 
 @_styled
 def calibration(panels: Mapping[str, Mapping[str, Mapping[str, np.ndarray]]]) -> "Figure":
-    """Calibration curves, a panel a variant: the share observed over the probability predicted.
+    """Draw calibration curves, one panel for each variant: observed share over predicted probability.
 
-    Bars at the foot are counts of patients, of the panel's last curve, the largest as high as its number says.
+    Bars at the bottom show the numbers of patients of the panel's last curve, and the text the largest number.
 
     Args:
-        panels: By variant, then by curve, such as "as trained" and "recalibrated", arrays `(B,)` by name: "predicted",
-            "observed", "low", "high" and "count" of each bin, as `measure.calibration_curve` gives them.
+        panels: By variant and curve, such as "as trained" and "recalibrated", arrays `(B,)` over bins: "predicted",
+            "observed", "low", "high" and "count", as `ichprog.metrics.calibration_curve` returns them.
     """
-    figure, axes = _panels(len(panels), foot=0.35)
+    figure, axes = _panels(len(panels), legend_inches=0.35)
     for (name, curves), axis in zip(panels.items(), axes, strict=True):
         axis.plot([0, 1], [0, 1], color=_GREY, linewidth=1, linestyle=":", zorder=0)
-        for (curve, bins), (colour, dash, marker) in zip(curves.items(), _looks(), strict=False):
+        for (curve, bins), (colour, dash, marker) in zip(curves.items(), _line_styles(), strict=False):
             predicted, observed = np.asarray(bins["predicted"], float), np.asarray(bins["observed"], float)
-            there = np.isfinite(predicted) & np.isfinite(observed)
+            defined = np.isfinite(predicted) & np.isfinite(observed)
             axis.vlines(
-                predicted[there], np.asarray(bins["low"])[there], np.asarray(bins["high"])[there],
+                predicted[defined], np.asarray(bins["low"])[defined], np.asarray(bins["high"])[defined],
                 color=colour, linewidth=0.8, alpha=0.6,
             )  # fmt: skip
             axis.plot(
-                predicted[there],
-                observed[there],
+                predicted[defined],
+                observed[defined],
                 dash,
                 marker=marker,
                 markersize=4,
@@ -239,23 +253,25 @@ def calibration(panels: Mapping[str, Mapping[str, Mapping[str, np.ndarray]]]) ->
 
 @_styled
 def decision_curve(curves: Mapping[str, Mapping[str, np.ndarray]], *, act: str = "treat") -> "Figure":
-    """Net benefit over the threshold probability, beside acting for all and for none (Vickers and Elkin, 2006).
+    """Draw net benefit over threshold probability, compared with acting for all patients and for none.
 
     Args:
-        curves: By variant, arrays `(T,)` by name: "thresholds", and the net benefit of acting by the "model" and for
-            "all", as `measure.net_benefit` gives them. All is drawn as the first variant has it.
-        act: What acting is called.
+        curves: By variant, arrays `(T,)`: "thresholds", and the net benefit of acting by the "model" and for "all", as
+            `ichprog.metrics.net_benefit` returns them. The curve for "all" is that of the first variant.
+        act: Verb for acting.
+
+    Source: Vickers and Elkin, Medical Decision Making 2006.
     """
     figure, axis = _figure(6.6, 3.6)
     top = 0.05
-    for (name, curve), (colour, dash, _) in zip(curves.items(), _looks(), strict=False):
+    for (name, curve), (colour, dash, _) in zip(curves.items(), _line_styles(), strict=False):
         axis.plot(curve["thresholds"], curve["model"], dash, color=colour, label=name)
         top = max(top, *np.nan_to_num(curve["model"]), *np.nan_to_num(curve["all"]))
     for curve in list(curves.values())[:1]:
         axis.plot(curve["thresholds"], curve["all"], color=_GREY, linewidth=1, label=f"{act} all")
         axis.set_xlim(float(np.min(curve["thresholds"])), float(np.max(curve["thresholds"])))
     axis.axhline(0, color="black", linewidth=0.8, label=f"{act} none")
-    axis.set_ylim(-0.15 * top, 1.05 * top)  # acting for all falls without bound
+    axis.set_ylim(-0.15 * top, 1.05 * top)  # the net benefit of acting for all is unbounded below
     axis.set_xlabel("threshold probability")
     axis.set_ylabel("net benefit")
     _legend(axis)
@@ -264,16 +280,16 @@ def decision_curve(curves: Mapping[str, Mapping[str, np.ndarray]], *, act: str =
 
 @_styled
 def histograms(panels: Mapping[str, Mapping[str, np.ndarray]], labels: Sequence[str]) -> "Figure":
-    """How many patients of each class were given which probability of the last, a panel a variant.
+    """Draw histograms of the probability of the last label by true label, one panel for each variant.
 
     Args:
-        panels: By variant, the bins' "edges" `(B + 1,)` and the "counts" `(K, B)` of each class, as
-            `measure.histogram` gives them.
-        labels: The `K` classes.
+        panels: By variant, the "edges" of bins `(B + 1,)` and the "counts" by label `(K, B)`, as
+            `ichprog.metrics.probability_histogram` returns them.
+        labels: The K labels.
     """
-    figure, axes = _panels(len(panels), high=0.75)
+    figure, axes = _panels(len(panels), aspect=0.75)
     for (name, panel), axis in zip(panels.items(), axes, strict=True):
-        for label, counts, (colour, dash, _) in zip(labels, panel["counts"], _looks(), strict=False):
+        for label, counts, (colour, dash, _) in zip(labels, panel["counts"], _line_styles(), strict=False):
             axis.stairs(counts, panel["edges"], color=colour, fill=True, alpha=0.25)
             axis.stairs(counts, panel["edges"], color=colour, linestyle=dash, linewidth=1.2, label=label)
         axis.set_title(name, fontsize=9)
@@ -290,18 +306,18 @@ def histograms(panels: Mapping[str, Mapping[str, np.ndarray]], labels: Sequence[
 def folds(
     per_fold: Mapping[str, Sequence[float | None]], metric: str, pooled: Mapping[str, Interval | None] | None = None
 ) -> "Figure":
-    """A dot a fold for every variant, and over them what all folds give together.
+    """Draw a dot for each fold of every variant, and a mark for the pooled result of all folds.
 
     Args:
-        per_fold: By variant, from the top, a value a fold; None where it is not defined.
-        metric: What is measured, under the axis.
-        pooled: By variant, of all folds' patients together.
+        per_fold: By variant, from the top, one value for each fold, or None if the value is undefined.
+        metric: Name of the metric.
+        pooled: By variant, the interval of all folds' patients together.
     """
     figure, axis = _figure(6.2, 1.2 + 0.36 * max(len(per_fold), 1))
     dots = [
         (value, place + off)
         for place, values in enumerate(per_fold.values())
-        for value, off in zip(values, _around(len(values), 0.22), strict=True)
+        for value, off in zip(values, _offsets(len(values), 0.22), strict=True)
         if value is not None and np.isfinite(value)
     ]
     together = [(_parts((pooled or {}).get(name))[0], place) for place, name in enumerate(per_fold)]
@@ -312,7 +328,7 @@ def folds(
         look = {"color": COLOURS[1], "markersize": 16, "markeredgewidth": 2.5}
         axis.plot([x for x, _ in marks], [y for _, y in marks], "|", label="all folds together", **look)
     axis.grid(axis="x")
-    axis.set_xlabel(words(metric))
+    axis.set_xlabel(readable_name(metric))
     axis.set_yticks(range(len(per_fold)), list(per_fold))
     axis.set_ylim(max(len(per_fold), 1) - 0.5, -0.5)
     axis.tick_params(axis="y", length=0)
@@ -324,18 +340,18 @@ def folds(
 def learning_curve(
     curves: Mapping[str, Mapping[int, Interval | None]], metric: str, *, chance: float | None = None
 ) -> "Figure":
-    """A metric over how many patients were trained on, with intervals.
+    """Draw a metric over the number of training patients, with intervals.
 
     Args:
-        curves: By variant, then by number of patients.
-        metric: What is measured, beside the axis.
-        chance: Where a line is drawn for what guessing would give.
+        curves: Intervals by variant and number of training patients.
+        metric: Name of the metric.
+        chance: Value at which a line marks random guessing.
     """
     figure, axis = _figure(6.6, 3.6)
     sizes = sorted({size for curve in curves.values() for size in curve})
     axis.set_xscale("log")
-    beside = _around(len(curves), 0.06)
-    for (name, curve), (colour, dash, marker), off in zip(curves.items(), _looks(), beside, strict=False):
+    offsets = _offsets(len(curves), 0.06)
+    for (name, curve), (colour, dash, marker), off in zip(curves.items(), _line_styles(), offsets, strict=False):
         points = [(size * (1 + off), *_parts(curve[size])) for size in sorted(curve)]
         points = [point for point in points if point[1] is not None]
         axis.plot(
@@ -351,7 +367,7 @@ def learning_curve(
     axis.set_xticks([], minor=True)
     axis.grid(axis="y")
     axis.set_xlabel("patients trained on")
-    axis.set_ylabel(words(metric))
+    axis.set_ylabel(readable_name(metric))
     _legend(axis)
     return figure
 
@@ -365,14 +381,14 @@ def boundaries(
     *,
     threshold: float = 0.5,
 ) -> "Figure":
-    """What models of two columns answer all over these, a panel a model, with the patients and where the call changes.
+    """Draw the probabilities of models of two columns, one panel for each model, with decision boundaries and patients.
 
     Args:
-        surfaces: By model, x `(A,)`, y `(B,)` and the probability `(B, A)` of the last label.
-        points: Each patient's x `(N,)`, y `(N,)` and true label `(N,)`, 0 or 1; patients with a blank are left out.
-        columns: What x and y are.
+        surfaces: By model, x `(A,)`, y `(B,)` and probabilities of the last label `(B, A)`.
+        points: x `(N,)`, y `(N,)` and true label 0 or 1 `(N,)` of each patient. Patients with a blank are not drawn.
+        columns: Names of x and y.
         labels: The two labels.
-        threshold: From which probability on the last label is called.
+        threshold: Probability from which the last label is predicted.
     """
     figure, axes = _panels(len(surfaces))
     x, y, truth = (np.asarray(each, float) for each in points)
@@ -390,8 +406,8 @@ def boundaries(
                 x[own], y[own], "os"[index], markersize=3.5, markeredgewidth=0.5, linestyle="none", label=label, **face
             )
         axis.set_title(name, fontsize=9)
-        axis.set_xlabel(words(columns[0]))
-        axis.set_ylabel(words(columns[1]))
+        axis.set_xlabel(readable_name(columns[0]))
+        axis.set_ylabel(readable_name(columns[1]))
     if picture is not None:
         figure.colorbar(picture, ax=axes, label=f"probability of {labels[1]}", aspect=30)
     _shared_legend(figure, axes)
@@ -400,15 +416,15 @@ def boundaries(
 
 @_styled
 def training(rows: Sequence[Mapping[str, Any]], *, title: str = "") -> "Figure":
-    """The losses of a training over its passes, a thin line a fold and their mean.
+    """Draw training and validation losses over epochs: a thin line for each fold and their mean.
 
     Args:
-        rows: Lines of a run's log with "fold", "epoch", "loss" and "val_loss", numbers or text as read from its CSV.
-        title: Above the figure, such as the variant's name.
+        rows: Rows of a run's log with "fold", "epoch", "loss" and "val_loss", as numbers or as text from the CSV.
+        title: Title, such as the name of the variant.
     """
     figure, axis = _figure(6.6, 3.4)
     for (column, label), (colour, dash, _) in zip(
-        {"loss": "training", "val_loss": "validation"}.items(), _looks(), strict=False
+        {"loss": "training", "val_loss": "validation"}.items(), _line_styles(), strict=False
     ):
         by_fold: dict[int, dict[int, float]] = {}
         for row in rows:
@@ -420,7 +436,7 @@ def training(rows: Sequence[Mapping[str, Any]], *, title: str = "") -> "Figure":
         common = sorted(set.intersection(*map(set, by_fold.values()))) if by_fold else []
         mean = [float(np.mean([losses[epoch] for losses in by_fold.values()])) for epoch in common]
         axis.plot(common, mean, dash, color=colour, linewidth=2.2, label=f"{label}, mean of {len(by_fold)} folds")
-    axis.set_xlabel("pass")
+    axis.set_xlabel("epoch")
     axis.set_ylabel("loss")
     axis.set_title(title, fontsize=9)
     axis.grid(axis="y")
@@ -435,14 +451,20 @@ def _figure(width: float, height: float) -> tuple["Figure", Any]:
     return figure, figure.add_subplot()
 
 
-def _panels(count: int, *, high: float = 1.0, foot: float = 0.5) -> tuple["Figure", list[Any]]:
-    """A figure of panels, at most four a row; `high` is their height by their width, `foot` inches for the legend."""
+def _panels(count: int, *, aspect: float = 1.0, legend_inches: float = 0.5) -> tuple["Figure", list[Any]]:
+    """Return a figure with at most four panels in a row.
+
+    Args:
+        count: Number of panels.
+        aspect: Height of a panel divided by its width.
+        legend_inches: Height of the legend below the panels.
+    """
     from matplotlib.figure import Figure
 
     across = min(max(count, 1), 4 if count not in (5, 6, 9) else 3)
     down = -(-max(count, 1) // across)
-    size = max(across * _PANEL, 4.0), down * (_PANEL * high + 0.25) + foot
-    figure = Figure(figsize=size, layout="compressed" if high == 1 else "constrained")
+    size = max(across * _PANEL_INCHES, 4.0), down * (_PANEL_INCHES * aspect + 0.25) + legend_inches
+    figure = Figure(figsize=size, layout="compressed" if aspect == 1 else "constrained")
     axes = figure.subplots(down, across, squeeze=False).ravel()
     for axis in axes[count:]:
         axis.remove()
@@ -458,31 +480,31 @@ def _square(axis: Any, x: str, y: str) -> None:
 
 
 def _legend(axis: Any) -> None:
-    """Beside the axes, where it hides nothing."""
+    """Place the legend to the right of the axes."""
     if axis.get_legend_handles_labels()[0]:
         axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0)
 
 
 def _shared_legend(figure: Any, axes: Sequence[Any]) -> None:
-    """One for all panels, under them."""
-    found = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    if found:
-        figure.legend(list(found.values()), list(found), loc="outside lower center", ncols=len(found))
+    """Place one legend for all panels below them."""
+    handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    if handles:
+        figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=len(handles))
 
 
-def _looks() -> Iterator[tuple[str, str, str]]:
-    """A colour, a dash and a marker for each curve: the dash changes when the colours begin again."""
+def _line_styles() -> Iterator[tuple[str, str, str]]:
+    """Yield a colour, a dash and a marker for each curve. The dash changes when the colours repeat."""
     for number in itertools.count():
         turn = number // len(COLOURS) + number % len(COLOURS)
         yield COLOURS[number % len(COLOURS)], _DASHES[turn % len(_DASHES)], _MARKERS[number % len(_MARKERS)]
 
 
-def _around(count: int, reach: float) -> np.ndarray:
-    """Places side by side, so that points do not hide each other."""
+def _offsets(count: int, reach: float) -> np.ndarray:
+    """Return offsets that keep points from hiding each other."""
     return np.linspace(-reach, reach, count) if count > 1 else np.zeros(count)
 
 
 def _parts(interval: Interval | None) -> tuple[float | None, float | None, float | None]:
-    said = [(interval or {}).get(key) for key in ("value", "low", "high")]
-    value, low, high = (float(each) if each is not None and np.isfinite(each) else None for each in said)
+    numbers = [(interval or {}).get(key) for key in ("value", "low", "high")]
+    value, low, high = (float(each) if each is not None and np.isfinite(each) else None for each in numbers)
     return value, low, high

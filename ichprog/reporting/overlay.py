@@ -1,4 +1,4 @@
-"""Pictures of what the models say: slices of a scan with the maps over them and the probabilities above."""
+"""Draw slices of a scan with saliency maps over them and probabilities above."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ from ichprog.scan.volume import AIR_HU, background
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_WINDOW = (0.0, 80.0)  # HU from black to white: width 80, level 40
+_WINDOW_HU = (0.0, 80.0)  # from black to white: width 80, level 40
 _MARGIN_MM = 8.0
 
 
@@ -25,100 +25,77 @@ def plot(
     outline: Any = None,
     slices: int = 5,
 ) -> "Figure":
-    """Draws maps over slices of their scan.
+    """Draw saliency maps over slices of their scan.
 
-    A row of slices alone comes first, then one for each map. Slices are those in which the maps are strongest, spread
-    over them, from foot to head; the patient's right is on the left, as radiologists look at them. Each map is scaled
-    by its own largest value, red speaks for the label and blue against it; where nothing speaks, an empty map is said
-    to be empty.
+    The first row shows slices of the scan, each further row one map. The slices are spread over the region in which the
+    maps are strongest, from foot to head. The patient's right is on the left, as in radiology. Each map is scaled by
+    its own largest value. Red increases the score of the label, blue decreases it. An empty map is labelled as empty.
 
     Args:
-        result: One map, several, or what `explain` returns for several.
-        scan: The scan, as `explain` took it.
-        prediction: Answers to print above the slices.
-        outline: Where to draw a line, such as the mask of a haemorrhage: an image in the scan's own space.
-        slices: How many slices.
+        result: One map, several maps, or the result of `explain` for several tasks or methods.
+        scan: Scan that was explained.
+        prediction: Prediction whose probabilities are printed above the slices.
+        outline: Image in the space of the scan whose region is outlined, such as the mask of a haemorrhage.
+        slices: Number of slices.
 
     Returns:
-        A figure of matplotlib, which `.savefig(path)` writes.
+        A matplotlib figure.
 
     Raises:
-        ScanError: `other-scan`: a map or the outline is of another shape than the scan.
+        ScanError: A map or the outline has another shape than the scan (code `other-scan`).
         IchprogError: matplotlib is not installed.
+
+    Example:
+        ```python
+        saliency = ichprog.explain(model, "scan.nii.gz")
+        ichprog.plot(saliency, "scan.nii.gz").savefig("map.png")
+        ```
     """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise missing_extra("report", "matplotlib", "Drawing a figure") from error
 
-    if isinstance(result, Saliency):
-        maps = [result]
-    else:
-        maps = list(result.values() if isinstance(result, Mapping) else result)
-    seen = read(scan)
-    values = [_over(seen.hu.shape, each.image, f"the map of {each.task}") for each in maps]
-    line = None if outline is None else _over(seen.hu.shape, outline, "the outline") > 0
-    chosen = _slices(values, line, slices)
-    box = _box(seen.hu, seen.spacing)
-    width, height = (s.stop - s.start for s in box)
+    maps = _as_list(result)
+    loaded = read(scan)
+    shape = loaded.hu.shape
+    values = [_read_aligned(shape, each.image, f"The map of {each.task}") for each in maps]
+    region = None if outline is None else _read_aligned(shape, outline, "The outline") > 0
+    chosen = _choose_slices(values, region, slices)
+    box = _head_box(loaded.hu, loaded.spacing)
+    width, height = (side.stop - side.start for side in box)
     rows = 1 + len(maps)
     figure = Figure(figsize=(2.6 * len(chosen), 2.6 * height / width * rows + 0.9), layout="constrained")
     grid = figure.subplots(rows, len(chosen), squeeze=False)
     for row, axes in enumerate(grid):
         for axis, k in zip(axes, chosen, strict=True):
-            axis.imshow(seen.hu[box][:, :, k].T, cmap="gray", vmin=_WINDOW[0], vmax=_WINDOW[1])
-            axis.set_xticks([])
-            axis.set_yticks([])
-            if row:
-                _overlay(axis, values[row - 1][box], k)
-            if line is not None and line[box][:, :, k].any():
-                axis.contour(line[box][:, :, k].T, [0.5], colors="yellow", linewidths=0.8)
-        axes[0].set_ylabel(_name(maps[row - 1]) if row else "scan", fontsize=9)
+            _draw_slice(axis, loaded.hu[box], k, values[row - 1][box] if row else None, region, box)
+        axes[0].set_ylabel(_map_label(maps[row - 1]) if row else "scan", fontsize=9)
     for axis, k in zip(grid[0], chosen, strict=True):
-        axis.set_title(f"slice {k + 1} of {seen.hu.shape[2]}", fontsize=8)
-    figure.suptitle(_said(maps, prediction), fontsize=10)
+        axis.set_title(f"slice {k + 1} of {shape[2]}", fontsize=8)
+    figure.suptitle(_title(maps, prediction), fontsize=10)
     return figure
 
 
-def _over(shape: tuple[int, ...], image: Any, what: str) -> np.ndarray:
-    """An image's values in the order of the scan's voxels."""
-    values = read(image).hu
-    if values.shape != shape:
-        raise ScanError(
-            f"{what} has {values.shape} voxels and the scan {shape}: it belongs to another scan. Give the scan that "
-            "was explained.",
-            code="other-scan",
-            measured=list(values.shape),
-            expected=list(shape),
-            unit="voxels",
-        )
-    return values
+def _as_list(result: Saliency | Sequence[Saliency] | Mapping[Any, Saliency]) -> list[Saliency]:
+    if isinstance(result, Saliency):
+        return [result]
+    return list(result.values() if isinstance(result, Mapping) else result)
 
 
-def _slices(maps: list[np.ndarray], outline: np.ndarray | None, count: int) -> list[int]:
-    """Slices where something is to be seen, evenly over its extent."""
-    strength = sum(np.abs(values).max((0, 1)) / max(float(np.abs(values).max()), 1e-30) for values in maps)
-    strength = np.asarray(strength) / len(maps) + (0 if outline is None else 2.0 * outline.any((0, 1)))
-    there = np.flatnonzero(strength > 0.3 * strength.max())
-    if not there.size:
-        there = np.arange(len(strength))
-    low, high = int(there[0]), int(there[-1])
-    return sorted({round(k) for k in np.linspace(low, high, min(count, high - low + 1))})
+def _draw_slice(
+    axis: Any, hu: np.ndarray, k: int, values: np.ndarray | None, region: np.ndarray | None, box: tuple[slice, slice]
+) -> None:
+    axis.imshow(hu[:, :, k].T, cmap="gray", vmin=_WINDOW_HU[0], vmax=_WINDOW_HU[1])
+    axis.set_xticks([])
+    axis.set_yticks([])
+    if values is not None:
+        _draw_map(axis, values, k)
+    if region is not None and region[box][:, :, k].any():
+        axis.contour(region[box][:, :, k].T, [0.5], colors="yellow", linewidths=0.8)
 
 
-def _box(hu: np.ndarray, spacing: tuple[float, ...]) -> tuple[slice, slice]:
-    """Where the head is in the slices."""
-    empty, _ = background(hu)
-    there = (np.abs(hu - empty) > 0.5) & (hu > AIR_HU)
-    box = []
-    for axis in range(2):
-        seen = np.flatnonzero(there.any((1 - axis, 2)))
-        margin = int(_MARGIN_MM / spacing[axis])
-        box.append(slice(max(0, int(seen[0]) - margin), int(seen[-1]) + margin + 1) if seen.size else slice(None))
-    return box[0], box[1]
-
-
-def _overlay(axis: Any, values: np.ndarray, k: int) -> None:
+def _draw_map(axis: Any, values: np.ndarray, k: int) -> None:
     top = float(np.abs(values).max())
     if top == 0:
         axis.text(0.5, 0.5, "empty map", color="white", ha="center", va="center", transform=axis.transAxes)
@@ -127,16 +104,55 @@ def _overlay(axis: Any, values: np.ndarray, k: int) -> None:
     axis.imshow(scaled, cmap="coolwarm", vmin=-1, vmax=1, alpha=np.clip(np.abs(scaled) * 1.4, 0, 0.75))
 
 
-def _name(saliency: Saliency) -> str:
+def _read_aligned(shape: tuple[int, ...], image: Any, name: str) -> np.ndarray:
+    """Return the values of an image in the voxel order of the scan."""
+    values = read(image).hu
+    if values.shape != shape:
+        raise ScanError(
+            f"{name} has {values.shape} voxels and the scan has {shape}, so it belongs to another scan. Give the scan "
+            "that was explained.",
+            code="other-scan",
+            measured=list(values.shape),
+            expected=list(shape),
+            unit="voxels",
+        )
+    return values
+
+
+def _choose_slices(maps: list[np.ndarray], region: np.ndarray | None, count: int) -> list[int]:
+    """Choose slices evenly over the extent of the strong slices of the maps and of the outlined region."""
+    strength = sum(np.abs(values).max((0, 1)) / max(float(np.abs(values).max()), 1e-30) for values in maps)
+    strength = np.asarray(strength) / len(maps) + (0 if region is None else 2.0 * region.any((0, 1)))
+    strong = np.flatnonzero(strength > 0.3 * strength.max())
+    if not strong.size:
+        strong = np.arange(len(strength))
+    low, high = int(strong[0]), int(strong[-1])
+    return sorted({round(k) for k in np.linspace(low, high, min(count, high - low + 1))})
+
+
+def _head_box(hu: np.ndarray, spacing: tuple[float, ...]) -> tuple[slice, slice]:
+    """Return the rectangle of the head with a margin, over all slices."""
+    padding, _ = background(hu)
+    head = (np.abs(hu - padding) > 0.5) & (hu > AIR_HU)
+    box = []
+    for axis in range(2):
+        indices = np.flatnonzero(head.any((1 - axis, 2)))
+        margin = int(_MARGIN_MM / spacing[axis])
+        bounds = slice(max(0, int(indices[0]) - margin), int(indices[-1]) + margin + 1) if indices.size else slice(None)
+        box.append(bounds)
+    return box[0], box[1]
+
+
+def _map_label(saliency: Saliency) -> str:
     return f"{saliency.task}: {saliency.label}\n{saliency.method}"
 
 
-def _said(maps: list[Saliency], prediction: Prediction | None) -> str:
+def _title(maps: list[Saliency], prediction: Prediction | None) -> str:
     lines = []
     if prediction is not None:
-        said = [
+        probabilities = [
             f"{name}: " + ", ".join(f"{label} {value:.2f}" for label, value in task.probabilities.items())
             for name, task in prediction.tasks.items()
         ]
-        lines.append("   |   ".join(said))
+        lines.append("   |   ".join(probabilities))
     return "\n".join([*lines, f"{maps[0].model}. {maps[0].provenance['notice']}"])

@@ -1,16 +1,16 @@
-"""Tables of results: the same rows as CSV, Markdown, LaTeX and HTML.
+"""Write tables of results: the same rows as CSV, Markdown and LaTeX.
 
-A row is a mapping from a column's name to text, a number, None where there is nothing to say, or an interval
-`{"value": .., "low": .., "high": ..}` as `metrics.json` holds them. Text for readers is rounded; the CSV is not, and
-has an interval in three columns, `auroc, auroc_low, auroc_high`.
+A row is a mapping from column names to text, numbers, None, or intervals `{"value": .., "low": .., "high": ..}`.
+Markdown and LaTeX have rounded numbers. The CSV has full precision, and an interval takes three columns: `auroc`,
+`auroc_low` and `auroc_high`.
 """
 
 import csv
-import html as _html
 import io
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -19,26 +19,39 @@ from ichprog.io import atomic_write
 from ichprog.metrics import label_of
 
 Row = Mapping[str, Any]
-Columns = Mapping[str, str] | Sequence[str]  # names and what readers see in their place, or names alone
+Columns = Mapping[str, str] | Sequence[str]  # names and their headings, or names alone
 
-NOTHING = "-"
+NO_VALUE = "-"
 
 
-def words(name: str) -> str:
-    """A plain name such as `balanced_accuracy` or `auroc_1` as a reader sees it: "balanced accuracy", "AUROC 1"."""
+def readable_name(name: str) -> str:
+    """Return the name of a metric or column as a reader sees it.
+
+    Args:
+        name: Name in files.
+
+    Example:
+        >>> readable_name("balanced_accuracy"), readable_name("auroc_1"), readable_name("mean_age")
+        ('balanced accuracy', 'AUROC 1', 'mean age')
+    """
     return label_of(name) or name.replace("_", " ")
 
 
-def shown(value: Any) -> str:
-    """A cell as readers see it.
+def format_value(value: Any) -> str:
+    """Format a table cell for readers.
 
-    Shares and the like have three decimals, larger numbers fewer; an interval is "0.712 (0.650 to 0.770)"; what is
-    None or not finite is a dash. A number that would round to nothing says so: "<0.001".
+    Args:
+        value: Text, number, None, or interval. Numbers below 10 get three decimals, larger numbers fewer. None and
+            numbers that are not finite are a dash.
+
+    Example:
+        >>> format_value({"value": 0.7123, "low": 0.65, "high": 0.77}), format_value(0.00001), format_value(None)
+        ('0.712 (0.650 to 0.770)', '<0.001', '-')
     """
     if isinstance(value, Mapping):
-        middle, low, high = (_number(value.get(key)) for key in ("value", "low", "high"))
+        middle, low, high = (_finite(value.get(key)) for key in ("value", "low", "high"))
         if middle is None:
-            return NOTHING
+            return NO_VALUE
         digits = _decimals(middle)
         if low is None or high is None:
             return _fixed(middle, digits)
@@ -48,41 +61,96 @@ def shown(value: Any) -> str:
     if isinstance(value, Integral):
         return str(int(value))
     if isinstance(value, Real):
-        number = _number(value)
+        number = _finite(value)
         if number is None:
-            return NOTHING
+            return NO_VALUE
         return "<0.001" if 0 < number < 0.0005 else _fixed(number, _decimals(number))
-    return NOTHING if value is None or value == "" else " ".join(str(value).split())
+    return NO_VALUE if value is None or value == "" else " ".join(str(value).split())
 
 
-def markdown(rows: Iterable[Row], columns: Columns, caption: str = "") -> str:
-    """The table in Markdown, numbers to the right."""
-    rows, heads = list(rows), _heads(columns)
-    numeric = _numeric(rows, heads)
+@dataclass(frozen=True)
+class Column:
+    """A column of a formatted table.
+
+    Attributes:
+        heading: Heading for readers.
+        numeric: Whether the column holds numbers, which are aligned to the right.
+    """
+
+    heading: str
+    numeric: bool
+
+
+@dataclass(frozen=True)
+class FormattedTable:
+    """A table as readers see it.
+
+    Attributes:
+        columns: Columns.
+        rows: Cells of each row.
+    """
+
+    columns: tuple[Column, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+def format_table(rows: Iterable[Row], columns: Columns) -> FormattedTable:
+    """Format a table for readers.
+
+    Args:
+        rows: Rows.
+        columns: Names of the columns, or a mapping from names to headings.
+
+    Example:
+        >>> format_table([{"n": 3, "auroc": 0.5}], ["n", "auroc"]).rows
+        (('3', '0.500'),)
+    """
+    rows, headings = list(rows), _headings(columns)
+    return FormattedTable(
+        tuple(Column(heading, _is_numeric(rows, name)) for name, heading in headings.items()),
+        tuple(tuple(format_value(row.get(name)) for name in headings) for row in rows),
+    )
+
+
+def to_markdown(rows: Iterable[Row], columns: Columns, caption: str = "") -> str:
+    """Return a table as Markdown, with numbers aligned to the right.
+
+    Args:
+        rows: Rows.
+        columns: Names of the columns, or a mapping from names to headings.
+        caption: What the table shows.
+    """
+    table = format_table(rows, columns)
     lines = [
-        [_markdown(head) for head in heads.values()],
-        ["---:" if name in numeric else "---" for name in heads],
-        *([_markdown(shown(row.get(name))) for name in heads] for row in rows),
+        [_escape_markdown(column.heading) for column in table.columns],
+        ["---:" if column.numeric else "---" for column in table.columns],
+        *([_escape_markdown(cell) for cell in row] for row in table.rows),
     ]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return f"{table}\n\n{_markdown(caption)}\n" if caption else f"{table}\n"
+    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"{text}\n\n{_escape_markdown(caption)}\n" if caption else f"{text}\n"
 
 
-def latex(rows: Iterable[Row], columns: Columns, caption: str = "", *, label: str = "") -> str:
-    """The table in LaTeX, which needs no package."""
-    rows, heads = list(rows), _heads(columns)
-    numeric = _numeric(rows, heads)
+def to_latex(rows: Iterable[Row], columns: Columns, caption: str = "", *, label: str = "") -> str:
+    """Return a table as LaTeX that needs no package.
+
+    Args:
+        rows: Rows.
+        columns: Names of the columns, or a mapping from names to headings.
+        caption: What the table shows.
+        label: Label, which gets the prefix "tab:".
+    """
+    table = format_table(rows, columns)
     lines = [r"\begin{table}", r"\centering"]
     if caption:
-        lines.append(rf"\caption{{{_latex(caption)}}}")
+        lines.append(rf"\caption{{{_escape_latex(caption)}}}")
     if label:
         lines.append(rf"\label{{tab:{label}}}")
     lines += [
-        rf"\begin{{tabular}}{{{''.join('r' if name in numeric else 'l' for name in heads)}}}",
+        rf"\begin{{tabular}}{{{''.join('r' if column.numeric else 'l' for column in table.columns)}}}",
         r"\hline",
-        " & ".join(map(_latex, heads.values())) + r" \\",
+        " & ".join(_escape_latex(column.heading) for column in table.columns) + r" \\",
         r"\hline",
-        *(" & ".join(_latex(shown(row.get(name))) for name in heads) + r" \\" for row in rows),
+        *(" & ".join(map(_escape_latex, row)) + r" \\" for row in table.rows),
         r"\hline",
         r"\end{tabular}",
         r"\end{table}",
@@ -90,88 +158,74 @@ def latex(rows: Iterable[Row], columns: Columns, caption: str = "", *, label: st
     return "\n".join(lines) + "\n"
 
 
-def html(rows: Iterable[Row], columns: Columns, caption: str = "") -> str:
-    """The table as an element of HTML."""
-    rows, heads = list(rows), _heads(columns)
-    numeric = _numeric(rows, heads)
-    kind = {name: ' class="number"' if name in numeric else "" for name in heads}
-    lines = ["<table>"]
-    if caption:
-        lines.append(f"<caption>{_html.escape(caption)}</caption>")
-    cells = "".join(f'<th scope="col"{kind[name]}>{_html.escape(head)}</th>' for name, head in heads.items())
-    lines.append(f"<thead><tr>{cells}</tr></thead><tbody>")
-    for row in rows:
-        cells = "".join(f"<td{kind[name]}>{_html.escape(shown(row.get(name)))}</td>" for name in heads)
-        lines.append(f"<tr>{cells}</tr>")
-    return "\n".join([*lines, "</tbody></table>"])
+def to_csv(rows: Iterable[Row], columns: Columns) -> str:
+    """Return a table as CSV with the names of the columns and full precision. Missing values are blank.
 
-
-def comma_separated(rows: Iterable[Row], columns: Columns) -> str:
-    """The table as CSV under the columns' plain names, unrounded; what is not known is blank."""
-    rows, heads = list(rows), _heads(columns)
-    ranged = {name for name in heads if any(isinstance(row.get(name), Mapping) for row in rows)}
+    Args:
+        rows: Rows.
+        columns: Names of the columns, or a mapping from names to headings.
+    """
+    rows, names = list(rows), list(_headings(columns))
+    intervals = {name for name in names if any(isinstance(row.get(name), Mapping) for row in rows)}
     file = io.StringIO()
-    table = csv.writer(file, lineterminator="\n")
-    table.writerow([each for name in heads for each in (_run_jobs(name) if name in ranged else [name])])
+    writer = csv.writer(file, lineterminator="\n")
+    header = ([name, f"{name}_low", f"{name}_high"] if name in intervals else [name] for name in names)
+    writer.writerow([cell for cells in header for cell in cells])
     for row in rows:
         cells: list[Any] = []
-        for name in heads:
+        for name in names:
             value = row.get(name)
-            if name in ranged:
+            if name in intervals:
                 interval = value if isinstance(value, Mapping) else {"value": value}
                 cells += [_plain(interval.get(key)) for key in ("value", "low", "high")]
             else:
                 cells.append(_plain(value))
-        table.writerow(cells)
+        writer.writerow(cells)
     return file.getvalue()
 
 
 def write(rows: Iterable[Row], columns: Columns, folder: Path, name: str, caption: str = "") -> tuple[Path, ...]:
-    """Writes a table as `name.csv`, `name.md` and `name.tex`, each whole or not at all.
+    """Write a table as `name.csv`, `name.md` and `name.tex`, each whole or not at all.
 
     Args:
-        rows: The rows.
-        columns: Which columns, in order: names, or names and what readers see in their place. What a row does not
-            have is left blank.
-        folder: Where to; it is made.
-        name: The files' name without an ending, and the label in LaTeX.
+        rows: Rows. A missing value is blank.
+        columns: Names of the columns, or a mapping from names to headings.
+        folder: Folder, which is created.
+        name: Name of the files without extension, and label in LaTeX.
         caption: What the table shows.
 
     Returns:
-        The files.
+        The paths of the files.
+
+    Example:
+        ```python
+        write([{"variant": "prognosis", "auroc": 0.74}], ["variant", "auroc"], Path("tables"), "results")
+        ```
     """
     rows = list(rows)
     folder.mkdir(parents=True, exist_ok=True)
     texts = {
-        "csv": comma_separated(rows, columns),
-        "md": markdown(rows, columns, caption),
-        "tex": latex(rows, columns, caption, label=name),
+        "csv": to_csv(rows, columns),
+        "md": to_markdown(rows, columns, caption),
+        "tex": to_latex(rows, columns, caption, label=name),
     }
-    for ending, text in texts.items():
-        with atomic_write(folder / f"{name}.{ending}") as part:
-            part.write_text(text, encoding="utf-8", newline="")
-    return tuple(folder / f"{name}.{ending}" for ending in texts)
+    for extension, text in texts.items():
+        with atomic_write(folder / f"{name}.{extension}") as path:
+            path.write_text(text, encoding="utf-8", newline="")
+    return tuple(folder / f"{name}.{extension}" for extension in texts)
 
 
-def _heads(columns: Columns) -> dict[str, str]:
-    return dict(columns) if isinstance(columns, Mapping) else {name: words(name) for name in columns}
+def _headings(columns: Columns) -> dict[str, str]:
+    return dict(columns) if isinstance(columns, Mapping) else {name: readable_name(name) for name in columns}
 
 
-def _numeric(rows: Sequence[Row], names: Iterable[str]) -> set[str]:
-    """Columns that hold numbers, or nothing, and are set to the right."""
-    said = {name: [row[name] for row in rows if row.get(name) not in (None, "")] for name in names}
-    return {
-        name
-        for name, values in said.items()
-        if values and all(isinstance(value, Real | Mapping) and not isinstance(value, bool) for value in values)
-    }
+def _is_numeric(rows: Sequence[Row], name: str) -> bool:
+    """Return whether a column holds numbers only, apart from missing values."""
+    values = [row[name] for row in rows if row.get(name) not in (None, "")]
+    return bool(values) and all(isinstance(value, Real | Mapping) and not isinstance(value, bool) for value in values)
 
 
-def _run_jobs(name: str) -> list[str]:
-    return [name, f"{name}_low", f"{name}_high"]
-
-
-def _number(value: Any) -> float | None:
+def _finite(value: Any) -> float | None:
     return float(value) if isinstance(value, Real) and math.isfinite(value) else None
 
 
@@ -181,17 +235,17 @@ def _decimals(value: float) -> int:
 
 def _fixed(value: float, digits: int) -> str:
     text = f"{value:.{digits}f}"
-    return text.removeprefix("-") if not float(text) else text  # no "-0.000"
+    return text.removeprefix("-") if not float(text) else text  # "-0.000" becomes "0.000"
 
 
 def _plain(value: Any) -> Any:
-    """A number in full, so that it reads back as it was."""
+    """Return a number with full precision as Python's own type, and any other value as it is."""
     if isinstance(value, Integral) and not isinstance(value, bool):
         return int(value)
-    return _number(value) if isinstance(value, Real) and not isinstance(value, bool) else value
+    return _finite(value) if isinstance(value, Real) and not isinstance(value, bool) else value
 
 
-def _markdown(text: str) -> str:
+def _escape_markdown(text: str) -> str:
     return re.sub(r"([\\`*_|\[\]<>])", r"\\\1", " ".join(text.split()))
 
 
@@ -208,5 +262,5 @@ _LATEX = {
 }
 
 
-def _latex(text: str) -> str:
+def _escape_latex(text: str) -> str:
     return "".join(_LATEX.get(sign, sign) for sign in " ".join(text.split()))

@@ -1,7 +1,7 @@
-"""What a study found: every figure from `predictions.csv`, how sure it is, and what it is held against.
+"""Analyse the predictions of a study: metrics with intervals, comparisons, subgroups, readers and mistakes.
 
-Nothing is tuned on the patients it is told of: thresholds, recalibration and conformal limits come from the validation
-part of the fold that answers, and are only applied to its test part.
+No threshold or calibration uses test patients. Thresholds, recalibration and conformal limits are fitted to the
+validation part of the fold that predicts a patient, and applied to the test part of that fold.
 """
 
 import csv
@@ -26,20 +26,20 @@ Row = dict[str, Any]
 Interval = Mapping[str, float | None]
 Metrics = dict[str, dict[str, dict[str, Interval]]]  # by run, task and metric
 
-_MISTAKES = 5  # of a variant that are told
+_MAX_MISTAKES = 5  # of each run
 
 
 @dataclass(frozen=True)
 class TaskAnalysis:
-    """What one variant or baseline says of one task's test patients, with what validation patients make of it.
+    """Test predictions of one run for one task, with what was fitted to the validation parts.
 
     Attributes:
-        task: The task.
+        task: Task.
         predictions: Test predictions of the `N` labelled patients.
         thresholds: Decision threshold of each patient `(N,)`. For two labels it is chosen on the validation part of the
-            fold that predicts; for more labels it is the task's own.
-        recalibrated: Predictions of two labels after recalibration on that validation part; otherwise None.
-        sets: `(N, K)` bool, the conformal sets.
+            fold that predicts. For more labels it is the task's own.
+        recalibrated: Predictions of two labels after recalibration on that validation part. Otherwise None.
+        sets: Conformal sets `(N, K)` bool.
     """
 
     task: Task
@@ -49,22 +49,25 @@ class TaskAnalysis:
     sets: np.ndarray
 
 
+Analyses = Mapping[str, Mapping[str, TaskAnalysis]]  # by run and task
+
+
 @dataclass(frozen=True)
 class StudyResults:
-    """All that a study found.
+    """Results of a study. A run is a variant, a baseline, or a variant on fewer patients.
 
     Attributes:
-        judged: By run, a variant or baseline or a variant at a size, and task.
-        metrics: By run, task and metric, each `{"value", "low", "high"}`.
-        per_fold: By run, task and metric, a value a fold.
-        comparisons: Rows: a run less its reference, a metric each, with p adjusted over all runs of that metric.
-        correlations: Rows: columns with the outcome that folds are split by.
-        subgroups: Rows: groups of patients, by run.
-        readers: By variant, what `comparisons.readers` says.
+        analyses: Analyses by run and task.
+        metrics: Intervals `{"value", "low", "high"}` by run, task and metric.
+        per_fold: One value for each fold, by run, task and metric.
+        comparisons: Rows: difference between a run and its reference in one metric, with p adjusted over all runs.
+        correlations: Rows: correlation of a column with the outcome of the main task.
+        subgroups: Rows: metrics of a group of patients, by run.
+        readers: Comparison with readers by variant, as `agreement.compare_readers` returns it.
         mistakes: Rows: the most confident mistakes of each run.
     """
 
-    judged: Mapping[str, Mapping[str, TaskAnalysis]]
+    analyses: Analyses
     metrics: Metrics
     per_fold: Mapping[str, Mapping[str, Mapping[str, list[float | None]]]]
     comparisons: list[Row]
@@ -74,256 +77,261 @@ class StudyResults:
     mistakes: list[Row]
 
 
-def judge(study: Study, cohort: Cohort, predictions: Predictions) -> StudyResults:
-    """Judges everything that has been predicted.
+def analyse(study: Study, cohort: Cohort, predictions: Predictions) -> StudyResults:
+    """Analyse all predictions of a study.
 
     Args:
-        study: The study.
-        cohort: Its patients.
-        predictions: What was said of them.
+        study: Study.
+        cohort: Patients of the study.
+        predictions: Predictions of all runs.
 
     Raises:
-        CohortError: The readers' table cannot be used, or a column is not of numbers where cuts are given.
-        UnknownNameError: The cohort has no such column.
+        CohortError: The readers' table cannot be used, or a column with bounds is not numeric.
+        UnknownNameError: The cohort lacks a column.
+
+    Example:
+        ```python
+        results = analyse(study, cohort, Predictions.read(Path("out/predictions.csv")))
+        print(results.metrics["prognosis"]["prognosis"]["auroc"])
+        ```
     """
-    judged = {
-        run: {name: _judged(study, predictions, run, name) for name in predictions.tasks(run)}
+    analyses = {
+        run: {name: _analyse_task(study, predictions, run, name) for name in predictions.tasks(run)}
         for run in predictions.variants
     }
-    main = study.split_by
+    main = {run: tasks[study.stratify_by] for run, tasks in analyses.items() if study.stratify_by in tasks}
     return StudyResults(
-        judged,
-        {run: {name: _metrics(one, study) for name, one in tasks.items()} for run, tasks in judged.items()},
-        {run: {name: _per_fold(one, study.folds) for name, one in tasks.items()} for run, tasks in judged.items()},
-        _comparisons(study, judged),
+        analyses,
+        {run: {name: _metrics(one, study) for name, one in tasks.items()} for run, tasks in analyses.items()},
+        {run: {name: _per_fold(one, study.folds) for name, one in tasks.items()} for run, tasks in analyses.items()},
+        _comparisons(study, analyses),
         _correlations(study, cohort),
-        _subgroups(study, cohort, judged),
-        _readers(study, {run: tasks[main] for run, tasks in judged.items() if main in tasks}),
-        [row for run, tasks in judged.items() if main in tasks for row in _mistakes(run, tasks[main])],
+        _subgroups(study, cohort, main),
+        _readers(study, main),
+        [row for run, one in main.items() for row in _mistakes(run, one)],
     )
 
 
-def task_of(study: Study, run: str, name: str) -> Task:
-    """A task as a variant or baseline of a study understands it.
+def learning_curves(
+    study: Study, metrics: Metrics, full_size: int, metric: str = metrics_package.PRIMARY
+) -> dict[str, dict[int, Interval]]:
+    """Return the learning curves of the main task: intervals of a metric by variant and number of training patients.
 
     Args:
-        study: The study.
-        run: The variant, perhaps at a size, or the baseline.
-        name: The task.
+        study: Study.
+        metrics: Metrics of its `StudyResults`.
+        full_size: Number of training patients of a fold if all are used.
+        metric: Metric.
     """
-    return study.runs[run][0].spec.task(name) if run in study.runs else study.task(name)
-
-
-def curve(study: Study, metrics: Metrics, trained_on: int, metric: str = "auroc") -> dict[str, dict[int, Interval]]:
-    """The learning curve of the task that folds are split by: by variant and number of patients, a metric.
-
-    Args:
-        study: The study.
-        metrics: Those of its `StudyResults`.
-        trained_on: How many patients a fold trains on where all do.
-        metric: Which one.
-    """
-    found: dict[str, dict[int, Interval]] = {}
-    for name in study.sized:
-        for size in (*study.sizes, None):
+    curves: dict[str, dict[int, Interval]] = {}
+    for name in study.curve_variants:
+        for size in (*study.curve_sizes, None):
             run = name if size is None else f"{name}@{size}"
-            if study.split_by in metrics.get(run, {}):
-                found.setdefault(name, {})[size or trained_on] = metrics[run][study.split_by][metric]
-    return found
+            if study.stratify_by in metrics.get(run, {}):
+                curves.setdefault(name, {})[size or full_size] = metrics[run][study.stratify_by][metric]
+    return curves
 
 
-def _judged(study: Study, predictions: Predictions, run: str, name: str) -> TaskAnalysis:
-    task = task_of(study, run, name)
+def _analyse_task(study: Study, predictions: Predictions, run: str, name: str) -> TaskAnalysis:
+    """Fit thresholds, recalibration and conformal limits to validation parts, and apply each to its test part."""
+    task = study.runs[run].variant.spec.task(name) if run in study.runs else study.task(name)
     test = predictions.entries[run, name, "test"].labelled()
     validation = predictions.entries[run, name, "validation"].labelled()
     binary = task.kind == "binary"
     thresholds, sets = np.full(len(test), task.decision_threshold), np.ones(test.probabilities.shape, bool)
     recalibrated = test.probabilities.copy()
     for fold in np.unique(test.fold):
-        own, held_out = test.fold == fold, validation.select(validation.fold == fold)
-        sets[own] = conformal.conformal_sets(
-            held_out.truth, held_out.probabilities, test.probabilities[own], coverage=study.coverage
+        in_fold, held_out = test.fold == fold, validation.select(validation.fold == fold)
+        sets[in_fold] = conformal.conformal_sets(
+            held_out.truth, held_out.probabilities, test.probabilities[in_fold], coverage=study.coverage
         )
         if binary:
-            thresholds[own] = discrimination.choose_threshold(held_out.truth, held_out.probabilities[:, 1])
-            line = calibration.fit_recalibration(held_out.truth, held_out.probabilities[:, 1])
-            p = calibration.recalibrate(test.probabilities[own, 1], *line)
-            recalibrated[own] = np.column_stack([1 - p, p])
+            thresholds[in_fold] = discrimination.choose_threshold(held_out.truth, held_out.probabilities[:, 1])
+            slope, intercept = calibration.fit_recalibration(held_out.truth, held_out.probabilities[:, 1])
+            p = calibration.recalibrate(test.probabilities[in_fold, 1], slope, intercept)
+            recalibrated[in_fold] = np.column_stack([1 - p, p])
     after = TaskPredictions(test.patients, test.fold, test.truth, recalibrated) if binary else None
     return TaskAnalysis(task, test, thresholds, after, sets)
 
 
 def _metrics(one: TaskAnalysis, study: Study) -> dict[str, Interval]:
-    kind, options = one.task.kind, dict[str, Any](n_bootstrap=study.draws, seed=study.seed)
-    found: dict[str, Interval] = {**_with_intervals(one, study)}
+    kind, options = one.task.kind, dict[str, Any](n_bootstrap=study.n_bootstrap, seed=study.bootstrap_seed)
+    metrics: dict[str, Interval] = {**_with_intervals(one, study)}
     if one.recalibrated is not None:
         after = metrics_package.compute_with_intervals(
             one.recalibrated.truth, one.recalibrated.probabilities, kind=kind, **options
         )
-        found |= {
+        metrics |= {
             each.name + metrics_package.RECALIBRATED: after[each.name]
             for each in metrics_package.registered(kind)
             if each.recalibrated
         }
-    return found | conformal.set_metrics(one.sets, one.predictions.truth, **options)
+    return metrics | conformal.set_metrics(one.sets, one.predictions.truth, **options)
 
 
-def _with_intervals(one: TaskAnalysis, study: Study, own: Any = slice(None)) -> dict[str, dict[str, float | None]]:
+def _with_intervals(one: TaskAnalysis, study: Study, chosen: Any = slice(None)) -> dict[str, dict[str, float | None]]:
     """Return every metric of the analysed patients, or of some of these patients."""
     return metrics_package.compute_with_intervals(
-        one.predictions.truth[own], one.predictions.probabilities[own], kind=one.task.kind,
-        thresholds=one.thresholds[own], n_bootstrap=study.draws, seed=study.seed,
-    )  # fmt: skip
+        one.predictions.truth[chosen],
+        one.predictions.probabilities[chosen],
+        kind=one.task.kind,
+        thresholds=one.thresholds[chosen],
+        n_bootstrap=study.n_bootstrap,
+        seed=study.bootstrap_seed,
+    )
 
 
 def _per_fold(one: TaskAnalysis, folds: int) -> dict[str, list[float | None]]:
-    found: dict[str, list[float | None]] = {}
+    per_fold: dict[str, list[float | None]] = {}
     for fold in range(folds):
-        own = one.predictions.fold == fold
-        limits = one.thresholds[own]
-        figures = metrics_package.compute(
-            one.predictions.truth[own], one.predictions.probabilities[own], kind=one.task.kind, thresholds=limits
+        in_fold = one.predictions.fold == fold
+        thresholds = one.thresholds[in_fold]
+        metrics = metrics_package.compute(
+            one.predictions.truth[in_fold],
+            one.predictions.probabilities[in_fold],
+            kind=one.task.kind,
+            thresholds=thresholds,
         )
         if one.task.kind == "binary":
-            figures["threshold"] = float(limits[0]) if len(limits) else math.nan
-        for name, value in figures.items():
-            found.setdefault(name, []).append(finite(value))
-    return found
+            metrics["threshold"] = float(thresholds[0]) if len(thresholds) else math.nan
+        for name, value in metrics.items():
+            per_fold.setdefault(name, []).append(finite(value))
+    return per_fold
 
 
-def _comparisons(study: Study, judged: Mapping[str, Mapping[str, TaskAnalysis]]) -> list[Row]:
-    """Each run against its reference: the first variant with this task alone, or else the first with it, at its size.
+def _comparisons(study: Study, analyses: Analyses) -> list[Row]:
+    """Compare each run with its reference of the same size.
 
-    Holm's adjustment is over all runs that one metric of one task is compared of, those at a size apart.
+    Holm's adjustment is over all runs that are compared in one metric of one task. Learning-curve runs are adjusted
+    separately.
     """
     families: dict[tuple[str, tuple[str, ...], str, bool], list[Row]] = {}
-    for run, tasks in judged.items():
-        size = study.runs[run][1] if run in study.runs else None
+    for run, tasks in analyses.items():
         for name, one in tasks.items():
-            reference = _reference(study, one.task, size, judged)
+            reference = _find_reference(study, one.task, run, analyses)
             if reference in (None, run):
                 continue
-            other = judged[str(reference)][name]
-            first, second = align(one.predictions, other.predictions)
-            figures = comparisons.compare(
-                one.predictions.truth[first], one.predictions.probabilities[first],
-                other.predictions.probabilities[second], kind=one.task.kind,
-                thresholds=(one.thresholds[first], other.thresholds[second]), n_bootstrap=study.draws, seed=study.seed,
-            )  # fmt: skip
-            for each in metrics_package.registered(one.task.kind):
-                if each.compared:
-                    key = (name, one.task.labels, each.name, size is not None)
-                    row = {"task": name, "metric": each.name, "variant": run, "reference": reference}
-                    families.setdefault(key, []).append(row | figures[each.name])
+            for metric, row in _compare_pair(study, one, analyses[str(reference)][name]).items():
+                key = (name, one.task.labels, metric, study.is_curve_run(run))
+                pair = {"task": name, "metric": metric, "variant": run, "reference": reference}
+                families.setdefault(key, []).append(pair | row)
     rows = []
     for family in families.values():
-        known = [math.nan if row["p"] is None else row["p"] for row in family]
-        rows += [row | {"p_holm": finite(p)} for row, p in zip(family, comparisons.holm(known), strict=True)]
+        p_values = [math.nan if row["p"] is None else row["p"] for row in family]
+        rows += [row | {"p_holm": finite(p)} for row, p in zip(family, comparisons.holm(p_values), strict=True)]
     return rows
 
 
-def _reference(study: Study, task: Task, size: int | None, judged: Mapping[str, Any]) -> str | None:
-    has = [v for v in study.variants if any((t.name, t.labels) == (task.name, task.labels) for t in v.spec.tasks)]
-    alone = [variant for variant in has if len(variant.spec.tasks) == 1]
-    for variant in [*alone, *has]:
-        run = variant.name if size is None else f"{variant.name}@{size}"
-        if run in judged:
-            return run
-    return None
+def _compare_pair(study: Study, one: TaskAnalysis, other: TaskAnalysis) -> dict[str, Row]:
+    """Compare two runs on their common patients, by metric."""
+    first, second = align(one.predictions, other.predictions)
+    rows = comparisons.compare(
+        one.predictions.truth[first],
+        one.predictions.probabilities[first],
+        other.predictions.probabilities[second],
+        kind=one.task.kind,
+        thresholds=(one.thresholds[first], other.thresholds[second]),
+        n_bootstrap=study.n_bootstrap,
+        seed=study.bootstrap_seed,
+    )
+    return {each.name: {**rows[each.name]} for each in metrics_package.registered(one.task.kind) if each.compared}
+
+
+def _find_reference(study: Study, task: Task, run: str, analyses: Mapping[str, Any]) -> str | None:
+    """Return the first variant with this task only, or else the first with this task, at the size of the run."""
+    size = study.runs[run].size if run in study.runs else None
+    with_task = [
+        variant
+        for variant in study.variants
+        if any((each.name, each.labels) == (task.name, task.labels) for each in variant.spec.tasks)
+    ]
+    single_task = [variant for variant in with_task if len(variant.spec.tasks) == 1]
+    names = [variant.name if size is None else f"{variant.name}@{size}" for variant in [*single_task, *with_task]]
+    return next((name for name in names if name in analyses), None)
 
 
 def _correlations(study: Study, cohort: Cohort) -> list[Row]:
-    labels = cohort.labels(study.task(study.split_by))
+    labels = cohort.labels(study.main_task)
     outcome = np.where(labels < 0, np.nan, labels)
     return comparisons.correlations({name: cohort.numbers(name) for name in study.correlations}, outcome)
 
 
-def groups(cohort: Cohort, column: str, cuts: Sequence[float]) -> dict[str, np.ndarray]:
-    """Groups of patients by a column, `(N,)` bool by name; blanks are in none.
-
-    Args:
-        cohort: The patients.
-        column: The column.
-        cuts: Numbers where a group ends and the next begins; a number that is a cut begins one. Without any, each
-            value is a group, or each third where numbers take many values.
-
-    Raises:
-        UnknownNameError: The cohort has no such column.
-        CohortError: Cuts are given and the column is not of numbers.
-    """
-    if not cuts:
-        return subgroups.by_value([patient.columns.get(column, "") for patient in cohort.patients])
-    return subgroups.by_edges(cohort.numbers(column), cuts)
-
-
-def _subgroups(study: Study, cohort: Cohort, judged: Mapping[str, Mapping[str, TaskAnalysis]]) -> list[Row]:
-    places = {patient.name: place for place, patient in enumerate(cohort.patients)}
+def _subgroups(study: Study, cohort: Cohort, analyses: Mapping[str, TaskAnalysis]) -> list[Row]:
+    index_of = {patient.name: index for index, patient in enumerate(cohort.patients)}
     rows = []
-    for column, cuts in study.subgroups.items():
-        for group, members in groups(cohort, column, cuts).items():
-            for run, tasks in judged.items():
-                if study.split_by not in tasks or (run in study.runs and study.runs[run][1] is not None):
+    for column, edges in study.subgroups.items():
+        for group, members in _split_groups(cohort, column, edges).items():
+            for run, one in analyses.items():
+                if study.is_curve_run(run):
                     continue
-                one = tasks[study.split_by]
-                own = np.array([members[places[name]] for name in one.predictions.patients], bool)
-                figures = _with_intervals(one, study, own)
-                about = {"column": column, "group": group, "variant": run, "patients": int(own.sum())}
-                about["with_last_label"] = int((one.predictions.truth[own] == len(one.task.labels) - 1).sum())
+                chosen = np.array([members[index_of[name]] for name in one.predictions.patients], bool)
+                metrics = _with_intervals(one, study, chosen)
+                row: Row = {"column": column, "group": group, "variant": run, "patients": int(chosen.sum())}
+                row["with_last_label"] = int((one.predictions.truth[chosen] == len(one.task.labels) - 1).sum())
                 names = [each.name for each in metrics_package.registered(one.task.kind) if each.in_subgroups]
-                rows.append(about | {name: figures[name] for name in names})
+                rows.append(row | {name: metrics[name] for name in names})
     return rows
 
 
-def _readers(study: Study, judged: Mapping[str, TaskAnalysis]) -> dict[str, Any]:
-    """Each trained variant beside the readers, at its thresholds."""
+def _split_groups(cohort: Cohort, column: str, edges: Sequence[float]) -> dict[str, np.ndarray]:
+    """Split patients into groups by a column, `(N,)` bool by group. Patients with a blank are in no group."""
+    if not edges:
+        return subgroups.by_value([patient.columns.get(column, "") for patient in cohort.patients])
+    return subgroups.by_edges(cohort.numbers(column), edges)
+
+
+def _readers(study: Study, analyses: Mapping[str, TaskAnalysis]) -> dict[str, Any]:
+    """Compare each trained variant, at its thresholds, with the readers."""
     if study.readers is None:
         return {}
-    table = _calls(study.readers)
-    found = {}
-    for run, one in judged.items():
-        if run not in study.runs or study.runs[run][1] is not None or one.task.kind != "binary":
+    calls_by_reader = _read_calls(study.readers)
+    compared = {}
+    for run, one in analyses.items():
+        if run not in study.runs or study.is_curve_run(run) or one.task.kind != "binary":
             continue
         calls = {
-            reader: [said.get(patient, math.nan) for patient in one.predictions.patients]
-            for reader, said in table.items()
+            reader: [by_patient.get(patient, math.nan) for patient in one.predictions.patients]
+            for reader, by_patient in calls_by_reader.items()
         }
         model = (one.predictions.probabilities[:, 1] > one.thresholds).astype(int)
-        found[run] = agreement.compare_readers(one.predictions.truth, calls, model)
-    return found
+        compared[run] = agreement.compare_readers(one.predictions.truth, calls, model)
+    return compared
 
 
-def _calls(path: Path) -> dict[str, dict[str, float]]:
-    """By reader and patient, 0 or 1; a table with the column `patient` and one for each reader; blank is not read."""
+def _read_calls(path: Path) -> dict[str, dict[str, float]]:
+    """Read the calls 0 or 1 by reader and patient: a column `patient` and one column for each reader, or blank."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             rows = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError) as error:
-        raise CohortError(f"{path}: the readers' table cannot be read: {error}") from error
+        raise CohortError(f"{path}: the readers' table cannot be read: {error}.") from error
     names = list(rows[0]) if rows else []
     if "patient" not in names or len(names) < 2:
-        raise CohortError(f"{path}: the readers' table needs the column patient and one for each reader; has {names}")
-    found: dict[str, dict[str, float]] = {name: {} for name in names if name != "patient"}
+        raise CohortError(
+            f"{path}: the readers' table has the columns {names}. Expected the column patient and one for each reader."
+        )
+    calls: dict[str, dict[str, float]] = {name: {} for name in names if name != "patient"}
     for number, row in enumerate(rows, start=2):
-        for reader, said in found.items():
+        for reader, by_patient in calls.items():
             cell = (row[reader] or "").strip()
             if cell not in ("", "0", "1"):
-                raise CohortError(f"{path}: row {number}: reader {reader} says {cell}; 0 and 1 are allowed, or blank")
+                raise CohortError(f"{path}: row {number}: Invalid call {cell!r} of {reader}. Expected 0, 1 or blank.")
             if cell:
-                said[row["patient"].strip()] = float(cell)
-    return found
+                by_patient[row["patient"].strip()] = float(cell)
+    return calls
 
 
 def _mistakes(run: str, one: TaskAnalysis) -> Iterator[Row]:
-    """The patients whose true label was thought least probable, among those who are told wrong."""
+    """Yield the wrongly predicted patients with the lowest probability of the true label."""
     truth, p = one.predictions.truth, one.predictions.probabilities
-    of_true = p[np.arange(len(truth)), truth]
-    wrong = np.flatnonzero(of_true < p.max(1))
-    for place in wrong[np.argsort(of_true[wrong], kind="stable")][:_MISTAKES]:
+    p_true = p[np.arange(len(truth)), truth]
+    wrong = np.flatnonzero(p_true < p.max(1))
+    for index in wrong[np.argsort(p_true[wrong], kind="stable")][:_MAX_MISTAKES]:
         yield {
             "variant": run,
-            "patient": one.predictions.patients[place],
-            "fold": int(one.predictions.fold[place]),
-            "truth": one.task.labels[int(truth[place])],
-            "told": one.task.labels[int(p[place].argmax())],
-            "probability": float(p[place].max()),
+            "patient": one.predictions.patients[index],
+            "fold": int(one.predictions.fold[index]),
+            "truth": one.task.labels[int(truth[index])],
+            "predicted": one.task.labels[int(p[index].argmax())],
+            "probability": float(p[index].max()),
         }

@@ -155,12 +155,6 @@ class Study:
         """Return the task by whose label the folds are stratified."""
         return self.task(self.stratify_by)
 
-    split_by = property(lambda self: self.stratify_by)
-    draws = property(lambda self: self.n_bootstrap)
-    seed = property(lambda self: self.bootstrap_seed)
-    sizes = property(lambda self: self.curve_sizes)
-    sized = property(lambda self: self.curve_variants)
-
     def is_curve_run(self, run: str) -> bool:
         """Return whether a run is trained on fewer patients for a learning curve.
 

@@ -82,7 +82,7 @@ def made(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def found(made):
-    return analysis.judge(*made)
+    return analysis.analyse(*made)
 
 
 def test_figures_are_those_of_all_test_parts_together(made, found):
@@ -123,7 +123,7 @@ def test_nothing_is_tuned_on_the_patients_it_is_told_of(made):
     study, cohort, predictions = made
     alike = Predictions({key: a for key, a in predictions.entries.items() if key[:2] == ("all", "prognosis")})
     whole, other_test, other_validation = (
-        analysis.judge(study, cohort, each).judged["all"]["prognosis"]
+        analysis.analyse(study, cohort, each).analyses["all"]["prognosis"]
         for each in (alike, changed(alike, "test"), changed(alike, "validation"))
     )
     kept = np.isin(whole.predictions.patients, other_test.predictions.patients)
@@ -138,7 +138,7 @@ def test_a_threshold_is_the_best_of_its_folds_validation_part(made, found):
     from sklearn.metrics import balanced_accuracy_score
 
     _, _, predictions = made
-    one = found.judged["all"]["prognosis"]
+    one = found.analyses["all"]["prognosis"]
     for fold in range(FOLDS):
         threshold = one.thresholds[one.predictions.fold == fold]
         assert len(set(threshold)) == 1
@@ -210,7 +210,7 @@ def test_the_most_confident_mistakes_come_first(made, found):
 
 def test_the_learning_curve_has_every_size(made, found):
     study, _, _ = made
-    curve = analysis.curve(study, found.metrics, 50)
+    curve = analysis.learning_curves(study, found.metrics, 50)
     assert {name: list(sizes) for name, sizes in curve.items()} == {"one": [10, 50], "all": [10, 50]}
     assert curve["all"][50] == found.metrics["all"]["prognosis"]["auroc"]
     assert curve["all"][10] == found.metrics["all@10"]["prognosis"]["auroc"]
@@ -219,8 +219,8 @@ def test_the_learning_curve_has_every_size(made, found):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("name,first\np1,1\n", "needs the column patient"),
-        ("patient,first\np1,2\n", "row 2: reader first says 2; 0 and 1 are allowed"),
+        ("name,first\np1,1\n", "Expected the column patient"),
+        ("patient,first\np1,2\n", "row 2: Invalid call '2' of first"),
     ],
 )
 def test_a_readers_table_that_cannot_be_used_is_told(text, said, made, tmp_path):
@@ -229,7 +229,7 @@ def test_a_readers_table_that_cannot_be_used_is_told(text, said, made, tmp_path)
     study, cohort, predictions = made
     (tmp_path / "readers.csv").write_text(text)
     with pytest.raises(CohortError, match=said):
-        analysis.judge(dataclasses.replace(study, readers=tmp_path / "readers.csv"), cohort, predictions)
+        analysis.analyse(dataclasses.replace(study, readers=tmp_path / "readers.csv"), cohort, predictions)
 
 
 def test_a_table_of_predictions_is_read_as_it_was_written(made, tmp_path):
@@ -378,7 +378,7 @@ def test_variants_of_which_a_fold_is_missing_are_not_explained(smoke, tmp_path):
         "study", "report", toml, "--output", copy, "--saliency-patients", 2, "--cache-dir", toml.parent / "cache"
     )
     assert done.exit_code == 0, done.output
-    assert "Nothing was measured: no variant is done" in (copy / "report.html").read_text()
+    assert "Nothing was measured: no finished variant" in (copy / "report.html").read_text()
 
 
 def test_wrong_use_is_answered(tmp_path):
