@@ -134,3 +134,8 @@ def test_every_public_name_has_a_docstring():
     assert set(ichprog.__all__) <= set(dir(ichprog))
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         ichprog.nothing  # noqa: B018
+
+
+def test_the_citation_file_has_the_version_of_the_package():
+    citation = (PACKAGE.parent / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\nversion: {ichprog.__version__}\n" in citation
