@@ -1,4 +1,4 @@
-"""What the documentation says runs and is complete; its pages load nothing from outside."""
+"""The examples of the documentation run, every public name and option is documented, and the site builds."""
 
 import ast
 import doctest
@@ -30,23 +30,24 @@ PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 
 
 def run_commands(example):
-    """Runs each line `$ ichprog ...`; lines below it are what it prints, with `...` for anything."""
+    """Run each line `$ ichprog ...` and compare its output with the lines below; `...` matches anything."""
     for block in re.split(r"^\$ ", example.parsed, flags=re.MULTILINE)[1:]:
-        command, _, shown = block.partition("\n")
+        command, _, expected = block.partition("\n")
         program, *arguments = shlex.split(command)
         if program != "ichprog":
             continue
         result = CliRunner().invoke(main, arguments)
         assert result.exit_code == 0, f"{command}\n{result.output}"
-        if shown.strip():
-            shown = re.sub(r"^ +", "", shown, flags=re.MULTILINE)
-            same = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
-            assert doctest.OutputChecker().check_output(shown, result.output, same), f"{command}\n{result.output}"
+        if expected.strip():
+            expected = re.sub(r"^ +", "", expected, flags=re.MULTILINE)
+            flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+            is_equal = doctest.OutputChecker().check_output(expected, result.output, flags)
+            assert is_equal, f"{command}\n{result.output}"
 
 
 @pytest.fixture(scope="session")
 def small_hub(tmp_path_factory):
-    """The two models that the pages use, in one fold as on the Hub, and a cache for all pages."""
+    """A Hub with one fold of the two models that the pages use, and a cache for all pages."""
     root = tmp_path_factory.mktemp("docs-hub")
     for name in (zoo.DEFAULT, "perez2023.prognosis"):
         reference_pipeline.save(name, root / REPOSITORY.repo, seed=0)
@@ -56,7 +57,7 @@ def small_hub(tmp_path_factory):
 
 @pytest.fixture
 def reader(small_hub, tmp_path, monkeypatch):
-    """Whoever tries a page: in a folder with scans, with a Hub, and gone with what they registered afterwards."""
+    """A working folder with scans, a Hub, and registries that are restored after the page."""
     url, cache = small_hub
     monkeypatch.setenv("HF_ENDPOINT", url)
     monkeypatch.setenv("ICHPROG_CACHE", str(cache))
@@ -71,7 +72,7 @@ def reader(small_hub, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_examples_run(page, reader):
+def test_the_examples_of_a_page_run(page, reader):
     from sybil import Sybil
     from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser
 
@@ -80,22 +81,22 @@ def test_examples_run(page, reader):
         example.evaluate()
 
 
-def test_examples_are_there_and_none_is_passed_over():
-    """Python and console blocks are run; bash is for what sets a machine up, the rest is data."""
+def test_every_block_of_code_is_run_or_is_data():
+    """Python and console blocks run; bash blocks set up a machine, and the other languages are data."""
     languages = [word for page in PAGES for word in re.findall(r"^ *```(\S*)$", page.read_text(), re.MULTILINE)]
     assert set(languages) <= {"", "python", "console", "bash", "toml", "json", "text"}
     assert languages.count("python") >= 10
 
 
 def test_the_model_pages_are_up_to_date():
-    """Else run `python docs/models.py`."""
+    """Run `python docs/models.py` if this fails."""
     pages = runpy.run_path(str(DOCS / "models.py"))["pages"]()
     assert {path.name: path.read_text(encoding="utf-8") for path in (DOCS / "models").iterdir()} == pages
     assert len(pages) == len([entry for entry in zoo.entries() if entry.distribution == "ichprog"]) + 1
 
 
 def codes_in_scans():
-    """Every code of a ScanError or ScanWarning; those that are handed on are told by their hyphen or their table."""
+    """Return every code of a ScanError or a ScanWarning in the source of `scan`."""
     codes = set()
     for path in (ROOT / "ichprog" / "scan").glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -104,7 +105,7 @@ def codes_in_scans():
                 texts = [node.value]
             elif isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("ScanWarning", "refusal"):
                 texts = node.args[:1]
-            elif isinstance(node, ast.Tuple) and len(node.elts) == 5:  # a row of what is measured
+            elif isinstance(node, ast.Tuple) and len(node.elts) == 5:  # a row of a table of checks
                 texts = node.elts[:1]
             elif isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "code":
                 texts = [constant for constant in ast.walk(node.value) if isinstance(constant, ast.Constant)]
@@ -113,13 +114,13 @@ def codes_in_scans():
 
 
 def test_every_check_of_a_scan_is_explained():
-    _, _, doubts_and_errors = (DOCS / "scans.md").read_text().partition("\n## Warnings\n")
-    told = set(re.findall(r"^\| `([a-z0-9-]+)` \|", doubts_and_errors, re.MULTILINE))
-    assert told == codes_in_scans()
+    _, _, tables = (DOCS / "scans.md").read_text().partition("\n## Warnings\n")
+    documented = set(re.findall(r"^\| `([a-z0-9-]+)` \|", tables, re.MULTILINE))
+    assert documented == codes_in_scans()
 
 
-def test_every_command_and_option_is_explained():
-    """Those of a group too: in a part of their own, or with the group."""
+def test_every_command_and_option_is_documented():
+    """The commands of a group have a section of their own, or share the section of the group."""
     text = (DOCS / "command-line.md").read_text()
     pages = dict(
         zip(
@@ -131,20 +132,28 @@ def test_every_command_and_option_is_explained():
     assert set(pages) == set(main.commands)
     for name in ("explain", "evaluate"):
         pages[name] += pages["predict"]
+    for option in options_of(main):
+        assert re.search(rf"`ichprog {option.opts[0]}\b", text), option.opts
     for name, command in main.commands.items():
-        told = [(pages[name], command)]
+        documented = [(pages[name], command)]
         if isinstance(command, click.Group):
-            # a part of its own, so that options of one command do not pass for those of another
+            # one section for each command, so that an option of one command does not count for another
             first, *parts = re.split(r"^### (.+)$", pages[name], flags=re.MULTILINE)
-            own = dict(zip(parts[::2], parts[1::2], strict=True))
-            told = [(first, command)]
-            for sub, one in command.commands.items():
-                assert f"`ichprog {name} {sub} " in pages[name], f"{name} {sub} is not explained"
-                told.append((own.get(f"{name} {sub}", first), one))
-        for text, one in told:
-            for option in one.params:
-                if isinstance(option, click.Option) and "--json" not in option.opts:
-                    assert all(re.search(rf"`{spelling}[ `]", text) for spelling in option.opts), (name, option.opts)
+            sections = dict(zip(parts[::2], parts[1::2], strict=True))
+            documented = [(first, command)]
+            for sub_name, sub_command in command.commands.items():
+                assert f"`ichprog {name} {sub_name} " in pages[name], f"{name} {sub_name} is not documented"
+                documented.append((sections.get(f"{name} {sub_name}", first), sub_command))
+        for section, each in documented:
+            for option in options_of(each):
+                assert all(re.search(rf"`{spelling}[ `]", section) for spelling in option.opts), (name, option.opts)
+
+
+def options_of(command):
+    """Return the options of a command except `--json`, `--help` and `--version`, which the page describes once."""
+    general = {"--json", "--help", "--version"}
+    options = [option for option in command.params if isinstance(option, click.Option)]
+    return [option for option in options if not general & set(option.opts)]
 
 
 def test_the_reference_has_every_public_name():
