@@ -1,4 +1,4 @@
-"""The contract suite: what every backbone, head and saliency method promises, checked for one by its name.
+"""The contract suite: what every backbone, head, saliency method and brain extractor promises, checked by name.
 
 For the tests of a plugin's own distribution, and by hand:
 
@@ -18,11 +18,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ichprog import networks, registry, zoo
-from ichprog.errors import PluginError
+from ichprog.errors import PluginError, ScanError
 from ichprog.registry import Registry
 from ichprog.runtime import build_runtimes
 from ichprog.spec import ModelSpec, PluginRef
@@ -233,6 +234,73 @@ def check_saliency(name: str, **options: Any) -> None:
                 except Exception as error:
                     raise broken(f"{what} must be told as it is, not as {type(error).__name__}: {error}") from error
             raise broken(f"{what} must not be passed over in silence")
+
+
+def check_brain_extractor(name: str, *, min_dice: float = 0.8) -> None:
+    """Check the contract of a brain extractor on simulated heads.
+
+    The mask is a bool array of the shape of the HU, for thin and for thick slices. It lies on the brain: the Dice
+    coefficient with the true brain is at least `min_dice`. The same HU give the same mask, and the HU are not changed.
+    A volume of air gives an empty mask or a ScanError.
+
+    Args:
+        name: Name of the extractor.
+        min_dice: Lowest allowed Dice coefficient with the true brain. A trained extractor may need a lower value,
+            because the simulated heads are ellipsoids.
+
+    Raises:
+        PluginError: The extractor breaks its contract.
+        UnknownNameError: There is no such extractor.
+
+    Example:
+        >>> check_brain_extractor("morphology")
+    """
+    broken = _broken(registry.brain_extractors, name)
+    extract = registry.brain_extractors.load(name)
+    if not callable(extract):
+        raise broken("an extractor must be a function")
+    for spacing in ((2.0, 2.0, 5.0), (2.5, 2.0, 2.0)):
+        hu, brain = _simulated_head(spacing)
+        given = hu.copy()
+        mask = _tried(broken, lambda given=given, spacing=spacing: extract(given, spacing))  # type: ignore[misc]
+        if not isinstance(mask, np.ndarray) or mask.dtype != bool or mask.shape != hu.shape:
+            got = f"{mask.dtype} {mask.shape}" if isinstance(mask, np.ndarray) else type(mask).__name__
+            raise broken(f"a mask must be a bool array {hu.shape}, got {got}")
+        if not np.array_equal(given, hu):
+            raise broken("the HU must not be changed")
+        if not np.array_equal(extract(given, spacing), mask):
+            raise broken("the same HU must give the same mask")
+        dice = 2 * float((mask & brain).sum()) / max(float(mask.sum() + brain.sum()), 1.0)
+        if not dice >= min_dice:
+            raise broken(f"the Dice coefficient with the brain is {dice:.2f}, expected at least {min_dice:g}")
+    try:
+        mask = extract(np.full((40, 40, 20), -1000, np.float32), (4.0, 4.0, 8.0))
+    except ScanError:
+        return
+    except Exception as error:
+        raise broken(f"air must give an empty mask or a ScanError, not {type(error).__name__}; {error}") from error
+    if mask.any():
+        raise broken("air must give an empty mask or a ScanError")
+
+
+def _simulated_head(spacing_mm: tuple[float, float, float]) -> tuple[np.ndarray, np.ndarray]:
+    """Return HU of a head in LPS order, left of the middle of the scan, and its brain."""
+    shape = [round(mm / step) for mm, step in zip((220, 240, 200), spacing_mm, strict=True)]
+    axes = (np.arange(n) * step for n, step in zip(shape, spacing_mm, strict=True))
+    i, j, k = np.meshgrid(*axes, indexing="ij")
+
+    def ellipsoid(*half: float) -> np.ndarray:
+        inside: np.ndarray = ((i - 120) / half[0]) ** 2 + ((j - 120) / half[1]) ** 2 + ((k - 100) / half[2]) ** 2 <= 1
+        return inside
+
+    noise = np.random.default_rng(0).normal(0, 4, shape)
+    hu = np.full(shape, -1000.0)
+    hu[ellipsoid(84, 104, 86)] = 30.0  # scalp
+    hu[ellipsoid(76, 96, 78)] = 900.0  # skull
+    brain = ellipsoid(70, 90, 72)
+    hu[brain] = 35.0
+    hu[((i - 140) ** 2 + (j - 110) ** 2 + (k - 110) ** 2) <= 15**2] = 65.0  # haematoma
+    return np.asarray(np.round(hu + noise), np.float32, order="F"), brain
 
 
 class _BreakdownError(Exception):

@@ -24,6 +24,12 @@ from ichprog.cli import main
 from ichprog.errors import PluginError
 
 ROOT = Path(__file__).parents[1]
+PAGES = {
+    "backbone": "plugins-backbone.md",
+    "head": "plugins-head.md",
+    "saliency": "plugins-saliency.md",
+    "brain_extractor": "plugins-brain.md",
+}
 
 
 # the contract suite, over everything registered
@@ -40,6 +46,11 @@ def test_every_backbone_keeps_its_contract(name):
 @pytest.mark.parametrize("name", registry.saliency.names())
 def test_every_saliency_method_keeps_its_contract(name):
     testing.check_saliency(name)
+
+
+@pytest.mark.parametrize("name", registry.brain_extractors.names())
+def test_every_brain_extractor_keeps_its_contract(name):
+    testing.check_brain_extractor(name)
 
 
 class Small(nn.Module):
@@ -504,9 +515,9 @@ def test_the_captum_plugin_works_where_it_is_installed(environment, tmp_path, sc
         run(environment, pip, "uninstall", "-y", "ichprog-captum", "captum")
 
 
-@pytest.mark.parametrize("kind", ["backbone", "head", "saliency"])
+@pytest.mark.parametrize("kind", list(PAGES))
 def test_the_page_of_a_kind_is_followed_to_the_letter(environment, tmp_path, kind):
-    page = (ROOT / "docs" / f"plugins-{kind}.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / PAGES[kind]).read_text(encoding="utf-8")
     (block,) = re.findall(r"^```bash\n(ichprog plugins new .*?)^```$", page, re.DOTALL | re.MULTILINE)
     (name,) = re.findall(rf"^ichprog plugins new (\w+) --kind {kind}$", block, re.MULTILINE)
     if kind != "backbone":  # the line is the same, and takes long for what it brings into a new environment to build in
@@ -520,7 +531,7 @@ def test_the_page_of_a_kind_is_followed_to_the_letter(environment, tmp_path, kin
     try:
         done = run(environment, "bash", "-ec", block, cwd=tmp_path)
         assert "1 passed" in done.stdout
-        shown = {"saliency": "saliency method"}.get(kind, kind)
+        shown = {"saliency": "saliency method", "brain_extractor": "brain extractor"}.get(kind, kind)
         assert re.search(rf"^{shown} +{name} +ichprog-{name} 0.1.0 +loads$", done.stdout, re.MULTILINE)
     finally:
         run(environment, environment / "bin" / "pip", "uninstall", "-y", f"ichprog-{name}")
@@ -533,17 +544,68 @@ def test_the_page_of_a_kind_is_followed_to_the_letter(environment, tmp_path, kin
     assert all(f"`{path.relative_to(folder)}`" in told for path in written)
 
 
+def _ringed(hu, spacing_mm):
+    bone = hu > 300
+    brain = ~bone & (hu > -20)
+    for axis in (0, 1):
+        before = np.logical_or.accumulate(bone, axis)
+        brain &= before & np.flip(np.logical_or.accumulate(np.flip(bone, axis), axis), axis)
+    return brain
+
+
+def _shrinking(hu, spacing_mm):
+    mask = _ringed(hu, spacing_mm)
+    hu += 1
+    return mask
+
+
+def _random(hu, spacing_mm):
+    return _ringed(hu, spacing_mm) & (np.random.default_rng().random(hu.shape) > 0.01)
+
+
+def _failing_on_air(hu, spacing_mm):
+    mask = _ringed(hu, spacing_mm)
+    np.argwhere(mask)[0]
+    return mask
+
+
+@pytest.mark.parametrize(
+    ("extract", "message"),
+    [
+        (lambda hu, spacing_mm: _ringed(hu, spacing_mm).astype(np.int64), "bool array"),
+        (lambda hu, spacing_mm: _ringed(hu, spacing_mm).T, "bool array"),
+        (_shrinking, "must not be changed"),
+        (_random, "the same mask"),
+        (lambda hu, spacing_mm: hu > 0, "Dice"),
+        (_failing_on_air, "air must give"),
+    ],
+    ids=["integers", "transposed", "changed HU", "random", "whole head", "fails on air"],
+)
+def test_a_broken_brain_extractor_is_named(extract, message):
+    registry.brain_extractors.register("broken", extract)
+    try:
+        with pytest.raises(PluginError, match=message):
+            testing.check_brain_extractor("broken")
+    finally:
+        registry.brain_extractors.unregister("broken")
+
+
 CHECKS = {
     "backbone": (registry.backbones, testing.check_backbone, test_a_spoilt_backbone_is_told_what_it_breaks),
     "head": (registry.heads, testing.check_head, test_a_spoilt_head_is_told_what_it_breaks),
     "saliency": (registry.saliency, testing.check_saliency, test_a_spoilt_method_is_told_what_it_breaks),
+    "brain_extractor": (
+        registry.brain_extractors,
+        testing.check_brain_extractor,
+        test_a_broken_brain_extractor_is_named,
+    ),
 }
 
 
 @pytest.mark.parametrize("kind", list(CHECKS))
 def test_what_the_pages_say_of_mistakes_is_what_is_shown(registered, kind):
     """Each message on the page, word by word, by what is spoilt above."""
-    page = (ROOT / "docs" / f"plugins-{kind}.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / PAGES[kind]).read_text(encoding="utf-8")
     told = re.findall(r"^\| .* \| `(.+)` \|$", page.partition("\n## Mistakes\n")[2], re.MULTILINE)
     assert len(told) >= 5
     plugins, check, examples = CHECKS[kind]

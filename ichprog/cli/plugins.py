@@ -16,6 +16,7 @@ from ichprog.errors import IchprogError
 
 _REGISTRIES = {"backbone": "backbones", "head": "heads", "saliency": "saliency"}  # by kind, in `ichprog.registry`
 _kinds = click.Choice(list(_REGISTRIES))
+_TEMPLATES = _REGISTRIES | {"brain_extractor": "brain_extractors"}
 
 
 @click.group(invoke_without_command=True)
@@ -39,7 +40,7 @@ def check_all() -> list[dict[str, Any]]:
     from ichprog import registry, zoo
 
     rows = []
-    kinds = [registry.backbones, registry.heads, registry.saliency, registry.models]
+    kinds = [registry.backbones, registry.heads, registry.saliency, registry.brain_extractors, registry.models]
     for entries, load in [*((kind.entries(), registry.Entry.load) for kind in kinds), (zoo.entries(), zoo.read_entry)]:
         for entry in entries:
             problem = None
@@ -55,7 +56,9 @@ def check_all() -> list[dict[str, Any]]:
 
 @plugins.command()
 @click.argument("name")
-@click.option("--kind", type=_kinds, default="backbone", show_default=True, help="Kind of the plugin.")
+@click.option(
+    "--kind", type=click.Choice(list(_TEMPLATES)), default="backbone", show_default=True, help="Kind of the plugin."
+)
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="Folder of the distribution. By default, ichprog-NAME."
 )
@@ -66,7 +69,7 @@ def new(name: str, kind: str, output: Path | None, as_json: bool) -> None:
 
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or keyword.iskeyword(name):
         raise click.UsageError(f"Invalid NAME {name!r}. Expected lower-case letters, digits and _, a letter first.")
-    group: registry.Registry = getattr(registry, _REGISTRIES[kind])
+    group: registry.Registry = getattr(registry, _TEMPLATES[kind])
     if owners := [entry.owner for entry in group.entries() if entry.matches(name)]:
         raise click.UsageError(f"The {group.kind} {name!r} exists already, from {owners[0]}. Choose another name.")
     folder = output or Path(f"ichprog-{name}")

@@ -256,6 +256,7 @@ def load_mask(mask: "Mask", scan: Scan) -> np.ndarray:
         name, values, affine = "brain mask", mask, scan.source_affine
     else:
         name, values, affine = _read_mask(mask)
+        name = f"brain mask {name}"
     if values.ndim < 3 or max(values.shape[3:], default=1) > 1:
         raise _mask_geometry_error(scan, name, "shape", list(values.shape), list(scan.source_shape), "voxels")
     values, affine = to_lps(values.reshape(values.shape[:3]), affine)
