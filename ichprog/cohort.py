@@ -1,30 +1,28 @@
-"""A cohort is a table: a row a patient, with a scan, what is known of the patient, and blanks for what is not."""
+"""Cohorts: tables with one row per patient, a scan, and optional labels and clinical columns."""
 
 import csv
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import numpy as np
 
 from ichprog.errors import CohortError, UnknownNameError
-from ichprog.io import atomic_write
+from ichprog.io import write_csv
 from ichprog.spec import Task
 
-_In = TypeVar("_In")
-_Out = TypeVar("_Out")
-
-NEEDED = ("patient", "scan")
-KNOWN: Mapping[str, tuple[Callable[[float], bool], str]] = {
-    "poor_outcome": (lambda value: value in (0, 1), "0 and 1"),
-    "gcs": (lambda value: value in range(3, 16), "whole numbers from 3 to 15"),
+REQUIRED = ("patient", "scan")
+CHECKED: Mapping[str, tuple[Callable[[float], bool], str]] = {
+    "poor_outcome": (lambda value: value in (0, 1), "0 or 1"),
+    "gcs": (lambda value: value in range(3, 16), "a whole number from 3 to 15"),
     "age": (lambda value: 0 <= value <= 120, "years from 0 to 120"),
-}  # columns whose values are checked; every other column may hold anything
-_SHOWN = 10  # problems that are spelt out
+}  # allowed values of well-known columns; every other column may hold anything
+_DELIMITERS = ",;\t"
+_MAX_PROBLEMS = 10  # problems listed in one error message
 
 CSIC_TABLE = "CLINICAL_DATA_ICH.csv"
 CSIC_IMAGES = "ICH_nii_StrippedSkull"
@@ -33,28 +31,72 @@ CSIC_COLUMNS = {"PatientID": "patient", "Label (poor_prognosis)": "poor_outcome"
 CSIC_LEFT_OUT = "213"
 
 
+class Columns(dict[str, str]):
+    """Cells by column name. Names match regardless of case.
+
+    Example:
+        >>> cells = Columns({"GCS": "15"})
+        >>> cells["gcs"], "gcs" in cells, list(cells)
+        ('15', True, ['GCS'])
+    """
+
+    def __init__(self, cells: Mapping[str, str]) -> None:
+        super().__init__(cells)
+        self._names = {name.casefold(): name for name in cells}
+
+    def __getitem__(self, name: str) -> str:
+        return super().__getitem__(self.written(name))
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and name.casefold() in self._names
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return a cell, or the default if the column does not exist."""
+        return super().get(self.written(name), default)
+
+    def written(self, name: str) -> str:
+        """Return a column's name as the table spells it."""
+        return self._names.get(name.casefold(), name)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Columns, (dict(self),)
+
+
 @dataclass(frozen=True)
 class Patient:
     """One row of a cohort.
 
     Attributes:
-        name: The patient's name in the table, unlike every other's.
-        scan: The scan, found from where the table is.
-        columns: Every other column's cell as text; "" where it is blank.
+        name: Name of the patient, unique in the cohort.
+        scan: Path of the scan.
+        columns: Text of every other cell by column, "" if blank.
+        row: Row of the table as a spreadsheet numbers it, or None.
     """
 
     name: str
     scan: Path
     columns: Mapping[str, str]
+    row: int | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.columns, Columns):
+            object.__setattr__(self, "columns", Columns(self.columns))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Cohort:
     """A table of patients.
 
     Attributes:
-        patients: The rows, in the table's order.
-        source: Where they came from, for messages.
+        patients: The patients, in the table's order.
+        source: Path of the table, for messages.
+
+    Example:
+        >>> cohort = Cohort((Patient("1", Path("1.nii.gz"), {"gcs": "15"}),), "cohort.csv")
+        >>> cohort
+        Cohort(1 patient, columns: gcs, source: 'cohort.csv')
+        >>> cohort.numbers("GCS")
+        array([15.])
     """
 
     patients: tuple[Patient, ...]
@@ -62,234 +104,292 @@ class Cohort:
 
     @classmethod
     def read(cls, path: str | Path, *, scans: bool = True) -> "Cohort":
-        """Reads a table and checks it.
+        """Read a table.
+
+        Values of columns are checked when they are used, by `numbers` and `labels`.
 
         Args:
-            path: A .csv in UTF-8, its cells parted by commas or semicolons, with the columns `patient` and `scan`, any
-                of `KNOWN`, and whatever else. Scans are paths relative to the table.
-            scans: Whether every scan must be there.
+            path: A CSV file in UTF-8, separated by commas, semicolons or tabs. The columns `patient` and `scan` are
+                required. Scans are paths relative to the table. Column names match regardless of case.
+            scans: Whether every scan must exist.
 
         Raises:
-            CohortError: The file cannot be read as a table, a column is missing, or rows are wrong; it names them.
+            CohortError: The file is not a table, a column is missing or doubled, or rows are wrong; the message names
+                the rows.
+
+        Example:
+            ```python
+            cohort = Cohort.read("cohort.csv")
+            ```
         """
-        rows, problems = _table(Path(path), NEEDED)
-        return cls._checked(rows, problems, Path(path), scans)
+        rows, problems = _read_rows(Path(path), REQUIRED)
+        return cls._from_rows(rows, problems, Path(path), check_scans=scans)
 
     @classmethod
-    def _checked(
-        cls, rows: Mapping[int, dict[str, str]], problems: list[tuple[int, str]], table: Path, scans: bool
+    def _from_rows(
+        cls, rows: Mapping[int, Columns], problems: list[tuple[int, str]], table: Path, *, check_scans: bool
     ) -> "Cohort":
-        """The patients of these rows, which are numbered as a spreadsheet does, unless there is a problem."""
+        """Build a cohort from numbered rows, or raise one error with all problems."""
         if not rows and not problems:
-            raise CohortError(f"{table}: there is no patient below the first row")
-        for column in dict.fromkeys(column for row in rows.values() for column in row):
-            if column not in KNOWN and column.lower() in KNOWN:  # it would be passed over where a label is looked for
-                raise CohortError(f"{table}: column {column} must be written {column.lower()}")
-        seen: dict[str, int] = {}
+            raise CohortError(f"{table}: has no patients. Add a row for each patient below the first row.")
+        first_rows: dict[str, int] = {}
         patients = []
         for number, row in rows.items():
-            name, scan = (row[column] for column in NEEDED)
-            columns = {column: cell for column, cell in row.items() if column not in NEEDED}
-            patients.append(Patient(name, table.parent / scan, columns))
-            said = []
+            name, scan = (row[column] for column in REQUIRED)
+            cells = {column: cell for column, cell in row.items() if column.casefold() not in REQUIRED}
+            patient = Patient(name, table.parent / scan, cells, number)
+            patients.append(patient)
             if not name:
-                said.append("column patient is blank; every patient needs a name")
-            elif name in seen:
-                said.append(f"the patient is in row {seen[name]} already; a patient has one row")
-            seen.setdefault(name, number)
+                problems.append((number, ": column patient is blank; every patient needs a name"))
+            elif name in first_rows:
+                problems.append((number, f"{_who(patient)}: the patient is already in row {first_rows[name]}"))
+            first_rows.setdefault(name, number)
             if not scan:
-                said.append("column scan is blank; it takes a path relative to the table")
-            elif scans and not patients[-1].scan.exists():
-                said.append(f"there is no scan {patients[-1].scan}; paths are relative to the table")
-            for column, (allows, allowed) in KNOWN.items():
-                cell = columns.get(column, "")
-                value = _number(cell)
-                if cell and (value is None or not allows(value)):
-                    said.append(f"column {column} is {cell}; {allowed} are allowed, or blank")
-            problems += [(number, f" (patient {name}): {words}" if name else f": {words}") for words in said]
-        _refuse(str(table), [f"row {number}{words}" for number, words in sorted(problems, key=lambda said: said[0])])
+                problems.append((number, f"{_who(patient)}: column scan is blank; it takes a path"))
+            elif check_scans and not patient.scan.exists():
+                text = f"scan {patient.scan} does not exist; paths are relative to the table"
+                problems.append((number, f"{_who(patient)}: {text}"))
+        _raise_problems(str(table), _by_row(problems))
         return cls(tuple(patients), str(table))
 
     @classmethod
     def join(cls, cohorts: Sequence["Cohort"]) -> "Cohort":
-        """Several cohorts as one, one after another.
+        """Combine several cohorts, one after another.
 
-        A column that a cohort lacks is blank for its patients. A name that two cohorts have is taken for two patients:
-        each gets its table's name before its own, and the table's folders' as far as that is needed.
+        A column that a cohort lacks is blank for its patients. If two cohorts share a patient's name, they are taken
+        for two patients, and each name gets its table's name as a prefix, with as many folders as needed.
+
+        Args:
+            cohorts: The cohorts.
 
         Raises:
-            CohortError: There is no cohort, one patient is in two of them with the same scan, or names stay alike.
+            CohortError: There is no cohort, two cohorts hold one patient with the same scan, or names stay equal.
+
+        Example:
+            ```python
+            both = Cohort.join([Cohort.read("north.csv"), Cohort.read("south.csv")])
+            ```
         """
         if not cohorts:
-            raise CohortError("there is no cohort to join; give one or more")
+            raise CohortError("There is no cohort to join. Give one or more.")
         source = ", ".join(cohort.source for cohort in cohorts)
-        times = Counter(patient.name for cohort in cohorts for patient in cohort.patients)
-        blank = dict.fromkeys((column for cohort in cohorts for column in cohort._columns()), "")
-        alike: dict[tuple[str, Path], Cohort] = {}
+        counts = Counter(patient.name for cohort in cohorts for patient in cohort.patients)
+        columns = _distinct(column for cohort in cohorts for column in cohort.columns)
+        first_cohorts: dict[tuple[str, Path], Cohort] = {}
         problems, patients = [], []
-        for cohort, prefix in zip(cohorts, _prefixes([cohort.source for cohort in cohorts]), strict=True):
+        for cohort, prefix in zip(cohorts, _table_prefixes([cohort.source for cohort in cohorts]), strict=True):
             for patient in cohort.patients:
                 name = patient.name
-                if times[name] > 1:
+                if counts[name] > 1:
                     key = (name, patient.scan.resolve())
-                    if key in alike:
-                        tables = f"{alike[key].source} and {cohort.source}"
-                        problems.append(f"patient {name} has the same scan in {tables}; keep one of the rows")
-                    alike[key] = cohort
+                    if key in first_cohorts:
+                        tables = f"{first_cohorts[key].source} and {cohort.source}"
+                        problems.append(f"patient {name} has the same scan in {tables}; remove one of the rows")
+                    first_cohorts[key] = cohort
                     name = f"{prefix}_{name}"
-                patients.append(replace(patient, name=name, columns=blank | dict(patient.columns)))
+                cells = {column: patient.columns.get(column, "") for column in columns}
+                patients.append(replace(patient, name=name, columns=cells))
         for name, count in Counter(patient.name for patient in patients).items():
             if count > 1 and not problems:
-                problems.append(f"{count} patients would be called {name}; rename a table or a patient")
-        _refuse(source, problems)
+                problems.append(f"{count} patients would be named {name}; rename a table or a patient")
+        _raise_problems(source, problems)
         return cls(tuple(patients), source)
 
     def write(self, path: str | Path) -> Path:
-        """Writes the table, whole or not at all, with scans relative to it.
+        """Write the table atomically, with scans relative to it.
 
         Args:
-            path: The .csv to be; `read` of it gives these patients again.
+            path: Path of the CSV file. `Cohort.read` of it returns the same patients.
 
         Returns:
             The path.
+
+        Example:
+            ```python
+            cohort.write("copy.csv")
+            ```
         """
         target = Path(path)
-        folder = target.parent.resolve()
-        columns = list(self._columns())
-        with atomic_write(target) as partial, partial.open("w", encoding="utf-8", newline="") as file:
-            table = csv.writer(file)
-            table.writerow([*NEEDED, *columns])
-            for patient in self.patients:
-                # Only the folders are resolved: a scan may be a link, and is meant by the link's name.
-                scan = os.path.relpath(patient.scan.parent.resolve() / patient.scan.name, folder)
-                cells = [patient.columns.get(column, "") for column in columns]
-                table.writerow([patient.name, Path(scan).as_posix(), *cells])
+        folder, columns = target.parent.resolve(), self.columns
+        # Only folders are resolved, because a scan may be a link whose own name matters.
+        rows = (
+            {
+                "patient": patient.name,
+                "scan": Path(os.path.relpath(patient.scan.parent.resolve() / patient.scan.name, folder)).as_posix(),
+                **{column: patient.columns.get(column, "") for column in columns},
+            }
+            for patient in self.patients
+        )
+        write_csv(target, [*REQUIRED, *columns], rows)
         return target
 
     def __len__(self) -> int:
         return len(self.patients)
 
-    def _columns(self) -> dict[str, None]:
-        """Every column beside `patient` and `scan`, in the order in which they first appear."""
-        return dict.fromkeys(column for patient in self.patients for column in patient.columns)
+    def __repr__(self) -> str:
+        columns = f"columns: {', '.join(self.columns)}, " if self.columns else ""
+        return f"Cohort({len(self)} patient{'s' * (len(self) != 1)}, {columns}source: {self.source!r})"
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Return the names of all columns except `patient` and `scan`, in the table's order."""
+        return _distinct(column for patient in self.patients for column in patient.columns)
+
+    def has_column(self, name: str) -> bool:
+        """Return whether a column exists, regardless of case."""
+        return name.casefold() in {column.casefold() for column in self.columns}
 
     def numbers(self, column: str) -> np.ndarray:
-        """A column as numbers.
+        """Return a column as numbers.
+
+        Args:
+            column: Name of the column, regardless of case.
 
         Returns:
-            `(N,)` float64, in the order of the patients; NaN where the cell is blank.
+            `(N,)` float64 in the order of the patients, NaN if blank.
 
         Raises:
-            UnknownNameError: No patient has such a column.
-            CohortError: A cell is no number; it names the patient.
+            UnknownNameError: The column does not exist.
+            CohortError: A cell is not a number, or its value is not allowed; the message names the rows.
         """
-        if column not in self._columns():
-            raise UnknownNameError(f"column of {self.source}", column, self._columns())
+        if not self.has_column(column):
+            raise UnknownNameError(f"column of {self.source}", column, self.columns)
+        _raise_problems(self.source, _by_row(_value_problems(self.patients, column)))
         cells = [patient.columns.get(column, "") for patient in self.patients]
-        values = [_number(cell) if cell else math.nan for cell in cells]
-        _refuse(
-            self.source,
-            [
-                f"patient {patient.name}: column {column} is {cell}; numbers are allowed, or blank"
-                for patient, cell, value in zip(self.patients, cells, values, strict=True)
-                if value is None
-            ],
-        )
-        return np.array(values, dtype=np.float64)
+        return np.array([float(cell) if cell else math.nan for cell in cells], dtype=np.float64)
 
     def labels(self, task: Task) -> np.ndarray:
-        """The true label of a task for every patient, as the task's target reads its column.
+        """Return the true labels of a task.
+
+        Args:
+            task: The task. Its target names the column and the thresholds between labels.
 
         Returns:
-            `(N,)` int64, the index of the label; -1 where the cell is blank.
+            `(N,)` int64 label indices, -1 if blank.
 
         Raises:
-            UnknownNameError: No patient has the target's column.
-            CohortError: A cell is no number; it names the patient.
+            UnknownNameError: The target's column does not exist.
+            CohortError: A cell is not a number, or its value is not allowed; the message names the rows.
         """
         values = self.numbers(task.target.column)
         return np.array([-1 if np.isnan(value) else task.target.index(value) for value in values], dtype=np.int64)
 
 
 def from_csic(folder: str | Path) -> Cohort:
-    """The cohort of the published data set, in the order of its clinical table and without patient 213.
+    """Build the cohort of the published data set, in the order of its clinical table and without patient 213.
 
     Published with Cobo et al., "Multi-task Learning Approach for Intracranial Hemorrhage Prognosis", 2024, whose code
     leaves that patient out.
 
     Args:
-        folder: The folder that holds `CLINICAL_DATA_ICH.csv`, at whatever depth, and `ICH_nii_StrippedSkull`.
+        folder: Folder with `ICH_nii_StrippedSkull` and, at any depth, `CLINICAL_DATA_ICH.csv`.
 
     Returns:
-        The outcome, age and GCS in the columns of `KNOWN`; every other column under the name it has in the table.
+        The cohort, with outcome, age and GCS in the columns `poor_outcome`, `age` and `gcs`. Other columns keep their
+        names.
 
     Raises:
-        CohortError: The table or the images are not there, or rows are wrong: without an image, with two, or with one
-            in the folder of the other outcome.
+        CohortError: The table or the images are missing, or rows are wrong: no image, two images, or an image in the
+            folder of the other outcome.
+
+    Example:
+        ```python
+        from_csic("data").write("data/cohort.csv")
+        ```
     """
     folder = Path(folder)
     images = folder / CSIC_IMAGES
     tables = sorted(folder.rglob(CSIC_TABLE))
     if len(tables) != 1:
-        found = ", ".join(map(str, tables)) or "none"
-        raise CohortError(f"{folder}: needs one {CSIC_TABLE}, found {found}")
+        listed = ", ".join(map(str, tables)) or "none"
+        raise CohortError(f"{folder}: expected one {CSIC_TABLE}, found {listed}.")
     for group in CSIC_GROUPS:
         if not (images / group).is_dir():
-            raise CohortError(f"{folder}: there is no folder {images / group}; the brain images are expected there")
-    raw, problems = _table(tables[0], tuple(CSIC_COLUMNS))
+            raise CohortError(f"{folder}: the folder {images / group} is missing. It should hold the brain images.")
+    source_rows, problems = _read_rows(tables[0], tuple(CSIC_COLUMNS))
     rows = {}
-    for number, row in raw.items():
+    for number, row in source_rows.items():
         if row["PatientID"] == CSIC_LEFT_OUT:
             continue
         file = f"{row['PatientID']}_brain.nii.gz"
-        label = _number(row["Label (poor_prognosis)"])
-        found_in = [group for group in CSIC_GROUPS if (images / group / file).exists()]
-        who = f" (patient {row['PatientID']}): "
-        if len(found_in) != 1:
-            where = "both" if found_in else "neither"
-            problems.append((number, f"{who}{file} is in {where} of {' and '.join(CSIC_GROUPS)} of {images}"))
-        elif label in (0, 1) and CSIC_GROUPS[int(label)] != found_in[0]:
-            problems.append((number, f"{who}Label (poor_prognosis) is {label:g}, but {file} is in {found_in[0]}"))
-        scan = images.resolve() / (found_in or CSIC_GROUPS)[0] / file
-        rows[number] = {CSIC_COLUMNS.get(column, column): cell for column, cell in row.items()} | {"scan": str(scan)}
-    return Cohort._checked(rows, problems, tables[0], scans=False)
+        label = _parse_number(row["Label (poor_prognosis)"])
+        groups = [group for group in CSIC_GROUPS if (images / group / file).exists()]
+        who = f" (patient {row['PatientID']})"
+        if len(groups) != 1:
+            which = "both" if groups else "neither"
+            problems.append((number, f"{who}: {file} is in {which} of {' and '.join(CSIC_GROUPS)} of {images}"))
+        elif label in (0, 1) and CSIC_GROUPS[int(label)] != groups[0]:
+            problems.append((number, f"{who}: Label (poor_prognosis) is {label:g}, but {file} is in {groups[0]}"))
+        scan = images.resolve() / (groups or CSIC_GROUPS)[0] / file
+        cells = {CSIC_COLUMNS.get(column, column): cell for column, cell in row.items()} | {"scan": str(scan)}
+        rows[number] = Columns(cells)
+        patient = Patient(cells["patient"], scan, cells, number)
+        problems += [problem for column in CHECKED for problem in _value_problems([patient], column)]
+    return Cohort._from_rows(rows, problems, tables[0], check_scans=False)
 
 
-def _table(path: Path, needed: Sequence[str]) -> tuple[dict[int, dict[str, str]], list[tuple[int, str]]]:
-    """A .csv as its rows by number, with stripped cells by column, and the rows whose cells do not fit the header.
+def _read_rows(path: Path, required: Sequence[str]) -> tuple[dict[int, Columns], list[tuple[int, str]]]:
+    """Read a CSV file: rows by number with stripped cells, and the rows that do not fit the first row.
 
-    A row that is blank throughout counts but is passed over, and so is a column without a name.
+    Blank rows and columns without a name are skipped.
     """
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             first = file.readline()
             file.seek(0)
-            delimiter = ";" if first.count(";") > first.count(",") else ","
+            delimiter = max(_DELIMITERS, key=first.count)
             cells = [[cell.strip() for cell in row] for row in csv.reader(file, delimiter=delimiter, strict=True)]
     except UnicodeDecodeError as error:
-        raise CohortError(f"{path}: is no text in UTF-8 ({error.reason}); save it as CSV UTF-8") from error
+        raise CohortError(f"{path}: is not text in UTF-8 ({error.reason}). Save the table as CSV UTF-8.") from error
     except (OSError, csv.Error) as error:
         reason = getattr(error, "strerror", None) or error
         raise CohortError(f"{path}: cannot be read as a table: {reason}") from error
     header = cells[0] if cells else []
-    said = [f"there is no column {column}" for column in needed if column not in header]
-    said += [f"column {c} is there {n} times" for c, n in Counter(header).items() if c and n > 1]
-    if said:
-        raise CohortError(f"{path}: {'; '.join(said)}. The first row is {', '.join(header) or 'blank'}")
-    rows: dict[int, dict[str, str]] = {}
+    spellings: dict[str, list[str]] = {}
+    for column in filter(None, header):
+        spellings.setdefault(column.casefold(), []).append(column)
+    wrong = [f"column {column} is missing" for column in required if column.casefold() not in spellings]
+    wrong += [f"column {' and '.join(names)} is there {len(names)} times" for names in spellings.values() if names[1:]]
+    if wrong:
+        raise CohortError(
+            f"{path}: {'; '.join(wrong)}. The first row is {', '.join(header) or 'blank'}. Column names match "
+            "regardless of case."
+        )
+    rows: dict[int, Columns] = {}
     problems = []
     for number, row in enumerate(cells[1:], start=2):
         if not any(row):
             continue
         if len(row) == len(header):
-            rows[number] = {column: cell for column, cell in zip(header, row, strict=True) if column}
+            rows[number] = Columns({column: cell for column, cell in zip(header, row, strict=True) if column})
         else:
-            problems.append((number, f": {len(row)} cells, where the first row has {len(header)}"))
+            hint = "; a decimal comma splits a cell" if delimiter == "," and len(row) > len(header) else ""
+            problems.append((number, f": {len(row)} cells, but the first row has {len(header)}{hint}"))
     return rows, problems
 
 
-def _number(cell: str) -> float | None:
-    """The finite number that a cell holds; None where it holds none."""
+def _value_problems(patients: Sequence[Patient], column: str) -> list[tuple[int, str]]:
+    """Return the rows whose cell in a column is not a number or not an allowed value."""
+    is_allowed, expected = CHECKED.get(column.casefold(), (lambda _: True, "a number"))
+    problems = []
+    for patient in patients:
+        cell = patient.columns.get(column, "")
+        value = _parse_number(cell)
+        if not cell or (value is not None and is_allowed(value)):
+            continue
+        written = patient.columns.written(column) if isinstance(patient.columns, Columns) else column
+        spelling = "" if written == column else f" (read as {column})"
+        with_point = cell.replace(",", ".")
+        if value is None and cell.count(",") == 1 and _parse_number(with_point) is not None:
+            text = f"has a decimal comma, {cell}. Write {with_point}."
+        else:
+            text = f"is {cell}. Expected {expected}, or blank."
+        problems.append((patient.row or 0, f"{_who(patient)}: column {written}{spelling} {text}"))
+    return problems
+
+
+def _parse_number(cell: str) -> float | None:
+    """Return the finite number in a cell, or None."""
     try:
         value = float(cell)
     except ValueError:
@@ -297,16 +397,34 @@ def _number(cell: str) -> float | None:
     return value if math.isfinite(value) and "_" not in cell else None
 
 
-def _prefixes(sources: Sequence[str]) -> list[str]:
-    """Each table's name without its suffix, with its folders' as far as that tells them apart."""
+def _table_prefixes(sources: Sequence[str]) -> list[str]:
+    """Return each table's name without suffix, with as many folders as make the names differ."""
     parts = [Path(source).with_suffix("").parts for source in sources]
     depths = range(1, max(map(len, parts)) + 1)
-    short = (["_".join(names[-depth:]) for names in parts] for depth in depths)
-    return next((names for names in short if len(set(names)) == len(names)), list(sources))
+    candidates = (["_".join(names[-depth:]) for names in parts] for depth in depths)
+    return next((names for names in candidates if len(set(names)) == len(names)), list(sources))
 
 
-def _refuse(source: str, problems: Sequence[str]) -> None:
-    """Raises one error of all problems, where there are any."""
+def _distinct(columns: Iterable[str]) -> tuple[str, ...]:
+    """Return column names in order, each once regardless of case."""
+    names: dict[str, str] = {}
+    for column in columns:
+        names.setdefault(column.casefold(), column)
+    return tuple(names.values())
+
+
+def _who(patient: Patient) -> str:
+    return f" (patient {patient.name})" if patient.name else ""
+
+
+def _by_row(problems: Sequence[tuple[int, str]]) -> list[str]:
+    """Return problems as text, sorted by row; row 0 is unknown."""
+    ordered = sorted(problems, key=lambda problem: problem[0])
+    return [f"row {number}{text}" if number else text.strip() for number, text in ordered]
+
+
+def _raise_problems(source: str, problems: Sequence[str]) -> None:
+    """Raise one error with all problems, if there are any."""
     if problems:
-        more = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
-        raise CohortError("\n  ".join([f"{source}:", *problems[:_SHOWN], *more]))
+        more = [f"and {len(problems) - _MAX_PROBLEMS} more"] if len(problems) > _MAX_PROBLEMS else []
+        raise CohortError("\n  ".join([f"{source}:", *problems[:_MAX_PROBLEMS], *more]))

@@ -15,22 +15,17 @@ from torch import nn
 
 import ichprog
 from ichprog import InvalidValueError, SpecError, export, heads, networks, registry, testing, zoo
-from ichprog.backbones import Backbone
 from ichprog.hub import WeightFile
 from ichprog.runtime import build_runtimes, resolve_runtime
 from ichprog.spec import PluginRef, Target, Task
 from ichprog.train import PRESETS, TrainOptions, train
 
+from support.cohorts import plain_backbone
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 RISING = {2: [80.0], 3: [60.0, 80.0], 7: [40.0, 50.0, 60.0, 65.0, 75.0, 90.0]}
 RANKIN, YEARS = tuple("0123456"), ("<50", "50-59", "60-69", "70-79", ">=80")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def names(number):
@@ -311,14 +306,9 @@ def test_proportional_odds_cannot_be_rescaled():
 # --- in a model
 
 
-def plain(*, width=4):
-    layers = nn.Sequential(nn.Conv3d(1, width, 3, 2, 1), nn.ReLU(), nn.Conv3d(width, width, 3, 2, 1), nn.ReLU())
-    return Backbone(layers, width, "features.2")
-
-
 @pytest.fixture
-def plain_backbone():
-    registry.register_backbone("plain", plain)
+def registered_plain_backbone():
+    registry.register_backbone("plain", lambda: plain_backbone(width=4))
     yield "plain"
     registry.backbones.unregister("plain")
 
@@ -351,7 +341,7 @@ def new_tasks():
 
 
 @pytest.mark.parametrize("number", [2, 3, 7])
-def test_openvino_and_torch_agree(number, plain_backbone, tmp_path):
+def test_openvino_and_torch_agree(number, registered_plain_backbone, tmp_path):
     made = [
         task(name, tuple(names(number)), Target("x", tuple(RISING[number]), "high"), name, **options(name, number))
         for name in ("proportional_odds", "interval_regression")
@@ -371,7 +361,7 @@ def test_openvino_and_torch_agree(number, plain_backbone, tmp_path):
         assert (compiled.probabilities >= 0).all()
 
 
-def test_both_heads_can_be_exported(plain_backbone, tmp_path):
+def test_both_heads_can_be_exported(registered_plain_backbone, tmp_path):
     openvino = pytest.importorskip("openvino")
     pytest.importorskip("onnxscript")
     spec = make_spec(*new_tasks())
@@ -407,7 +397,7 @@ def simulated(tmp_path_factory):
     return root
 
 
-def test_new_tasks_can_be_trained_predicted_and_explained(simulated, plain_backbone, tmp_path):
+def test_new_tasks_can_be_trained_predicted_and_explained(simulated, registered_plain_backbone, tmp_path):
     """The names, columns and heads of the tasks are unknown to the library."""
     spec = make_spec(*new_tasks())
     changes = {"epochs": 12, "patience": 0, "batch_size": 6, "learning_rate": 0.02, "validation_fraction": 0.34}

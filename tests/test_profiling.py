@@ -17,17 +17,11 @@ from ichprog.backbones import Backbone
 from ichprog.cli import main
 from ichprog.errors import PluginError, SpecError, UnknownNameError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "profiling.md"
 BACKBONE, HEAD, METHOD = registry.backbones.kind, registry.heads.kind, registry.saliency.kind
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """Scoring a model on a cohort: nobody by a network that has seen them, and where that cannot be known it is said."""
 
-import csv
 import dataclasses
 import json
 import shutil
@@ -23,8 +22,11 @@ from ichprog.evaluation import evaluate as evaluate_model
 from ichprog.spec import PluginRef
 from ichprog.train import PRESETS, TrainOptions, train
 
+from support.cohorts import read_table
 from support.hub_server import HubServer
 from support.models import REPOSITORY, bright_backbone
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 PATIENTS = [f"P{number:02}" for number in range(24)]
 TRAIN_ONLY = {"P05", "P17"}  # their outcome is not known, their GCS is
@@ -34,14 +36,6 @@ CANNOT = "ichprog cannot know"
 def evaluate(name, cohort, *, fold=None, **options):
     """Evaluate with torch, as small networks are not worth compiling."""
     return evaluate_model(ichprog.load_model(name, fold=fold, runtime="torch"), cohort, **options)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -91,11 +85,6 @@ def copied(run, tmp_path):
     return Path(shutil.copytree(run, tmp_path / "copied"))
 
 
-def table(path):
-    with Path(path).open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def named(cohort, rename):
     """A cohort of the patients for whom there is a name."""
     kept = [dataclasses.replace(p, name=rename[p.name]) for p in cohort.patients if p.name in rename]
@@ -112,7 +101,7 @@ def said(found, task):
 
 def out_of_fold(run, spec, task):
     labels = spec.task(task).labels
-    rows = table(run / "out_of_fold.csv")
+    rows = read_table(run / "out_of_fold.csv")
     return {
         row["patient"]: (int(row["fold"]), np.array([float(row[f"{task}_{label}"]) for label in labels]))
         for row in rows
@@ -142,7 +131,7 @@ def test_every_patient_is_scored_out_of_fold(run, spec, cohort):
     assert "2 are left out" in found.leakage.sentence
     assert CANNOT not in found.leakage.sentence
 
-    rows = table(run / "out_of_fold.csv")
+    rows = read_table(run / "out_of_fold.csv")
     truth = [row["prognosis_true"] == "poor" for row in rows]
     p = np.array([float(row["prognosis_poor"]) for row in rows])
     figures = found.metrics["prognosis"]
@@ -425,7 +414,7 @@ def test_the_command_writes_everything_and_says_what_failed(run, folder, tmp_pat
     assert answers.variants == ("small.three",)
     assert answers.tasks("small.three") == ("prognosis", "gcs", "age")
     assert len(answers.entries["small.three", "gcs", "test"]) == 20
-    rows = table(tmp_path / "out/tables/metrics.csv")
+    rows = read_table(tmp_path / "out/tables/metrics.csv")
     assert {row["task"] for row in rows} == {"prognosis", "gcs", "age"}
     auroc = next(row for row in rows if row["metric"] == "AUROC")
     assert float(auroc["value_low"]) == shown["metrics"]["prognosis"]["auroc"]["low"]

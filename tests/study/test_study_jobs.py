@@ -1,6 +1,5 @@
 """The cells of a study: each once, on the same folds, by whoever there is, and none lost with a worker that dies."""
 
-import csv
 import dataclasses
 import json
 import multiprocessing
@@ -11,7 +10,6 @@ import signal
 import nibabel as nib
 import numpy as np
 import pytest
-import torch
 from filelock import FileLock
 
 import ichprog.train
@@ -23,6 +21,10 @@ from ichprog.study import config, jobs
 from ichprog.study.config import Study
 from ichprog.study.manifest import load_cohort, split_folds
 from ichprog.train import folds
+
+from support.cohorts import ellipsoid, read_table
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 STUDY = """
 name = "small"
@@ -69,21 +71,9 @@ optional = true
 JOBS = ["one-0", "one-1", "gcs-0", "gcs-1", "all-0", "all-1", "majority", "clinical", "fusion"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(autouse=True)
 def one_thread_in_workers(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-
-
-def ball(voxels, centre, radii):
-    return sum(((x - c) / r) ** 2 for x, c, r in zip(voxels, centre, radii, strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -95,9 +85,9 @@ def folder(tmp_path_factory):
     i, j, k = np.ogrid[:40, :40, :10]
     for number in range(28):
         poor = number % 5 in (1, 3)
-        blood = ball((i, j, k), (22, 18, 5), (6, 6, 2.5) if poor else (3, 3, 1)) <= 1
+        blood = ellipsoid((i, j, k), (22, 18, 5), (6, 6, 2.5) if poor else (3, 3, 1)) <= 1
         noise = 4 * random.standard_normal((40, 40, 10))
-        hu = np.where(ball((i, j, k), (20, 20, 5), (13, 16, 4.6)) <= 1, np.where(blood, 68, 33) + noise, 0)
+        hu = np.where(ellipsoid((i, j, k), (20, 20, 5), (13, 16, 4.6)) <= 1, np.where(blood, 68, 33) + noise, 0)
         nib.Nifti1Image(hu.round().astype(np.int16), np.diag([-4.5, -4.5, 14, 1])).to_filename(
             root / f"{number}.nii.gz"
         )
@@ -141,11 +131,6 @@ def copied(done, to):
     return to
 
 
-def table(path):
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def names(found, state="done"):
     return [status.job.name for status in found if status.state == state]
 
@@ -175,7 +160,7 @@ def test_predictions_are_those_of_the_runs(done):
     said = Predictions.read(done / "predictions.csv")
     for fold in (0, 1):
         for split, file in (("test", "predictions.csv"), ("validation", "validation.csv")):
-            rows = {row["patient"]: row for row in table(done / "runs/all/folds" / str(fold) / file)}
+            rows = {row["patient"]: row for row in read_table(done / "runs/all/folds" / str(fold) / file)}
             answers = said.entries["all", "gcs", split]
             mine = [i for i, at in enumerate(answers.fold) if at == fold]
             assert {answers.patients[i] for i in mine} == set(rows)
@@ -347,7 +332,7 @@ def test_a_variant_that_was_never_trained_may_change(done, folder, study, tmp_pa
     shutil.rmtree(out / "runs/gcs")
     asked = study(STUDY.replace('tasks = ["gcs"]', 'tasks = ["gcs"]\nprotocol = { epochs = 1 }'))
     assert names(jobs.run(asked, out, cache_dir=folder / "c")) == JOBS
-    assert len(table(out / "runs/gcs/folds/0/log.csv")) == 1
+    assert len(read_table(out / "runs/gcs/folds/0/log.csv")) == 1
 
 
 @pytest.mark.parametrize(

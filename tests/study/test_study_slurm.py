@@ -18,7 +18,7 @@ from ichprog import RunError, parallel
 from ichprog.study import jobs
 
 folder, study, done = tiny.folder, tiny.study, tiny.done
-one_thread, one_thread_in_workers = tiny.one_thread, tiny.one_thread_in_workers
+one_thread_in_workers = tiny.one_thread_in_workers
 
 ABSENT = [name for name in ("munged", "slurmctld", "slurmd", "sbatch") if shutil.which(name) is None]
 

@@ -12,7 +12,7 @@ from ichprog.train import PRESETS, TrainOptions, grid_cache, train
 from support.cohorts import QUICK, plain_backbone, write_cohort
 
 
-@pytest.fixture(autouse=True, scope="package")
+@pytest.fixture(autouse=True, scope="module")
 def registered_plain_backbone():
     registry.register_backbone("plain", plain_backbone)
     yield
@@ -24,7 +24,7 @@ def single_threaded(one_thread):
     """Every process of these tests computes with one thread, so that their results are equal."""
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     """The folder of a small cohort, with its prepared grids in the cache folder `c`."""
     root = tmp_path_factory.mktemp("patients")
@@ -34,24 +34,24 @@ def folder(tmp_path_factory):
     return root
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def cohort(folder):
     return Cohort.read(folder / "cohort.csv")
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def spec(folder):
     return ichprog.ModelSpec.read(folder / "spec.json")
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def options(folder):
     """Options with the cache of prepared grids."""
     return TrainOptions(cache_dir=folder / "c")
 
 
-@pytest.fixture(scope="package")
-def trained(registered_plain_backbone, cohort, spec, options, tmp_path_factory):
+@pytest.fixture(scope="session")
+def trained(cohort, spec, options, tmp_path_factory):
     """A run of four folds."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in the tests that compare with this run

@@ -1,5 +1,6 @@
 """Training in bfloat16, and the loss curve in both precisions."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -24,7 +25,7 @@ needs_bfloat16 = pytest.mark.skipif(
 
 def plain_losses(network, values, targets, epochs):
     """The published way without anything else: eager float32, one batch a pass, BCE over the known patients."""
-    optimiser = torch.optim.AdamW(network.parameters(), learning_rate=0.005, weight_decay=1e-4, amsgrad=True)
+    optimiser = torch.optim.AdamW(network.parameters(), lr=0.005, weight_decay=1e-4, amsgrad=True)
     network.train()
     found = []
     for _ in range(epochs):
@@ -59,8 +60,8 @@ def test_the_loss_curve_equals_a_plain_loop(
     }
     changes |= {"schedule": "plateau", "plateau_patience": 99, "weight_decay": 1e-4, "amsgrad": True}
     protocol, settings = without_augmentation(**changes), {"folds": 4, "only_folds": [0], "options": options}
-    begun = train(
-        cohort, spec, tmp_path / "begun", protocol=protocol.replace(epochs=1, learning_rate=1e-12), **settings
+    initial = train(
+        cohort, spec, tmp_path / "initial", protocol=protocol.replace(epochs=1, learning_rate=1e-12), **settings
     )
     out = train(cohort, spec, tmp_path / "run", protocol=protocol.replace(epochs=12, learning_rate=0.005), **settings)
 
@@ -71,7 +72,7 @@ def test_the_loss_curve_equals_a_plain_loop(
     values = torch.from_numpy(np.stack([np.load(file) for file in files])[:, None])
     targets = {task.name: torch.from_numpy(cohort.labels(task)[part]) for task in spec.tasks}
     first = networks.build(spec)
-    first.load_state_dict(load_file(begun / "fold0.safetensors"))
+    first.load_state_dict(load_file(initial / "fold0.safetensors"))
     expected = plain_losses(first, values, targets, 12)
     assert expected[-1] < 0.7 * expected[0]
     assert [float(row["loss"]) for row in read_table(out / "log.csv")] == pytest.approx(expected, rel=within)
@@ -139,7 +140,7 @@ def test_bfloat16_on_a_cpu_needs_a_request_and_correct_convolutions(cohort, spec
 
 def test_bfloat16_is_refused_on_a_cpu_without_it(cohort, spec, tmp_path, monkeypatch, options):
     monkeypatch.setattr(mixed_precision, "supports_bfloat16", lambda: False)
+    options = dataclasses.replace(options, device="cpu")
     with pytest.raises(RunError, match="'bfloat16': this processor does not multiply in bfloat16"):
-        train(cohort, spec, tmp_path / "run", folds=4, only_folds=[0], options=options, device="cpu",
-              protocol=QUICK.replace(precision="bfloat16"))  # fmt: skip
+        train(cohort, spec, tmp_path / "run", folds=4, protocol=QUICK.replace(precision="bfloat16"), options=options)
     assert not (tmp_path / "run").exists()
