@@ -66,10 +66,10 @@ def find_one_scan(source: Any) -> "ScanSource":
         InvalidValueError: The source holds several scans, or none.
         CohortError: A table of patients cannot be read.
     """
-    found = find_scans(source)
-    if len(found) != 1:
-        raise InvalidValueError("scan", str(source), "one scan", f"This holds {len(found)} scans; give one of them.")
-    return found[0]
+    scans = find_scans(source)
+    if len(scans) != 1:
+        raise InvalidValueError("scan", str(source), "one scan", f"This holds {len(scans)} scans; give one of them.")
+    return scans[0]
 
 
 def resolve(given: Any) -> "tuple[list[ScanSource] | Iterator[ScanSource], bool]":
@@ -90,9 +90,9 @@ def resolve(given: Any) -> "tuple[list[ScanSource] | Iterator[ScanSource], bool]
     if is_iterable and not _is_scan_in_memory(given) and not _is_array(given):
         scans = itertools.chain.from_iterable(map(find_scans, given))
         return list(scans) if isinstance(given, list | tuple) else scans, False
-    found = find_scans(given)
+    listed = find_scans(given)
     is_path = isinstance(given, str | Path)
-    return found, found == [Path(given)] if is_path else not isinstance(given, Cohort)
+    return listed, listed == [Path(given)] if is_path else not isinstance(given, Cohort)
 
 
 def scan_of(source: "ScanSource") -> Any:

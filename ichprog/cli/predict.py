@@ -162,8 +162,8 @@ def _find_scans(paths: tuple[Path, ...]) -> "list[ScanSource]":
     """Return every scan behind the paths once, as `predict` resolves them."""
     from ichprog.sources import name_of, resolve
 
-    found, _ = resolve(paths)
-    return list({name_of(source): source for source in found}.values())
+    resolved, _ = resolve(paths)
+    return list({name_of(source): source for source in resolved}.values())
 
 
 def _examine(model: "Model", sources: "list[ScanSource]", brain: Any) -> "Iterator[Scan | ScanError]":
