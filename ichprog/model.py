@@ -195,9 +195,7 @@ class Model:
         patient = sources.patient_of(source)
         return Prediction(scan.name, self.spec.name, tasks, scan.warnings, provenance, patient=patient)
 
-    def _load_grid(
-        self, source: "ScanSource", *, brain: "Brain"
-    ) -> tuple[np.ndarray, Callable[[], Scan]] | ScanError:
+    def _load_grid(self, source: "ScanSource", *, brain: "Brain") -> tuple[np.ndarray, Callable[[], Scan]] | ScanError:
         """Return the grid of a scan and the function that runs the remaining checks, or the error of the scan."""
         contract, scan = self.spec.input, sources.scan_of(source)
         try:

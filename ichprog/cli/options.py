@@ -72,6 +72,11 @@ def parse_assignments(option: str, values: Iterable[str], example: str) -> dict[
     return parsed
 
 
+def print_path(path: Path, *, as_json: bool) -> None:
+    """Print the path of what a command wrote, as text or as JSON."""
+    click.echo(json.dumps({"path": str(path)}) if as_json else str(path))
+
+
 def print_json(data: Any) -> None:
     """Print data as indented JSON."""
     click.echo(json.dumps(data, indent=2, ensure_ascii=False))

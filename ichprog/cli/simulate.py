@@ -5,6 +5,8 @@ from pathlib import Path
 
 import click
 
+from ichprog.cli.options import as_json, print_path
+
 
 @click.command()
 @click.argument("out", type=click.Path(path_type=Path))
@@ -13,7 +15,8 @@ import click
 @click.option("--skull", is_flag=True, help="Whole heads instead of the brain alone.")
 @click.option("--dicom", is_flag=True, help="A DICOM series each instead of a NIfTI file.")
 @click.option("--workers", default=1, show_default=True, help="Processes that share the work.")
-def simulate(out: Path, patients: int, seed: int, skull: bool, dicom: bool, workers: int) -> None:
+@as_json
+def simulate(out: Path, patients: int, seed: int, skull: bool, dicom: bool, workers: int, as_json: bool) -> None:
     """Simulate a cohort into the folder OUT: scans, masks of the blood, labels and the truth behind them.
 
     A run that was interrupted goes on where it was.
@@ -27,5 +30,5 @@ def simulate(out: Path, patients: int, seed: int, skull: bool, dicom: bool, work
             out, patients=patients, seed=seed, skull=skull, dicom=dicom, workers=workers,
             progress=lambda done: bar.update(done - bar.n),
         )  # fmt: skip
-    click.echo(path)
+    print_path(path, as_json=as_json)
     click.echo("These patients are simulated. For research only, not for patient care.", err=True)

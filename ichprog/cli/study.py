@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ichprog.cli.options import as_json, parse_assignments, print_json
+from ichprog.cli.options import as_json, parse_assignments, print_json, print_path
 from ichprog.errors import InvalidValueError
 
 if TYPE_CHECKING:
@@ -34,7 +34,8 @@ def study() -> None:
 @study.command()
 @click.argument("path", type=click.Path(path_type=Path), metavar="STUDY.toml")
 @click.option("--preset", default="default", show_default=True, metavar="default|paper|smoke", help="Template.")
-def new(path: Path, preset: str) -> None:
+@as_json
+def new(path: Path, preset: str, as_json: bool) -> None:
     """Write a commented study file to start from."""
     from ichprog.study import template
 
@@ -42,7 +43,10 @@ def new(path: Path, preset: str) -> None:
     if path.exists():
         raise click.UsageError(f"{path} exists already. Choose another name.")
     path.write_text(text, encoding="utf-8")
-    click.echo(f"Wrote {path}. Next, edit it and run: ichprog study run {path}")
+    if as_json:
+        print_path(path, as_json=True)
+    else:
+        click.echo(f"Wrote {path}. Next, edit it and run: ichprog study run {path}")
 
 
 @study.command()
@@ -56,6 +60,7 @@ def new(path: Path, preset: str) -> None:
 )  # fmt: skip
 @_cache_dir
 @_saliency_patients
+@as_json
 def run(
     study: Path,
     output: Path | None,
@@ -64,6 +69,7 @@ def run(
     slurm: tuple[str, ...],
     cache_dir: Path | None,
     saliency_patients: int,
+    as_json: bool,
 ) -> None:
     """Run the missing jobs of a study, and write tables, figures and report.html."""
     import ichprog.study
@@ -81,7 +87,8 @@ def run(
         statuses = ichprog.study.run(
             plan, folder, executor=executor, workers=local_workers, cache_dir=cache_dir, progress=_print_status
         )
-    click.echo(ichprog.study.report(plan, folder, saliency_patients=saliency_patients, cache_dir=cache_dir))
+    path = ichprog.study.report(plan, folder, saliency_patients=saliency_patients, cache_dir=cache_dir)
+    print_path(path, as_json=as_json)
     click.echo(ichprog.study.research_notice(folder), err=True)
     unfinished = sum(each.state != "done" for each in statuses)
     if unfinished:
@@ -112,13 +119,15 @@ def status(study: Path, output: Path | None, as_json: bool) -> None:
 @_output
 @_cache_dir
 @_saliency_patients
-def report(study: Path, output: Path | None, cache_dir: Path | None, saliency_patients: int) -> None:
+@as_json
+def report(study: Path, output: Path | None, cache_dir: Path | None, saliency_patients: int, as_json: bool) -> None:
     """Write tables, figures and report.html again, without training."""
     import ichprog.study
 
     folder = output or study.with_suffix("")
     plan = ichprog.study.Study.read(study)
-    click.echo(ichprog.study.report(plan, folder, saliency_patients=saliency_patients, cache_dir=cache_dir))
+    path = ichprog.study.report(plan, folder, saliency_patients=saliency_patients, cache_dir=cache_dir)
+    print_path(path, as_json=as_json)
     click.echo(ichprog.study.research_notice(folder), err=True)
 
 
@@ -133,6 +142,7 @@ def report(study: Path, output: Path | None, cache_dir: Path | None, saliency_pa
 @click.option("--method", default="guided_backprop", show_default=True, help="Saliency method.")
 @_cache_dir
 @click.option("--figure", "target", type=click.Path(path_type=Path), help="Default: STUDY/figures/WHAT.png.")
+@as_json
 def figure(
     what: str,
     study: Path,
@@ -142,6 +152,7 @@ def figure(
     method: str,
     cache_dir: Path | None,
     target: Path | None,
+    as_json: bool,
 ) -> None:
     """Draw slices in rows and variants in columns, each with its map and its probability."""
     import ichprog.study
@@ -158,7 +169,7 @@ def figure(
     )
     target.parent.mkdir(parents=True, exist_ok=True)
     drawn.savefig(target)
-    click.echo(target)
+    print_path(target, as_json=as_json)
     click.echo(ichprog.study.research_notice(folder), err=True)
 
 

@@ -2,13 +2,13 @@
 
 import os
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from ichprog.cli.options import brain, parse_assignments
+from ichprog.cli.options import as_json, brain, parse_assignments, print_json
 from ichprog.errors import InvalidValueError, UnknownNameError
 from ichprog.zoo import DEFAULT
 
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     "--track", "trackers", multiple=True, metavar="NAME",
     help="Log to an experiment tracker, repeatable: tensorboard, mlflow, trackio, wandb.",
 )  # fmt: skip
+@as_json
 def train(
     cohorts: tuple[Path, ...],
     model: str,
@@ -55,6 +56,7 @@ def train(
     heads: tuple[str, ...],
     dropped: tuple[str, ...],
     loss_weights: tuple[str, ...],
+    as_json: bool,
     **options: Any,
 ) -> None:
     """Train a model on the patients of COHORT, by cross-validation.
@@ -94,7 +96,7 @@ def train(
             **options,
         )
         if is_main_process:
-            _print_summary(run)
+            _print_summary(run, as_json=as_json)
     finally:
         _leave_process_group()
 
@@ -132,13 +134,17 @@ def edit_tasks(
     return replace(spec, tasks=tuple(tasks.values()))
 
 
-def _print_summary(run: Path) -> None:
+def _print_summary(run: Path, *, as_json: bool) -> None:
     """Print the out-of-fold AUC of each task and the name of the model."""
     from ichprog.train.summary import out_of_fold_aucs
 
-    for auc in out_of_fold_aucs(run):
+    name, aucs = f"local-dir:{run}", out_of_fold_aucs(run)
+    if as_json:
+        print_json({"model": name, "out_of_fold_auc": [asdict(auc) for auc in aucs]})
+        return
+    for auc in aucs:
         click.echo(auc)
-    click.echo(f"local-dir:{run}")
+    click.echo(name)
 
 
 def _leave_process_group() -> None:

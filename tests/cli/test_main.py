@@ -1,12 +1,15 @@
 """What all commands share: errors, exit codes and logging."""
 
+import json
 import logging
 import subprocess
 import sys
 
+import click
 import pytest
 
 import ichprog
+from ichprog.cli import main
 
 
 @pytest.mark.parametrize(
@@ -47,6 +50,22 @@ def test_the_verbose_option_logs_to_standard_error(run, monkeypatch):
     assert "DEBUG ichprog.zoo: reading one file" in run("-vv", "models").stderr
     assert run("models").stderr == ""
     assert logging.getLogger("ichprog").level == logging.NOTSET
+
+
+def test_every_command_takes_json():
+    def commands(name, command):
+        if not isinstance(command, click.Group) or command.invoke_without_command:
+            yield name, command
+        for sub_name, sub_command in getattr(command, "commands", {}).items():
+            yield from commands(f"{name} {sub_name}", sub_command)
+
+    has_json = {name: any("--json" in o.opts for o in command.params) for name, command in commands("ichprog", main)}
+    assert [name for name, has in has_json.items() if not has] == ["ichprog spec"], "which always prints JSON"
+
+
+def test_study_new_prints_the_path_as_json(run, tmp_path):
+    printed = run("study", "new", tmp_path / "study.toml", "--json").stdout
+    assert json.loads(printed) == {"path": str(tmp_path / "study.toml")}
 
 
 @pytest.mark.parametrize("code", [0, 2])
