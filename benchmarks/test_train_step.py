@@ -3,10 +3,9 @@
 One step of the optimiser is timed, from files to new weights. The peer is the published loop: MONAI's transforms and
 augmentation from `.nii.gz` in a `DataLoader` of two workers, and DenseNet121 with three heads in eager float32. ichprog
 reads cached grids, and its protocol is the published preset except for the precision. Both train the same number of
-scans per step, on a grid of 40 x 301 x 301. Each runs alone in a process. The second step of the peer is timed, and the
-third step of ichprog, the first that reuses the memory of the step before it. The curves are mean losses of epochs over
-32 simulated patients on a smaller grid, with three seeds each. Half of the patients have a haematoma of twice the
-radius and a poor outcome.
+scans per step, on a grid of 40 x 301 x 301. Each runs alone in a process. The third step of ichprog and the second step
+of the peer are timed. The curves are mean losses of epochs over 32 simulated patients on a smaller grid, with three
+seeds each. Half of the patients have a haematoma of twice the radius and a poor outcome.
 """
 
 from statistics import mean, stdev
