@@ -1,13 +1,13 @@
-"""The contract suite: what every backbone, head, saliency method and brain extractor promises, checked by name.
+"""The contract suite: check that a backbone, head, saliency method or brain extractor keeps its contract.
 
-For the tests of a plugin's own distribution, and by hand:
+Use the checks in the tests of a plugin's distribution, or by hand:
 
     from ichprog import testing
 
     testing.check_backbone("mine", width=4)
 
-A check says nothing where every promise is kept. Else it raises a `PluginError` with the plugin, whose it is, and the
-promise that is broken.
+A check returns None if the plugin keeps its contract. Otherwise it raises a `PluginError` that names the plugin, its
+distribution and the broken rule.
 """
 
 import copy
@@ -22,95 +22,120 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ichprog import networks, registry, zoo
-from ichprog.errors import PluginError, ScanError
+from ichprog import networks, registry, saliency, zoo
+from ichprog.errors import InvalidValueError, PluginError, ScanError
 from ichprog.registry import Registry
 from ichprog.runtime import build_runtimes
 from ichprog.spec import ModelSpec, PluginRef
 
 Shape = tuple[int, int, int]
+Broken = Callable[[str], PluginError]  # builds the error of a broken rule
 
 
 def check_backbone(name: str, *, shape: Shape = (32, 64, 64), export: bool = True, **options: Any) -> None:
-    """Checks a backbone.
+    """Check the contract of a backbone.
 
-    It builds twice alike; features are `(B, C, d, h, w)` of finite float32 numbers with C its `out_channels`; the
-    layer for class activation maps gives such a thing too; the same grid gives the same features, whatever is beside it
-    in the batch; a grid of another shape is answered too, or refused by a `PluginError`; features depend on the grid,
-    and every parameter learns; nothing changes by looking; its state fills another of its kind; and OpenVINO answers
-    as torch does.
+    - The features are `(B, C, d, h, w)` of finite float32 numbers, and C is `out_channels`.
+    - The layer `cam_layer` is used and has an output of the same form.
+    - The same grid gives the same features, in any batch.
+    - A grid of another shape works too, or raises a `PluginError`.
+    - The features depend on the grid, and every parameter gets a gradient.
+    - Evaluation changes neither the network, nor its input, nor the state of torch.
+    - Two networks from one seed are equal, and the state of one network fits another.
+    - OpenVINO gives the same results as torch.
 
     Args:
-        name: The name it is registered by.
-        shape: D, H and W of the grids it is tried with.
-        export: Whether it must run outside of torch; one that cannot is run by torch, slower.
-        **options: Its options.
+        name: Name of the backbone.
+        shape: D, H and W of the test grids.
+        export: Whether OpenVINO must run the backbone. Set it to False for a backbone that only torch can run.
+        **options: Options of the backbone.
 
     Raises:
-        PluginError: It breaks a promise.
-        UnknownNameError: There is none of that name.
-        SpecError: It refuses its options.
+        PluginError: The backbone breaks its contract.
+        UnknownNameError: There is no such backbone.
+        SpecError: The backbone refuses its options.
+
+    Example:
+        >>> check_backbone("compact", shape=(8, 32, 32), export=False)
     """
     broken = _broken(registry.backbones, name)
     spec = _spec(PluginRef(name, options), shape)
     with _seeded():
         grids = torch.rand(2, 1, *shape)
-        torch.manual_seed(1)
-        whole = networks.build(spec).eval()
-        backbone: Any = whole.backbone
-        layer = backbone.get_submodule(backbone.cam_layer)
-        seen: list[Any] = []
-        handle = layer.register_forward_hook(lambda _module, _given, output: seen.append(output))
-        try:
-            features = _tried(broken, lambda: backbone(grids))
-        finally:
-            handle.remove()
-        _check_values(broken, features, "features", (2, backbone.out_channels, None, None, None))
-        if not seen:
-            raise broken(f"its cam_layer {backbone.cam_layer!r} is not used")
-        _check_values(broken, seen[-1], f"the output of its cam_layer {backbone.cam_layer!r}", (2, *[None] * 4))
-
-        with _untouched(broken, backbone, grids), torch.no_grad():
-            again, alone = backbone(grids), backbone(grids[1:])
-        if not torch.equal(again, features):
-            raise broken("the same grid must give the same features in evaluation")
-        if not _alike(alone, features[1:]):
-            raise broken("a grid's features must not depend on what is beside it in a batch")
-
+        network = _build_seeded(spec, 1)
+        backbone: Any = network.backbone
+        features = _check_features(broken, backbone, grids)
+        _check_repeatability(broken, backbone, grids, features)
         _check_another_shape(broken, backbone, shape)
-        _check_learning(broken, backbone, grids)
-        torch.manual_seed(1)
-        twin: Any = networks.build(spec).eval().backbone
-        if not _alike(twin(grids), features):
-            raise broken("built twice from one seed, it must be the same")
-        torch.manual_seed(2)
-        other: Any = networks.build(spec).eval().backbone
-        if list(other.state_dict()) != list(backbone.state_dict()):
-            raise broken("its keys must be the same each time it is built")
-        other.load_state_dict(copy.deepcopy(backbone.state_dict()))
-        if not _alike(other(grids), features):
-            raise broken("its state, filled into another of its kind, must make that the same")
+        _check_gradients(broken, backbone, grids)
+        _check_state(broken, spec, backbone, grids, features)
         if export:
-            _check_compiled(broken, spec, whole, grids[:1])
+            _check_compiled(broken, spec, network, grids[:1])
+
+
+def _build_seeded(spec: ModelSpec, seed: int) -> networks.Network:
+    torch.manual_seed(seed)
+    return networks.build(spec).eval()
+
+
+def _check_features(broken: Broken, backbone: Any, grids: Tensor) -> Tensor:
+    """Check the features and the output of `cam_layer`, and return the features."""
+    outputs: list[Any] = []
+    layer = backbone.get_submodule(backbone.cam_layer)
+    handle = layer.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
+    try:
+        features: Tensor = _attempt(broken, lambda: backbone(grids))
+    finally:
+        handle.remove()
+    _check_values(broken, features, "features", (2, backbone.out_channels, None, None, None))
+    if not outputs:
+        raise broken(f"its cam_layer {backbone.cam_layer!r} is not used")
+    _check_values(broken, outputs[-1], f"the output of its cam_layer {backbone.cam_layer!r}", (2, *[None] * 4))
+    return features
+
+
+def _check_repeatability(broken: Broken, backbone: Any, grids: Tensor, features: Tensor) -> None:
+    with _unchanged(broken, backbone, grids), torch.no_grad():
+        again, alone = backbone(grids), backbone(grids[1:])
+    if not torch.equal(again, features):
+        raise broken("the same grid must give the same features in evaluation")
+    if not _is_close(alone, features[1:]):
+        raise broken("the features of a grid must not depend on the other grids in a batch")
+
+
+def _check_state(broken: Broken, spec: ModelSpec, backbone: Any, grids: Tensor, features: Tensor) -> None:
+    """Check that a seed determines the backbone, and that its state fits another backbone."""
+    if not _is_close(_build_seeded(spec, 1).backbone(grids), features):
+        raise broken("two backbones from one seed must be equal")
+    other = _build_seeded(spec, 2).backbone
+    if list(other.state_dict()) != list(backbone.state_dict()):
+        raise broken("its keys must be the same in every build")
+    other.load_state_dict(copy.deepcopy(backbone.state_dict()))
+    if not _is_close(other(grids), features):
+        raise broken("a second backbone with its state must give the same features")
 
 
 def check_head(name: str, *, labels: Sequence[str] = ("low", "middle", "high"), **options: Any) -> None:
-    """Checks a head.
+    """Check the contract of a head.
 
-    Logits are `(B, K)`; label probabilities `(B, labels)`, none negative, adding to one, with a gradient for each; the
-    loss is a finite scalar, a mean over the batch, and following it makes the true label the most probable; answers do
-    not depend on what is beside them in a batch; its state fills another of its kind; `rescale_`, where it has that,
-    does to logits what it says.
+    - The logits are `(B, K)` and do not depend on the rest of the batch.
+    - The probabilities are `(B, labels)`, not negative, sum to one, and each has a gradient.
+    - The loss is a finite scalar, the mean over the batch, and minimising it makes the true label the most probable.
+    - The state of one head fits another.
+    - The method `rescale_(scale, shift)`, if there is one, maps the logits to scale x logits + shift.
 
     Args:
-        name: The name it is registered by.
-        labels: The labels it is tried with.
-        **options: Its options.
+        name: Name of the head.
+        labels: Labels of the test task.
+        **options: Options of the head.
 
     Raises:
-        PluginError: It breaks a promise.
-        UnknownNameError: There is none of that name.
-        SpecError: It refuses its options.
+        PluginError: The head breaks its contract.
+        UnknownNameError: There is no such head.
+        SpecError: The head refuses its options.
+
+    Example:
+        >>> check_head("softmax")
     """
     broken = _broken(registry.heads, name)
     channels, count = 8, len(labels)
@@ -122,118 +147,186 @@ def check_head(name: str, *, labels: Sequence[str] = ("low", "middle", "high"), 
     with _seeded():
         features = torch.rand(2 * count, channels, 2, 3, 4)
         target = torch.arange(2 * count) % count
-        head = build(1)
-        with _untouched(broken, head, features), torch.no_grad():
-            logits = _tried(broken, lambda: head(features))
-            probabilities = _tried(broken, lambda: head.probabilities(logits))
-            loss = _tried(broken, lambda: head.loss(logits, target))
-            alone = head(features[:1])
-            halves = [head.loss(head(features[part]), target[part]) for part in (slice(count), slice(count, None))]
-        _check_values(broken, logits, "logits", (2 * count, None))
-        _check_probabilities(broken, probabilities, 2 * count, count)
-        if loss.ndim or not bool(loss.isfinite()):
-            raise broken(f"a loss is one finite number, this is {loss.tolist()}")
-        if not _alike(alone, logits[:1]):
-            raise broken("logits must not depend on what is beside them in a batch")
-        if not _alike(sum(halves) / 2, loss):
-            raise broken("a loss must be the mean over the batch: that of two halves is not the mean of theirs")
-        # each label has a channel of its own, so that there is something to be learnt
-        clear = 0.1 * features + nn.functional.one_hot(target, channels)[:, :, None, None, None]
-        learner = build(1).train()
-        rate = torch.optim.Adam(learner.parameters(), lr=0.05)
-        for _ in range(300):
-            rate.zero_grad()
-            learner.loss(learner(clear), target).backward()
-            rate.step()
-        learner.eval()
-        exact = learner(clear).detach().double().requires_grad_()
-        for position, label in enumerate(labels):
-            (gradient,) = torch.autograd.grad(learner.probabilities(exact)[:, position].sum(), exact)
-            if not gradient.abs().amax() > 0:
-                raise broken(f"the probability of {label!r} does not depend on the logits")
-        with torch.no_grad():
-            learnt = learner.probabilities(learner(clear))
-            extreme = learner.probabilities(learner(clear * 1e3))
-        _check_probabilities(broken, learnt, 2 * count, count)
-        _check_probabilities(broken, extreme, 2 * count, count)
-        if not torch.equal(learnt.argmax(1), target):
-            raise broken("following its loss must make the true label the most probable")
-        twin = build(2)
-        twin.load_state_dict(copy.deepcopy(learner.state_dict()))
-        with torch.no_grad():
-            if not _alike(twin.probabilities(twin(clear)), learnt):
-                raise broken("its state, filled into another of its kind, must make that the same")
-            if hasattr(twin, "rescale_"):
-                before, scale = twin(clear), torch.tensor(0.5)
-                shift = torch.linspace(0.3, 0.1, before.shape[1])
-                twin.rescale_(scale, shift)
-                if not _alike(twin(clear), scale * before + shift):
-                    raise broken("after rescale_(scale, shift), logits must be scale x logits + shift")
+        _check_outputs(broken, build(1), features, target)
+        # each label has a channel of its own, so that the task can be learned
+        separable = 0.1 * features + nn.functional.one_hot(target, channels)[:, :, None, None, None]
+        head = _trained(build(1), separable, target)
+        _check_trained(broken, head, separable, target, labels)
+        _check_copies(broken, head, build(2), separable)
+
+
+def _check_outputs(broken: Broken, head: Any, features: Tensor, target: Tensor) -> None:
+    """Check logits, probabilities and loss of a new head."""
+    rows, count = len(target), len(target) // 2
+    with _unchanged(broken, head, features), torch.no_grad():
+        logits = _attempt(broken, lambda: head(features))
+        probabilities = _attempt(broken, lambda: head.probabilities(logits))
+        loss = _attempt(broken, lambda: head.loss(logits, target))
+        alone = head(features[:1])
+        halves = [head.loss(head(features[part]), target[part]) for part in (slice(count), slice(count, None))]
+    _check_values(broken, logits, "logits", (rows, None))
+    _check_probabilities(broken, probabilities, rows, count)
+    if loss.ndim or not bool(loss.isfinite()):
+        raise broken(f"a loss is one finite number, this loss is {loss.tolist()}")
+    if not _is_close(alone, logits[:1]):
+        raise broken("logits must not depend on the rest of the batch")
+    if not _is_close(sum(halves) / 2, loss):
+        raise broken("a loss must be the mean over the batch: the loss of two halves is not the mean of their losses")
+
+
+def _trained(head: Any, features: Tensor, target: Tensor) -> Any:
+    """Return the head after it minimised its loss on the features."""
+    head.train()
+    optimizer = torch.optim.Adam(head.parameters(), lr=0.05)
+    for _ in range(300):
+        optimizer.zero_grad()
+        head.loss(head(features), target).backward()
+        optimizer.step()
+    return head.eval()
+
+
+def _check_trained(broken: Broken, head: Any, features: Tensor, target: Tensor, labels: Sequence[str]) -> None:
+    """Check gradients, extreme logits and the most probable label of a trained head."""
+    exact = head(features).detach().double().requires_grad_()
+    for position, label in enumerate(labels):
+        (gradient,) = torch.autograd.grad(head.probabilities(exact)[:, position].sum(), exact)
+        if not gradient.abs().amax() > 0:
+            raise broken(f"the probability of {label!r} does not depend on the logits")
+    with torch.no_grad():
+        probabilities = head.probabilities(head(features))
+        extreme = head.probabilities(head(features * 1e3))
+    _check_probabilities(broken, probabilities, len(target), len(labels))
+    _check_probabilities(broken, extreme, len(target), len(labels))
+    if not torch.equal(probabilities.argmax(1), target):
+        raise broken("minimising its loss must make the true label the most probable")
+
+
+def _check_copies(broken: Broken, head: Any, other: Any, features: Tensor) -> None:
+    """Check that the state of a head fits another head, and that `rescale_` maps the logits as promised."""
+    other.load_state_dict(copy.deepcopy(head.state_dict()))
+    with torch.no_grad():
+        if not _is_close(other.probabilities(other(features)), head.probabilities(head(features))):
+            raise broken("a second head with its state must give the same probabilities")
+        if hasattr(other, "rescale_"):
+            before, scale = other(features), torch.tensor(0.5)
+            shift = torch.linspace(0.3, 0.1, before.shape[1])
+            other.rescale_(scale, shift)
+            if not _is_close(other(features), scale * before + shift):
+                raise broken("after rescale_(scale, shift), logits must be scale x logits + shift")
 
 
 def check_saliency(name: str, **options: Any) -> None:
-    """Checks a saliency method, on a small network of which it is known where it looks.
+    """Check the contract of a saliency method on a small network whose important cells are known.
 
-    The map is `(D, H, W)` or coarser, of finite numbers, the same each time; it lies where the lesion is that the score
-    comes from, on the left and on the right; its sign tells for from against, and it is not scaled; and after success,
-    a bad target or a network that breaks down, the exception comes through and nothing is left on network, grid and
-    torch: no hook, mode, flag, gradient or random state.
+    - The map is `(D, H, W)` or coarser, of finite float32 numbers, signed, unscaled and repeatable.
+    - The map highlights the lesion that raises the score, on the left and on the right.
+    - After success, a bad target or a failing network, the exception is raised and nothing is left behind: no hook,
+      mode, flag, gradient or random state.
+    - With `requires = "features"`, the map of a compiled network is the map of the torch network.
 
     Args:
-        name: The name it is registered by.
-        **options: Its options.
+        name: Name of the method.
+        **options: Options of the method.
 
     Raises:
-        PluginError: It breaks a promise.
-        UnknownNameError: There is none of that name.
+        PluginError: The method breaks its contract.
+        UnknownNameError: There is no such method.
+
+    Example:
+        >>> check_saliency("grad_cam")
     """
     broken = _broken(registry.saliency, name)
     attribute = registry.saliency.load(name)
-    looking = _Looking().eval().requires_grad_(False)
+    network = _BrightnessNetwork().eval().requires_grad_(False)
 
-    def explained(grid: Tensor, score: Callable[[Tensor], Tensor]) -> Tensor:
-        with _untouched(broken, looking, grid):
-            found = attribute(score, grid, looking, **options)
-        if not isinstance(found, Tensor) or found.ndim != 3:
-            raise broken(f"a map is a tensor (D, H, W), this is {_shape_of(found)}")
-        _check_values(broken, found, "a map", (None, None, None))
-        return found.detach()
-
-    def score_of(sign: float) -> Callable[[Tensor], Tensor]:
-        return lambda grid: sign * looking(grid)["present"][:, 0]
+    def explain(grid: Tensor, score: Callable[[Tensor], Tensor]) -> Tensor:
+        with _unchanged(broken, network, grid):
+            values = attribute(score, grid, network, **options)
+        if not isinstance(values, Tensor) or values.ndim != 3:
+            raise broken(f"a map is a tensor (D, H, W), this map is {_describe(values)}")
+        _check_values(broken, values, "a map", (None, None, None))
+        return values.detach()
 
     with _seeded():
         for side in (0, 1):
-            grid, lesion = _with_lesion(side)
-            found = explained(grid, score_of(1))
-            if not torch.equal(explained(grid, score_of(1)), found):
-                raise broken("the same question must have the same map")
-            if any(cells > voxels for cells, voxels in zip(found.shape, lesion.shape, strict=True)):
-                raise broken(f"a map is no finer than the grid {tuple(lesion.shape)}, this has {tuple(found.shape)}")
-            there = _share(found, lesion)
-            if not there > 0.5:
-                where = ("low", "high")[side]
-                raise broken(f"of what speaks for a lesion on the {where} side, {there:.0%} lies on it, not over half")
-            against = explained(grid, score_of(-1))
-            if not _on(against, lesion) < _on(found, lesion):
-                raise broken("a map must be signed: what speaks for a score must not speak for its opposite")
-            more = explained(grid, score_of(4)).abs().amax() / found.abs().amax()
-            if not more > 2:
-                raise broken(f"a map must not be scaled: that of 4 times the score is {more:.2f} times as high")
+            _check_map(broken, explain, network, side)
+        _check_failures(broken, lambda score, grid: attribute(score, grid, network, **options), network)
+        _check_requirement(broken, attribute, network, options)
 
-        grid, _ = _with_lesion(0)
-        for what, score, fault in (
-            ("a bad target", lambda grid: looking(grid)["present"][:, 7], IndexError),
-            ("a network that breaks down", lambda grid: looking(grid, breaks=True)["present"][:, 0], _BreakdownError),
-        ):
-            with _untouched(broken, looking, grid):
-                try:
-                    attribute(score, grid, looking, **options)
-                except (fault, PluginError):
-                    continue
-                except Exception as error:
-                    raise broken(f"{what} must be told as it is, not as {type(error).__name__}: {error}") from error
-            raise broken(f"{what} must not be passed over in silence")
+
+def _check_map(broken: Broken, explain: Callable[..., Tensor], network: "_BrightnessNetwork", side: int) -> None:
+    """Check place, sign and scale of the map of a lesion on one side."""
+
+    def score(sign: float) -> Callable[[Tensor], Tensor]:
+        return lambda grid: sign * network(grid)["present"][:, 0]
+
+    grid, lesion = _grid_with_lesion(side)
+    values = explain(grid, score(1))
+    if not torch.equal(explain(grid, score(1)), values):
+        raise broken("the same call must return the same map")
+    if any(cells > voxels for cells, voxels in zip(values.shape, lesion.shape, strict=True)):
+        raise broken(f"a map is at most as fine as the grid {tuple(lesion.shape)}, this map has {tuple(values.shape)}")
+    share = _share_on(values, lesion)
+    if not share > 0.5:
+        where = ("low", "high")[side]
+        raise broken(f"only {share:.0%} of the positive part lies on a lesion on the {where} side, expected over half")
+    if not _sum_on(explain(grid, score(-1)), lesion) < _sum_on(values, lesion):
+        raise broken("a map must be signed: the map of the negative score must be lower on the lesion")
+    ratio = explain(grid, score(4)).abs().amax() / values.abs().amax()
+    if not ratio > 2:
+        raise broken(f"a map must not be scaled: the map of 4 times the score is {ratio:.2f} times as high")
+
+
+def _check_failures(
+    broken: Broken,
+    attribute: Callable[[Callable[[Tensor], Tensor], Tensor], Any],
+    network: "_BrightnessNetwork",
+) -> None:
+    """Check that a method raises the exceptions of the score and leaves nothing behind."""
+    grid, _ = _grid_with_lesion(0)
+    for case, score, expected in (
+        ("a bad target", lambda grid: network(grid)["present"][:, 7], IndexError),
+        ("a failing network", lambda grid: network(grid, fails=True)["present"][:, 0], _FailureError),
+    ):
+        with _unchanged(broken, network, grid):
+            try:
+                attribute(score, grid)
+            except (expected, PluginError):
+                continue
+            except Exception as error:
+                raise broken(f"{case} must raise its own error, not {type(error).__name__}: {error}") from error
+        raise broken(f"{case} must raise an error")
+
+
+def _check_requirement(
+    broken: Broken, attribute: Callable[..., Any], network: "_BrightnessNetwork", options: dict[str, Any]
+) -> None:
+    """Check that a method with `requires = "features"` works on a compiled network."""
+    try:
+        if saliency.requirement_of(attribute) == "network":
+            return
+    except InvalidValueError as error:
+        raise broken(str(error)) from error
+    grid, _ = _grid_with_lesion(0)
+
+    def select(logits: dict[str, Tensor]) -> Tensor:
+        return logits["present"][:, 0]
+
+    def backward(gradient: Any) -> Any:
+        def weighted(grids: Tensor) -> Tensor:
+            total: Tensor = (network.backbone(grids) * torch.from_numpy(gradient)).sum()[None]
+            return total
+
+        return saliency.guided_backprop(weighted, grid, network)[None, None].numpy()
+
+    expected = attribute(lambda grids: select(network(grids)), grid, network, **options)
+    with torch.no_grad():
+        features = network.backbone(grid).numpy()
+    names = [network.cam_layer, network.cam_layer.removeprefix("backbone.")]
+    shared = saliency.CompiledPass({"present": network.head}, grid.detach()[0, 0].numpy(), features, backward, names)
+    values = attribute(saliency.Score(shared, select), shared.grid, shared.network, **options)
+    if not _is_close(values, expected):
+        raise broken("with requires = 'features', a compiled network must give the same map")
 
 
 def check_brain_extractor(name: str, *, min_dice: float = 0.8) -> None:
@@ -261,14 +354,14 @@ def check_brain_extractor(name: str, *, min_dice: float = 0.8) -> None:
         raise broken("an extractor must be a function")
     for spacing in ((2.0, 2.0, 5.0), (2.5, 2.0, 2.0)):
         hu, brain = _simulated_head(spacing)
-        given = hu.copy()
-        mask = _tried(broken, lambda given=given, spacing=spacing: extract(given, spacing))  # type: ignore[misc]
+        values = hu.copy()
+        mask = _attempt(broken, lambda values=values, spacing=spacing: extract(values, spacing))  # type: ignore[misc]
         if not isinstance(mask, np.ndarray) or mask.dtype != bool or mask.shape != hu.shape:
-            got = f"{mask.dtype} {mask.shape}" if isinstance(mask, np.ndarray) else type(mask).__name__
-            raise broken(f"a mask must be a bool array {hu.shape}, got {got}")
-        if not np.array_equal(given, hu):
+            actual = f"{mask.dtype} {mask.shape}" if isinstance(mask, np.ndarray) else type(mask).__name__
+            raise broken(f"a mask must be a bool array {hu.shape}, got {actual}")
+        if not np.array_equal(values, hu):
             raise broken("the HU must not be changed")
-        if not np.array_equal(extract(given, spacing), mask):
+        if not np.array_equal(extract(values, spacing), mask):
             raise broken("the same HU must give the same mask")
         dice = 2 * float((mask & brain).sum()) / max(float(mask.sum() + brain.sum()), 1.0)
         if not dice >= min_dice:
@@ -303,12 +396,12 @@ def _simulated_head(spacing_mm: tuple[float, float, float]) -> tuple[np.ndarray,
     return np.asarray(np.round(hu + noise), np.float32, order="F"), brain
 
 
-class _BreakdownError(Exception):
-    """What a network raises that breaks down on purpose."""
+class _FailureError(Exception):
+    """The error of a network that fails on purpose."""
 
 
-class _Looking(nn.Module):
-    """A network whose one score, `present`, is how much of a grid is bright and nothing else."""
+class _BrightnessNetwork(nn.Module):
+    """A network whose only score, `present`, grows with the bright cells of a grid."""
 
     cam_layer = "backbone.2"
 
@@ -323,113 +416,115 @@ class _Looking(nn.Module):
         nn.init.constant_(linear.bias, -1.0)
         self.head = nn.Sequential(nn.AdaptiveAvgPool3d(1), nn.Flatten(), linear)
 
-    def forward(self, grid: Tensor, *, breaks: bool = False) -> dict[str, Tensor]:
-        """The score, as logits `(B, 1)` of a task; or a breakdown halfway."""
+    def forward(self, grid: Tensor, *, fails: bool = False) -> dict[str, Tensor]:
+        """Return the score as logits `(B, 1)` of a task, or raise an error after the backbone."""
         features = self.backbone(grid)
-        if breaks:
-            raise _BreakdownError
+        if fails:
+            raise _FailureError
         return {"present": self.head(features)}
 
 
-def _with_lesion(side: int) -> tuple[Tensor, Tensor]:
-    """A dim grid with a bright ball at one end of its last axis, and where the ball is."""
+def _grid_with_lesion(side: int) -> tuple[Tensor, Tensor]:
+    """Return a dim grid with a bright ball at one end of its last axis, and the mask of the ball."""
     shape = (12, 24, 24)
-    middle = (6, 12, 6 if side == 0 else 17)
-    axes = torch.meshgrid(*(torch.arange(n) - at for n, at in zip(shape, middle, strict=True)), indexing="ij")
+    centre = (6, 12, 6 if side == 0 else 17)
+    axes = torch.meshgrid(*(torch.arange(n) - at for n, at in zip(shape, centre, strict=True)), indexing="ij")
     lesion = sum(axis**2 for axis in axes) <= 16
     return (0.2 * torch.rand(shape) + 0.7 * lesion)[None, None].requires_grad_(), torch.as_tensor(lesion)
 
 
-def _on(found: Tensor, lesion: Tensor) -> float:
-    """What of a map, brought to the grid, lies on a lesion and one cell of the map around it."""
-    full = nn.functional.interpolate(found[None, None], lesion.shape)[0, 0]
-    around = nn.functional.max_pool3d(lesion[None, None].float(), 5, 1, 2)[0, 0] > 0
-    return float(full[around].sum())
+def _sum_on(values: Tensor, lesion: Tensor) -> float:
+    """Return the sum of a map over a lesion and a margin of two voxels."""
+    full = nn.functional.interpolate(values[None, None], lesion.shape)[0, 0]
+    margin = nn.functional.max_pool3d(lesion[None, None].float(), 5, 1, 2)[0, 0] > 0
+    return float(full[margin].sum())
 
 
-def _share(found: Tensor, lesion: Tensor) -> float:
-    positive = found.clamp(min=0)
-    return _on(positive, lesion) / max(_on(positive, torch.ones_like(lesion)), 1e-30)
+def _share_on(values: Tensor, lesion: Tensor) -> float:
+    """Return the share of the positive part of a map that lies on a lesion."""
+    positive = values.clamp(min=0)
+    return _sum_on(positive, lesion) / max(_sum_on(positive, torch.ones_like(lesion)), 1e-30)
 
 
-def _broken(plugins: Registry, name: str) -> Callable[[str], PluginError]:
-    """How a plugin's broken promise is told."""
+def _broken(plugins: Registry, name: str) -> Broken:
+    """Return the function that builds the error of a broken rule."""
     owner = plugins.entry(name).owner
 
-    def told(how: str) -> PluginError:
-        return PluginError(f"{plugins.kind} {name!r} of {owner} breaks its contract: {how}.")
+    def build(rule: str) -> PluginError:
+        return PluginError(f"{plugins.kind} {name!r} of {owner} breaks its contract: {rule}.")
 
-    return told
+    return build
 
 
 def _spec(backbone: PluginRef, shape: Shape) -> ModelSpec:
-    """A model with a backbone, on a grid of a shape, whose weights are nowhere."""
-    like = zoo.find(zoo.DEFAULT)
-    nowhere = replace(like.weights, repo=None, revision=None, folder="", format="safetensors", keys={}, sha256={})
-    return replace(like, backbone=backbone, input=replace(like.input, shape=shape), weights=nowhere, golden_output=None)
+    """Return the spec of a model with a backbone, for grids of a shape, without weights."""
+    default = zoo.find(zoo.DEFAULT)
+    weights = replace(default.weights, repo=None, revision=None, folder="", format="safetensors", keys={}, sha256={})
+    return replace(
+        default, backbone=backbone, input=replace(default.input, shape=shape), weights=weights, golden_output=None
+    )
 
 
-def _tried(broken: Callable[[str], PluginError], work: Callable[[], Any]) -> Any:
+def _attempt(broken: Broken, work: Callable[[], Any]) -> Any:
     try:
         return work()
     except Exception as error:  # a plugin may fail in any way
         raise broken(f"{type(error).__name__}: {error}") from error
 
 
-def _shape_of(found: Any) -> str:
-    return f"one of {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
+def _describe(values: Any) -> str:
+    return f"a tensor {tuple(values.shape)}" if isinstance(values, Tensor) else f"a {type(values).__name__}"
 
 
-def _check_values(broken: Callable[[str], PluginError], found: Any, what: str, shape: Sequence[int | None]) -> None:
-    said = f"({', '.join('any' if n is None else str(n) for n in shape)})"
-    if not isinstance(found, Tensor):
-        raise broken(f"{what} must be a tensor {said}, is a {type(found).__name__}")
-    fits = found.ndim == len(shape) and all(n in (None, m) for n, m in zip(shape, found.shape, strict=True))
-    if not fits:
-        raise broken(f"{what} must be {said}, is {tuple(found.shape)}")
-    if found.dtype != torch.float32:
-        raise broken(f"{what} must be float32, is {str(found.dtype).removeprefix('torch.')}")
-    if not bool(found.isfinite().all()):
+def _check_values(broken: Broken, values: Any, what: str, shape: Sequence[int | None]) -> None:
+    expected = f"({', '.join('any' if n is None else str(n) for n in shape)})"
+    if not isinstance(values, Tensor):
+        raise broken(f"{what} must be a tensor {expected}, is a {type(values).__name__}")
+    if values.ndim != len(shape) or any(n not in (None, m) for n, m in zip(shape, values.shape, strict=True)):
+        raise broken(f"{what} must be {expected}, is {tuple(values.shape)}")
+    if values.dtype != torch.float32:
+        raise broken(f"{what} must be float32, is {str(values.dtype).removeprefix('torch.')}")
+    if not bool(values.isfinite().all()):
         raise broken(f"{what} must be finite")
 
 
-def _check_probabilities(broken: Callable[[str], PluginError], found: Tensor, rows: int, labels: int) -> None:
-    _check_values(broken, found, "probabilities", (rows, labels))
-    if bool((found < 0).any()) or not _alike(found.sum(1), torch.ones(rows)):
-        raise broken("probabilities must not be negative and must add to one")
+def _check_probabilities(broken: Broken, values: Tensor, rows: int, labels: int) -> None:
+    _check_values(broken, values, "probabilities", (rows, labels))
+    if bool((values < 0).any()) or not _is_close(values.sum(1), torch.ones(rows)):
+        raise broken("probabilities must not be negative and must sum to one")
 
 
-def _check_another_shape(broken: Callable[[str], PluginError], backbone: Any, shape: Shape) -> None:
-    """Whether a larger batch of larger grids, not as high as wide, is answered, or refused in words."""
+def _check_another_shape(broken: Broken, backbone: Any, shape: Shape) -> None:
+    """Check that a larger batch of larger, non-square grids works or raises a PluginError."""
     depth, height, width = shape
     larger = torch.rand(3, 1, depth + depth // 4, height, width + width // 4)
     try:
         with torch.no_grad():
             features, alone = backbone(larger), backbone(larger[2:])
-    except PluginError:  # it says what it takes
+    except PluginError:  # the message names the allowed shapes
         return
     except Exception as error:  # a plugin may fail in any way
-        said = f"grids {tuple(larger.shape)} after {shape} must be answered, or refused by a PluginError that says why"
-        raise broken(f"{said}; {type(error).__name__}: {error}") from error
+        rule = f"grids {tuple(larger.shape)} after {shape} must work, or raise a PluginError that gives the reason"
+        raise broken(f"{rule}; {type(error).__name__}: {error}") from error
     _check_values(broken, features, f"features of grids {tuple(larger.shape)}", (3, backbone.out_channels, *[None] * 3))
-    if not _alike(alone, features[2:]):
-        raise broken("a grid's features must not depend on what is beside it in a batch")
+    if not _is_close(alone, features[2:]):
+        raise broken("the features of a grid must not depend on the other grids in a batch")
 
 
-def _check_learning(broken: Callable[[str], PluginError], backbone: nn.Module, grids: Tensor) -> None:
-    """Whether gradients reach the grid and every parameter."""
+def _check_gradients(broken: Broken, backbone: nn.Module, grids: Tensor) -> None:
+    """Check that gradients reach the grid and every parameter."""
     learner, grids = copy.deepcopy(backbone).train(), grids.clone().requires_grad_()
     if (frozen := [values.requires_grad for values in learner.parameters()]) and not any(frozen):
-        raise broken("all its parameters are frozen (requires_grad is False), so that training could change nothing")
+        raise broken("all its parameters are frozen (requires_grad is False), so training cannot change it")
     learner(grids).square().mean().backward()
     if grids.grad is None or not bool(grids.grad.isfinite().all()) or not grids.grad.abs().amax() > 0:
-        raise broken("features must depend on the grid, by a finite gradient")
-    if idle := [name for name, values in learner.named_parameters() if values.requires_grad and values.grad is None]:
-        raise broken(f"parameters that take no part: {', '.join(idle[:3])}{', ...' if len(idle) > 3 else ''}")
+        raise broken("features must depend on the grid, with a finite gradient")
+    if unused := [name for name, values in learner.named_parameters() if values.requires_grad and values.grad is None]:
+        raise broken(f"parameters without a gradient: {', '.join(unused[:3])}{', ...' if len(unused) > 3 else ''}")
 
 
-def _check_compiled(broken: Callable[[str], PluginError], spec: ModelSpec, whole: nn.Module, grid: Tensor) -> None:
-    """Whether OpenVINO answers as torch does."""
+def _check_compiled(broken: Broken, spec: ModelSpec, network: nn.Module, grid: Tensor) -> None:
+    """Check that OpenVINO and torch give the same probabilities."""
     from safetensors.torch import save_file
 
     from ichprog.hub import WeightFile
@@ -437,71 +532,71 @@ def _check_compiled(broken: Callable[[str], PluginError], spec: ModelSpec, whole
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.safetensors"
-        save_file({key: values.contiguous() for key, values in whole.state_dict().items()}, path)
+        save_file({key: values.contiguous() for key, values in network.state_dict().items()}, path)
         file = WeightFile(0, path, "0" * 64, str(path), "0" * 64)
-        answers = []
+        outputs = []
         for runtime in ("openvino", "torch"):
             try:
-                (member,), _ = build_runtimes(
+                (fold,), _ = build_runtimes(
                     spec, [file], resolve_runtime(runtime, "cpu", "float32"), Path(folder) / runtime
                 )
-                answers.append(member.run(grid[:, 0].numpy()))
+                outputs.append(fold.run(grid[:, 0].numpy()))
             except PluginError as error:
-                raise broken(f"it must run outside of torch: {error}") from error
-    for task, compiled in answers[0].items():
-        if not _alike(torch.from_numpy(compiled.probabilities), torch.from_numpy(answers[1][task].probabilities)):
-            raise broken("OpenVINO must answer as torch does")
+                raise broken(f"OpenVINO must run it: {error}") from error
+    for task, compiled in outputs[0].items():
+        if not _is_close(torch.from_numpy(compiled.probabilities), torch.from_numpy(outputs[1][task].probabilities)):
+            raise broken("OpenVINO must give the same probabilities as torch")
 
 
-def _alike(found: Any, expected: Tensor) -> bool:
-    """Whether numbers are the same but for rounding."""
-    return found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-3, atol=1e-5)
+def _is_close(values: Any, expected: Tensor) -> bool:
+    """Return whether tensors are equal up to rounding."""
+    return values.shape == expected.shape and torch.allclose(values, expected, rtol=1e-3, atol=1e-5)
 
 
 @contextmanager
 def _seeded() -> Iterator[None]:
-    """Random numbers of a seed, and the caller's own afterwards."""
+    """Use a fixed random seed in the block and restore the random state of the caller."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         yield
 
 
 @contextmanager
-def _untouched(broken: Callable[[str], PluginError], module: nn.Module, given: Tensor) -> Iterator[None]:
-    """Holds what the block does to a network, its input and torch against nothing at all, whether it ends or raises."""
-    before = _traces(module, given)
+def _unchanged(broken: Broken, module: nn.Module, inputs: Tensor) -> Iterator[None]:
+    """Check that the block changes neither a network, nor its input, nor the state of torch, also if it raises."""
+    before = _state_of(module, inputs)
     try:
         yield
     finally:
-        after = _traces(module, given)
+        after = _state_of(module, inputs)
         for what, value in before.items():
             same = torch.equal(value, after[what]) if isinstance(value, Tensor) else value == after[what]
             if not same:
-                raise broken(f"it must leave {what} as it was")
+                raise broken(f"it must not change {what}")
 
 
-def _traces(module: nn.Module, given: Tensor) -> dict[str, Any]:
-    """All that could be left behind."""
+def _state_of(module: nn.Module, inputs: Tensor) -> dict[str, Any]:
+    """Return everything that a plugin could change by mistake."""
     hooks = {
         f"{name}{kind}": list(hooks)
-        for name, one in module.named_modules()
-        for kind, hooks in vars(one).items()
+        for name, part in module.named_modules()
+        for kind, hooks in vars(part).items()
         if kind.endswith("hooks") and hooks
     }
     return {
         "the hooks of the network": hooks,
-        "the modules of the network": [(name, id(one)) for name, one in module.named_modules()],
-        "the attributes of the network": [(sorted(vars(one)), vars(one).get("inplace")) for one in module.modules()],
-        "the modes of the network": [one.training for one in module.modules()],
-        "what of the network takes gradients": [one.requires_grad for one in module.parameters()],
-        "the gradients of the network": [one.grad is not None for one in module.parameters()],
-        "the numbers of the network": nn.utils.parameters_to_vector(module.state_dict().values()).clone(),
-        "the input": given.detach().clone(),
-        "whether the input takes gradients": given.requires_grad,
-        "the input's gradient": given.grad is not None,
-        "the hooks of the input": len(given._backward_hooks or ()),
-        "torch's random numbers": torch.get_rng_state(),
-        "whether torch keeps gradients": torch.is_grad_enabled(),
-        "whether torch is deterministic": torch.are_deterministic_algorithms_enabled(),
-        "torch's precision": (torch.get_default_dtype(), torch.is_autocast_enabled("cpu")),
+        "the modules of the network": [(name, id(part)) for name, part in module.named_modules()],
+        "the attributes of the network": [(sorted(vars(part)), vars(part).get("inplace")) for part in module.modules()],
+        "the modes of the network": [part.training for part in module.modules()],
+        "requires_grad of the network": [part.requires_grad for part in module.parameters()],
+        "the gradients of the network": [part.grad is not None for part in module.parameters()],
+        "the weights and buffers of the network": nn.utils.parameters_to_vector(module.state_dict().values()).clone(),
+        "the input": inputs.detach().clone(),
+        "requires_grad of the input": inputs.requires_grad,
+        "the gradient of the input": inputs.grad is not None,
+        "the hooks of the input": len(inputs._backward_hooks or ()),
+        "the random state of torch": torch.get_rng_state(),
+        "the gradient mode of torch": torch.is_grad_enabled(),
+        "the deterministic mode of torch": torch.are_deterministic_algorithms_enabled(),
+        "the precision of torch": (torch.get_default_dtype(), torch.is_autocast_enabled("cpu")),
     }

@@ -1,4 +1,4 @@
-"""Plugins of distributions that are really installed, good and bad, and the suite that tells one from the other."""
+"""The contract suite, and plugins of installed distributions that keep or break their contracts."""
 
 import json
 import re
@@ -37,7 +37,7 @@ PAGES = {
 
 @pytest.mark.parametrize("name", [name for name in registry.backbones.names() if not name.endswith("/*")])
 def test_every_backbone_keeps_its_contract(name):
-    # to compile DenseNet121 takes long, and other tests do
+    # other tests compile DenseNet121, which takes long
     testing.check_backbone(
         name, shape=(40, 64, 64) if name == "perez2023" else (32, 64, 64), export=name != "densenet121"
     )
@@ -54,7 +54,7 @@ def test_every_brain_extractor_keeps_its_contract(name):
 
 
 class Small(nn.Module):
-    """A backbone that keeps its contract, to be spoilt."""
+    """A backbone that keeps its contract, as a base of broken ones."""
 
     out_channels, cam_layer = 4, "layers.2"
 
@@ -171,61 +171,63 @@ class Untraceable(Small):
 
 @pytest.fixture
 def registered():
-    """Registers plugins for one test."""
+    """Register plugins for one test."""
     added = []
 
     def add(plugins, plugin):
-        plugins.register("spoilt", plugin)
+        plugins.register("broken", plugin)
         added.append(plugins)
 
     yield add
     for plugins in added:
-        plugins.unregister("spoilt")
+        plugins.unregister("broken")
 
 
-@pytest.mark.parametrize(("module", "said"), [
+@pytest.mark.parametrize(("module", "message"), [
     (WrongChannels, "features must be (2, 5, any, any, any), is (2, 4, 8, 16, 16)"),
     (Flat, "features must be (2, 4, any, any, any), is (2, 4)"),
     (LayerUnused, "its cam_layer 'spare' is not used"),
-    (Dropping, "must leave torch's random numbers as it was"),
-    (OverTheBatch, "must not depend on what is beside it"),
-    (InPlace, "must leave the input as it was"),
-    (Idle, "parameters that take no part: never"),
+    (Dropping, "must not change the random state of torch"),
+    (OverTheBatch, "must not depend on the other grids"),
+    (InPlace, "must not change the input"),
+    (Idle, "parameters without a gradient: never"),
     (Frozen, "all its parameters are frozen"),
-    (OfOneSize, "grids (3, 1, 40, 64, 80) after (32, 64, 64) must be answered, or refused by a PluginError"),
-    (OfOneBatch, "must not depend on what is beside it"),
-    (Counting, "must leave the numbers of the network as it was"),
+    (OfOneSize, "grids (3, 1, 40, 64, 80) after (32, 64, 64) must work, or raise a PluginError"),
+    (OfOneBatch, "must not depend on the other grids"),
+    (Counting, "must not change the weights and buffers of the network"),
     (Blind, "features must depend on the grid"),
-    (Remembering, "filled into another of its kind"),
+    (Remembering, "a second backbone with its state"),
     (Failing, "ZeroDivisionError: by zero"),
     (Untraceable, "features must depend on the grid"),
 ])  # fmt: skip
-def test_a_spoilt_backbone_is_told_what_it_breaks(registered, module, said):
+def test_the_error_names_the_rule_that_a_backbone_breaks(registered, module, message):
     registered(registry.backbones, module)
-    with pytest.raises(PluginError, match="backbone 'spoilt' of this session breaks its contract") as caught:
-        testing.check_backbone("spoilt", shape=(32, 64, 64))
-    assert said in str(caught.value)
+    with pytest.raises(PluginError, match="backbone 'broken' of this session breaks its contract") as caught:
+        testing.check_backbone("broken", shape=(32, 64, 64))
+    assert message in str(caught.value)
 
 
-def test_one_that_only_torch_can_run_may_say_so(registered):
+def test_export_can_be_left_out_for_a_backbone_that_only_torch_runs(registered):
     class OnlyTorch(Small):
         def forward(self, grid):
             features = self.layers(grid)
-            return features if float(features.detach().sum()) < 1e9 else features * 2  # asks for a number on the way
+            return (
+                features if float(features.detach().sum()) < 1e9 else features * 2
+            )  # needs a number that no graph has
 
     registered(registry.backbones, OnlyTorch)
-    testing.check_backbone("spoilt", export=False)
-    with pytest.raises(PluginError, match="it must run outside of torch"):
-        testing.check_backbone("spoilt")
+    testing.check_backbone("broken", export=False)
+    with pytest.raises(PluginError, match="OpenVINO must run it"):
+        testing.check_backbone("broken")
 
 
-def test_a_backbone_of_one_size_may_refuse_others_in_words(registered):
+def test_a_backbone_may_refuse_other_shapes_with_a_plugin_error(registered):
     registered(registry.backbones, Refusing)
-    testing.check_backbone("spoilt")
+    testing.check_backbone("broken")
 
 
 class Plain(nn.Module):
-    """A head that keeps its contract, to be spoilt."""
+    """A head that keeps its contract, as a base of broken ones."""
 
     def __init__(self, in_channels, labels):
         super().__init__()
@@ -267,26 +269,26 @@ class Misscaled(Plain):
         self.linear.bias.add_(shift)
 
 
-def test_what_is_spoilt_here_keeps_its_contract_before(registered):
+def test_the_unbroken_plugins_keep_their_contracts(registered):
     registered(registry.backbones, Small)
-    testing.check_backbone("spoilt")
+    testing.check_backbone("broken")
     registered(registry.heads, Plain)
-    testing.check_head("spoilt")
+    testing.check_head("broken")
     registered(registry.saliency, gradient)
-    testing.check_saliency("spoilt")
+    testing.check_saliency("broken")
 
 
-@pytest.mark.parametrize(("head", "said"), [
-    (Unscaled, "must add to one"),
+@pytest.mark.parametrize(("head", "message"), [
+    (Unscaled, "must sum to one"),
     (Summed, "the mean over the batch"),
     (Backwards, "make the true label the most probable"),
     (Deaf, "the probability of 'low' does not depend on the logits"),
     (Misscaled, "scale x logits + shift"),
 ])  # fmt: skip
-def test_a_spoilt_head_is_told_what_it_breaks(registered, head, said):
+def test_the_error_names_the_rule_that_a_head_breaks(registered, head, message):
     registered(registry.heads, head)
-    with pytest.raises(PluginError, match=f"head 'spoilt' of this session breaks its contract: .*{re.escape(said)}"):
-        testing.check_head("spoilt")
+    with pytest.raises(PluginError, match=f"head 'broken' of this session breaks its contract: .*{re.escape(message)}"):
+        testing.check_head("broken")
 
 
 def gradient(score, grid, network):
@@ -313,7 +315,7 @@ def noisy(score, grid, network):
 def hooked(score, grid, network):
     handle = network.backbone[1].register_forward_hook(lambda *_: None)
     found = gradient(score, grid, network)
-    handle.remove()  # not where the score raises
+    handle.remove()  # not removed if the score raises
     return found
 
 
@@ -343,25 +345,25 @@ def flat(score, grid, network):
     return gradient(score, grid, network).ravel()
 
 
-@pytest.mark.parametrize(("method", "said"), [
+@pytest.mark.parametrize(("method", "message"), [
     (unsigned, "must be signed"),
     (scaled, "must not be scaled"),
-    (mirrored, "of what speaks for a lesion on the low side"),
-    (noisy, "torch's random numbers"),
+    (mirrored, "a lesion on the low side"),
+    (noisy, "the random state of torch"),
     (hooked, "the hooks of the network"),
     (training, "the modes of the network"),
     (leaving, "the attributes of the network"),
-    (accumulating, "the input's gradient"),
-    (silent, "a bad target must not be passed over in silence"),
-    (flat, "a map is a tensor (D, H, W), this is one of (6912,)"),
+    (accumulating, "the gradient of the input"),
+    (silent, "a bad target must raise an error"),
+    (flat, "a map is a tensor (D, H, W), this map is a tensor (6912,)"),
 ])  # fmt: skip
-def test_a_spoilt_method_is_told_what_it_breaks(registered, method, said):
+def test_the_error_names_the_rule_that_a_method_breaks(registered, method, message):
     registered(registry.saliency, method)
-    with pytest.raises(PluginError, match=f"'spoilt' of this session breaks its contract: .*{re.escape(said)}"):
-        testing.check_saliency("spoilt")
+    with pytest.raises(PluginError, match=f"'broken' of this session breaks its contract: .*{re.escape(message)}"):
+        testing.check_saliency("broken")
 
 
-def test_a_method_that_refuses_an_option_is_told_so(registered, bright_model, scan_path):
+def test_an_option_that_a_method_refuses_is_named(registered, bright_model, scan_path):
     def picky(score, grid, network, *, steps=1):
         if steps < 1:
             raise ValueError(f"steps is {steps}; it must be 1 at least")
@@ -369,9 +371,9 @@ def test_a_method_that_refuses_an_option_is_told_so(registered, bright_model, sc
 
     registered(registry.saliency, picky)
     model = ichprog.load_model(bright_model, fold=0)
-    assert ichprog.explain(model, scan_path, method="spoilt").method == "spoilt"
-    with pytest.raises(PluginError, match=r"'spoilt' refuses its options {'steps': 0}: steps is 0; it must be 1"):
-        ichprog.explain(model, scan_path, method="spoilt", steps=0)
+    assert ichprog.explain(model, scan_path, method="broken").method == "broken"
+    with pytest.raises(PluginError, match=r"'broken' refuses its options {'steps': 0}: steps is 0; it must be 1"):
+        ichprog.explain(model, scan_path, method="broken", steps=0)
 
 
 # families of names
@@ -401,7 +403,7 @@ def test_a_family_takes_the_rest_of_the_name(registered, bright_model):
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
-    """A fresh environment that sees what is installed here, with a pip of its own."""
+    """Create an environment with its own pip that sees the installed packages."""
     folder = tmp_path_factory.mktemp("environment")
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     (site,) = folder.glob("lib/python*/site-packages")
@@ -457,12 +459,12 @@ def bad_ones(environment, tmp_path_factory):
     run(environment, pip, "uninstall", "-y", *(f"ichprog-{name}" for name in BAD))
 
 
-def test_bad_distributions_spoil_their_own_names_only(environment, bad_ones, tmp_path, scan_path):
+def test_broken_distributions_affect_only_their_own_names(environment, bad_ones, tmp_path, scan_path):
     states = json.loads(run(environment, environment / "bin" / "python", "-m", "ichprog", "plugins", "--json").stdout)
     problems = {(state["distribution"], state["name"]): state["problem"] for state in states}
-    for name, (claimed, said, _) in BAD.items():
-        if name != "breaks":  # which only shows when it is built
-            assert said in problems[f"ichprog-{name}", claimed]
+    for name, (claimed, message, _) in BAD.items():
+        if name != "breaks":  # found only when the backbone is built
+            assert message in problems[f"ichprog-{name}", claimed]
             assert f"ichprog-{name} 1.2.3" in problems[f"ichprog-{name}", claimed]
     assert "ichprog-claims 1.2.3" in problems["ichprog", "perez2023"]
     fine = {name for (_, name), problem in problems.items() if problem is None}
@@ -472,21 +474,21 @@ def test_bad_distributions_spoil_their_own_names_only(environment, bad_ones, tmp
         import json
         import ichprog
         from ichprog import registry, testing
-        told = {{}}
+        results = {{}}
         for name in ("raises", "lacks", "perez2023", "newer", "breaks"):
             try:
                 testing.check_backbone(name)
             except ichprog.errors.PluginError as error:
-                told[name] = str(error)
+                results[name] = str(error)
         model = ichprog.load_model("compact.prognosis_gcs3_age", runtime="torch")
-        told["answer"] = len(ichprog.predict(model, {str(scan_path)!r}).tasks)
-        print(json.dumps(told))
+        results["answer"] = len(ichprog.predict(model, {str(scan_path)!r}).tasks)
+        print(json.dumps(results))
         """
-    told = json.loads(run(environment, environment / "bin" / "python", "-c", textwrap.dedent(code)).stdout)
-    assert told["answer"] == 3
-    for name, (claimed, said, _) in BAD.items():
-        assert said in told[claimed]
-        assert f"ichprog-{name} 1.2.3" in told[claimed]
+    results = json.loads(run(environment, environment / "bin" / "python", "-c", textwrap.dedent(code)).stdout)
+    assert results["answer"] == 3
+    for name, (claimed, message, _) in BAD.items():
+        assert message in results[claimed]
+        assert f"ichprog-{name} 1.2.3" in results[claimed]
 
 
 def test_the_captum_plugin_works_where_it_is_installed(environment, tmp_path, scan_path):
@@ -495,7 +497,7 @@ def test_the_captum_plugin_works_where_it_is_installed(environment, tmp_path, sc
         environment / "bin" / "pip",
         environment / "bin" / "python",
     )
-    copied = shutil.copytree(folder, tmp_path / "plugin")  # building leaves nothing beside the source
+    copied = shutil.copytree(folder, tmp_path / "plugin")  # building writes no files into the source folder
     run(environment, pip, "install", "--no-deps", "--no-build-isolation", copied, "captum>=0.8")
     try:
         assert re.search(r"^\d+ passed", run(environment, python, "-m", "pytest", "-q", "-rN", cwd=copied).stdout, re.M)
@@ -540,8 +542,8 @@ def test_the_page_of_a_kind_is_followed_to_the_letter(environment, tmp_path, kin
     written = [path for path in written if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
     assert len(written) == 4
     assert not re.search(r"\$[a-z]", "".join(path.read_text() for path in written))
-    told = page.partition("The first line writes four files: ")[2].partition("\n\n")[0]
-    assert all(f"`{path.relative_to(folder)}`" in told for path in written)
+    listed = page.partition("The first line writes four files: ")[2].partition("\n\n")[0]
+    assert all(f"`{path.relative_to(folder)}`" in listed for path in written)
 
 
 def _ringed(hu, spacing_mm):
@@ -591,9 +593,9 @@ def test_a_broken_brain_extractor_is_named(extract, message):
 
 
 CHECKS = {
-    "backbone": (registry.backbones, testing.check_backbone, test_a_spoilt_backbone_is_told_what_it_breaks),
-    "head": (registry.heads, testing.check_head, test_a_spoilt_head_is_told_what_it_breaks),
-    "saliency": (registry.saliency, testing.check_saliency, test_a_spoilt_method_is_told_what_it_breaks),
+    "backbone": (registry.backbones, testing.check_backbone, test_the_error_names_the_rule_that_a_backbone_breaks),
+    "head": (registry.heads, testing.check_head, test_the_error_names_the_rule_that_a_head_breaks),
+    "saliency": (registry.saliency, testing.check_saliency, test_the_error_names_the_rule_that_a_method_breaks),
     "brain_extractor": (
         registry.brain_extractors,
         testing.check_brain_extractor,
@@ -603,26 +605,26 @@ CHECKS = {
 
 
 @pytest.mark.parametrize("kind", list(CHECKS))
-def test_what_the_pages_say_of_mistakes_is_what_is_shown(registered, kind):
-    """Each message on the page, word by word, by what is spoilt above."""
+def test_the_messages_on_the_pages_are_the_real_messages(registered, kind):
+    """Compare each message on the page with the message of a broken plugin of this file."""
     page = (ROOT / "docs" / PAGES[kind]).read_text(encoding="utf-8")
-    told = re.findall(r"^\| .* \| `(.+)` \|$", page.partition("\n## Mistakes\n")[2], re.MULTILINE)
-    assert len(told) >= 5
+    messages = re.findall(r"^\| .* \| `(.+)` \|$", page.partition("\n## Mistakes\n")[2], re.MULTILINE)
+    assert len(messages) >= 5
     plugins, check, examples = CHECKS[kind]
     shown = []
     for plugin, _ in examples.pytestmark[0].args[1]:
-        plugins.register("spoilt", plugin)
+        plugins.register("broken", plugin)
         try:
             with pytest.raises(PluginError) as caught:
-                check("spoilt")
+                check("broken")
         finally:
-            plugins.unregister("spoilt")
+            plugins.unregister("broken")
         shown.append(str(caught.value).partition(" breaks its contract: ")[2])
-    for message in told:
+    for message in messages:
         assert any(re.match(rf"{re.escape(message)}[.;]", one) for one in shown), message
 
 
-@pytest.mark.parametrize(("arguments", "said"), [
+@pytest.mark.parametrize(("arguments", "message"), [
     (["Tiny"], "lower-case letters"),
     (["class"], "lower-case letters"),
     (["../tiny"], "lower-case letters"),
@@ -631,7 +633,7 @@ def test_what_the_pages_say_of_mistakes_is_what_is_shown(registered, kind):
     (["tiny", "-o", "."], "exists already"),
     (["tiny", "--kind", "model"], "backbone"),
 ])  # fmt: skip
-def test_a_new_plugin_is_refused_a_name_or_place_that_does_not_do(arguments, said):
+def test_a_new_plugin_needs_a_valid_name_and_a_free_folder(arguments, message):
     result = CliRunner().invoke(main, ["plugins", "new", *arguments])
     assert result.exit_code == 2
-    assert said in result.output
+    assert message in result.output

@@ -37,7 +37,7 @@ class Network(nn.Module):
         self.backbone = nn.Sequential(
             nn.Conv3d(1, 4, 3), first, nn.Conv3d(4, 6, 3, stride=2), first if shared else second
         )
-        self.beside = nn.Conv3d(1, 2, 3)
+        self.unused = nn.Conv3d(1, 2, 3)
         self.never = nn.Identity()
         self.linear = nn.Linear(6, 2)
         self.functional_relu = functional_relu
@@ -47,7 +47,7 @@ class Network(nn.Module):
     def forward(self, grid):
         self.seen.append(len(grid))
         features = self.backbone(grid)
-        self.beside(grid)
+        self.unused(grid)
         if len(self.seen) in self.breaks_at:
             raise KeyError("broken")
         if self.functional_relu:
@@ -55,15 +55,15 @@ class Network(nn.Module):
         return self.linear(features.mean((2, 3, 4)))
 
 
-def asked(**options):
+def example(**options):
     network = Network(**options).double().eval().requires_grad_(False)
     torch.manual_seed(1)
     grid = torch.rand(1, 1, 8, 12, 14, dtype=torch.float64).requires_grad_()
     return (lambda grids: network(grids)[:, 1]), grid, network
 
 
-def everything(network, grid):
-    """All that a method could have changed."""
+def state_of(network, grid):
+    """Return everything that a method could change by mistake."""
     modules = [
         {name: list(value) if isinstance(value, dict) else id(value) for name, value in vars(module).items()}
         for module in network.modules()
@@ -72,41 +72,41 @@ def everything(network, grid):
     return modules, torch_state, grid.grad, grid.requires_grad, grid.tolist()
 
 
-def test_they_are_found_by_name():
+def test_the_entry_points_name_all_methods():
     found = entry_points(group="ichprog.saliency")
     assert {one.name for one in found if one.dist.name == "ichprog-captum"} == set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_contract(name):
+def test_every_method_keeps_its_contract(name):
     testing.check_saliency(name)
 
 
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("name", NAMES)
-def test_nothing_is_left_behind_and_grids_go_one_by_one(name, inplace):
-    score, grid, network = asked(inplace=inplace)
-    before = everything(network, grid)
+def test_methods_leave_nothing_behind_and_run_one_grid_at_a_time(name, inplace):
+    score, grid, network = example(inplace=inplace)
+    before = state_of(network, grid)
     found = getattr(methods, name)(score, grid, network)
-    assert everything(network, grid) == before
+    assert state_of(network, grid) == before
     assert found.ndim == 3
     assert not found.requires_grad
     assert found.dtype == grid.dtype
     assert max(network.seen) == (2 if name == "deep_lift" else 1)
     with pytest.raises(IndexError):
         getattr(methods, name)(lambda grids: network(grids)[:, 7], grid, network)
-    assert everything(network, grid) == before
+    assert state_of(network, grid) == before
     passes = len(network.seen) - 1  # without the bad target's
     for call in {1, min(2, passes), passes}:
         network.seen.clear()
         network.breaks_at[:] = [call]
         with pytest.raises(KeyError, match="broken"):
             getattr(methods, name)(score, grid, network)
-        assert everything(network, grid) == before
+        assert state_of(network, grid) == before
 
 
-def test_integrated_gradients_by_hand():
-    score, grid, network = asked()
+def test_integrated_gradients_match_the_hand_computation():
+    score, grid, network = example()
     zeros, weights = np.polynomial.legendre.leggauss(20)
     total = torch.zeros_like(grid)
     for point, weight in zip((1 + zeros) / 2, weights / 2, strict=True):
@@ -127,8 +127,8 @@ def test_integrated_gradients_by_hand():
 
 @pytest.mark.parametrize("batch", [1, 5])
 @pytest.mark.parametrize(("window", "stride"), [((3, 5, 6), (2, 3, 6)), ("3, 5,6", "2,3,6"), ([3, 5, 6], (3, 5, 4))])
-def test_occlusion_by_hand(window, stride, batch):
-    score, grid, network = asked()
+def test_occlusion_matches_the_hand_computation(window, stride, batch):
+    score, grid, network = example()
     found = methods.occlusion(score, grid, network, window=window, stride=stride, batch=batch)
     assert max(network.seen) == batch
     step = (2, 3, 6) if isinstance(stride, str) else stride
@@ -145,8 +145,8 @@ def test_occlusion_by_hand(window, stride, batch):
     torch.testing.assert_close(found, falls / covered, rtol=1e-6, atol=1e-9)
 
 
-def test_occlusion_takes_the_passes_that_it_says():
-    score, _, network = asked()
+def test_occlusion_takes_the_documented_number_of_passes():
+    score, _, network = example()
     methods.occlusion(score, torch.rand(1, 1, 10, 31, 31, dtype=torch.float64), network)
     assert len(network.seen) == 4 * 7 * 7 + 1  # windows of 3 x 7 x 7 every 3, 4 and 4
     network.seen.clear()
@@ -154,8 +154,8 @@ def test_occlusion_takes_the_passes_that_it_says():
     assert len(network.seen) == 2
 
 
-def test_grad_cam_is_that_of_ichprog():
-    score, grid, network = asked()
+def test_grad_cam_equals_that_of_ichprog():
+    score, grid, network = example()
     for layer in (None, "3", "0", "backbone.2"):
         ours = saliency.grad_cam(score, grid, network, layer=layer).detach()
         found = methods.captum_grad_cam(score, grid, network, layer=layer)
@@ -166,7 +166,7 @@ def test_grad_cam_is_that_of_ichprog():
 
 
 def test_layer_gradient_x_activation_sums_to_what_a_linear_head_sees():
-    _, grid, network = asked()
+    _, grid, network = example()
     weights = torch.randn(6, 2, 4, 5, dtype=torch.float64)
     found = methods.layer_gradient_x_activation(
         lambda grids: (network.backbone(grids) * weights).sum((1, 2, 3, 4)), grid, network
@@ -175,8 +175,8 @@ def test_layer_gradient_x_activation_sums_to_what_a_linear_head_sees():
 
 
 @pytest.mark.parametrize("options", [{}, {"inplace": True}, {"shared": True}])
-def test_guided_methods_are_those_of_ichprog(options):
-    score, grid, network = asked(**options)
+def test_guided_methods_equal_those_of_ichprog(options):
+    score, grid, network = example(**options)
     for name in ("guided_backprop", "guided_grad_cam"):
         ours = getattr(saliency, name)(score, grid, network).detach()
         assert ours.abs().amax() > 0
@@ -209,15 +209,15 @@ def test_methods_hold_for_backbones_and_heads_of_ichprog(backbone, shape):
 
 def test_guided_methods_refuse_relus_that_captum_does_not_see():
     for name in ("captum_guided_backprop", "captum_guided_grad_cam"):
-        with pytest.raises(PluginError, match=rf"{name} .* 1 of 3 .* take ichprog's own {name[7:]},"):
-            getattr(methods, name)(*asked(functional_relu=True))
-        _, grid, network = asked()
+        with pytest.raises(PluginError, match=rf"{name} .* 1 of 3 .* Use ichprog's own {name[7:]},"):
+            getattr(methods, name)(*example(functional_relu=True))
+        _, grid, network = example()
         with pytest.raises(PluginError, match="this network has none"):
-            getattr(methods, name)(lambda grids: network.beside(grids).mean((1, 2, 3, 4)), grid, network)  # noqa: B023
+            getattr(methods, name)(lambda grids: network.unused(grids).mean((1, 2, 3, 4)), grid, network)  # noqa: B023
 
 
 def test_smooth_grad_is_the_gradient_without_noise_and_the_same_by_its_seed():
-    score, grid, network = asked()
+    score, grid, network = example()
     (gradient,) = torch.autograd.grad(score(grid).sum(), grid)
     assert torch.allclose(methods.smooth_grad(score, grid, network, noise=1e-9), gradient[0, 0], atol=1e-7)
     one, again, other = (methods.smooth_grad(score, grid, network, noise=0.3, seed=seed) for seed in (1, 1, 2))
@@ -234,7 +234,7 @@ def test_smooth_grad_is_the_gradient_without_noise_and_the_same_by_its_seed():
 def test_deep_lift_sums_to_the_difference():
     from monai.networks.nets import DenseNet
 
-    score, grid, network = asked()
+    score, grid, network = example()
     difference = (score(grid) - score(torch.zeros_like(grid))).item()
     assert methods.deep_lift(score, grid, network).sum().item() == pytest.approx(difference, rel=1e-9)
     dense = DenseNet(3, 1, 2, init_features=4, growth_rate=2, block_config=(2, 2), bn_size=2)
@@ -247,27 +247,27 @@ def test_deep_lift_sums_to_the_difference():
 
 def test_deep_lift_refuses_where_it_does_not_hold():
     for options in ({"functional_relu": True}, {"shared": True}):
-        score, grid, network = asked(**options)
-        before = everything(network, grid)
-        with pytest.raises(PluginError, match=r"deep_lift does not hold .* integrated_gradients"):
+        score, grid, network = example(**options)
+        before = state_of(network, grid)
+        with pytest.raises(PluginError, match=r"deep_lift is not valid .* integrated_gradients"):
             methods.deep_lift(score, grid, network)
-        assert everything(network, grid) == before
+        assert state_of(network, grid) == before
 
 
 @pytest.mark.parametrize("name", AT_LAYERS)
-def test_layers_that_cannot_be_asked(name):
-    for layer, error, said in (
+def test_unusable_layers_are_refused(name):
+    for layer, error, message in (
         ("backbone.9", UnknownNameError, "backbone.9"),
         ("bakbone.3", UnknownNameError, r"bakbone.3.*backbone\.3"),
-        ("linear", PluginError, "'linear' gives no features"),
+        ("linear", PluginError, "'linear' has no features"),
         ("never", PluginError, "does not depend on layer 'never'"),
-        ("beside", PluginError, "does not depend on layer 'beside'"),
+        ("unused", PluginError, "does not depend on layer 'unused'"),
     ):
-        with pytest.raises(error, match=said):
-            getattr(methods, name)(*asked(), layer=layer)
+        with pytest.raises(error, match=message):
+            getattr(methods, name)(*example(), layer=layer)
 
 
-@pytest.mark.parametrize(("name", "options", "said"), [
+@pytest.mark.parametrize(("name", "options", "message"), [
     ("integrated_gradients", {"steps": 0}, "steps is 0"),
     ("integrated_gradients", {"batch": "two"}, "batch is 'two'"),
     ("smooth_grad", {"samples": 1.5}, "samples is 1.5"),
@@ -279,32 +279,32 @@ def test_layers_that_cannot_be_asked(name):
     ("occlusion", {"window": (2, 2)}, "slices, rows, columns"),
     ("occlusion", {"window": "2,x,2"}, "window is 'x'"),
     ("occlusion", {"window": 0}, "window is 0"),
-    ("occlusion", {"window": 2, "stride": 3}, "leaves cells out"),
+    ("occlusion", {"window": 2, "stride": 3}, "skips cells"),
     ("occlusion", {"batch": 0}, "batch is 0"),
 ])  # fmt: skip
-def test_wrong_options(name, options, said):
-    score, grid, network = asked()
-    with pytest.raises(ValueError, match=said):
+def test_invalid_options_are_refused(name, options, message):
+    score, grid, network = example()
+    with pytest.raises(ValueError, match=message):
         getattr(methods, name)(score, grid, network, **options)
     assert not network.seen
 
 
 def test_nothing_is_printed_and_warnings_of_the_network_come_through(capsys):
-    score, grid, network = asked()
+    score, grid, network = example()
 
     def warning(grids):
         warnings.warn("of the network's own", stacklevel=1)
         return score(grids)
 
     for name in NAMES:
-        with pytest.warns(UserWarning, match="of the network's own") as told:
+        with pytest.warns(UserWarning, match="of the network's own") as caught:
             getattr(methods, name)(warning, grid, network)
-        assert len({str(one.message) for one in told}) == 1
+        assert len({str(one.message) for one in caught}) == 1
     assert capsys.readouterr() == ("", "")
 
 
-def test_a_terminal_is_shown_how_far_it_is(monkeypatch, capsys):
-    score, grid, network = asked()
+def test_a_terminal_shows_a_progress_bar(monkeypatch, capsys):
+    score, grid, network = example()
 
     def slow(grids):
         time.sleep(0.3)
@@ -312,9 +312,9 @@ def test_a_terminal_is_shown_how_far_it_is(monkeypatch, capsys):
 
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     methods.integrated_gradients(slow, grid, network, steps=6)
-    out, told = capsys.readouterr()
+    out, shown = capsys.readouterr()
     assert out == ""
-    assert "6/6" in told or "5/6" in told
+    assert "6/6" in shown or "5/6" in shown
 
 
 def test_captum_is_imported_when_it_is_needed():
@@ -397,3 +397,10 @@ def test_explain_on_the_command_line(model, tmp_path):
     unknown = CliRunner().invoke(main, [*words, "--option", "setps=4"])
     assert unknown.exit_code == 2
     assert "steps" in unknown.stderr
+
+
+def test_the_number_of_passes_is_logged_before_the_first_pass(caplog):
+    score, grid, network = example()
+    with caplog.at_level("INFO", logger="ichprog"):
+        methods.integrated_gradients(score, grid, network, steps=6)
+    assert [record.message for record in caplog.records] == ["This map takes 6 passes through the network."]
