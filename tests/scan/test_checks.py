@@ -1,14 +1,15 @@
 import dataclasses
+import runpy
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from ichprog.errors import ScanError
-from ichprog.scan import read
+from ichprog.errors import ScanError, SpecError
+from ichprog.scan import checks, read
 from ichprog.scan.brain import isolate_brain
-from ichprog.scan.checks import check_scan, validate_ct
+from ichprog.scan.checks import check_scan, out_of_range, register_check, resolve_ranges, validate_ct
 
 from support import phantoms
 
@@ -212,3 +213,31 @@ def test_real_scans():
     head, brain = (warnings_of(read(path)) for path in scans)
     assert list(head) == ["no-blood"]
     assert set(brain) == {"slices", "slice-spacing", "no-blood"}
+
+
+def test_a_check_is_added_in_one_place(monkeypatch):
+    monkeypatch.setattr(checks, "CHECKS", dict(checks.CHECKS))
+
+    @register_check("median", "an unusual median", quantity="median of the brain", unit="HU", expected=(20, 30))
+    def check_median(case):
+        return out_of_range([float(np.median(case.scan.hu[case.mask]))], case.expected, "the median", "HU")
+
+    warning = warnings_of(bleeding().scan)["median"]
+    assert (warning.measured, warning.expected, warning.unit) == (33.0, [20, 30], "HU")
+    assert warning.message == "the median is 33 HU; 20 to 30 is usual for this model."
+    assert "median" not in warnings_of(bleeding().scan, median=(20, 45))
+    monkeypatch.setattr("ichprog.scan.CHECKS", checks.CHECKS)
+    page = runpy.run_path(str(Path(__file__).parents[2] / "docs" / "scan_checks.py"))
+    assert "| `median` | an unusual median | 20 to 30 | HU |\n" in page["warnings_table"]()
+
+
+def test_an_override_of_an_unknown_check_names_the_nearest_check():
+    with pytest.raises(
+        SpecError, match=r"Unknown scan check .brain-volum.\. Did you mean brain-volume"
+    ):
+        resolve_ranges({"brain-volum": (700, 2000)})
+
+
+def test_a_check_without_a_range_takes_no_override():
+    with pytest.raises(SpecError, match="Unknown scan check 'cropped-brain'"):
+        resolve_ranges({"cropped-brain": (0, 1)})
