@@ -176,7 +176,7 @@ def image_of(parts, labels, seed=3):
 
 def test_fusion_is_fitted_to_the_validation_part_and_predicts_it_by_leave_one_out(patients):
     cohort, labels, values, _ = patients
-    parts = folds.split(labels, 3, validation=0.3)
+    parts = folds.split(labels, 3, validation_fraction=0.3)
     image = image_of(parts, labels)
     predicted = baselines.predict(baseline("fusion", ("age",), "v"), cohort, TASK, parts, image=image)
     for number, fold in enumerate(parts):

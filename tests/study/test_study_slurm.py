@@ -1,4 +1,4 @@
-"""A study on Slurm: one node on the loopback, whose jobs are real and are cancelled in the middle of their work."""
+"""A study on Slurm: a cluster of one node on the loopback, whose jobs are cancelled while they run."""
 
 import getpass
 import os
@@ -12,13 +12,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 
 import pytest
-import test_study_jobs as tiny
 
 from ichprog import RunError, parallel
 from ichprog.study import jobs
 
-folder, study, done = tiny.folder, tiny.study, tiny.done
-one_thread_in_workers = tiny.one_thread_in_workers
+from support.small_study import JOBS, job_names
+
+pytestmark = pytest.mark.usefixtures("one_thread", "one_thread_in_workers")
+
 
 ABSENT = [name for name in ("munged", "slurmctld", "slurmd", "sbatch") if shutil.which(name) is None]
 
@@ -48,7 +49,7 @@ PartitionName=gpu Nodes=ALL Default=YES State=UP
 """
 
 
-def asked(*command):
+def output_of(*command):
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
@@ -66,8 +67,8 @@ def free_ports():
 
 @contextmanager
 def daemon(log, *command):
-    """A process until the end of the block; it is told to stop, and has some time for it."""
-    with log.open("w") as said, subprocess.Popen(command, stdout=said, stderr=said) as process:
+    """Run a process during the block, then terminate it."""
+    with log.open("w") as file, subprocess.Popen(command, stdout=file, stderr=file) as process:
         try:
             yield
         finally:
@@ -80,7 +81,7 @@ def daemon(log, *command):
 
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory):
-    """A Slurm of one node, whose files are all in one folder."""
+    """Start a Slurm cluster of one node, with all its files in one folder."""
     if ABSENT:
         pytest.skip(f"no {', '.join(ABSENT)} here: apt-get install slurm-wlm munge")
     root = tmp_path_factory.mktemp("slurm")
@@ -113,83 +114,88 @@ def slurm(tmp_path_factory):
 
 
 def slurm_jobs(state="pending,running,completing"):
-    """The numbers of the jobs there are."""
-    return asked("squeue", "-h", f"--states={state}", "-o", "%A").split()
+    """Return the numbers of the Slurm jobs in some states."""
+    return output_of("squeue", "-h", f"--states={state}", "-o", "%A").split()
 
 
 @pytest.mark.slow
-def test_slurm_itself(slurm, tmp_path):
-    asked("sbatch", "--wait", "-o", str(tmp_path / "said"), "--wrap", "hostname")
-    until((tmp_path / "said").exists)
-    assert (tmp_path / "said").read_text().strip() == socket.gethostname()
+def test_slurm_runs_a_job(slurm, tmp_path):
+    output_of("sbatch", "--wait", "-o", str(tmp_path / "output"), "--wrap", "hostname")
+    until((tmp_path / "output").exists)
+    assert (tmp_path / "output").read_text().strip() == socket.gethostname()
 
 
 @contextmanager
-def beside(doing):
-    """Something done by another thread during the block; what it raises is raised at the end."""
+def in_thread(function):
+    """Run a function in another thread during the block, and raise its error at the end."""
     with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(doing)
+        future = pool.submit(function)
         yield
         future.result()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dies", ["one worker", "one job", "every job"])
-def test_jobs_do_the_same_as_one_process_though_some_are_killed(dies, slurm, done, folder, study, tmp_path):
-    """A worker's process is killed, or jobs are cancelled, as it is at the end of their time; all in mid-cell."""
+def test_slurm_jobs_give_the_same_files_as_one_process_if_some_are_killed(
+    dies, slurm, finished_study, patients_folder, make_study, tmp_path
+):
+    """A worker is killed, or Slurm jobs are cancelled, while a job runs."""
     from distributed import default_client
 
-    asked_for, out, gone = study(), tmp_path / "out", []
+    study, out, cancelled = make_study(), tmp_path / "out", []
 
     def kill():
-        until(lambda: len(tiny.names(jobs.status(asked_for, out), "running")) == 2)
+        until(lambda: len(job_names(jobs.status(study, out), "running")) == 2)
         if dies == "one worker":
             os.kill(min(default_client().run(os.getpid).values()), signal.SIGKILL)
         else:
-            gone.extend(slurm_jobs()[: None if dies == "every job" else 1])
-            asked("scancel", *gone)
+            cancelled.extend(slurm_jobs()[: None if dies == "every job" else 1])
+            output_of("scancel", *cancelled)
 
-    with parallel.cluster(slurm={"queue": "gpu", "log_directory": str(tmp_path)}, workers=2) as executor, beside(kill):
-        found = jobs.run(asked_for, out, executor=executor, cache_dir=folder / "c")
+    with (
+        parallel.cluster(slurm={"queue": "gpu", "log_directory": str(tmp_path)}, workers=2) as executor,
+        in_thread(kill),
+    ):
+        statuses = jobs.run(study, out, executor=executor, cache_dir=patients_folder / "c")
         after = slurm_jobs()
-    assert tiny.names(found) == tiny.JOBS, [status.error for status in found]
-    assert (out / "predictions.csv").read_bytes() == (done / "predictions.csv").read_bytes()
+    assert job_names(statuses) == JOBS, [status.error for status in statuses]
+    assert (out / "predictions.csv").read_bytes() == (finished_study / "predictions.csv").read_bytes()
     until(lambda: not slurm_jobs())
     if dies == "every job":
-        assert len(gone) == 2
+        assert len(cancelled) == 2
         assert after
-        assert not set(gone) & set(after), "others took their place"
+        assert not set(cancelled) & set(after), "other jobs replace the cancelled ones"
 
 
 @pytest.mark.slow
-def test_options_may_be_text_and_a_worker_has_the_processors_of_its_job(slurm, tmp_path):
-    options = {"cores": "2", "memory": "1GiB", "walltime": "00:20:00", "job_extra_directives": "--comment=told"}
+def test_options_may_be_text_and_a_worker_uses_the_processors_of_its_job(slurm, tmp_path):
+    options = {"cores": "2", "memory": "1GiB", "walltime": "00:20:00", "job_extra_directives": "--comment=reported"}
     with parallel.cluster(slurm=options | {"log_directory": str(tmp_path)}) as executor:
         assert executor.submit(os.getenv, "OMP_NUM_THREADS").result(60) == "2"
         (number,) = slurm_jobs()
-        said = set(asked("scontrol", "show", "job", number).split())
-    assert {"NumCPUs=2", "MinMemoryNode=1G", "TimeLimit=00:20:00", "Comment=told"} <= said
+        properties = set(output_of("scontrol", "show", "job", number).split())
+    assert {"NumCPUs=2", "MinMemoryNode=1G", "TimeLimit=00:20:00", "Comment=reported"} <= properties
     until(lambda: not slurm_jobs())
 
 
 @pytest.mark.slow
-def test_what_slurm_refuses_is_said(slurm):
+def test_a_job_that_slurm_refuses_is_an_error(slurm):
     refused = pytest.raises(RunError, match=r"(?s)Slurm refuses the jobs.*invalid partition specified: none")
     with refused, parallel.cluster(slurm={"queue": "none"}):
         pass
     assert not slurm_jobs()
 
 
-@pytest.mark.filterwarnings("ignore:unclosed cluster:ResourceWarning")  # dask-jobqueue's, where it takes no options
+@pytest.mark.filterwarnings("ignore:unclosed cluster:ResourceWarning")  # of dask-jobqueue, if it refuses the options
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"queu": "gpu"}, r"Invalid Slurm options: .*unexpected keyword argument 'queu'"),
         ({"cores": "two"}, r"Invalid Slurm options: .*'two'"),
         ({"memory": "1GB"}, r"Slurm refuses the jobs: .*'sbatch'.*that has sbatch"),
     ],
 )
-def test_options_that_are_none_and_a_machine_without_slurm(options, said, monkeypatch, tmp_path):
+def test_invalid_options_and_a_machine_without_slurm_are_refused(options, message, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(RunError, match=said), parallel.cluster(slurm=options):
+    with pytest.raises(RunError, match=message), parallel.cluster(slurm=options):
         pass
