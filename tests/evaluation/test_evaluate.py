@@ -1,4 +1,4 @@
-"""Scoring a model on a cohort: nobody by a network that has seen them, and where that cannot be known it is said."""
+"""Evaluation of a model on a cohort with leakage control."""
 
 import dataclasses
 import json
@@ -29,7 +29,7 @@ from support.models import REPOSITORY, bright_backbone
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 PATIENTS = [f"P{number:02}" for number in range(24)]
-TRAIN_ONLY = {"P05", "P17"}  # their outcome is not known, their GCS is
+TRAIN_ONLY = {"P05", "P17"}  # unknown outcome, known GCS
 CANNOT = "ichprog cannot know"
 
 
@@ -40,7 +40,7 @@ def evaluate(name, cohort, *, fold=None, **options):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A table of 24 patients with small scans, and three strangers'; simulated all."""
+    """Write a table of 24 patients with small scans, and a table with three more."""
     root = tmp_path_factory.mktemp("patients")
     random = np.random.default_rng(0)
     rows = ["patient,scan,poor_outcome,gcs,age"]
@@ -73,7 +73,7 @@ def cohort(folder):
 
 @pytest.fixture(scope="module")
 def run(folder, cohort, spec, tmp_path_factory):
-    """A run of three folds."""
+    """Train a run of three folds."""
     changes = {"epochs": 3, "patience": 0, "batch_size": 8, "learning_rate": 0.02, "validation_fraction": 0.25}
     protocol = PRESETS["default"].replace(**changes)
     out = tmp_path_factory.mktemp("run") / "run"
@@ -85,13 +85,13 @@ def copied(run, tmp_path):
     return Path(shutil.copytree(run, tmp_path / "copied"))
 
 
-def named(cohort, rename):
-    """A cohort of the patients for whom there is a name."""
+def renamed(cohort, rename):
+    """Return a cohort of the renamed patients."""
     kept = [dataclasses.replace(p, name=rename[p.name]) for p in cohort.patients if p.name in rename]
     return Cohort(tuple(kept), "other.csv")
 
 
-def said(found, task):
+def predicted(found, task):
     answers = found.predictions.entries[found.model.name, task, "test"]
     return {
         patient: (int(fold), p)
@@ -123,7 +123,7 @@ def test_every_patient_is_scored_out_of_fold(run, spec, cohort):
 
     found = evaluate(f"local-dir:{run}", cohort)
     for task in ("prognosis", "gcs", "age"):
-        assert_alike(said(found, task), out_of_fold(run, spec, task))
+        assert_alike(predicted(found, task), out_of_fold(run, spec, task))
     assert set(found.left_out) == TRAIN_ONLY
     assert found.counts == {"patients": 24, "scored": 22, "left_out": 2, "unlabelled": 0, "failed": 0}
     assert found.leakage.source == "run"
@@ -141,17 +141,17 @@ def test_every_patient_is_scored_out_of_fold(run, spec, cohort):
     assert figures["auroc"]["low"] <= figures["auroc"]["value"] <= figures["auroc"]["high"]
 
 
-def test_members_are_known_in_another_table_and_strangers_are_scored_by_all_folds(run, spec, folder):
+def test_patients_of_the_run_are_matched_in_another_table_and_others_are_scored_by_all_folds(run, spec, folder):
     some = Cohort.read(folder / "all.csv")
     kept = {name: name for name in [*PATIENTS[:7], "Q0", "Q1", "Q2"]}
-    found = evaluate(f"local-dir:{run}", named(some, kept))
+    found = evaluate(f"local-dir:{run}", renamed(some, kept))
     members = {name: out_of_fold(run, spec, "gcs")[name] for name in PATIENTS[:7] if name not in TRAIN_ONLY}
     scans = {p.name: p.scan for p in some.patients}
     model = ichprog.load_model(f"local-dir:{run}", runtime="torch")
     assert len(model.weights) == 3
     for name in ("Q0", "Q1", "Q2"):
         members[name] = SEVERAL_FOLDS, np.array(list(ichprog.predict(model, scans[name])["gcs"].probabilities.values()))
-    assert_alike(said(found, "gcs"), members)
+    assert_alike(predicted(found, "gcs"), members)
     assert found.left_out == ("P05",)
     for words in (
         "7 of 10 patients have names",
@@ -162,24 +162,24 @@ def test_members_are_known_in_another_table_and_strangers_are_scored_by_all_fold
         assert words in found.leakage.sentence
 
 
-def test_strangers_alone_are_scored_by_all_folds(run, folder):
-    strangers = named(Cohort.read(folder / "all.csv"), {"Q0": "Q0", "Q1": "Q1"})
-    found = evaluate(f"local-dir:{run}", strangers)
-    assert [fold for fold, _ in said(found, "age").values()] == [SEVERAL_FOLDS, SEVERAL_FOLDS]
+def test_patients_outside_the_run_are_scored_by_all_folds(run, folder):
+    others = renamed(Cohort.read(folder / "all.csv"), {"Q0": "Q0", "Q1": "Q1"})
+    found = evaluate(f"local-dir:{run}", others)
+    assert [fold for fold, _ in predicted(found, "age").values()] == [SEVERAL_FOLDS, SEVERAL_FOLDS]
     assert found.leakage.sentence.startswith("None of the 2 patients has a name of the model's run")
     assert CANNOT in found.leakage.sentence
 
 
-def test_a_name_that_a_table_was_put_before_is_still_known(run, spec, cohort):
-    """`Cohort.join` names patients so where two tables have one name."""
-    found = evaluate(f"local-dir:{run}", named(cohort, {name: f"north_{name}" for name in PATIENTS}))
+def test_a_name_with_the_prefix_of_a_joined_table_is_matched(run, spec, cohort):
+    """`Cohort.join` adds the prefix if two tables have the same name."""
+    found = evaluate(f"local-dir:{run}", renamed(cohort, {name: f"north_{name}" for name in PATIENTS}))
     expected = {f"north_{name}": answer for name, answer in out_of_fold(run, spec, "age").items()}
-    assert_alike(said(found, "age"), expected)
+    assert_alike(predicted(found, "age"), expected)
     assert set(found.left_out) == {f"north_{name}" for name in TRAIN_ONLY}
 
 
-def guarded(tmp_path, spec, cohort, tests, names):
-    """The folds that may answer for these names, of a run of two folds that tests so."""
+def allowed_folds(tmp_path, spec, cohort, tests, names):
+    """Return the folds that may predict patients with these names, for a run of two folds with these test parts."""
     record = {
         "membership": {
             str(fold): {"train": sorted({n for t in tests for n in t} - set(test)), "validation": [], "test": test}
@@ -196,62 +196,62 @@ def guarded(tmp_path, spec, cohort, tests, names):
     return check_leakage(spec, files, Cohort(people, "made.csv")).folds
 
 
-def test_where_a_name_may_stand_for_two_only_a_fold_that_has_seen_neither_answers(tmp_path, spec, cohort):
+def test_a_name_that_matches_two_patients_is_scored_by_a_fold_that_was_trained_on_neither(tmp_path, spec, cohort):
     tests = [["north_1", "north_2", "south_2", "3"], ["south_1", "4", "east_3"]]
     names = ["1", "2", "3", "4", "west_4", "17", "1_north", "far_north_1"]
-    found = guarded(tmp_path, spec, cohort, tests, names)
+    found = allowed_folds(tmp_path, spec, cohort, tests, names)
     assert found == ((), (0,), (0,), (1,), (1,), (0, 1), (0, 1), (0,))
 
 
-def test_one_fold_alone_is_asked_about_whom_it_has_tested(run, spec, cohort):
+def test_a_single_fold_scores_only_its_test_patients(run, spec, cohort):
     found = evaluate(f"local-dir:{run}", cohort, fold=1)
     expected = {name: answer for name, answer in out_of_fold(run, spec, "age").items() if answer[0] == 1}
-    assert_alike(said(found, "age"), expected)
+    assert_alike(predicted(found, "age"), expected)
     assert len(found.left_out) == 24 - len(expected)
     assert [each["fold"] for each in found.provenance["weights"]] == [1]
 
 
-def test_folds_that_are_not_trained_yet_leave_their_patients_out(copied, spec, cohort):
+def test_patients_of_missing_folds_are_left_out(copied, spec, cohort):
     (copied / "fold2.safetensors").unlink()
     found = evaluate(f"local-dir:{copied}", cohort)
-    assert_alike(said(found, "age"), {n: a for n, a in out_of_fold(copied, spec, "age").items() if a[0] != 2})
+    assert_alike(predicted(found, "age"), {n: a for n, a in out_of_fold(copied, spec, "age").items() if a[0] != 2})
 
 
 @pytest.mark.parametrize(
-    ("damage", "words"),
+    ("damage", "message"),
     [
         (lambda run: run["results"]["1"].update(sha256="0" * 64), "it describes other weights of fold 1"),
         (lambda run: run.pop("results"), "cannot be read as the record of a run"),
         (lambda run: run.update(membership=None), "is incomplete"),
     ],
 )
-def test_a_record_that_cannot_be_right_is_refused(damage, words, copied, cohort):
+def test_a_damaged_record_is_refused(damage, message, copied, cohort):
     record = json.loads((copied / "run.json").read_text())
     damage(record)
     (copied / "run.json").write_text(json.dumps(record))
-    with pytest.raises(RunError, match=words):
+    with pytest.raises(RunError, match=message):
         evaluate(f"local-dir:{copied}", cohort)
 
 
-def test_without_its_record_nobody_knows(copied, cohort):
+def test_without_a_record_leakage_is_unknown(copied, cohort):
     (copied / "run.json").unlink()
     found = evaluate(f"local-dir:{copied}", cohort)
     assert found.leakage.source == "nothing"
     assert found.leakage.sentence.startswith(CANNOT)
-    assert {fold for fold, _ in said(found, "age").values()} == {SEVERAL_FOLDS}
+    assert {fold for fold, _ in predicted(found, "age").values()} == {SEVERAL_FOLDS}
     assert found.counts["scored"] == 24
 
 
-def test_nobody_left_is_an_error(run, cohort):
+def test_a_cohort_without_scored_patients_is_an_error(run, cohort):
     with pytest.raises(CohortError, match=r"no patient can be scored: 2 may not be predicted, 0 have no label"):
-        evaluate(f"local-dir:{run}", named(cohort, {name: name for name in TRAIN_ONLY}))
+        evaluate(f"local-dir:{run}", renamed(cohort, {name: name for name in TRAIN_ONLY}))
 
 
 # released weights
 
 
 def released_model(root):
-    """A small model that lies where the published ones do, in two folds; its name."""
+    """Write a small model with two folds to the repository of the published models, and return its name."""
     found = zoo.find("perez2023.prognosis")
     weights = dataclasses.replace(found.weights, folder="Small", format="safetensors", keys={})
     contract = dataclasses.replace(found.input, shape=(8, 24, 24), pad_slices=False)
@@ -281,7 +281,7 @@ def released(tmp_path, monkeypatch):
 
 
 def published_rows(folder, outcomes):
-    """A cohort with these outcomes, whose patients share a few scans."""
+    """Return a cohort with these outcomes, whose patients share a few scans."""
     scans = [folder / f"{name}.nii.gz" for name in PATIENTS[:3]]
     patient = Cohort.read(folder / "cohort.csv").patients[0]
     people = [
@@ -304,9 +304,9 @@ def test_released_folds_are_scored_on_their_test_patients_only(released, folder)
     for fold in (0, 3):
         scans = [cohort.patients[n].scan for n in parts[fold]]
         model = ichprog.load_model(released, fold=fold, runtime="torch")
-        for n, said_of in zip(parts[fold], ichprog.predict(model, scans, brain="given"), strict=True):
-            expected[str(n)] = fold, np.array(list(said_of["prognosis"].probabilities.values()))
-    assert_alike(said(found, "prognosis"), expected)
+        for n, prediction in zip(parts[fold], ichprog.predict(model, scans, brain="given"), strict=True):
+            expected[str(n)] = fold, np.array(list(prediction["prognosis"].probabilities.values()))
+    assert_alike(predicted(found, "prognosis"), expected)
     assert found.counts["left_out"] == 261 - len(parts[0]) - len(parts[3])
     assert found.leakage.source == "released"
     assert "taken for the published cohort of Cobo et al. 2024" in found.leakage.sentence
@@ -317,7 +317,7 @@ def test_released_folds_are_scored_on_their_test_patients_only(released, folder)
 @pytest.mark.parametrize(
     "outcomes", [OUTCOMES[:-1], np.append(OUTCOMES, 1), 1 - OUTCOMES, np.where(np.arange(261) == 4, -1, OUTCOMES)]
 )
-def test_any_other_cohort_is_not_taken_for_the_published_one(outcomes, released, folder):
+def test_other_cohorts_are_not_taken_for_the_published_cohort(outcomes, released, folder):
     cohort = published_rows(folder, [outcome if outcome >= 0 else "" for outcome in outcomes])
     spec, files = ichprog.hub.fetch(released)
     found = check_leakage(spec, files, cohort)
@@ -327,7 +327,7 @@ def test_any_other_cohort_is_not_taken_for_the_published_one(outcomes, released,
     assert found.folds == ((0, 3),) * len(cohort)
 
 
-def test_the_published_cohort_is_nothing_special_to_other_weights(bright_model, folder):
+def test_other_weights_do_not_recognise_the_published_cohort(bright_model, folder):
     spec, files = ichprog.hub.fetch(bright_model)
     found = check_leakage(spec, files, published_rows(folder, OUTCOMES))
     assert found.source == "nothing"
@@ -335,7 +335,7 @@ def test_the_published_cohort_is_nothing_special_to_other_weights(bright_model, 
     assert "Cobo" not in found.sentence
 
 
-def test_every_published_model_of_the_zoo_is_guarded(folder):
+def test_every_published_model_of_the_zoo_has_leakage_control(folder):
     cohort = published_rows(folder, OUTCOMES)
     file = ichprog.hub.WeightFile(0, folder, "", "", "")
     found = {spec.name: check_leakage(spec, [file], cohort).source for spec in ichprog.list_models()}
@@ -347,7 +347,7 @@ def test_every_published_model_of_the_zoo_is_guarded(folder):
 # figures
 
 
-def test_calibration_is_of_every_event(run, cohort):
+def test_every_event_has_a_calibration_curve(run, cohort):
     found = evaluate(f"local-dir:{run}", cohort)
     assert {task: list(curves) for task, curves in found.calibration.items()} == {
         "prognosis": ["poor"],
@@ -364,10 +364,10 @@ def test_calibration_is_of_every_event(run, cohort):
             assert predicted == pytest.approx(answers.probabilities[:, k:].sum())
 
 
-def test_unknown_labels_are_in_no_figure_and_unknown_columns_are_said(run, cohort, folder):
-    strangers = named(Cohort.read(folder / "all.csv"), {"Q0": "Q0", "Q1": "Q1", "Q2": "Q2"})
+def test_unknown_labels_are_in_no_metric_and_unknown_columns_are_reported(run, cohort, folder):
+    others = renamed(Cohort.read(folder / "all.csv"), {"Q0": "Q0", "Q1": "Q1", "Q2": "Q2"})
     columns = [{"poor_outcome": "1", "age": ""}, {"poor_outcome": "", "age": "81"}, {"poor_outcome": "", "age": ""}]
-    people = [dataclasses.replace(p, columns=c) for p, c in zip(strangers.patients, columns, strict=True)]
+    people = [dataclasses.replace(p, columns=c) for p, c in zip(others.patients, columns, strict=True)]
     found = evaluate(f"local-dir:{run}", Cohort(tuple(people), "few.csv"))
     assert found.unlabelled == ("Q2",)
     assert found.unscored == {"gcs": "gcs"}
@@ -380,17 +380,17 @@ def test_unknown_labels_are_in_no_figure_and_unknown_columns_are_said(run, cohor
 
 
 @pytest.fixture
-def ask(monkeypatch):
+def run_command(monkeypatch):
     monkeypatch.setitem(main.commands, "evaluate", command)
     return lambda *arguments: CliRunner().invoke(main, ["evaluate", "--runtime", "torch", *map(str, arguments)])
 
 
-def test_the_command_writes_everything_and_says_what_failed(run, folder, tmp_path, ask):
+def test_the_command_writes_all_files_and_reports_failed_scans(run, folder, tmp_path, run_command):
     shutil.copytree(folder, tmp_path / "patients", ignore=shutil.ignore_patterns("cache"))
     (tmp_path / "patients/P03.nii.gz").write_bytes(b"nothing")
     (tmp_path / "patients/P04.nii.gz").unlink()
     given = f"local-dir:{run}", tmp_path / "patients/cohort.csv", "--n-bootstrap", 50
-    text = ask(*given, "-o", tmp_path / "out")
+    text = run_command(*given, "-o", tmp_path / "out")
     assert text.exit_code == 1, text.output
     assert "small.three on" in text.stdout
     assert "20 of 24 patients scored, 2 left out, 2 failed" in text.stdout
@@ -400,7 +400,7 @@ def test_the_command_writes_everything_and_says_what_failed(run, folder, tmp_pat
     assert "For research only" in text.stderr
 
     written = json.loads((tmp_path / "out/evaluation.json").read_text())
-    shown = json.loads(ask(*given, "--json").stdout)
+    shown = json.loads(run_command(*given, "--json").stdout)
     assert shown == written
     assert [each["patient"] for each in shown["scans_failed"]] == ["P03", "P04"]
     assert shown["patients_left_out"] == ["P05", "P17"]
@@ -421,19 +421,19 @@ def test_the_command_writes_everything_and_says_what_failed(run, folder, tmp_pat
     assert (tmp_path / "out/calibration.svg").is_file()
 
 
-def test_a_cohort_with_none_of_the_columns_is_wrong_use(run, folder, tmp_path, ask):
+def test_a_cohort_without_label_columns_is_wrong_use(run, folder, tmp_path, run_command):
     (tmp_path / "bare.csv").write_text(f"patient,scan\nQ0,{folder / 'Q0.nii.gz'}\n")
-    done = ask(f"local-dir:{run}", tmp_path / "bare.csv")
+    done = run_command(f"local-dir:{run}", tmp_path / "bare.csv")
     assert done.exit_code == 2
     assert "Fill one of the columns poor_outcome, gcs, age" in done.output
     with pytest.raises(UnknownNameError):
         evaluate("small.nothing", tmp_path / "bare.csv")
 
 
-def test_tables_are_taken_together(run, folder, tmp_path, ask):
+def test_several_tables_are_joined(run, folder, tmp_path, run_command):
     lines = (folder / "cohort.csv").read_text().splitlines()
     for name, rows in (("north", lines[1:13]), ("south", lines[13:])):
         (folder / f"{name}.csv").write_text("\n".join([lines[0], *rows]))
-    done = json.loads(ask(f"local-dir:{run}", folder / "north.csv", folder / "south.csv", "--json").stdout)
+    done = json.loads(run_command(f"local-dir:{run}", folder / "north.csv", folder / "south.csv", "--json").stdout)
     assert done["scored"] == 22
     assert "trained on this table" in done["leakage"]

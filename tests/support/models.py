@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+import ichprog
 from ichprog import networks, zoo
 from ichprog.backbones import Backbone
 from ichprog.spec import PluginRef
@@ -44,3 +45,25 @@ def local_model(folder, backbone, *, shape, folds=1, adjust=lambda state: state)
     for fold in range(folds):
         save_file(adjust(networks.build(spec).state_dict()), folder / f"fold{fold}.safetensors")
     return f"local-dir:{folder}"
+
+
+def torch_model(name, fold=None):
+    """Load a model with runtime "torch", which compiles nothing."""
+    return ichprog.load_model(name, fold=fold, runtime="torch")
+
+
+def mean_backbone():
+    """Return a backbone whose feature is the reduced grid, so that a head's logit is weight x mean + bias."""
+    convolution = torch.nn.Conv3d(1, 1, 1)
+    torch.nn.init.ones_(convolution.weight)
+    torch.nn.init.zeros_(convolution.bias)
+    return Backbone(torch.nn.Sequential(convolution, torch.nn.ReLU(), torch.nn.AvgPool3d(2)), 1, "features.2")
+
+
+def fill_heads(state, weight, bias):
+    """Fill the weights and biases of all heads of a state with two numbers."""
+    for key, values in state.items():
+        for suffix, value in {"linear.weight": weight, "linear.bias": bias}.items():
+            if key.endswith(suffix):
+                values.fill_(value)
+    return state
