@@ -1,7 +1,7 @@
-"""Writes the model pages from the zoo: `python docs/models.py`.
+"""Write the model pages from the specs in the zoo: `python docs/models.py`.
 
-Everything on them is in the models' JSON files; the pages are kept in the repository so that they can be read there,
-and a test says when they are out of date.
+All content comes from the JSON files of the models. The pages are part of the repository, and a test fails if they are
+out of date.
 """
 
 import textwrap
@@ -12,15 +12,16 @@ from ichprog.export import CAUTION, card_sections, markdown_table
 from ichprog.spec import ModelSpec
 
 FOLDER = Path(__file__).with_suffix("")
+NOTICE = "For research only, not for patient care."
 
 
 def pages() -> dict[str, str]:
-    """Each page's text by its file name: one of each model of this project, and the list of them."""
+    """Return the text of each page by its file name: the list of models and one page for each model."""
     specs = [zoo.read_entry(entry) for entry in zoo.entries() if entry.distribution == "ichprog"]
-    return {"index.md": _list(specs), **{f"{spec.name}.md": _page(spec) for spec in specs}}
+    return {"index.md": _list_page(specs), **{f"{spec.name}.md": _model_page(spec) for spec in specs}}
 
 
-def _list(specs: list[ModelSpec]) -> str:
+def _list_page(specs: list[ModelSpec]) -> str:
     rows = [
         [
             f"[{spec.name}]({spec.name}.md)" + (" (the default)" if spec.name == zoo.DEFAULT else ""),
@@ -32,17 +33,18 @@ def _list(specs: list[ModelSpec]) -> str:
     return f"""\
 # Models
 
-A name is a backbone and the tasks, and never changes its meaning. The number behind a task is that of its labels.
-Models of one backbone differ in their tasks and their weights alone, so that several tasks and one can be compared.
+A name consists of a backbone and tasks, and its meaning never changes. The table shows the number of labels of each
+task in parentheses. Models with the same backbone differ only in tasks and weights, so that multi-task and single-task
+models can be compared.
 
-{markdown_table(["name", "tasks", "what it is"], rows)}
+{markdown_table(["name", "tasks", "summary"], rows)}
 
-{_caution(specs[0].notice)}
-These pages are written from the models' own descriptions by `python docs/models.py`.
+{_caution(NOTICE)}
+Each page states the notice, the limits and the licences of its model. `python docs/models.py` writes these pages.
 """
 
 
-def _page(spec: ModelSpec) -> str:
+def _model_page(spec: ModelSpec) -> str:
     parts = card_sections(spec, warning="[warning](../scans.md#warnings)")
     body = "\n\n".join(f"## {title}\n\n{text}" for title, text in parts.items())
     return f"""\
@@ -61,7 +63,7 @@ def _caution(notice: str) -> str:
 
 
 def main() -> None:
-    """Writes every page and takes away those of models that are no more."""
+    """Write every page, and remove the pages of models that no longer exist."""
     FOLDER.mkdir(exist_ok=True)
     written = pages()
     for old in FOLDER.glob("*.md"):
