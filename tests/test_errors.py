@@ -1,26 +1,40 @@
-"""Error messages say what was given, what is allowed and what to do next."""
+"""The errors of missing extras."""
 
+import re
+import sys
+import tomllib
+from pathlib import Path
+
+import numpy as np
 import pytest
 
-from ichprog import IchprogError, InvalidValueError, UnknownNameError
+from ichprog.cli import EXTRA_OF_COMMAND
+from ichprog.errors import IchprogError, missing_extra
+from ichprog.train import folds
+
+ROOT = Path(__file__).parents[1]
+EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+NAMED = {
+    extra
+    for path in (ROOT / "ichprog").rglob("*.py")
+    for extra in re.findall(r'missing_extra\("(\w+)"', path.read_text(encoding="utf-8"))
+}
 
 
-@pytest.mark.parametrize(
-    ("known", "hint", "message"),
-    [
-        ([], "", "Unknown device 'gpu'."),
-        (["cpu"], "", "Unknown device 'gpu'. Did you mean cpu? Expected cpu."),
-        (["a", "b"], "Use a.", "Unknown device 'gpu'. Expected one of: a, b. Use a."),
-        (range(14), "", "Unknown device 'gpu'. Expected one of: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11 and 2 more."),
-        ([f"gpu{k}" for k in range(15)], "", "Unknown device 'gpu'. Did you mean gpu9 or gpu8 or gpu7?"),
-    ],
-)
-def test_an_unknown_name_comes_with_the_nearest_and_the_allowed_names(known, hint, message):
-    assert str(UnknownNameError("device", "gpu", known, hint)) == message
+def test_a_missing_extra_is_named_in_one_sentence():
+    assert str(missing_extra("train", "accelerate", "Training")) == (
+        "Training needs accelerate. Install it with: pip install 'ichprog[train]'."
+    )
+    assert "Install them with" in str(missing_extra("export", "onnx and onnxscript", "Exporting"))
 
 
-def test_an_invalid_value_comes_with_the_allowed_values():
-    error = InvalidValueError("alpha", -1, "a positive number", "Use --alpha 0.05.")
-    assert str(error) == "Invalid alpha -1. Expected a positive number. Use --alpha 0.05."
-    assert isinstance(error, IchprogError)
-    assert isinstance(error, ValueError)
+def test_every_extra_that_an_error_names_exists():
+    assert set(EXTRAS) >= NAMED
+    for extras in EXTRA_OF_COMMAND.values():
+        assert set(extras.split(",")) <= set(EXTRAS)
+
+
+def test_training_without_its_extra_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.model_selection", None)
+    with pytest.raises(IchprogError, match=r"needs scikit-learn. Install it with: pip install 'ichprog\[train\]'\."):
+        folds.split(np.array([0, 1] * 4), 2)

@@ -21,7 +21,17 @@ from ichprog.cli import (
     train,
 )
 from ichprog.cli.options import WRONG_USE
-from ichprog.errors import IchprogError
+from ichprog.errors import IchprogError, missing_extra
+
+# Extras whose packages a command imports; a command that is not listed needs none.
+EXTRA_OF_COMMAND = {
+    "demo": "simulate,report",
+    "evaluate": "study",
+    "export": "export",
+    "simulate": "simulate",
+    "study": "study",
+    "train": "train",
+}
 
 
 class _Group(click.Group):
@@ -33,6 +43,12 @@ class _Group(click.Group):
         except (IchprogError, OSError) as error:
             click.echo(f"Error: {error}", err=True)
             ctx.exit(2 if isinstance(error, WRONG_USE) else 1)
+        except ModuleNotFoundError as error:
+            command = ctx.invoked_subcommand or ""
+            if command not in EXTRA_OF_COMMAND or error.name is None:
+                raise
+            click.echo(f"Error: {missing_extra(EXTRA_OF_COMMAND[command], error.name, f'ichprog {command}')}", err=True)
+            ctx.exit(1)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})

@@ -10,6 +10,7 @@ import pytest
 
 import ichprog
 from ichprog.cli import main
+from ichprog.simulate import anatomy
 
 
 @pytest.mark.parametrize(
@@ -35,6 +36,13 @@ def test_wrong_use_exits_with_2_and_a_message(run, bright_model, small_scan, tmp
     monkeypatch.chdir(tmp_path)
     names = {"SCAN": small_scan, "BRIGHT": bright_model}
     assert message in run(*(names.get(argument, argument) for argument in arguments), code=2).stderr
+
+
+def test_a_command_without_its_extra_names_the_extra(run, tmp_path, monkeypatch):
+    anatomy.template.cache_clear()
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    result = run("simulate", tmp_path / "cohort", "--patients", 1, code=1)
+    assert "Error: ichprog simulate needs scipy. Install it with: pip install 'ichprog[simulate]'." in result.stderr
 
 
 def test_the_verbose_option_logs_to_standard_error(run, monkeypatch):
