@@ -1,8 +1,8 @@
-"""Compares a few tiny networks, windows and poolings on simulated patients: `python compare.py FOLDER`.
+"""Compare small networks, windows and poolings on simulated patients: `python compare.py FOLDER`.
 
-200 simulated patients, grids of 24 x 96 x 96, weights from random ones; half of the patients train, the other half is
-asked. What is in FOLDER already is used again, so that an interrupted run goes on. Needs `pip install
-"ichprog[simulate,train]"`. Prints the table of the README.
+The comparison has 200 simulated patients and grids of 24 x 96 x 96. Training starts from random weights on one half of
+the patients, and the other half is the test set. An interrupted run resumes from FOLDER. The script needs `pip install
+"ichprog[simulate,train]"` and prints the table of the README.
 """
 
 import csv
@@ -32,13 +32,13 @@ VARIANTS = (
     PluginRef("timm/test_efficientnet", {"window": 1, "pooling": "attention"}),
     PluginRef("timm/test_efficientnet", {"window": 3, "pooling": "attention", "stride": 2}),
     PluginRef("timm/test_vit", {"window": 3, "pooling": "attention"}),
-    PluginRef("compact", {}),  # ichprog's own, in three dimensions
+    PluginRef("compact", {}),  # ichprog's own 3D network
 )
-ASKED = (("prognosis", "poor"), ("age", ">=80"))
+SCORES = (("prognosis", "poor"), ("age", ">=80"))
 
 
 def main(folder: Path) -> None:
-    """Trains every variant on the same patients and prints a line for each."""
+    """Train every variant on the same patients and print a row for each."""
     torch.set_num_threads(1)
     cohort = simulate(folder / "patients", patients=200, seed=1, workers=2)
     (small,) = ichprog.list_models("compact.prognosis_gcs3_age")
@@ -52,32 +52,32 @@ def main(folder: Path) -> None:
             options=TrainOptions(device="cpu", cache_dir=folder / "cache", workers=2),
         )  # fmt: skip
         options = ", ".join(f"{name} {value}" for name, value in variant.options.items())
-        count, seconds = _cost(spec)
-        found = " | ".join(_auc(run / "out_of_fold.csv", *asked) for asked in ASKED)
-        click.echo(f"| `{variant.name}` | {options} | {count / 1e6:.2f} M | {seconds:.2f} | {found} |")
+        count, seconds = _measure(spec)
+        aucs = " | ".join(_auc(run / "out_of_fold.csv", *score) for score in SCORES)
+        click.echo(f"| `{variant.name}` | {options} | {count / 1e6:.2f} M | {seconds:.2f} | {aucs} |")
 
 
-def _cost(spec: ModelSpec) -> tuple[int, float]:
-    """Parameters of a backbone, and seconds there and back for a batch of 8: the median of three."""
+def _measure(spec: ModelSpec) -> tuple[int, float]:
+    """Return the parameters of a backbone and the median time of a step with 8 patients, in seconds."""
     backbone: Any = registry.backbones.load(spec.backbone.name)(**spec.backbone.options)
-    grids, taken = torch.rand(8, 1, *SHAPE), []
+    grids, times = torch.rand(8, 1, *SHAPE), []
     for _ in range(3):
         start = time.perf_counter()
         backbone(grids).square().mean().backward()
-        taken.append(time.perf_counter() - start)
-    return sum(values.numel() for values in backbone.parameters()), float(np.median(taken))
+        times.append(time.perf_counter() - start)
+    return sum(values.numel() for values in backbone.parameters()), float(np.median(times))
 
 
 def _auc(table: Path, task: str, label: str) -> str:
-    """The AUC on held-out patients, with its 95 % interval from 2,000 draws of patients with replacement."""
+    """Return the AUC on held-out patients, with the 95 % interval of 2,000 bootstrap samples of patients."""
     with table.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     true = np.array([row[f"{task}_true"] == label for row in rows])
-    said = np.array([float(row[f"{task}_{label}"]) for row in rows])
+    predicted = np.array([float(row[f"{task}_{label}"]) for row in rows])
     random = np.random.default_rng(0)
-    drawn = [random.integers(0, len(true), len(true)) for _ in range(2000)]
-    low, high = np.quantile([roc_auc_score(true[at], said[at]) for at in drawn], (0.025, 0.975))
-    return f"{roc_auc_score(true, said):.2f} ({low:.2f} to {high:.2f})"
+    samples = [random.integers(0, len(true), len(true)) for _ in range(2000)]
+    low, high = np.quantile([roc_auc_score(true[at], predicted[at]) for at in samples], (0.025, 0.975))
+    return f"{roc_auc_score(true, predicted):.2f} ({low:.2f} to {high:.2f})"
 
 
 if __name__ == "__main__":

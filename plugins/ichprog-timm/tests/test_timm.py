@@ -36,22 +36,22 @@ def built(name, **options):
 
 @pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
-def test_the_contract_with_every_pooling(name, pooling):
+def test_every_pooling_keeps_the_contract(name, pooling):
     testing.check_backbone(f"timm/{name}", shape=SHAPE, export=name == "test_resnet", pooling=pooling)
 
 
 @pytest.mark.parametrize("name", ["test_efficientnet", "test_convnext", "test_vit3"])
-def test_the_contract_of_other_families(name):
+def test_other_families_keep_the_contract(name):
     testing.check_backbone(f"timm/{name}", shape=SHAPE, export=False)
 
 
 @pytest.mark.parametrize("options", [{"window": 1}, {"window": 5, "stride": 2}, {"checkpointing": True}])
-def test_the_contract_with_every_option(options):
+def test_every_option_keeps_the_contract(options):
     testing.check_backbone("timm/test_efficientnet", shape=SHAPE, **options)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_slices_are_seen_with_their_neighbours_as_by_the_network_alone(name):
+def test_slices_get_the_features_of_the_network_alone(name):
     backbone = built(name, pooling="none", window=3).eval()
     grid = torch.rand(2, 1, *SHAPE)
     with torch.no_grad():
@@ -66,7 +66,7 @@ def test_slices_are_seen_with_their_neighbours_as_by_the_network_alone(name):
             torch.testing.assert_close(features[:1, :, slice_], alone, rtol=1e-4, atol=1e-5)
 
 
-def test_a_window_is_as_wide_as_it_says():
+def test_a_window_has_the_given_width():
     grid = torch.rand(1, 1, *SHAPE)
     for window, reached in ((1, {3}), (3, {2, 3, 4}), (5, {1, 2, 3, 4, 5})):
         backbone = built("test_resnet", pooling="none", window=window).eval()
@@ -79,7 +79,7 @@ def test_a_window_is_as_wide_as_it_says():
 
 
 @pytest.mark.parametrize(("depth", "stride", "middles"), [(6, 2, [1, 3, 5]), (7, 3, [1, 3, 5]), (6, 3, [1, 4])])
-def test_a_stride_takes_the_middle_of_every_so_many_slices(depth, stride, middles):
+def test_a_stride_takes_the_middle_slices(depth, stride, middles):
     torch.manual_seed(0)
     all_slices = built("test_resnet", pooling="none").eval()
     some = built("test_resnet", pooling="none", stride=stride).eval()
@@ -89,7 +89,7 @@ def test_a_stride_takes_the_middle_of_every_so_many_slices(depth, stride, middle
         torch.testing.assert_close(some(grid), all_slices(grid)[:, :, middles], rtol=1e-4, atol=1e-5)
 
 
-def test_attention_makes_the_mean_over_slices_a_weighted_one():
+def test_attention_makes_the_mean_over_slices_a_weighted_mean():
     attention = ichprog_timm.Attention(4)
     features = torch.rand(2, 4, 5, 3, 3)
     found = attention(features)
@@ -99,7 +99,7 @@ def test_attention_makes_the_mean_over_slices_a_weighted_one():
     torch.testing.assert_close(found.mean(2), expected)
 
 
-def test_a_transformer_tells_slices_of_each_other_and_where_they_are():
+def test_a_transformer_mixes_slices_and_knows_their_positions():
     torch.manual_seed(0)
     mix = ichprog_timm.Transformer(8).eval()
     features = torch.rand(1, 8, 5, 2, 2)
@@ -156,7 +156,7 @@ def test_a_model_in_a_folder_predicts_and_explains(tmp_path, monkeypatch, scan, 
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
-def test_checkpointing_computes_again_and_changes_no_gradient(name):
+def test_checkpointing_recomputes_and_changes_no_gradient(name):
     gradients, passes = [], []
     for checkpointing in (False, True):
         torch.manual_seed(0)
@@ -173,42 +173,42 @@ def test_checkpointing_computes_again_and_changes_no_gradient(name):
             torch.testing.assert_close(one, other)
 
 
-@pytest.mark.parametrize(("name", "options", "error", "said"), [
+@pytest.mark.parametrize(("name", "options", "error", "message"), [
     ("resnet81", {}, UnknownNameError, "Did you mean resnet18"),
     ("resnet18.a1_in2k", {}, UnknownNameError, "Did you mean resnet18.a1_in1k"),
     ("hf-hub:a/b", {}, UnknownNameError, "hf-hub:a/b"),
-    ("test_resnet", {"window": 2}, ValueError, "window is 2; it must be an odd number"),
+    ("test_resnet", {"window": 2}, ValueError, "window is 2; expected an odd number"),
     ("test_resnet", {"window": "3"}, ValueError, "window is '3'"),
     ("test_resnet", {"stride": 0}, ValueError, "stride is 0"),
     ("test_resnet", {"pooling": "mean"}, ValueError, "attention, transformer, none"),
-    ("test_resnet", {"pretrained": "false"}, ValueError, "pretrained is 'false'; it must be true or false"),
+    ("test_resnet", {"pretrained": "false"}, ValueError, "pretrained is 'false'; expected true or false"),
     ("test_resnet", {"width": 3}, TypeError, "width"),
-    ("crossvit_tiny_240", {"checkpointing": True}, ValueError, "has no gradient checkpointing; take"),
-    ("hiera_tiny_224", {}, ValueError, "timm/hiera_tiny_224 gives no features that lie on a slice"),
+    ("crossvit_tiny_240", {"checkpointing": True}, ValueError, "has no gradient checkpointing. Use"),
+    ("hiera_tiny_224", {}, ValueError, "timm/hiera_tiny_224 has no features on a slice"),
     ("test_mambaout.none", {}, UnknownNameError, "test_mambaout"),
 ])  # fmt: skip
-def test_wrong_names_and_options(name, options, error, said):
-    with pytest.raises(error, match=said):
+def test_invalid_names_and_options_are_refused(name, options, error, message):
+    with pytest.raises(error, match=message):
         ichprog_timm.backbone(name, **options)
 
 
-def test_a_wrong_option_in_a_description_is_an_error_of_the_description(tmp_path):
+def test_an_invalid_option_in_a_spec_is_a_spec_error(tmp_path):
     with pytest.raises(SpecError, match="window is 4"):
         model(tmp_path / "model", window=4)
 
 
-@pytest.mark.parametrize(("name", "side", "said"), [
-    ("test_convnext", (16, 16), r"slices of 16 x 16 cells .* it takes 32 x 32 at least"),
-    ("test_maxvit", (96, 100), r"slices of 96 x 100 cells .* it takes \d+ x \d+ at least; the next .* are \d+ x \d+"),
+@pytest.mark.parametrize(("name", "side", "message"), [
+    ("test_convnext", (16, 16), r"slices of 16 x 16 cells .* are 32 x 32;"),
+    ("test_maxvit", (96, 100), r"slices of 96 x 100 cells .* are \d+ x \d+; the next .* are \d+ x \d+"),
 ])  # fmt: skip
-def test_a_grid_that_does_not_fit_is_told_with_what_does(name, side, said):
+def test_the_error_of_an_unsupported_grid_names_supported_sizes(name, side, message):
     backbone = ichprog_timm.backbone(name)
-    with pytest.raises(PluginError, match=said):
+    with pytest.raises(PluginError, match=message):
         backbone(torch.rand(1, 1, 4, *side))
     assert backbone.training
 
 
-def test_an_error_of_another_cause_is_told_as_it_is(monkeypatch):
+def test_an_error_of_another_cause_is_raised_unchanged(monkeypatch):
     backbone = ichprog_timm.backbone("test_resnet")
 
     def no_memory(slices):
@@ -233,22 +233,22 @@ except WeightsError as error:
 """
 
 
-def test_pretrained_weights_without_a_network_and_what_to_do(tmp_path, monkeypatch):
+def test_the_error_without_a_network_connection_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setenv("ICHPROG_CACHE", str(tmp_path / "cache"))
     name = model(tmp_path / "model", pretrained=True)
     lost = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
-    told = subprocess.run(
+    shown = subprocess.run(
         [sys.executable, "-c", OFFLINE, name], env=lost, capture_output=True, text=True, check=True, timeout=300
     ).stdout
-    assert told.startswith("timm/test_resnet: its pretrained weights cannot be had")
-    assert '"pretrained": false' in told
+    assert shown.startswith("timm/test_resnet: its pretrained weights cannot be downloaded")
+    assert '"pretrained": false' in shown
     config = tmp_path / "model" / "config.json"
     config.write_text(config.read_text().replace('"pretrained": true', '"pretrained": false'))
     assert ichprog.load_model(name).spec.backbone.options == {"pretrained": False}
 
 
 def test_pretrained_weights_are_used(monkeypatch):
-    asked = []
-    monkeypatch.setattr(timm.models._builder, "load_pretrained", lambda module, **how: asked.append(how["in_chans"]))
+    channels = []
+    monkeypatch.setattr(timm.models._builder, "load_pretrained", lambda module, **how: channels.append(how["in_chans"]))
     ichprog_timm.backbone("test_resnet", pretrained=True, window=5)
-    assert asked == [5]
+    assert channels == [5]
