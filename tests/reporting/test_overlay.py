@@ -1,4 +1,4 @@
-"""Pictures: what is drawn is what the maps say."""
+"""Overlays: the drawn arrays equal the maps and the scan."""
 
 import dataclasses
 import sys
@@ -15,7 +15,7 @@ from support.phantoms import brain_hu
 
 @pytest.fixture
 def explained(bright_model, tmp_path):
-    """A scan in an order that is not LPS, its maps and its answers."""
+    """Return a scan that is not in LPS order, its maps and its prediction."""
     path = tmp_path / "scan.nii.gz"
     turned = nib.Nifti1Image(brain_hu((96, 96, 30))[::-1, ::-1], np.diag([2.5, 2.5, 5, 1]))  # RAS
     turned.to_filename(path)
@@ -25,7 +25,7 @@ def explained(bright_model, tmp_path):
 
 
 def drawn(figure, width):
-    """The arrays of each row of slices."""
+    """Return the images of each row of slices."""
     axes = figure.get_axes()
     return [[a.images for a in axes[i : i + width]] for i in range(0, len(axes), width)]
 
@@ -42,8 +42,8 @@ def test_a_row_for_the_scan_and_one_for_each_map(explained):
     assert "research only" in title
 
 
-def test_the_patients_left_is_on_the_right_and_blood_under_its_map(explained):
-    """The haematoma of the simulated brain lies to the patient's left, column 330 of 512."""
+def test_the_patients_left_is_on_the_right_and_the_map_covers_the_blood(explained):
+    """The haematoma of the simulated brain is on the patient's left, in column 330 of 512."""
     path, maps, _ = explained
     saliency = maps["prognosis", "guided_backprop"]
     figure = ichprog.plot(saliency, path, slices=1)
@@ -58,7 +58,7 @@ def test_the_patients_left_is_on_the_right_and_blood_under_its_map(explained):
     assert np.hypot(*(strongest - blood)) < 12
 
 
-def test_an_outline_is_drawn_where_there_is_one(explained):
+def test_an_outline_is_drawn_if_one_is_given(explained):
     path, maps, _ = explained
     mask = nib.Nifti1Image((np.asarray(nib.load(path).dataobj) == 68).astype(np.uint8), nib.load(path).affine)
     plain, lined = (ichprog.plot(maps, path, outline=o, slices=2) for o in (None, mask))
@@ -66,7 +66,7 @@ def test_an_outline_is_drawn_where_there_is_one(explained):
     assert any(a.collections for a in lined.get_axes())
 
 
-def test_an_empty_map_is_said_not_drawn(explained):
+def test_an_empty_map_is_labelled_instead_of_drawn(explained):
     path, maps, _ = explained
     saliency = next(iter(maps.values()))
     empty = dataclasses.replace(saliency, grid_map=np.zeros_like(saliency.grid_map), empty=True)
@@ -83,7 +83,7 @@ def test_a_map_of_another_scan_is_refused(explained):
     assert error.value.code == "other-scan"
 
 
-def test_without_matplotlib_it_says_what_to_install(explained, monkeypatch):
+def test_a_missing_matplotlib_names_the_extra_to_install(explained, monkeypatch):
     path, maps, _ = explained
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(IchprogError, match=r"needs matplotlib. Install it with: pip install 'ichprog\[report\]'\."):

@@ -1,4 +1,4 @@
-"""A study from its command to its report, and what it finds in predictions whose answer is known."""
+"""A study from its command to its report, and its analysis of predictions with known properties."""
 
 import csv
 import json
@@ -21,7 +21,7 @@ from ichprog.study.manifest import load_cohort
 
 PATIENTS, FOLDS = 90, 3
 STUDY = """
-name = "made answers"
+name = "random predictions"
 cohort = ["cohort.csv"]
 folds = 3
 n_bootstrap = 200
@@ -46,8 +46,8 @@ kind = "majority"
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """A study whose answers are drawn: "all" knows more than "one", and both say too much of what they know."""
+def example(tmp_path_factory):
+    """Return a study with random predictions: "all" is better than "one", and both are overconfident."""
     folder, random = tmp_path_factory.mktemp("study"), np.random.default_rng(7)
     poor = random.random(PATIENTS) < 0.6
     gcs, age = random.integers(3, 16, PATIENTS), random.integers(50, 95, PATIENTS)
@@ -81,89 +81,91 @@ def made(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def found(made):
-    return analysis.analyse(*made)
+def results(example):
+    return analysis.analyse(*example)
 
 
-def test_figures_are_those_of_all_test_parts_together(made, found):
+def test_metrics_are_computed_on_all_test_parts_together(example, results):
     from sklearn.metrics import cohen_kappa_score, mean_squared_error, roc_auc_score
 
-    _, _, predictions = made
-    said = predictions.entries["all", "prognosis", "test"].labelled()
-    assert len(said) == PATIENTS - 1
-    mine = found.metrics["all"]["prognosis"]["auroc"]
-    assert mine["value"] == pytest.approx(roc_auc_score(said.truth, said.probabilities[:, 1]))
-    assert mine["low"] < mine["value"] < mine["high"]
+    _, _, predictions = example
+    predicted = predictions.entries["all", "prognosis", "test"].labelled()
+    assert len(predicted) == PATIENTS - 1
+    actual = results.metrics["all"]["prognosis"]["auroc"]
+    assert actual["value"] == pytest.approx(roc_auc_score(predicted.truth, predicted.probabilities[:, 1]))
+    assert actual["low"] < actual["value"] < actual["high"]
     for fold in range(FOLDS):
-        own = said.select(said.fold == fold)
-        mine = found.per_fold["all"]["prognosis"]["auroc"][fold]
-        assert mine == pytest.approx(roc_auc_score(own.truth, own.probabilities[:, 1]))
+        own = predicted.select(predicted.fold == fold)
+        actual = results.per_fold["all"]["prognosis"]["auroc"][fold]
+        assert actual == pytest.approx(roc_auc_score(own.truth, own.probabilities[:, 1]))
     graded = predictions.entries["all", "gcs", "test"]
     above = np.column_stack([graded.probabilities[:, k:].sum(1) for k in (1, 2)])
     decided = (above > 0.5).sum(1)
-    figures = found.metrics["all"]["gcs"]
+    figures = results.metrics["all"]["gcs"]
     assert figures["rmse"]["value"] == pytest.approx(mean_squared_error(graded.truth, decided) ** 0.5)
     kappa = cohen_kappa_score(graded.truth, decided, weights="quadratic")
     assert figures["quadratic_kappa"]["value"] == pytest.approx(kappa)
 
 
 def changed(predictions, split):
-    """The same answers, with every truth of one split turned round."""
-    turned = {
+    """Return the predictions of one task with the labels of one split inverted."""
+    inverted = {
         key: TaskPredictions(a.patients, a.fold, np.where(a.truth < 0, -1, 1 - a.truth), a.probabilities)
         if key[2] == split
         else a
         for key, a in predictions.entries.items()
         if key[:2] == ("all", "prognosis")
     }
-    return Predictions(turned)
+    return Predictions(inverted)
 
 
-def test_nothing_is_tuned_on_the_patients_it_is_told_of(made):
-    study, cohort, predictions = made
+def test_no_threshold_or_calibration_uses_test_patients(example):
+    study, cohort, predictions = example
     alike = Predictions({key: a for key, a in predictions.entries.items() if key[:2] == ("all", "prognosis")})
     whole, other_test, other_validation = (
         analysis.analyse(study, cohort, each).analyses["all"]["prognosis"]
         for each in (alike, changed(alike, "test"), changed(alike, "validation"))
     )
-    kept = np.isin(whole.predictions.patients, other_test.predictions.patients)
-    assert np.array_equal(whole.thresholds[kept], other_test.thresholds[: kept.sum()])
-    assert np.array_equal(whole.recalibrated.probabilities[kept], other_test.recalibrated.probabilities[: kept.sum()])
-    assert np.array_equal(whole.sets[kept], other_test.sets[: kept.sum()])
+    common = np.isin(whole.predictions.patients, other_test.predictions.patients)
+    assert np.array_equal(whole.thresholds[common], other_test.thresholds[: common.sum()])
+    assert np.array_equal(
+        whole.recalibrated.probabilities[common], other_test.recalibrated.probabilities[: common.sum()]
+    )
+    assert np.array_equal(whole.sets[common], other_test.sets[: common.sum()])
     assert not np.array_equal(whole.thresholds, other_validation.thresholds)
     assert not np.allclose(whole.recalibrated.probabilities, other_validation.recalibrated.probabilities)
 
 
-def test_a_threshold_is_the_best_of_its_folds_validation_part(made, found):
+def test_a_threshold_is_optimal_on_the_validation_part_of_its_fold(example, results):
     from sklearn.metrics import balanced_accuracy_score
 
-    _, _, predictions = made
-    one = found.analyses["all"]["prognosis"]
+    _, _, predictions = example
+    one = results.analyses["all"]["prognosis"]
     for fold in range(FOLDS):
         threshold = one.thresholds[one.predictions.fold == fold]
         assert len(set(threshold)) == 1
-        said = predictions.entries["all", "prognosis", "validation"].labelled()
-        said = said.select(said.fold == fold)
-        p = said.probabilities[:, 1]
-        reached = balanced_accuracy_score(said.truth, p > threshold[0])
-        assert reached == max(balanced_accuracy_score(said.truth, p > cut) for cut in [*p, 0.0])
+        predicted = predictions.entries["all", "prognosis", "validation"].labelled()
+        predicted = predicted.select(predicted.fold == fold)
+        p = predicted.probabilities[:, 1]
+        reached = balanced_accuracy_score(predicted.truth, p > threshold[0])
+        assert reached == max(balanced_accuracy_score(predicted.truth, p > cut) for cut in [*p, 0.0])
 
 
-def test_recalibration_and_sets_do_what_they_promise(found):
-    figures = found.metrics["all"]["prognosis"]
-    assert figures["calibration_slope"]["value"] < 0.8  # made to say too much
+def test_recalibration_corrects_overconfidence_and_sets_reach_their_coverage(results):
+    figures = results.metrics["all"]["prognosis"]
+    assert figures["calibration_slope"]["value"] < 0.8  # overconfident by construction
     assert abs(np.log(figures["calibration_slope_recalibrated"]["value"])) < abs(
         np.log(figures["calibration_slope"]["value"])
     )
     assert figures["brier_recalibrated"]["value"] < figures["brier"]["value"]
     assert figures["conformal_coverage"]["low"] < 0.9 < figures["conformal_coverage"]["high"]
-    assert 1 <= found.metrics["one"]["prognosis"]["conformal_size"]["value"] <= 2
+    assert 1 <= results.metrics["one"]["prognosis"]["conformal_size"]["value"] <= 2
 
 
-def test_variants_are_compared_with_the_single_task_and_at_their_size(made, found):
+def test_variants_are_compared_with_the_single_task_variant_of_the_same_size(example, results):
     from statsmodels.stats.multitest import multipletests
 
-    rows = [row for row in found.comparisons if row["metric"] == "auroc"]
+    rows = [row for row in results.comparisons if row["metric"] == "auroc"]
     pairs = {(row["task"], row["variant"]): row["reference"] for row in rows}
     assert pairs == {
         ("prognosis", "all"): "one",
@@ -175,13 +177,13 @@ def test_variants_are_compared_with_the_single_task_and_at_their_size(made, foun
     assert [row["p_holm"] for row in family] == pytest.approx(adjusted.tolist())
     row = family[0]
     assert row["difference"] == pytest.approx(row["first"] - row["second"])
-    assert row["first"] == found.metrics["all"]["prognosis"]["auroc"]["value"]
+    assert row["first"] == results.metrics["all"]["prognosis"]["auroc"]["value"]
     assert row["low"] > 0
 
 
-def test_groups_are_judged_apart(made, found):
-    _, cohort, _ = made
-    rows = {(row["column"], row["group"]): row for row in found.subgroups if row["variant"] == "all"}
+def test_subgroups_are_reported_separately(example, results):
+    _, cohort, _ = example
+    rows = {(row["column"], row["group"]): row for row in results.subgroups if row["variant"] == "all"}
     assert set(rows) == {("age", "< 70"), ("age", ">= 70"), ("ward", "N"), ("ward", "S")}
     young = [n for n, p in enumerate(cohort.patients) if float(p.columns["age"]) < 70 and p.columns["poor_outcome"]]
     assert rows["age", "< 70"]["patients"] == len(young)
@@ -191,55 +193,55 @@ def test_groups_are_judged_apart(made, found):
         assert sum(row["patients"] for key, row in rows.items() if key[0] == column) == PATIENTS - 1
 
 
-def test_readers_stand_beside_each_trained_variant(found):
-    assert set(found.readers) == {"one", "all"}
-    first = found.readers["all"]["readers"]["first"]
+def test_readers_are_compared_with_each_trained_variant(results):
+    assert set(results.readers) == {"one", "all"}
+    first = results.readers["all"]["readers"]["first"]
     right = [n % 4 != 0 for n in range(PATIENTS) if n != 5]
     assert first["accuracy"]["value"] == pytest.approx(np.mean(right))
-    assert found.readers["all"]["readers"]["second"]["n"] == len([n for n in range(0, PATIENTS, 3) if n != 5])
+    assert results.readers["all"]["readers"]["second"]["n"] == len([n for n in range(0, PATIENTS, 3) if n != 5])
 
 
-def test_the_most_confident_mistakes_come_first(made, found):
-    _, _, predictions = made
-    said = predictions.entries["one", "prognosis", "test"].labelled()
-    p = said.probabilities[:, 1]
-    loss = np.where(said.truth == 1, 1 - p, p)
-    worst = [said.patients[n] for n in np.argsort(-loss)[:5]]
-    assert [row["patient"] for row in found.mistakes if row["variant"] == "one"] == worst
+def test_the_most_confident_mistakes_come_first(example, results):
+    _, _, predictions = example
+    predicted = predictions.entries["one", "prognosis", "test"].labelled()
+    p = predicted.probabilities[:, 1]
+    loss = np.where(predicted.truth == 1, 1 - p, p)
+    worst = [predicted.patients[n] for n in np.argsort(-loss)[:5]]
+    assert [row["patient"] for row in results.mistakes if row["variant"] == "one"] == worst
 
 
-def test_the_learning_curve_has_every_size(made, found):
-    study, _, _ = made
-    curve = analysis.learning_curves(study, found.metrics, 50)
+def test_the_learning_curve_contains_every_size(example, results):
+    study, _, _ = example
+    curve = analysis.learning_curves(study, results.metrics, 50)
     assert {name: list(sizes) for name, sizes in curve.items()} == {"one": [10, 50], "all": [10, 50]}
-    assert curve["all"][50] == found.metrics["all"]["prognosis"]["auroc"]
-    assert curve["all"][10] == found.metrics["all@10"]["prognosis"]["auroc"]
+    assert curve["all"][50] == results.metrics["all"]["prognosis"]["auroc"]
+    assert curve["all"][10] == results.metrics["all@10"]["prognosis"]["auroc"]
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("name,first\np1,1\n", "Expected the column patient"),
         ("patient,first\np1,2\n", "row 2: Invalid call '2' of first"),
     ],
 )
-def test_a_readers_table_that_cannot_be_used_is_told(text, said, made, tmp_path):
+def test_an_invalid_table_of_readers_is_refused(text, message, example, tmp_path):
     import dataclasses
 
-    study, cohort, predictions = made
+    study, cohort, predictions = example
     (tmp_path / "readers.csv").write_text(text)
-    with pytest.raises(CohortError, match=said):
+    with pytest.raises(CohortError, match=message):
         analysis.analyse(dataclasses.replace(study, readers=tmp_path / "readers.csv"), cohort, predictions)
 
 
-def test_a_table_of_predictions_is_read_as_it_was_written(made, tmp_path):
-    _, _, predictions = made
+def test_a_written_table_of_predictions_reads_back_unchanged(example, tmp_path):
+    _, _, predictions = example
     again = Predictions.read(predictions.write(tmp_path / "predictions.csv"))
     assert again.variants == predictions.variants
-    for key, said in predictions.entries.items():
-        assert again.entries[key].patients == said.patients
+    for key, predicted in predictions.entries.items():
+        assert again.entries[key].patients == predicted.patients
         for name in ("fold", "truth", "probabilities"):
-            assert np.array_equal(getattr(again.entries[key], name), getattr(said, name))
+            assert np.array_equal(getattr(again.entries[key], name), getattr(predicted, name))
 
 
 class Page(HTMLParser):
@@ -265,7 +267,7 @@ def command(*arguments):
 
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
-    """The smoke preset, smaller yet, from the command to the report."""
+    """Run a smaller smoke preset from the command to the report."""
     pytest.importorskip("nilearn")
     folder = tmp_path_factory.mktemp("smoke")
     toml, out = folder / "study.toml", folder / "out"
@@ -279,7 +281,7 @@ def smoke(tmp_path_factory):
     return toml, out, done
 
 
-def test_a_study_is_run_by_one_command(smoke):
+def test_one_command_runs_a_study(smoke):
     _, out, done = smoke
     assert done.output.splitlines()[-2:] == [
         str(out / "report.html"), "These patients are simulated. For research only, not for patient care."
@@ -293,21 +295,21 @@ def test_a_study_is_run_by_one_command(smoke):
     tested = [row["patient"] for row in rows if (row["variant"], row["task"], row["split"]) == ("all", "age", "test")]
     assert len(tested) == len(set(tested)) == 16
     for row in rows:
-        said = [float(value) for name, value in row.items() if name.startswith("p_") and value]
-        assert sum(said) == pytest.approx(1)
+        predicted = [float(value) for name, value in row.items() if name.startswith("p_") and value]
+        assert sum(predicted) == pytest.approx(1)
 
 
-def test_figures_can_be_recomputed_from_the_table(smoke):
+def test_metrics_can_be_recomputed_from_the_table_of_predictions(smoke):
     _, out, _ = smoke
     metrics = json.loads((out / "metrics.json").read_text())
     predictions = Predictions.read(out / "predictions.csv")
     for run in predictions.variants:
-        said = predictions.entries[run, "prognosis", "test"]
-        again = metrics_package.compute(said.truth, said.probabilities, kind="binary")["auroc"]
+        predicted = predictions.entries[run, "prognosis", "test"]
+        again = metrics_package.compute(predicted.truth, predicted.probabilities, kind="binary")["auroc"]
         assert metrics[run]["prognosis"]["auroc"]["value"] == pytest.approx(again, nan_ok=True)
 
 
-def test_the_report_holds_everything(smoke):
+def test_the_report_contains_every_section_table_and_figure(smoke):
     _, out, _ = smoke
     text = (out / "report.html").read_text()
     page = Page(text)
@@ -326,11 +328,11 @@ def test_the_report_holds_everything(smoke):
     assert {path.suffix for path in (out / "figures").glob("prognosis-auroc.*")} == {".svg", ".png"}
 
 
-def test_again_it_does_only_what_is_missing(smoke):
+def test_a_second_report_trains_and_measures_nothing(smoke):
     toml, out, _ = smoke
     before = {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("*.safetensors")}
-    said = command("study", "status", toml, "--output", out, "--json")
-    assert {each["state"] for each in json.loads(said.stdout)} == {"done"}
+    predicted = command("study", "status", toml, "--output", out, "--json")
+    assert {each["state"] for each in json.loads(predicted.stdout)} == {"done"}
     report, table = (out / "report.html").read_bytes(), (out / "saliency.csv").read_bytes()
     again = command(
         "study", "report", toml, "--output", out, "--saliency-patients", 2, "--cache-dir", toml.parent / "cache"
@@ -341,7 +343,7 @@ def test_again_it_does_only_what_is_missing(smoke):
     assert (out / "report.html").read_bytes() == report
 
 
-def test_the_published_figure_is_drawn_by_a_command(smoke, tmp_path):
+def test_one_command_draws_the_published_figure(smoke, tmp_path):
     toml, out, _ = smoke
     with (out / "predictions.csv").open() as file:
         patient = next(row["patient"] for row in csv.DictReader(file) if row["split"] == "test")
@@ -357,15 +359,14 @@ def test_the_published_figure_is_drawn_by_a_command(smoke, tmp_path):
     assert "Unknown patient that can be explained 'nobody'" in wrong.output
 
 
-def test_variants_of_which_a_fold_is_missing_are_not_explained(smoke, tmp_path):
-    """Nor is a task that none has; and where nobody has a mask of the lesion, the report says so."""
+def test_variants_with_a_missing_fold_are_not_explained(smoke, tmp_path):
     toml, out, _ = smoke
     study, copy = Study.read(toml), tmp_path / "out"
     shutil.copytree(out, copy)
     config = copy / "runs" / "all" / "config.json"
-    said = json.loads(config.read_text())
-    said["weights"]["sha256"].popitem()
-    config.write_text(json.dumps(said))
+    predicted = json.loads(config.read_text())
+    predicted["weights"]["sha256"].popitem()
+    config.write_text(json.dumps(predicted))
     models = saliency_results.complete_variants(study, copy)
     assert set(models) == {"prognosis", "prognosis_gcs"}
     assert set(saliency_results.complete_variants(study, copy, task="gcs")) == {"prognosis_gcs"}
@@ -381,7 +382,7 @@ def test_variants_of_which_a_fold_is_missing_are_not_explained(smoke, tmp_path):
     assert "Nothing was measured: no finished variant" in (copy / "report.html").read_text()
 
 
-def test_wrong_use_is_answered(tmp_path):
+def test_wrong_use_of_the_study_command_is_refused(tmp_path):
     toml = tmp_path / "study.toml"
     assert "Unknown study preset 'none'" in command("study", "new", toml, "--preset", "none").output
     assert command("study", "new", toml, "--preset", "smoke").exit_code == 0

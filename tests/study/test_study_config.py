@@ -1,4 +1,4 @@
-"""What a study is, as a file: what is read out of it, what is refused, and that the templates are studies."""
+"""Study files: reading, refused files, and the templates."""
 
 import dataclasses
 import json
@@ -31,21 +31,21 @@ model = "compact.prognosis_gcs3_age"
 
 @pytest.fixture
 def read(tmp_path):
-    """Reads a study from text, with `new` after its first lines and `more` at its end."""
+    """Return a function that reads a study from text, with `new` before it and `more` after it."""
 
-    def reading(text=SMALL, *, new="", more=""):
+    def read_text(text=SMALL, *, new="", more=""):
         file = tmp_path / "study.toml"
         file.write_text(new + text + more)
         return Study.read(file)
 
-    return reading
+    return read_text
 
 
-# what is read
+# reading
 
 
 @pytest.mark.parametrize("preset", ["default", "paper", "smoke"])
-def test_templates_are_studies_with_words(preset, read):
+def test_every_template_is_a_commented_study(preset, read):
     text = config.template(preset)
     study = read(text)
     assert text.startswith("# ")
@@ -55,7 +55,7 @@ def test_templates_are_studies_with_words(preset, read):
     assert study.baselines[0] == Baseline("majority", "majority", (), None, study.stratify_by, False)
 
 
-def test_the_paper_is_its_seven_image_models_and_their_published_weights(read):
+def test_the_paper_preset_has_seven_image_models_with_published_loss_weights(read):
     study = read(config.template("paper"))
     image = [variant for variant in study.variants if variant.spec.tasks[0].name == "prognosis"]
     assert len(image) == 7
@@ -71,7 +71,7 @@ def test_the_paper_is_its_seven_image_models_and_their_published_weights(read):
     }  # fmt: skip
 
 
-def test_paths_are_from_where_the_file_is(read, tmp_path):
+def test_relative_paths_start_at_the_folder_of_the_file(read, tmp_path):
     spec = dataclasses.replace(zoo.find("densenet121.age"), name="own")
     (tmp_path / "own.json").write_text(json.dumps(spec.to_dict()))
     study = read(new='readers = "r.csv"\n', more='[[variant]]\nname = "own"\nmodel = "own.json"\n')
@@ -80,7 +80,7 @@ def test_paths_are_from_where_the_file_is(read, tmp_path):
     assert study.variant("own").spec == spec
 
 
-def test_one_line_changes_of_a_variant(read):
+def test_a_variant_changes_its_model(read):
     study = read(
         more="""
 tasks = ["gcs", "prognosis"]
@@ -103,7 +103,7 @@ saliency = ["grad_cam"]
     assert one.saliency == ()
 
 
-def test_what_is_not_written(read):
+def test_missing_keys_have_defaults(read):
     study = read()
     assert study.stratify_by == "prognosis"
     assert study.protocol == PRESETS["default"].replace(recalibrate=False)
@@ -121,7 +121,7 @@ def test_what_is_not_written(read):
     assert read(new="baseline = []\n").baselines == ()
 
 
-def test_a_learning_curve_is_over_all_variants_or_some(read):
+def test_a_learning_curve_covers_all_or_some_variants(read):
     assert read(more="[learning_curve]\nsizes = [40, 20]\n").curve_sizes == (20, 40)
     assert read(more="[learning_curve]\nsizes = [40]\n").curve_variants == ("one", "all")
     assert read(more='[learning_curve]\nsizes = [40]\nvariants = ["all"]\n').curve_variants == ("all",)
@@ -133,14 +133,14 @@ def test_patients_may_be_simulated(read):
     assert study.cohort == ()
 
 
-# what is refused
+# refused files
 
 VARIANT = '[[variant]]\nname = "new"\nmodel = "compact.prognosis_gcs3_age"\n'
 BASELINE = '[[baseline]]\nname = "new"\n'
 
 
 @pytest.mark.parametrize(
-    ("new", "more", "said"),
+    ("new", "more", "message"),
     [
         ("fold = 3\n", "", r"study\.toml: Unknown key 'fold'\. Did you mean folds\?"),
         ("coverage = 1\n", "", r"Invalid coverage 1\.0\. Expected a number between 0 and 1"),
@@ -175,18 +175,18 @@ BASELINE = '[[baseline]]\nname = "new"\n'
         ("name = 3 = 4\n", "", "cannot be read as TOML"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_is_named_with_what_is_allowed(new, more, said, read):
+def test_an_invalid_file_is_refused_with_the_allowed_values(new, more, message, read):
     tables = new.startswith("[")
-    with pytest.raises(SpecError, match=said):
+    with pytest.raises(SpecError, match=message):
         read(new="" if tables else new, more=more + (new if tables else ""))
 
 
-def test_a_model_that_is_not_there(read):
+def test_an_unknown_model_is_refused(read):
     with pytest.raises(UnknownNameError, match="Unknown model 'densenet12'"):
         read(more='[[variant]]\nname = "x"\nmodel = "densenet12"\n')
 
 
-def test_no_file_and_no_preset(tmp_path):
+def test_a_missing_file_and_an_unknown_preset_are_refused(tmp_path):
     with pytest.raises(SpecError, match=r"none\.toml: cannot be read as TOML"):
         Study.read(tmp_path / "none.toml")
     with pytest.raises(UnknownNameError, match=r"Unknown study preset 'smok'\. Did you mean smoke"):
