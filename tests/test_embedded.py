@@ -16,8 +16,8 @@ import ichprog
 from ichprog import zoo
 from ichprog.simulate import Patient
 from ichprog.simulate.anatomy import Individual
-from ichprog.simulate.haemorrhage import shape_of
-from ichprog.simulate.scanner import expose
+from ichprog.simulate.haemorrhage import draw_haemorrhage
+from ichprog.simulate.scanner import acquire
 
 NAME = "compact.prognosis_gcs3_age"
 DOCS = Path(__file__).parents[1] / "docs"
@@ -33,7 +33,7 @@ def picture(**changes):
     person = dataclasses.replace(Patient(11, 4).person, **changes)
     random = np.random.default_rng(3)
     individual = Individual(person.marks, random)
-    exposure = expose(individual, shape_of(person, individual, random), np.random.default_rng(3))
+    exposure = acquire(individual, draw_haemorrhage(person, individual, random), np.random.default_rng(3))
     return nib.Nifti1Image(exposure.hu, exposure.affine)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from ichprog.errors import InvalidValueError, RunError
-from ichprog.io import atomic_write
+from ichprog.io import write_csv
 
 SPLITS = ("validation", "test")
 Key = tuple[str, str, str]  # variant, task and split
@@ -108,17 +108,17 @@ class Predictions:
         Args:
             path: Path of the CSV file.
         """
-        columns = max((each.probabilities.shape[1] for each in self.entries.values()), default=0)
-        with atomic_write(path) as part, part.open("w", encoding="utf-8", newline="") as file:
-            table = csv.writer(file)
-            heads = [f"p_{k}" for k in range(columns)]
-            table.writerow(["variant", "fold", "split", "patient", "task", "truth", *heads])
-            for (variant, task, split), each in self.entries.items():
-                rows = zip(each.patients, each.fold, each.truth, each.probabilities.tolist(), strict=True)
-                for patient, fold, truth, probabilities in rows:
-                    label = int(truth) if truth >= 0 else ""
-                    blank = [""] * (columns - len(probabilities))
-                    table.writerow([variant, int(fold), split, patient, task, label, *probabilities, *blank])
+        width = max((each.probabilities.shape[1] for each in self.entries.values()), default=0)
+        columns = ["variant", "fold", "split", "patient", "task", "truth", *(f"p_{k}" for k in range(width))]
+        rows = (
+            [variant, int(fold), split, patient, task, int(truth) if truth >= 0 else "", *probabilities]
+            + [""] * (width - len(probabilities))
+            for (variant, task, split), each in self.entries.items()
+            for patient, fold, truth, probabilities in zip(
+                each.patients, each.fold, each.truth, each.probabilities.tolist(), strict=True
+            )
+        )
+        write_csv(path, columns, rows)
         return path
 
 

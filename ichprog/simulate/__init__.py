@@ -1,11 +1,10 @@
-"""Simulated patients with an intracranial haemorrhage: scans, masks, labels and the truth behind them.
+"""Simulated patients with an intracranial haemorrhage: scans, masks, labels and their true probabilities.
 
-`population` says who they are and why their outcome is what it is, `anatomy` bends a head out of a template,
-`haemorrhage` puts blood into it, `scanner` takes the picture, `dicom` writes it as a series. No patient stands behind
-any of it, and nothing that is shown on simulated patients is shown on real ones.
+`population` draws patients and their outcomes, `anatomy` deforms a template into a head, `haemorrhage` adds blood,
+`scanner` acquires the scan, `dicom` writes it as a series. No real patient is involved, and results on simulated
+patients show nothing about real ones.
 """
 
-import csv
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -17,26 +16,31 @@ from typing import Any
 
 import numpy as np
 
-from ichprog.errors import RunError
-from ichprog.io import atomic_write
+from ichprog.errors import InvalidValueError, RunError
+from ichprog.io import atomic_write, file_lock, write_csv, write_json
 from ichprog.parallel import parallel_map
 from ichprog.simulate.anatomy import Individual
-from ichprog.simulate.haemorrhage import Shape, shape_of
-from ichprog.simulate.population import Person, draw
-from ichprog.simulate.scanner import Exposure, expose
+from ichprog.simulate.haemorrhage import Shape, draw_haemorrhage
+from ichprog.simulate.population import Person, draw_person
+from ichprog.simulate.scanner import SimulatedScan, acquire
 
-__all__ = ["Exposure", "Patient", "Person", "simulate"]
+__all__ = ["Patient", "Person", "SimulatedScan", "simulate"]
 
-_VERSION = 1  # of what a seed stands for: raised whenever any patient would come out differently
+_VERSION = 1  # increase whenever a seed gives other patients
 
 
 @dataclass(frozen=True)
 class Patient:
-    """One simulated patient; the same seed and number give the same one, in any cohort.
+    """Simulate one patient. The same seed and number give the same patient in any cohort.
 
     Attributes:
         seed: The cohort's seed.
         number: The patient's number, from 0.
+
+    Example:
+        >>> patient = Patient(seed=0, number=3)
+        >>> patient.name, 3 <= patient.person.gcs <= 15
+        ('sim0-00003', True)
     """
 
     seed: int
@@ -44,38 +48,38 @@ class Patient:
 
     @property
     def name(self) -> str:
-        """The patient's name in tables and of files."""
+        """Return the patient's name in tables and file names."""
         return f"sim{self.seed}-{self.number:05d}"
 
     @cached_property
     def person(self) -> Person:
-        """Who it is."""
-        return draw(self._random[0])
+        """Return age, haemorrhage, GCS and outcome."""
+        return draw_person(self._random[0])
 
     @cached_property
     def shape(self) -> Shape:
-        """The haemorrhage in its head."""
+        """Return the haemorrhage in the patient's head."""
         return self._head[1]
 
-    def scan(self, *, skull: bool = False) -> Exposure:
-        """Takes the picture.
+    def scan(self, *, skull: bool = False) -> SimulatedScan:
+        """Acquire the scan.
 
         Args:
-            skull: Whether all of the head is seen; else what is not inside the skull is 0.
+            skull: Whether the whole head is visible; by default, voxels outside the skull's inside are 0.
 
         Raises:
-            RunError: nilearn, which brings the anatomy, is not installed.
+            IchprogError: nilearn, which provides the template, is not installed.
         """
         individual, shape = self._head
-        return expose(individual, shape, np.random.default_rng([self.seed, self.number, 2]), skull=skull)
+        return acquire(individual, shape, np.random.default_rng([self.seed, self.number, 2]), skull=skull)
 
     def save(self, folder: Path, *, skull: bool = False, dicom: bool = False) -> tuple[Path, Path]:
-        """Takes the picture and writes it, with the mask of the blood; files appear whole or not at all.
+        """Acquire the scan and write it with the mask of the blood, atomically.
 
         Args:
-            folder: Where `scans/` and `masks/` are to be.
-            skull: Whether all of the head is seen.
-            dicom: A folder with a DICOM series instead of a NIfTI file.
+            folder: Parent folder of `scans/` and `masks/`.
+            skull: Whether the whole head is visible.
+            dicom: Whether to write a DICOM series instead of a NIfTI file.
 
         Returns:
             The paths of the scan and of the mask.
@@ -84,26 +88,26 @@ class Patient:
 
         from ichprog.simulate.dicom import save_series
 
-        exposure = self.scan(skull=skull)
+        acquired = self.scan(skull=skull)
         scan, mask = self.paths(folder, dicom=dicom)
         for path in (scan, mask):
             path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(mask) as part:
-            nib.save(_image(exposure.blood, exposure.affine), part)
+            nib.save(_image(acquired.blood, acquired.affine), part)
         if dicom:
-            save_series(exposure, scan, self.name, self.person.age, self.person.sex)
+            save_series(acquired, scan, self.name, self.person.age, self.person.sex)
         else:
             with atomic_write(scan) as part:
-                nib.save(_image(exposure.hu, exposure.affine), part)
+                nib.save(_image(acquired.hu, acquired.affine), part)
         return scan, mask
 
     def paths(self, folder: Path, *, dicom: bool = False) -> tuple[Path, Path]:
-        """Where `save` puts the scan and the mask."""
+        """Return the paths that `save` writes: the scan and the mask."""
         scan = folder / "scans" / (self.name if dicom else f"{self.name}.nii.gz")
         return scan, folder / "masks" / f"{self.name}.nii.gz"
 
     def columns(self) -> dict[str, Any]:
-        """What a clinic would know: the labels, and clinical columns beside them."""
+        """Return labels and clinical columns, as a clinic would record them."""
         person = self.person
         return {
             "poor_outcome": int(person.poor),
@@ -118,11 +122,11 @@ class Patient:
         }
 
     def truth(self) -> dict[str, Any]:
-        """What nobody would know: what the picture was drawn from, and the probabilities of `Person.truth`."""
+        """Return the causes of the scan and the true probabilities, which a clinic could not know."""
         person = self.person
-        known = {"location": person.site, "side": person.side, "volume_ml": person.volume_ml}
-        known |= {"ventricular": person.ventricular, "midline_shift_mm": round(self.shape.midline_shift_mm(), 2)}
-        return {**known, **person.marks, **{name: round(value, 5) for name, value in person.truth().items()}}
+        values = {"location": person.site, "side": person.side, "volume_ml": person.volume_ml}
+        values |= {"ventricular": person.ventricular, "midline_shift_mm": round(self.shape.midline_shift_mm(), 2)}
+        return {**values, **person.marks, **{name: round(value, 5) for name, value in person.truth().items()}}
 
     @property
     def _random(self) -> list[np.random.Generator]:
@@ -132,11 +136,11 @@ class Patient:
     def _head(self) -> tuple[Individual, Shape]:
         person, random = self.person, self._random[1]
         individual = Individual(person.marks, random)
-        return individual, shape_of(person, individual, random)
+        return individual, draw_haemorrhage(person, individual, random)
 
 
 def simulate(
-    out: str | Path,
+    output: str | Path,
     *,
     patients: int = 200,
     seed: int = 0,
@@ -145,77 +149,78 @@ def simulate(
     workers: int = 1,
     progress: Callable[[int], Any] | None = None,
 ) -> Path:
-    """Simulates a cohort into a folder; what is there already is kept, so that an interrupted run goes on.
+    """Simulate a cohort into a folder. Existing patients are reused, so an interrupted run can be resumed.
 
-    The folder gets `cohort.csv` (patient, scan, labels and clinical columns), `truth.csv` (what the labels were drawn
-    from, and the probabilities), `scans/` and `masks/` (1 in the haemorrhage, 2 in blood that entered the ventricles).
+    The folder receives `cohort.csv` (patient, scan, labels and clinical columns), `truth.csv` (causes and true
+    probabilities of the labels), `scans/` and `masks/` (1 in the haemorrhage, 2 in blood inside the ventricles).
 
     Args:
-        out: The folder.
-        patients: How many.
-        seed: Which ones. A larger cohort of one seed begins with the smaller one.
-        skull: Whole heads instead of the brain alone.
-        dicom: A DICOM series each instead of a NIfTI file.
-        workers: Processes that share the work; the files are the same for any number.
-        progress: Called with the number of patients done, each time one is.
+        output: The folder.
+        patients: Number of patients.
+        seed: Random seed. A larger cohort of the same seed begins with the smaller one.
+        skull: Whether whole heads are visible instead of the brain alone.
+        dicom: Whether to write DICOM series instead of NIfTI files.
+        workers: Number of processes; the files do not depend on it.
+        progress: Called with the number of finished patients after each patient.
 
     Returns:
         The path of `cohort.csv`.
 
     Raises:
-        RunError: The folder holds a cohort of another seed or kind, another process is at work in it, or nilearn is not
-            installed.
+        InvalidValueError: `patients` or `workers` is less than 1, or `seed` is negative.
+        RunError: The folder holds a cohort of another seed or kind, or another process writes to it.
+        IchprogError: nilearn is not installed.
         OSError: The folder cannot be written.
+
+    Example:
+        ```python
+        cohort = simulate("patients", patients=20, seed=1)
+        ```
     """
-    if patients < 1 or seed < 0 or workers < 1:
-        raise RunError(
-            f"simulate takes 1 patient or more, a seed of 0 or more and 1 worker or more; got {patients}, {seed} and "
-            f"{workers}."
-        )
-    folder = Path(out)
+    for name, value, least in (("patients", patients, 1), ("seed", seed, 0), ("workers", workers, 1)):
+        if value < least:
+            raise InvalidValueError(name, value, f"a whole number of {least} or more")
+    folder = Path(output)
     kind = {"simulation": _VERSION, "seed": seed, "skull": skull, "dicom": dicom}
     everyone = [Patient(seed, number) for number in range(patients)]
-    with _claimed(folder, kind):
+    with _lock_folder(folder, kind):
         missing = [p for p in everyone if not all(path.exists() for path in p.paths(folder, dicom=dicom))]
         done = patients - len(missing)
         for _ in parallel_map(partial(Patient.save, folder=folder, skull=skull, dicom=dicom), missing, workers=workers):
             done += 1
             if progress:
                 progress(done)
-    _table(folder / "truth.csv", [{"patient": p.name, **p.truth()} for p in everyone])
+    truths = [{"patient": p.name, **p.truth()} for p in everyone]
+    write_csv(folder / "truth.csv", list(truths[0]), truths)
     scans = (p.paths(Path(), dicom=dicom)[0].as_posix() for p in everyone)
     rows = [{"patient": e.name, "scan": scan, **e.columns()} for e, scan in zip(everyone, scans, strict=True)]
-    _table(folder / "cohort.csv", rows)
+    write_csv(folder / "cohort.csv", list(rows[0]), rows)
     return folder / "cohort.csv"
 
 
 @contextmanager
-def _claimed(folder: Path, kind: dict[str, Any]) -> Iterator[None]:
-    """Makes the folder this cohort's while the block runs, or refuses where it is another's."""
-    from filelock import FileLock, Timeout
-
-    folder.mkdir(parents=True, exist_ok=True)
+def _lock_folder(folder: Path, kind: dict[str, Any]) -> Iterator[None]:
+    """Lock the folder for this cohort within a context, or refuse a folder with another cohort."""
     try:
-        with FileLock(folder / ".lock", blocking=False):
+        with file_lock(folder / ".lock", timeout_s=0):
             stamp = folder / "simulation.json"
             if not stamp.exists():
                 if (folder / "cohort.csv").exists():
-                    raise RunError(f"{folder}: holds a cohort that was not simulated here. Give another folder.")
-                with atomic_write(stamp) as part:
-                    part.write_text(json.dumps(kind), encoding="utf-8")
+                    raise RunError(f"{folder}: holds a cohort that was not simulated here. Choose another folder.")
+                write_json(stamp, kind)
             try:
-                found = json.loads(stamp.read_text(encoding="utf-8"))
+                existing = json.loads(stamp.read_text(encoding="utf-8"))
             except ValueError:
-                found = {}
-            if found != kind:
+                existing = {}
+            if existing != kind:
                 raise RunError(
-                    f"{folder}: holds simulated patients of {found}, asked for are {kind}. Give another folder."
+                    f"{folder}: holds simulated patients of {existing}, requested are {kind}. Choose another folder."
                 )
-            for left in folder.glob("*/.*"):  # what a process that was killed had begun
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
+            for partial_path in folder.glob("*/.*"):  # left by a process that was killed
+                shutil.rmtree(partial_path) if partial_path.is_dir() else partial_path.unlink()
             yield
-    except Timeout:
-        raise RunError(f"{folder}: another process simulates into it. Wait for it, or give another folder.") from None
+    except TimeoutError:
+        raise RunError(f"{folder}: another process simulates into it. Wait for it, or choose another folder.") from None
 
 
 def _image(values: np.ndarray, affine: np.ndarray) -> Any:
@@ -225,10 +230,3 @@ def _image(values: np.ndarray, affine: np.ndarray) -> Any:
     image.header.set_xyzt_units("mm")
     image.header["descrip"] = b"simulated, no patient"
     return image
-
-
-def _table(path: Path, rows: list[dict[str, Any]]) -> None:
-    with atomic_write(path) as part, part.open("w", encoding="utf-8", newline="") as file:
-        table = csv.DictWriter(file, list(rows[0]))
-        table.writeheader()
-        table.writerows(rows)

@@ -1,10 +1,9 @@
-"""A head to bleed into: the MNI152 template, and the individual that is bent out of it.
+"""Anatomy: the MNI152 template, and individual heads as deformations of it.
 
 Coordinates are mm from the template's origin, the anterior commissure: x to the right, y to anterior, z to superior
-(RAS, as nibabel has it). An individual is a map from its own space to the template's, so that every tissue is where
-the map says.
+(RAS, as in nibabel). An individual is a map from its own space to the template's space.
 
-Source of the template: Fonov et al., NeuroImage 2011 (ICBM 152 nonlinear symmetric 2009a), as nilearn brings it.
+Source of the template: Fonov et al., NeuroImage 2011 (ICBM 152 nonlinear symmetric 2009a), as distributed by nilearn.
 """
 
 import functools
@@ -16,25 +15,25 @@ import numpy as np
 from ichprog.errors import missing_extra
 
 _COARSE_MM = 2.0
-_MARGIN = 16  # coarse cells of nothing around the template, room for bone and scalp
-_FISSURE_MM = 13.0  # half the width of what is bridged from gyrus to gyrus to make the inside of the skull smooth
-_FLUID_MM = 1.5  # least fluid between brain and skull
+_MARGIN = 16  # coarse voxels around the template, space for bone and scalp
+_FISSURE_MM = 13.0  # half the width of fissures closed to make the inside of the skull smooth
+_FLUID_MM = 1.5  # minimum fluid between brain and skull
 CENTRE = np.array([0.0, -18.0, 5.0])  # of the inside of the skull
 
 
 @dataclass(frozen=True, eq=False)
 class Template:
-    """The template's tissues and shapes.
+    """Hold the template's tissues and distance maps.
 
     Attributes:
-        grey: `(i, j, k)` share of grey matter, 1 mm.
-        white: Share of white matter, 1 mm.
-        fine: `(3,)` mm of the first voxel of these.
-        depth: `(i, j, k)` mm under the inside of the skull, negative outside of it, 2 mm.
-        ventricle: mm from the ventricles, negative inside of them, 2 mm.
+        grey: `(i, j, k)` fraction of grey matter, 1 mm.
+        white: Fraction of white matter, 1 mm.
+        fine: `(3,)` position of the first voxel of `grey` and `white`, in mm.
+        depth: `(i, j, k)` depth in mm below the inside of the skull, negative outside, 2 mm.
+        ventricle: Distance in mm from the ventricles, negative inside, 2 mm.
         outward: `(3, i, j, k)` unit vectors away from the ventricles, 2 mm.
         upward: Unit vectors towards the skull, 2 mm.
-        coarse: mm of the first voxel of these.
+        coarse: `(3,)` position of the first voxel of the 2 mm maps, in mm.
         inside_ml: Volume inside the skull, in mL.
     """
 
@@ -49,23 +48,23 @@ class Template:
     inside_ml: float
 
     def at(self, values: np.ndarray, points: np.ndarray) -> np.ndarray:
-        """Values of a map at points in mm, linearly between its voxels.
+        """Interpolate a map linearly at points.
 
         Args:
             values: A map of this template, fine or coarse.
-            points: `(3, ...)` mm.
+            points: `(3, ...)` in mm of the template.
         """
         from scipy import ndimage
 
         first, mm = (self.fine, 1.0) if values.shape == self.grey.shape else (self.coarse, _COARSE_MM)
         index = (points - first.astype(np.float32).reshape(3, *[1] * (points.ndim - 1))) / np.float32(mm)
-        found: np.ndarray = ndimage.map_coordinates(values, index, order=1, mode="nearest", output=np.float32)
-        return found
+        result: np.ndarray = ndimage.map_coordinates(values, index, order=1, mode="nearest", output=np.float32)
+        return result
 
 
 @functools.cache
 def template() -> Template:
-    """The template, read once in a process.
+    """Load the template once per process.
 
     Raises:
         IchprogError: nilearn, which holds the template, is not installed.
@@ -82,39 +81,39 @@ def template() -> Template:
         for each in (image, load_mni152_gm_template(resolution=1), load_mni152_wm_template(resolution=1))
     )
     fine = image.affine[:3, 3]
-    brain = _halved(t1) > 0.15
-    csf = 1 - _halved(grey) - _halved(white)
+    brain = _downsample(t1) > 0.15
+    csf = 1 - _downsample(grey) - _downsample(white)
     coarse = fine + 0.5 - _COARSE_MM * _MARGIN
     bridged = ndimage.distance_transform_edt(~brain) * _COARSE_MM < _FISSURE_MM
     inside = ndimage.distance_transform_edt(bridged) * _COARSE_MM > _FISSURE_MM - _FLUID_MM
     inside = ndimage.binary_fill_holes(inside)
-    depth = ndimage.gaussian_filter(_signed(inside), 1.5)
+    depth = ndimage.gaussian_filter(_signed_distance(inside), 1.5)
     x, y, z = (c + _COARSE_MM * np.arange(n) for c, n in zip(coarse, inside.shape, strict=True))
     x, y, z = np.meshgrid(np.abs(x), y, z, indexing="ij", sparse=True)
     third = (x < 4) & (y > -25) & (y < 8) & (z > -12) & (z < 10)
     bodies = (x < 36) & (y > -45) & (y < 36) & (z > -3) & (z < 34) & ((x > 7) | (y > -22))
     atria = (x > 9) & (x < 40) & (y > -72) & (y < -22) & (z > -4) & (z < 26)
     fourth = (x < 12) & (y > -52) & (y < -33) & (z > -46) & (z < -22)
-    ventricle = _signed((csf > 0.5) & (depth > 20) & (third | bodies | atria | fourth))
+    ventricle = _signed_distance((csf > 0.5) & (depth > 20) & (third | bodies | atria | fourth))
     return Template(
         grey,
         white,
         fine,
         depth.astype(np.float32),
         -ventricle,
-        _slope(-ventricle),
-        -_slope(depth),
+        _directions(-ventricle),
+        -_directions(depth),
         coarse,
         float(inside.sum()) * _COARSE_MM**3 / 1000,
     )
 
 
 class Individual:
-    """One head: its size and shape, its age, and what its haemorrhage pushes aside.
+    """Simulate one head: size, shape and marks of age.
 
     Args:
         marks: Atrophy and the other marks of age, in standard deviations.
-        random: Where chance comes from.
+        random: Random generator.
     """
 
     def __init__(self, marks: dict[str, float], random: np.random.Generator) -> None:
@@ -129,62 +128,62 @@ class Individual:
         atrophy = marks["atrophy"]
         self.widening_mm = float(np.clip(2.4 + 2.1 * atrophy, -1.0, 9.0))
         self.shrinkage_mm = float(np.clip(2.0 + 1.6 * atrophy, 0.0, 7.0))
-        self.sulci = float(np.clip(0.85 - 0.26 * atrophy, 0.25, 1.4))  # the exponent of the share of fluid
+        self.sulci = float(np.clip(0.85 - 0.26 * atrophy, 0.25, 1.4))  # exponent of the fraction of fluid
         self.pallor_hu = float(np.clip(3.0 + 3.5 * marks["white_matter"], 0.0, 14.0))
         self.calcified_mm = float(np.clip(2.0 + 1.1 * marks["calcification"], 0.0, 4.5))
 
-    def own(self, points: np.ndarray) -> np.ndarray:
-        """Points of this head in the template's skull: size and bend taken off.
+    def to_template(self, points: np.ndarray) -> np.ndarray:
+        """Map points of this head to the template's skull, removing size and bends.
 
         Args:
-            points: `(3, ...)` mm in this head.
+            points: `(3, ...)` in mm of this head.
         """
         shape = (3, *[1] * (points.ndim - 1))
         scaled = points / self.scale.reshape(shape)
         bent = scaled.copy()
         for amplitude, wave, phase in self._bends:
             bent += amplitude.reshape(shape) * np.sin(np.tensordot(wave, scaled, 1) + phase) * 0.5
-        found: np.ndarray = bent
-        return found
+        result: np.ndarray = bent
+        return result
 
-    def source(self, own: np.ndarray, push: np.ndarray) -> np.ndarray:
-        """Where in the template the tissue at a point comes from.
+    def tissue_source(self, points: np.ndarray, displacement: np.ndarray) -> np.ndarray:
+        """Return the position in the template of the tissue at points.
 
         Args:
-            own: `(3, ...)` mm, as `own` gives them.
-            push: `(3, ...)` mm by which a haemorrhage has pushed what is there.
+            points: `(3, ...)` in mm, as returned by `to_template`.
+            displacement: `(3, ...)` displacement by a haemorrhage, in mm.
         """
         form = self.template
-        before = own - push
+        before = points - displacement
         distance = form.at(form.ventricle, before)
         widened = self.widening_mm * np.exp(-np.maximum(distance, 0) / 14)
         shrunk = self.shrinkage_mm * np.exp(-np.maximum(form.at(form.depth, before), 0) / 18)
-        found: np.ndarray = before + np.stack(
+        result: np.ndarray = before + np.stack(
             [
                 -widened * form.at(form.outward[axis], before) + shrunk * form.at(form.upward[axis], before)
                 for axis in range(3)
             ]
         )
-        return found
+        return result
 
 
-def _halved(values: np.ndarray) -> np.ndarray:
-    """A map at half the resolution with the coarse margin around it."""
+def _downsample(values: np.ndarray) -> np.ndarray:
+    """Return a map at half the resolution with the coarse margin around it."""
     even = np.pad(values, [(0, n % 2) for n in values.shape])
     i, j, k = (n // 2 for n in even.shape)
     return np.pad(even.reshape(i, 2, j, 2, k, 2).mean((1, 3, 5)), _MARGIN)
 
 
-def _signed(mask: np.ndarray) -> np.ndarray:
-    """How far inside a mask, in mm; negative outside."""
+def _signed_distance(mask: np.ndarray) -> np.ndarray:
+    """Return the signed distance to the edge of a mask in mm, negative outside."""
     from scipy import ndimage
 
     signed: np.ndarray = ndimage.distance_transform_edt(mask) - ndimage.distance_transform_edt(~mask)
     return (signed * _COARSE_MM).astype(np.float32)
 
 
-def _slope(distance: np.ndarray) -> Any:
-    """Unit vectors along which a distance grows, `(3, ...)`, smooth where it has ridges."""
+def _directions(distance: np.ndarray) -> Any:
+    """Return smoothed unit vectors `(3, ...)` along which a distance grows."""
     from scipy import ndimage
 
     slope = np.stack(np.gradient(ndimage.gaussian_filter(distance, 2)))

@@ -1,4 +1,4 @@
-"""A simulated scan as a DICOM series, one file a slice, as a scanner would send it."""
+"""DICOM series of simulated scans, one file per slice, as a scanner would send it."""
 
 import shutil
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ichprog.simulate.scanner import Exposure
+from ichprog.simulate.scanner import SimulatedScan
 
 if TYPE_CHECKING:
     from pydicom.dataset import FileDataset
@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 _OFFSET = 1024
 
 
-def save_series(exposure: Exposure, folder: Path, name: str, age: int, sex: str) -> None:
-    """Writes a series of CT images; the folder appears whole or not at all.
+def save_series(scan: SimulatedScan, folder: Path, name: str, age: int, sex: str) -> None:
+    """Write a series of CT images atomically.
 
     Args:
-        exposure: The scan.
-        folder: The folder to be.
-        name: The patient's name, which every identifier is made from.
-        age: Years.
+        scan: The scan.
+        folder: Folder of the series.
+        name: Name of the patient. Every identifier is derived from it.
+        age: Age in years.
         sex: "F" or "M".
     """
     from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
@@ -30,10 +30,10 @@ def save_series(exposure: Exposure, folder: Path, name: str, age: int, sex: str)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     study, series = (generate_uid(entropy_srcs=[name, part]) for part in ("study", "series"))
-    mm, spacing = float(-exposure.affine[0, 0]), float(exposure.affine[2, 2])
-    first = exposure.affine[:3, 3] * (-1, -1, 1)  # DICOM says LPS where nibabel says RAS
-    for k in range(exposure.hu.shape[2]):
-        image = _image(exposure.hu[:, :, k])
+    mm, spacing = float(-scan.affine[0, 0]), float(scan.affine[2, 2])
+    first = scan.affine[:3, 3] * (-1, -1, 1)  # DICOM uses LPS, nibabel RAS
+    for k in range(scan.hu.shape[2]):
+        image = _image(scan.hu[:, :, k])
         image.SOPClassUID = CTImageStorage
         image.SOPInstanceUID = generate_uid(entropy_srcs=[name, str(k)])
         image.StudyInstanceUID, image.SeriesInstanceUID = study, series

@@ -1,6 +1,6 @@
-"""Who the simulated patients are: a causal model of age, haemorrhage, Glasgow Coma Scale (GCS) and outcome.
+"""Population: a causal model of age, haemorrhage, Glasgow Coma Scale (GCS) and outcome.
 
-The arrows, and nothing else:
+The only causal arrows:
 
     age -> atrophy, white matter, calcification            (the image shows these, not the age)
     location -> volume, intraventricular extension
@@ -11,8 +11,8 @@ The arrows, and nothing else:
 
 The probability of independence also falls with age within the steps of the score.
 
-The image shows location, volume, extension and the three marks of age. GCS, cognition and chance are behind it, so a
-part of the outcome can be seen and a part cannot.
+The image shows location, volume, extension and the three marks of age. It does not show GCS, cognition and chance, so
+only a part of the outcome can be predicted from it.
 
 Sources. Death by score: Hemphill et al., Stroke 2001 (doi 10.1161/01.STR.32.4.891), 0, 13, 26, 72, 97, 100, 100 %.
 Independence of survivors by score: Rost et al., Stroke 2008 (doi 10.1161/STROKEAHA.107.512202), 0, 29, 48, 75, 95 %.
@@ -33,15 +33,15 @@ from ichprog import clinical_scores
 
 
 class Site(NamedTuple):
-    """Where blood comes from.
+    """Describe a site of haemorrhage.
 
     Attributes:
-        share: Proportion of patients.
+        share: Fraction of patients.
         median_ml: Median volume, in mL.
-        most_ml: Largest volume that there is room for, in mL.
+        most_ml: Largest possible volume, in mL.
         ventricular: Probability that blood enters the ventricles, at the median volume.
-        infratentorial: Whether it lies below the tentorium.
-        location: What the FUNC score takes it for; "lobar" where it lies on the brain.
+        infratentorial: Whether the site is below the tentorium.
+        location: Location in the FUNC score; "lobar" outside the brain tissue.
     """
 
     share: float
@@ -78,20 +78,20 @@ _COGNITION = (-1.9, 1.2)  # log-odds of impairment before, at the mean age, and 
 
 @dataclass(frozen=True)
 class Person:
-    """One simulated patient.
+    """Describe one simulated patient.
 
     Attributes:
         age: Years.
-        sex: "F" or "M"; causes nothing.
+        sex: "F" or "M"; without effect.
         site: A name in `SITES`.
-        side: -1 right, 1 left; of both where the site lies in the middle, it only tilts.
+        side: -1 right, 1 left; the direction of the offset for a site in the middle.
         volume_ml: Volume of the haemorrhage outside the ventricles, in mL.
-        ventricular: Share of the ventricles that is filled with blood, 0 where none is.
+        ventricular: Fraction of the ventricles filled with blood.
         marks: Each of `MARKS` in standard deviations.
-        gcs: 3 to 15.
-        impaired: Whether cognition was impaired before.
-        dead: Whether dead within 30 days.
-        poor: Whether dead or dependent.
+        gcs: Glasgow Coma Scale, 3 to 15.
+        impaired: Whether cognition was impaired before the haemorrhage.
+        dead: Whether the patient dies within 30 days.
+        poor: Whether the patient is dead or dependent.
     """
 
     age: int
@@ -107,16 +107,15 @@ class Person:
     poor: bool
 
     def truth(self) -> dict[str, float]:
-        """The probabilities this patient's labels were drawn with, and those given what the image shows.
+        """Return the true probabilities of the patient's labels, and their probabilities given the image.
 
         Returns:
-            `p_poor`: of a poor outcome given all that causes it. `p_gcs_13_15`, `p_gcs_9_12`, `p_gcs_3_8`: of each
-            class of GCS given its causes, all of which the image shows. `seen_poor`, `seen_age_80`: of a poor outcome
-            and of an age of 80 or more given the image alone, by Bayes' rule over age, GCS and cognition: no reader of
-            the image can do better.
+            `p_poor`: Poor outcome, given all causes. `p_gcs_13_15`, `p_gcs_9_12`, `p_gcs_3_8`: each class of GCS, given
+            its causes, all of which the image shows. `seen_poor`, `seen_age_80`: poor outcome and an age of 80 or more,
+            given the image alone, by Bayes' rule over age, GCS and cognition. No reader of the image can do better.
         """
-        gcs = self._of_gcs()
-        ages, weights = self._ages_seen()
+        gcs = self._gcs_probabilities()
+        ages, weights = self._ages_given_image()
         impaired = _impairment(ages)
         seen = (1 - impaired) * (gcs @ self._poor(GCS[:, None], ages, False))
         seen += impaired * (gcs @ self._poor(GCS[:, None], ages, True))
@@ -130,11 +129,11 @@ class Person:
         }
 
     def ich_score(self) -> int:
-        """The ICH score (Hemphill et al. 2001), 0 to 6."""
+        """Return the ICH score (Hemphill et al. 2001), 0 to 6."""
         return int(self._ich(np.array(self.gcs), np.array(self.age)))
 
     def func_score(self) -> int:
-        """The FUNC score (Rost et al. 2008), 0 to 11."""
+        """Return the FUNC score (Rost et al. 2008), 0 to 11."""
         return int(self._func(np.array(self.gcs), np.array(self.age), self.impaired))
 
     def _ich(self, gcs: np.ndarray, age: np.ndarray) -> np.ndarray:
@@ -160,27 +159,27 @@ class Person:
         )
 
     def _poor(self, gcs: np.ndarray, age: np.ndarray, impaired: bool) -> np.ndarray:
-        found: np.ndarray = 1 - (1 - DEATH[self._ich(gcs, age)]) * self._independent(gcs, age, impaired)
-        return found
+        result: np.ndarray = 1 - (1 - DEATH[self._ich(gcs, age)]) * self._independent(gcs, age, impaired)
+        return result
 
     def _independent(self, gcs: np.ndarray, age: np.ndarray, impaired: bool) -> np.ndarray:
-        """Probability that a survivor is independent."""
+        """Return the probability that a survivor is independent."""
         by_score = INDEPENDENCE[self._func(gcs, age, impaired)]
-        odds = by_score / (1 - by_score) * np.exp(_INDEPENDENCE_BY_AGE * _standard(age))
-        found: np.ndarray = odds / (1 + odds)
-        return found
+        odds = by_score / (1 - by_score) * np.exp(_INDEPENDENCE_BY_AGE * _standardise(age))
+        result: np.ndarray = odds / (1 + odds)
+        return result
 
-    def _of_gcs(self) -> np.ndarray:
-        """Probability of each value of `GCS`."""
+    def _gcs_probabilities(self) -> np.ndarray:
+        """Return the probability of each value of `GCS`."""
         effect = _GCS_BY_LOG_VOLUME * np.log(self.volume_ml / 20)
         effect += _GCS_BY_EXTENSION * (self.ventricular > 0) + _GCS_BY_PONS * (self.site == "pons")
         at_least = 1 / (1 + np.exp(-(_GCS_AT_LEAST + effect)))
         return -np.diff(np.concatenate([[1.0], at_least, [0.0]]))
 
-    def _ages_seen(self) -> tuple[np.ndarray, np.ndarray]:
-        """Ages in years and the probability of each, given the marks."""
+    def _ages_given_image(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return ages in years and the probability of each, given the marks."""
         ages = np.arange(AGE_RANGE[0], AGE_RANGE[1] + 1)
-        standard = _standard(ages)
+        standard = _standardise(ages)
         log = -(standard**2) / 2
         for name, correlation in MARKS.items():
             log -= (self.marks[name] - correlation * standard) ** 2 / (2 * (1 - correlation**2))
@@ -188,23 +187,28 @@ class Person:
         return ages, weights / weights.sum()
 
 
-def draw(random: np.random.Generator) -> Person:
-    """Draws one patient.
+def draw_person(random: np.random.Generator) -> Person:
+    """Draw one patient.
 
     Args:
-        random: Where chance comes from.
+        random: Random generator.
+
+    Example:
+        >>> person = draw_person(np.random.default_rng(0))
+        >>> person.site in SITES
+        True
     """
-    age = _between(lambda: random.normal(*AGE), *AGE_RANGE)
-    standard = float(_standard(np.array(age)))
+    age = _draw_within(lambda: random.normal(*AGE), *AGE_RANGE)
+    standard = float(_standardise(np.array(age)))
     marks = {name: r * standard + np.sqrt(1 - r**2) * random.normal() for name, r in MARKS.items()}
     site = str(random.choice(list(SITES), p=[s.share for s in SITES.values()]))
-    place = SITES[site]
-    log_ml = _between(
-        lambda: random.normal(np.log(place.median_ml), VOLUME_SD), np.log(LEAST_ML), np.log(place.most_ml)
+    chosen = SITES[site]
+    log_ml = _draw_within(
+        lambda: random.normal(np.log(chosen.median_ml), VOLUME_SD), np.log(LEAST_ML), np.log(chosen.most_ml)
     )
-    odds = np.log(place.ventricular / (1 - place.ventricular)) + 0.8 * (log_ml - np.log(place.median_ml))
+    odds = np.log(chosen.ventricular / (1 - chosen.ventricular)) + 0.8 * (log_ml - np.log(chosen.median_ml))
     extends = random.random() < 1 / (1 + np.exp(-odds))
-    known = Person(
+    person = Person(
         age=int(age),
         sex=str(random.choice(["F", "M"])),
         site=site,
@@ -217,27 +221,27 @@ def draw(random: np.random.Generator) -> Person:
         dead=False,
         poor=False,
     )
-    gcs = np.array(random.choice(GCS, p=known._of_gcs()))
-    years = np.array(known.age)
-    dead = random.random() < DEATH[known._ich(gcs, years)]
-    independent = random.random() < known._independent(gcs, years, known.impaired)
-    return replace(known, gcs=int(gcs), dead=bool(dead), poor=bool(dead or not independent))
+    gcs = np.array(random.choice(GCS, p=person._gcs_probabilities()))
+    years = np.array(person.age)
+    dead = random.random() < DEATH[person._ich(gcs, years)]
+    independent = random.random() < person._independent(gcs, years, person.impaired)
+    return replace(person, gcs=int(gcs), dead=bool(dead), poor=bool(dead or not independent))
 
 
 def _impairment(age: np.ndarray) -> np.ndarray:
-    """Probability of impaired cognition before, by age."""
+    """Return the probability of impaired cognition before the haemorrhage, by age."""
     at_mean, slope = _COGNITION
-    probability: np.ndarray = 1 / (1 + np.exp(-(at_mean + slope * _standard(age))))
+    probability: np.ndarray = 1 / (1 + np.exp(-(at_mean + slope * _standardise(age))))
     return probability
 
 
-def _standard(age: np.ndarray) -> np.ndarray:
-    """Age in standard deviations from the mean."""
+def _standardise(age: np.ndarray) -> np.ndarray:
+    """Return age in standard deviations from the mean."""
     return (age - AGE[0]) / AGE[1]
 
 
-def _between(draw_one: Callable[[], float], low: float, high: float) -> float:
-    """Draws until a number lies within bounds."""
+def _draw_within(draw_one: Callable[[], float], low: float, high: float) -> float:
+    """Draw until the number is within bounds."""
     while not low <= (value := float(draw_one())) <= high:
         pass
     return value

@@ -1,6 +1,5 @@
 """Simulated patients: the same for a seed, drawn as they say, and with an outcome that follows the stated model."""
 
-import csv
 import dataclasses
 import subprocess
 import sys
@@ -12,15 +11,16 @@ import pytest
 from click.testing import CliRunner
 from scipy import stats
 
-from ichprog import Cohort, IchprogError, RunError, zoo
+from ichprog import Cohort, IchprogError, InvalidValueError, RunError, zoo
 from ichprog.cli import main
 from ichprog.scan import load, read
 from ichprog.simulate import Patient, anatomy, simulate
 from ichprog.simulate.anatomy import Individual
-from ichprog.simulate.haemorrhage import shape_of
-from ichprog.simulate.population import draw
-from ichprog.simulate.scanner import expose
+from ichprog.simulate.haemorrhage import draw_haemorrhage
+from ichprog.simulate.population import draw_person
+from ichprog.simulate.scanner import acquire
 
+from support.cohorts import read_table
 from support.models import SHARED
 
 PLAUSIBLE = zoo.find(zoo.DEFAULT).input.expected_ranges
@@ -28,11 +28,6 @@ PLAUSIBLE = zoo.find(zoo.DEFAULT).input.expected_ranges
 
 def contents(folder):
     return {p.relative_to(folder): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-def rows(path):
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +40,7 @@ def cohort(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def people():
-    return [draw(np.random.default_rng([9, number])) for number in range(4000)]
+    return [draw_person(np.random.default_rng([9, number])) for number in range(4000)]
 
 
 def drawn(seed=0, **changes):
@@ -54,15 +49,15 @@ def drawn(seed=0, **changes):
     person = dataclasses.replace(patient.person, **changes)
     random = np.random.default_rng(seed)
     individual = Individual(person.marks, random)
-    shape = shape_of(person, individual, random)
-    return expose(individual, shape, np.random.default_rng(seed)), shape
+    shape = draw_haemorrhage(person, individual, random)
+    return acquire(individual, shape, np.random.default_rng(seed)), shape
 
 
 def ml(mask, affine):
     return float(mask.sum() * abs(np.linalg.det(affine[:3, :3])) / 1000)
 
 
-# ---- a cohort ----
+# Cohorts
 
 
 def test_a_cohort_is_the_same_for_any_number_of_workers_and_may_grow(cohort, tmp_path):
@@ -71,7 +66,7 @@ def test_a_cohort_is_the_same_for_any_number_of_workers_and_may_grow(cohort, tmp
     assert contents(tmp_path) == contents(cohort)
 
 
-def test_an_interrupted_run_goes_on(cohort, tmp_path):
+def test_an_interrupted_simulation_is_resumed(cohort, tmp_path):
     def stop(done):
         if done == 2:
             raise KeyboardInterrupt
@@ -88,7 +83,7 @@ def test_an_interrupted_run_goes_on(cohort, tmp_path):
     assert contents(tmp_path) == contents(cohort)
 
 
-def test_a_run_that_was_killed_leaves_nothing_behind(cohort, tmp_path):
+def test_a_killed_simulation_leaves_no_partial_files(cohort, tmp_path):
     command = [sys.executable, "-m", "ichprog", "simulate", str(tmp_path), "--patients", "4", "--seed", "5"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as running:
         while not list(tmp_path.glob("masks/*.nii.gz")):
@@ -109,43 +104,43 @@ def test_a_folder_holds_one_cohort(cohort, tmp_path):
     (tmp_path / "cohort.csv").write_text("patient,scan\n")
     with pytest.raises(RunError, match="not simulated here"):
         simulate(tmp_path, patients=1)
-    with pytest.raises(RunError, match="1 patient or more"):
+    with pytest.raises(InvalidValueError, match="Invalid patients 0"):
         simulate(tmp_path / "new", patients=0)
 
 
-def test_its_table_is_a_cohort_and_the_truth_lies_beside(cohort):
+def test_the_table_is_a_cohort_with_true_probabilities(cohort):
     read_back = Cohort.read(cohort / "cohort.csv")
     assert len(read_back) == 4
     spec = zoo.find(zoo.DEFAULT)
     assert set(read_back.labels(spec.task("gcs"))) <= {0, 1, 2}
-    for row in rows(cohort / "truth.csv"):
+    for row in read_table(cohort / "truth.csv"):
         assert float(row["p_gcs_13_15"]) + float(row["p_gcs_9_12"]) + float(row["p_gcs_3_8"]) == pytest.approx(
             1, abs=1e-4
         )
         assert 0 <= float(row["seen_poor"]) <= 1
 
 
-def test_without_the_template_it_says_what_to_install(tmp_path, monkeypatch):
+def test_a_missing_template_names_the_extra(tmp_path, monkeypatch):
     anatomy.template.cache_clear()
     monkeypatch.setitem(sys.modules, "nilearn.datasets", None)
     with pytest.raises(IchprogError, match=r"needs nilearn. Install it with: pip install 'ichprog\[simulate\]'\."):
         simulate(tmp_path, patients=1)
 
 
-def test_on_the_command_line(tmp_path):
+def test_the_command_simulates(tmp_path):
     result = CliRunner().invoke(main, ["simulate", str(tmp_path / "c"), "--patients", "1", "--seed", "5"])
     assert result.exit_code == 0, result.output
     assert "simulated" in result.stderr
     assert result.stdout.strip() == str(tmp_path / "c" / "cohort.csv")
     result = CliRunner().invoke(main, ["simulate", str(tmp_path / "c"), "--seed", "7"])
-    assert (result.exit_code, "Give another folder" in result.output) == (1, True)
+    assert (result.exit_code, "Choose another folder" in result.output) == (1, True)
 
 
-# ---- a scan ----
+# Scans
 
 
-def test_scans_are_written_as_a_scanner_would(cohort):
-    for row in rows(cohort / "cohort.csv"):
+def test_scans_look_like_those_of_a_scanner(cohort):
+    for row in read_table(cohort / "cohort.csv"):
         image = nib.load(cohort / row["scan"])
         assert image.shape[:2] == (512, 512)
         assert 24 <= image.shape[2] <= 54
@@ -159,7 +154,7 @@ def test_scans_are_written_as_a_scanner_would(cohort):
 
 
 def test_the_mask_is_the_haemorrhage(cohort):
-    for row, truth in zip(rows(cohort / "cohort.csv"), rows(cohort / "truth.csv"), strict=True):
+    for row, truth in zip(read_table(cohort / "cohort.csv"), read_table(cohort / "truth.csv"), strict=True):
         image = nib.load(cohort / row["scan"])
         hu, mask = np.asarray(image.dataobj), np.asarray(nib.load(cohort / f"masks/{row['patient']}.nii.gz").dataobj)
         volume = float(truth["volume_ml"])
@@ -173,7 +168,7 @@ def test_the_mask_is_the_haemorrhage(cohort):
             assert np.sign(head[0] - where[0]) == int(truth["side"])  # RAS: the left side is negative
 
 
-def test_tissues_have_their_hu():
+def test_tissues_have_plausible_hu():
     exposure, _ = drawn(site="putamen", volume_ml=3.0, ventricular=0.0, marks=dict.fromkeys(anatomy_marks(), 0.0))
     inside = exposure.hu[exposure.inside & (exposure.blood == 0)]
     assert 28 < np.median(inside) < 38
@@ -200,7 +195,7 @@ def test_mass_effect_follows_the_volume():
     assert fluid[2] < 0.7 * fluid[0]
 
 
-def test_age_shows():
+def test_the_image_shows_the_marks_of_age():
     shares = []
     for atrophy in (-2.0, 0.0, 2.0):
         exposure, _ = drawn(site="lobar", volume_ml=5.0, marks={**anatomy_marks(), "atrophy": atrophy})
@@ -214,9 +209,9 @@ def test_age_shows():
     assert dense[0] < 5 < dense[1]
 
 
-def test_whole_heads_as_dicom_give_their_brain_back(tmp_path):
+def test_the_brain_is_extracted_from_whole_heads_in_dicom(tmp_path):
     simulate(tmp_path, patients=2, seed=5, skull=True, dicom=True)
-    for number, row in enumerate(rows(tmp_path / "cohort.csv")):
+    for number, row in enumerate(read_table(tmp_path / "cohort.csv")):
         exposure = Patient(5, number).scan(skull=True)
         scan = read(tmp_path / row["scan"])
         np.testing.assert_array_equal(scan.hu, exposure.hu)
@@ -239,7 +234,7 @@ def test_a_brain_has_the_tissues_of_a_real_one():
         assert abs(np.percentile(simulated, 75) - np.median(inside)) < 5
 
 
-# ---- the people ----
+# Population
 
 
 def test_correlations_are_near_those_of_the_real_cohort(people):
@@ -252,7 +247,7 @@ def test_correlations_are_near_those_of_the_real_cohort(people):
     assert 0.5 < np.mean(poor) < 0.65
 
 
-def test_scores_are_the_published_ones(people):
+def test_scores_equal_the_published_tables(people):
     """Against the tables of the two papers, written again in the plainest way."""
     for p in people[:500]:
         ich = {True: 2, False: 0}[p.gcs in (3, 4)] + {True: 1, False: 0}[5 <= p.gcs <= 12]
@@ -284,15 +279,15 @@ def test_deaths_follow_the_ich_score(people):
         ("p_gcs_3_8", lambda p: p.gcs <= 8),
     ],
 )
-def test_what_was_said_to_be_probable_happens_as_often(people, probability, happened):
-    said = np.array([p.truth()[probability] for p in people])
-    came = np.array([happened(p) for p in people])
-    for part in np.array_split(np.argsort(said), 5):
-        error = np.sqrt(max(said[part].mean() * (1 - said[part].mean()), 1e-4) / len(part))
-        assert abs(came[part].mean() - said[part].mean()) < 4.5 * error + 0.01  # ages are whole years
+def test_events_occur_as_often_as_their_probabilities(people, probability, happened):
+    probabilities = np.array([p.truth()[probability] for p in people])
+    events = np.array([happened(p) for p in people])
+    for part in np.array_split(np.argsort(probabilities), 5):
+        error = np.sqrt(max(probabilities[part].mean() * (1 - probabilities[part].mean()), 1e-4) / len(part))
+        assert abs(events[part].mean() - probabilities[part].mean()) < 4.5 * error + 0.01  # ages are whole years
 
 
-def test_what_the_image_shows_is_not_all(people):
+def test_the_image_does_not_show_the_whole_cause(people):
     from sklearn.metrics import roc_auc_score
 
     poor = [p.poor for p in people]

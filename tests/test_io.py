@@ -1,0 +1,78 @@
+"""Atomic writes, tables, JSON and locks."""
+
+import csv
+import json
+import os
+import threading
+
+import pytest
+
+from ichprog.io import atomic_write, file_lock, write_csv, write_json
+
+
+def test_two_threads_write_one_target_without_mixing(tmp_path):
+    """Both threads are inside the block at the same time; the last rename wins."""
+    target, both_inside = tmp_path / "target.bin", threading.Barrier(2)
+    contents = [b"a" * 100_000, b"b" * 100_000]
+
+    def write(content):
+        for _ in range(20):
+            with atomic_write(target) as partial, partial.open("wb") as file:
+                file.write(content[:50_000])
+                both_inside.wait()
+                file.write(content[50_000:])
+            assert target.read_bytes() in contents
+
+    threads = [threading.Thread(target=write, args=(content,)) for content in contents]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert target.read_bytes() in contents
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_file_reaches_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    target, events = tmp_path / "target.txt", []
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda number: events.append(target.exists()) or fsync(number))
+    with atomic_write(target) as partial:
+        partial.write_text("new")
+    assert events == [False]
+    assert target.read_text() == "new"
+
+
+def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path):
+    target = tmp_path / "target.txt"
+    target.write_text("old")
+
+    def fail():
+        with atomic_write(target) as partial:
+            partial.write_text("new")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert target.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_tables_take_mappings_and_sequences(tmp_path):
+    write_csv(tmp_path / "t.csv", ["a", "b"], [{"a": 1, "b": "x, y"}, [2, 'say "z"'], {"a": 3}])
+    with (tmp_path / "t.csv").open(newline="") as file:
+        assert list(csv.reader(file)) == [["a", "b"], ["1", "x, y"], ["2", 'say "z"'], ["3", ""]]
+
+
+def test_json_is_readable(tmp_path):
+    write_json(tmp_path / "t.json", {"name": "Tº", "values": [1, 2]})
+    text = (tmp_path / "t.json").read_text(encoding="utf-8")
+    assert json.loads(text) == {"name": "Tº", "values": [1, 2]}
+    assert "Tº" in text
+
+
+def test_a_lock_is_held_by_one_at_a_time(tmp_path):
+    lock = tmp_path / "folder" / ".lock"
+    with file_lock(lock), pytest.raises(TimeoutError), file_lock(lock, timeout_s=0):
+        pass
+    with file_lock(lock, timeout_s=0):
+        pass
