@@ -1,4 +1,4 @@
-"""The main job: a head CT in, answers and maps out, held against the published pipeline."""
+"""Predictions and saliency maps of head CTs, compared with the published pipeline."""
 
 import itertools
 import json
@@ -22,7 +22,7 @@ from support.phantoms import brain_hu
 
 
 def each_runtime():
-    """Every published model in both runtimes; to compile a DenseNet takes long, and most of them are alike."""
+    """Yield every published model in both runtimes. Compiling a DenseNet takes long, so most are slow tests."""
     quick = ("densenet121.prognosis_gcs3_age", "perez2023.prognosis")
     for name in reference_pipeline.PUBLISHED:
         yield name, "torch"
@@ -31,7 +31,7 @@ def each_runtime():
 
 @pytest.mark.parametrize(("name", "runtime"), list(each_runtime()))
 def test_equals_the_published_pipeline(name, runtime, hub_server, scan_path):
-    """File to probability: the real Hub client and our chain here, MONAI's chain and the published network there."""
+    """Compare the Hub client and the pipeline of ichprog with MONAI's pipeline and the published network."""
     model = ichprog.load_model(name, fold=0, runtime=runtime)
     got = ichprog.predict(model, scan_path)
     theirs = reference_pipeline.network(name, seed=list(reference_pipeline.PUBLISHED).index(name))
@@ -40,13 +40,13 @@ def test_equals_the_published_pipeline(name, runtime, hub_server, scan_path):
     for task, expected in reference_pipeline.probabilities(name, logits).items():
         found = list(got[task].probabilities.values())
         assert np.abs(found - expected).max() < 1e-4
-        assert np.abs(expected - 1 / len(expected)).max() > 0.02, "seeded weights must not answer with a shrug"
+        assert np.abs(expected - 1 / len(expected)).max() > 0.02, "seeded weights must give distinct probabilities"
         assert sum(found) == pytest.approx(1)
 
 
 @pytest.fixture(scope="module")
 def orders():
-    """A small scan of no symmetry in every voxel order: 48 images of one head."""
+    """Return a small asymmetric scan in all 48 voxel orders."""
     hu = brain_hu((100, 110, 26), lesion=(350, 150, 20))
     affine = np.diag([-2.0, -2.0, 5.0, 1.0])
     affine[:3, 3] = (90, 120, -40)
@@ -58,7 +58,7 @@ def orders():
     ]
 
 
-def test_every_voxel_order_gives_the_same_answer_and_the_same_map(bright_model, orders):
+def test_every_voxel_order_gives_the_same_prediction_and_map(bright_model, orders):
     model = ichprog.load_model(bright_model)
     first, *others = orders
     answer = ichprog.predict(model, first)
@@ -77,7 +77,7 @@ def test_every_voxel_order_gives_the_same_answer_and_the_same_map(bright_model, 
 @pytest.mark.parametrize("method", registry.saliency.names())
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_lesion_is_explained_in_its_place_and_on_its_side(method, side, bright_model, tmp_path):
-    """The lesion is placed in mm, left is negative-to-positive x in RAS by definition, the file is in RAS order."""
+    """The lesion is placed in mm, and the file is in RAS order."""
     lesion_lps = (360, 200, 20) if side == "left" else (152, 200, 20)
     hu = brain_hu((128, 128, 30), lesion=lesion_lps)
     image = nib.Nifti1Image(hu, np.diag([-1.9, -1.9, 5.0, 1.0])).as_reoriented(np.array([[0, -1], [1, -1], [2, 1]]))
@@ -95,7 +95,7 @@ def test_a_lesion_is_explained_in_its_place_and_on_its_side(method, side, bright
     assert saliency.grid_map.shape == ((10, 32, 32) if method == "grad_cam" else (20, 96, 96))
 
 
-def test_the_other_label_is_explained_with_the_other_sign(bright_model, scan_path):
+def test_the_map_of_the_other_label_has_the_opposite_sign(bright_model, scan_path):
     model = ichprog.load_model(bright_model)
     poor = ichprog.explain(model, scan_path, method="grad_cam")
     good = ichprog.explain(model, scan_path, method="grad_cam", label="good")
@@ -103,7 +103,7 @@ def test_the_other_label_is_explained_with_the_other_sign(bright_model, scan_pat
     assert np.allclose(poor.grid_map, -good.grid_map)
 
 
-def test_several_tasks_and_methods_come_from_one_forward_pass_a_fold(bright_model, scan_path):
+def test_tasks_and_methods_share_one_forward_pass_per_fold(bright_model, scan_path):
     model = ichprog.load_model(bright_model, runtime="torch")
     scan = model.load_scan(scan_path)
     runs = []
@@ -119,11 +119,11 @@ def test_several_tasks_and_methods_come_from_one_forward_pass_a_fold(bright_mode
     assert all(not m._forward_hooks for member in model.fold_runtimes for m in member.network.modules())
 
 
-def test_a_list_of_one_is_answered_with_a_dict(bright_model, scan_path):
+def test_a_list_of_one_task_returns_a_dict(bright_model, scan_path):
     assert list(ichprog.explain(bright_model, scan_path, task=["age"])) == [("age", "guided_backprop")]
 
 
-def test_explaining_works_inside_no_grad_and_changes_no_switch(bright_model, scan_path):
+def test_explain_works_inside_no_grad_and_keeps_the_gradient_mode(bright_model, scan_path):
     model = ichprog.load_model(bright_model)
     with torch.no_grad():
         inside = ichprog.explain(model, scan_path)
@@ -135,7 +135,7 @@ def test_explaining_works_inside_no_grad_and_changes_no_switch(bright_model, sca
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         ({"task": "prognosys"}, "Unknown task of .* 'prognosys'.*Did you mean prognosis"),
         ({"label": "bad"}, "Unknown label of prognosis 'bad'.*good, poor"),
@@ -146,12 +146,12 @@ def test_explaining_works_inside_no_grad_and_changes_no_switch(bright_model, sca
         ({"brain": "maybe"}, "Unknown brain mode 'maybe'.*auto, extract, given"),
     ],
 )
-def test_wrong_words_are_answered_with_the_right_ones(arguments, said, bright_model, scan_path):
-    with pytest.raises(UnknownNameError, match=said):
+def test_unknown_names_are_refused_with_suggestions(arguments, message, bright_model, scan_path):
+    with pytest.raises(UnknownNameError, match=message):
         ichprog.explain(bright_model, scan_path, **arguments)
 
 
-def test_a_method_that_breaks_its_contract_is_named(bright_model, scan_path):
+def test_the_error_of_a_broken_method_names_it(bright_model, scan_path):
     ichprog.register_saliency("flat", lambda score, grid, network: grid[0, 0, 0])
     try:
         with pytest.raises(PluginError, match=r"saliency method 'flat' breaks its contract.*shape \(96, 96\)"):
@@ -160,14 +160,14 @@ def test_a_method_that_breaks_its_contract_is_named(bright_model, scan_path):
         registry.saliency.unregister("flat")
 
 
-def test_an_empty_map_is_said_to_be_empty(bright_model):
+def test_an_empty_map_is_marked_as_empty(bright_model):
     hu = brain_hu((64, 64, 30))
     image = nib.Nifti1Image(np.where(hu == 68, 33, hu), np.diag([-3.8, -3.8, 5, 1]))
     assert ichprog.explain(bright_model, image).empty
     assert not ichprog.explain(bright_model, nib.Nifti1Image(hu, image.affine)).empty
 
 
-def test_folds_are_averaged_in_probability_with_their_run_jobs(hub_server, scan_path):
+def test_folds_are_averaged_in_probability_with_their_spread(hub_server, scan_path):
     both = ichprog.predict(ichprog.load_model("perez2023.prognosis"), scan_path)["prognosis"]
     each = [
         ichprog.predict(ichprog.load_model("perez2023.prognosis", fold=fold), scan_path)["prognosis"] for fold in (0, 1)
@@ -181,17 +181,17 @@ def test_folds_are_averaged_in_probability_with_their_run_jobs(hub_server, scan_
         ichprog.load_model("perez2023.prognosis", fold=7)
 
 
-def test_with_the_cache_filled_no_network_changes_nothing(hub_server, scan_path, monkeypatch):
+def test_a_filled_cache_gives_the_same_prediction_offline(hub_server, scan_path, monkeypatch):
     online = ichprog.predict(ichprog.load_model("perez2023.prognosis"), scan_path).to_dict()
-    asked = len(hub_server.requests)
+    requests = len(hub_server.requests)
     again = ichprog.predict(ichprog.load_model("perez2023.prognosis"), scan_path).to_dict()
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     offline = ichprog.predict(ichprog.load_model("perez2023.prognosis", offline=True), scan_path).to_dict()
     assert online == again == offline
-    assert len(hub_server.requests) == asked
+    assert len(hub_server.requests) == requests
 
 
-def test_without_network_and_cache_the_command_is_said():
+def test_the_error_without_network_and_cache_names_the_fetch_command():
     with pytest.raises(WeightsError, match=r"Baseline_Perez_et_al.*ichprog fetch perez2023\.prognosis"):
         ichprog.load_model("perez2023.prognosis", offline=True)
 
@@ -208,7 +208,7 @@ def test_several_processes_load_one_model_at_once(hub_server, scan_path):
     assert len(hub_server.requests_with("GET /" + REPOSITORY.repo + "/resolve")) == 2  # one for each fold
 
 
-def test_lists_are_answered_with_lists_and_iterables_with_iterators(bright_model, scan_path):
+def test_lists_return_lists_and_iterables_return_iterators(bright_model, scan_path):
     model = ichprog.load_model(bright_model)
     scan = model.load_scan(scan_path)
     assert isinstance(ichprog.predict(model, scan), ichprog.Prediction)
@@ -244,7 +244,7 @@ def test_memory_does_not_grow_with_the_number_of_scans(bright_model, tmp_path):
     assert peaks[1] < peaks[0] * 1.1
 
 
-def test_failures_are_recorded_and_the_rest_goes_on(bright_model, scan_path, tmp_path):
+def test_recorded_errors_do_not_stop_other_scans(bright_model, scan_path, tmp_path):
     (tmp_path / "empty.nii.gz").touch()
     sources = [tmp_path / "empty.nii.gz", scan_path, tmp_path / "none.nii.gz"]
     empty, good, none = ichprog.predict(bright_model, sources, on_error="record")
@@ -259,12 +259,12 @@ def test_failures_are_recorded_and_the_rest_goes_on(bright_model, scan_path, tmp
         ichprog.predict(bright_model, sources, on_error="ignore")
 
 
-def test_a_prediction_says_where_it_comes_from(hub_server, scan_path):
+def test_a_prediction_records_its_provenance(hub_server, scan_path):
     prediction = ichprog.predict("perez2023.prognosis", scan_path)
-    said = json.loads(json.dumps(prediction.to_dict()))
-    assert list(said) == ["scan", "model", "tasks", "warnings", "provenance"]
-    assert list(said["tasks"]["prognosis"]) == ["label", "probabilities", "logits", "std"]
-    provenance = said["provenance"]
+    data = json.loads(json.dumps(prediction.to_dict()))
+    assert list(data) == ["scan", "model", "tasks", "warnings", "provenance"]
+    assert list(data["tasks"]["prognosis"]) == ["label", "probabilities", "logits", "std"]
+    provenance = data["provenance"]
     assert provenance["model"] == "perez2023.prognosis"
     for fold, weights in enumerate(provenance["weights"]):
         assert weights["source"].startswith(f"hf-hub:{REPOSITORY.repo}/Baseline_Perez_et_al/")
@@ -290,7 +290,7 @@ def test_bfloat16_is_near_float32(bright_model, scan_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         ({"device": "gpu"}, "Unknown device 'gpu'.*auto, cpu"),
         ({"runtime": "onnx"}, "Unknown runtime 'onnx'"),
@@ -300,13 +300,13 @@ def test_bfloat16_is_near_float32(bright_model, scan_path):
         ({"name": "./weights"}, "hf-hub:"),
     ],
 )
-def test_wrong_choices_are_answered_with_the_right_ones(arguments, said):
-    with pytest.raises(UnknownNameError, match=said):
+def test_unknown_choices_are_refused_with_suggestions(arguments, message):
+    with pytest.raises(UnknownNameError, match=message):
         ichprog.load_model(**{"name": "perez2023.prognosis", **arguments})
 
 
 @pytest.mark.skipif(not (SHARED / "head_ct_ge_dicom.zip").exists(), reason="the real head CT is not here")
-def test_a_real_head_ct_is_answered_and_explained(hub_server, tmp_path):
+def test_a_real_head_ct_is_predicted_and_explained(hub_server, tmp_path):
     """DICOM of a whole, tilted head: extraction, straightening and the map in the straightened scan's space."""
     model = ichprog.load_model("densenet121.prognosis_gcs3_age")
     scan = model.load_scan(SHARED / "head_ct_ge_dicom.zip")
@@ -327,8 +327,8 @@ def test_a_real_head_ct_is_answered_and_explained(hub_server, tmp_path):
     )
 
 
-def test_a_dead_endpoint_answers_soon(tmp_path):
-    """As its user would see it: a fresh process, an empty cache, nobody at the other end."""
+def test_a_dead_endpoint_fails_quickly(tmp_path):
+    """Use a new process, an empty cache and an endpoint that does not respond."""
     import time
 
     environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "ICHPROG_CACHE": str(tmp_path)}
@@ -346,7 +346,7 @@ def test_a_dead_endpoint_answers_soon(tmp_path):
     assert time.time() - started < 30
 
 
-def test_importing_costs_no_network_and_no_heavy_library():
+def test_importing_needs_no_network_and_no_heavy_library():
     code = "import sys, ichprog, ichprog.zoo; ichprog.list_models(); print(*sorted(sys.modules))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"torch", "monai", "openvino", "numpy", "nibabel", "huggingface_hub"} & set(loaded)

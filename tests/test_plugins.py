@@ -444,7 +444,7 @@ BAD = {
     "raises": ("raises", "RuntimeError: not today", {"code": "raise RuntimeError('not today')"}),
     "lacks": ("lacks", "No module named 'a_package_that_is_not_there'", {"code": "import a_package_that_is_not_there"}),
     "claims": ("perez2023", "is claimed by ichprog", {"code": "build = None", "claims": "perez2023"}),
-    "newer": ("newer", "was made for ichprog >=99", {"code": "build = None", "requires": "ichprog>=99"}),
+    "newer": ("newer", "requires ichprog >=99", {"code": "build = None", "requires": "ichprog>=99"}),
     "breaks": ("breaks", "out_channels", {"code": "from torch import nn\ndef build():\n    return nn.Identity()"}),
 }
 

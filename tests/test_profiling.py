@@ -201,10 +201,10 @@ def rows(text):
 
 
 def test_the_command_prints_tables_and_json(tmp_path):
-    asked = ["plugins", "profile", "compact", "--shape", "8", "32", "32"]
-    shown = CliRunner().invoke(main, asked)
+    command = ["plugins", "profile", "compact", "--shape", "8", "32", "32"]
+    shown = CliRunner().invoke(main, command)
     assert shown.exit_code == 0, shown.output
-    written = CliRunner().invoke(main, [*asked, "-o", str(tmp_path / "profiles.md"), "--json"])
+    written = CliRunner().invoke(main, [*command, "-o", str(tmp_path / "profiles.md"), "--json"])
     assert written.exit_code == 0, written.output
     data = json.loads(written.stdout)
     (profile,) = data["profiles"]

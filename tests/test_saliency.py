@@ -1,4 +1,4 @@
-"""Saliency methods: brute force, planted lesions, and nothing left behind."""
+"""Saliency methods, compared with brute force, on planted lesions, and without side effects."""
 
 import copy
 
@@ -47,7 +47,7 @@ def networks(dtype=torch.float64):
 
 
 class _Guided(torch.autograd.Function):
-    """The rule of guided backpropagation, written out."""
+    """The rule of guided backpropagation as an autograd function."""
 
     @staticmethod
     def forward(ctx, x):
@@ -133,7 +133,7 @@ def network(request):
 
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("pick", PICKS)
-def test_guided_backprop_is_the_rule_in_every_relu(network, grid, pick, shared):
+def test_guided_backprop_applies_the_rule_to_every_relu(network, grid, pick, shared):
     score = saliency.Score(saliency.TorchPass(network, grid, []), pick) if shared else lambda x: pick(network(x))
     got = saliency.guided_backprop(score, grid, network)
     assert torch.allclose(got, brute_force_guided(network, grid, pick), atol=1e-12)
@@ -142,7 +142,7 @@ def test_guided_backprop_is_the_rule_in_every_relu(network, grid, pick, shared):
 
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("pick", PICKS)
-def test_grad_cam_is_what_finite_differences_give(network, grid, pick, shared):
+def test_grad_cam_equals_finite_differences(network, grid, pick, shared):
     layer = network.cam_layer
     score = saliency.Score(saliency.TorchPass(network, grid, [layer]), pick) if shared else lambda x: pick(network(x))
     got = saliency.grad_cam(score, grid, network)
@@ -169,8 +169,8 @@ def test_guided_grad_cam_is_the_product(network, grid):
     assert torch.allclose(saliency.guided_grad_cam(score, grid, network), expected)
 
 
-def state(network, grid):
-    """Everything a method could leave changed."""
+def state_of(network, grid):
+    """Return everything that a method could change by mistake."""
     hooks = [
         len(getattr(module, kind))
         for module in network.modules()
@@ -189,9 +189,9 @@ def same(before, after):
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("end", ["success", "bad target", "crash", "bad layer"])
-def test_nothing_is_left_behind(method, end, grid):
+def test_methods_leave_nothing_behind(method, end, grid):
     network = networks()["in place"]
-    before = state(network, grid)
+    before = state_of(network, grid)
     attribute = registry.saliency.load(method)
 
     def score(x):
@@ -210,7 +210,7 @@ def test_nothing_is_left_behind(method, end, grid):
     else:
         with pytest.raises((IndexError, ZeroDivisionError)):
             attribute(score, grid, network)
-    assert same(before, state(network, grid))
+    assert same(before, state_of(network, grid))
     assert torch.is_grad_enabled()
 
 
@@ -236,7 +236,7 @@ def test_a_network_without_relus_is_refused(grid):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_planted_lesion_is_found(method):
-    """A network that answers to what is bright, and a grid with one bright block."""
+    """The score grows with bright cells, and the grid has one bright block."""
     convolution = nn.Conv3d(1, 1, 3, padding=1)
     nn.init.constant_(convolution.weight, 1 / 27)
     nn.init.constant_(convolution.bias, -0.5)

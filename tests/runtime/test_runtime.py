@@ -1,4 +1,4 @@
-"""What runs a network: both runtimes agree, what was compiled is kept and made anew, and there always is an answer."""
+"""The runtimes give the same results, compiled graphs are cached and rebuilt, and torch is the fallback."""
 
 import os
 import subprocess
@@ -49,7 +49,7 @@ class Square(nn.Module):
 
 
 def layers(made, channels):
-    """A backbone of layers that are made when it is built, its class activation maps taken at the last."""
+    """Return a function that builds a backbone of layers, with the last one as `cam_layer`."""
     return lambda: Backbone(nn.Sequential(*(modules := made())), channels, f"features.{len(modules) - 1}")
 
 
@@ -64,15 +64,15 @@ BACKBONES = {
     ),
     "ceil": layers(lambda: [nn.Conv3d(1, 2, 3), nn.ReLU(), nn.MaxPool3d(3, 2, 1, ceil_mode=True)], 2),
 }
-UNCOVERED = {
+UNSUPPORTED = {
     "gelu": layers(lambda: [nn.Conv3d(1, 2, 3), nn.ReLU(), nn.GELU(), nn.Conv3d(2, 2, 3)], 2),
     "overlap": layers(lambda: [nn.Conv3d(1, 2, 3), nn.ReLU(), nn.AvgPool3d(3, 2)], 2),
     "product": layers(lambda: [nn.Conv3d(1, 2, 3), nn.ReLU(), Square()], 2),
 }
 
 
-class Choosy(nn.Module):
-    """Goes one way or another by what it sees, which no graph can say."""
+class Branching(nn.Module):
+    """Depends on its input in a way that no graph can express."""
 
     def __init__(self):
         super().__init__()
@@ -84,8 +84,8 @@ class Choosy(nn.Module):
 
 @pytest.fixture
 def model_of(tmp_path):
-    """Makes a local model of a backbone by name."""
-    made = {**BACKBONES, **UNCOVERED, "choosy": layers(lambda: [Choosy()], 2)}
+    """Register all backbones and build a local model of one by name."""
+    made = {**BACKBONES, **UNSUPPORTED, "branching": layers(lambda: [Branching()], 2)}
     for name, build in made.items():
         ichprog.register_backbone(name, build)
     yield lambda name: local_model(tmp_path / name, name, shape=SHAPE)
@@ -95,7 +95,7 @@ def model_of(tmp_path):
 
 @pytest.fixture(scope="session")
 def image():
-    """A simulated brain, small."""
+    """Return a small simulated brain."""
     return nib.Nifti1Image(brain_hu((96, 96, 24)), np.diag([-2.3, -2.3, 6.0, 1.0]))
 
 
@@ -112,8 +112,8 @@ def probabilities(model, grids):
     return np.concatenate([answer.probabilities for answer in model.predict_grids(grids)[0].values()], 1)
 
 
-@pytest.mark.parametrize("backbone", [*BACKBONES, *UNCOVERED])
-def test_both_runtimes_give_the_same_answers(backbone, model_of, grids):
+@pytest.mark.parametrize("backbone", [*BACKBONES, *UNSUPPORTED])
+def test_both_runtimes_give_the_same_outputs(backbone, model_of, grids):
     name = model_of(backbone)
     fast, slow = (ichprog.load_model(name, runtime=runtime) for runtime in ("auto", "torch"))
     assert (fast.runtime, slow.runtime) == ("openvino", "torch")
@@ -136,7 +136,7 @@ def test_bfloat16_is_near_float32(backbone, model_of, grids):
     ((2, 2, 1), 2, 0, 9),
     ((1, 1, 2), (3, 1, 2), 0, 11),
 ])  # fmt: skip
-def test_columns_in_pairs_give_the_same_numbers(kernel, stride, padding, columns):
+def test_columns_to_channels_keeps_the_numbers(kernel, stride, padding, columns):
     from ichprog.runtime.openvino import backend
 
     torch.manual_seed(0)
@@ -154,11 +154,11 @@ METHODS = ["guided_backprop", "grad_cam", "guided_grad_cam"]
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
-def test_the_compiled_way_back_is_autograds(backbone, model_of, image):
+def test_the_compiled_gradient_equals_autograd(backbone, model_of, image):
     name = model_of(backbone)
-    asked = {"task": ["prognosis", "gcs", "age"], "method": METHODS}
+    arguments = {"task": ["prognosis", "gcs", "age"], "method": METHODS}
     fast, slow = (
-        ichprog.explain(ichprog.load_model(name, runtime=runtime), image, **asked) for runtime in ("auto", "torch")
+        ichprog.explain(ichprog.load_model(name, runtime=runtime), image, **arguments) for runtime in ("auto", "torch")
     )
     for key, found in fast.items():
         assert (found.provenance["runtime"], found.provenance["fallback_reason"]) == ("openvino", None)
@@ -168,8 +168,8 @@ def test_the_compiled_way_back_is_autograds(backbone, model_of, image):
     assert any(found.grid_map.any() for (_, method), found in fast.items() if method == "guided_backprop")
 
 
-@pytest.mark.parametrize("backbone", UNCOVERED)
-def test_autograd_explains_what_has_no_rule(backbone, model_of, image):
+@pytest.mark.parametrize("backbone", UNSUPPORTED)
+def test_torch_explains_networks_with_unsupported_operations(backbone, model_of, image):
     name = model_of(backbone)
     found, right = (
         ichprog.explain(ichprog.load_model(name, runtime=runtime), image) for runtime in ("openvino", "torch")
@@ -180,7 +180,7 @@ def test_autograd_explains_what_has_no_rule(backbone, model_of, image):
     assert np.array_equal(found.grid_map, right.grid_map)
 
 
-def test_autograd_explains_at_another_layer_and_for_other_methods(model_of, image):
+def test_torch_explains_other_layers_and_methods_that_need_the_network(model_of, image):
     model = ichprog.load_model(model_of("dense"))
     assert ichprog.explain(model, image, method="grad_cam").provenance["runtime"] == "openvino"
     inner = ichprog.explain(model, image, method="grad_cam", layer="features.0.inner")
@@ -197,8 +197,8 @@ def test_autograd_explains_at_another_layer_and_for_other_methods(model_of, imag
     assert "needs the torch network" in plain.provenance["fallback_reason"]
 
 
-def test_torch_stands_in_for_a_network_that_cannot_be_compiled(model_of, grids, image):
-    name = model_of("choosy")
+def test_torch_is_the_fallback_for_a_network_that_cannot_be_compiled(model_of, grids, image):
+    name = model_of("branching")
     model = ichprog.load_model(name)
     assert model.runtime == "torch"
     assert "OpenVINO cannot run its network" in model.fallback_reason
@@ -208,7 +208,7 @@ def test_torch_stands_in_for_a_network_that_cannot_be_compiled(model_of, grids, 
         ichprog.load_model(name, runtime="openvino")
 
 
-def test_a_compiled_network_that_answers_otherwise_is_not_used(model_of, monkeypatch, grids):
+def test_a_compiled_network_with_other_probabilities_is_not_used(model_of, monkeypatch, grids):
     from ichprog.runtime.openvino import backend
 
     convert = backend.convert
@@ -227,7 +227,7 @@ def test_a_compiled_network_that_answers_otherwise_is_not_used(model_of, monkeyp
     assert "differ" in model.fallback_reason
 
 
-def test_other_shapes_than_the_models_own_are_answered(model_of):
+def test_grids_of_other_shapes_are_predicted(model_of):
     fast, slow = (
         ichprog.load_model(model_of_name, runtime=r) for r in ("auto", "torch") for model_of_name in [COMPACT]
     )
@@ -235,7 +235,7 @@ def test_other_shapes_than_the_models_own_are_answered(model_of):
     assert np.abs(logits(fast, other) - logits(slow, other)).max() < 1e-4
 
 
-# What is kept in the cache
+# The cache
 
 
 def compiled_files():
@@ -256,20 +256,20 @@ def in_a_process(precision="float32", code=CODE, **options):
         [sys.executable, "-c", code, precision], capture_output=True, text=True, check=True, timeout=300, **options
     )
     assert done.stderr == ""
-    said, numbers = done.stdout.splitlines()
-    return said.split(), np.array(numbers.split(), float)
+    flags, numbers = done.stdout.splitlines()
+    return flags.split(), np.array(numbers.split(), float)
 
 
 @pytest.fixture(scope="session")
 def right():
-    """Logits of the first fold of the embedded model, by torch."""
+    """Return the logits of the first fold of the embedded model, computed by torch."""
     grids = np.random.default_rng(1).random((1, 24, 112, 112), np.float32)
     return logits(ichprog.load_model(COMPACT, fold=0, runtime="torch"), grids)[0]
 
 
 @pytest.fixture
 def filled(right):
-    """The cache once the embedded model's first fold was used."""
+    """Fill the cache with the graph of the embedded model's first fold and return its file."""
     assert (
         np.abs(
             logits(ichprog.load_model(COMPACT, fold=0), np.random.default_rng(1).random((1, 24, 112, 112), np.float32))[
@@ -285,14 +285,14 @@ def filled(right):
 
 def test_the_second_use_needs_no_torch(filled, right):
     before = filled.read_bytes()
-    said, found = in_a_process()
-    assert said == ["openvino", "False", "False"]
+    flags, found = in_a_process()
+    assert flags == ["openvino", "False", "False"]
     # in float32 to the last digits, though the processor may have bfloat16
     assert np.abs(found - right).max() < 2e-5
     assert filled.read_bytes() == before
 
 
-def test_a_precision_has_a_network_of_its_own(filled, right):
+def test_each_precision_has_its_own_graph(filled, right):
     model = ichprog.load_model(COMPACT, fold=0, precision="bfloat16")
     if model.fallback_reason is not None:
         pytest.skip("this processor does not support bfloat16")
@@ -315,7 +315,7 @@ def test_a_precision_has_a_network_of_its_own(filled, right):
     ],
     ids=["cut", "cut short", "empty", "a bit", "checksum", "no stamp", "stale", "lines"],
 )
-def test_what_is_damaged_or_stale_is_made_anew(damage, filled, right):
+def test_damaged_or_outdated_files_are_rebuilt(damage, filled, right):
     whole = filled.read_bytes()
     filled.write_bytes(damage(whole))
     grids = np.random.default_rng(1).random((1, 24, 112, 112), np.float32)
@@ -323,8 +323,8 @@ def test_what_is_damaged_or_stale_is_made_anew(damage, filled, right):
     assert in_a_process()[0] == ["openvino", "False", "False"]
 
 
-def test_a_whole_file_of_another_time_is_made_anew(filled, right):
-    """The checksum is right, but it was made with another version of OpenVINO, and holds what is none."""
+def test_an_intact_file_of_another_version_is_rebuilt(filled, right):
+    """The checksum is right, but the file names another version of OpenVINO or has no graph."""
     content = filled.read_bytes()[8:]
     line, _ = content.split(b"\n", 1)
     for stamp in (line.replace(b'"openvino": "', b'"openvino": "9'), line):
@@ -336,18 +336,18 @@ def test_a_whole_file_of_another_time_is_made_anew(filled, right):
         assert in_a_process()[0] == ["openvino", "False", "False"]
 
 
-def test_other_weights_have_another_network(tmp_path, filled):
+def test_other_weights_have_another_graph(tmp_path, filled):
     ichprog.load_model(COMPACT, fold=1)
     assert len({file.parent for file in compiled_files()}) == 2
 
 
-def test_what_was_registered_by_hand_is_not_kept(model_of):
+def test_graphs_of_registered_plugins_are_not_cached(model_of):
     ichprog.load_model(model_of("dense"))
     assert compiled_files() == []
     assert not Path(os.environ["ICHPROG_CACHE"], "compiled").exists()
 
 
-def test_a_cache_that_cannot_be_written_costs_time_only(monkeypatch, tmp_path, right):
+def test_an_unwritable_cache_only_costs_time(monkeypatch, tmp_path, right):
     grids = np.random.default_rng(1).random((1, 24, 112, 112), np.float32)
     (tmp_path / "compiled").write_text("a file where the folder should be")
     monkeypatch.setenv("ICHPROG_CACHE", str(tmp_path))
@@ -356,10 +356,10 @@ def test_a_cache_that_cannot_be_written_costs_time_only(monkeypatch, tmp_path, r
     assert np.abs(logits(model, grids)[0] - right).max() < 1e-4
 
 
-def test_a_full_disk_costs_time_only(right):
+def test_a_full_disk_only_costs_time(right):
     full = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
-    said, found = in_a_process(code=full + CODE)
-    assert said[0] == "openvino"
+    flags, found = in_a_process(code=full + CODE)
+    assert flags[0] == "openvino"
     assert np.abs(found - right).max() < 2e-5
     assert compiled_files() == []
     assert [
@@ -367,7 +367,7 @@ def test_a_full_disk_costs_time_only(right):
     ] == []
 
 
-def test_two_processes_at_once(right):
+def test_two_processes_build_one_graph(right):
     running = [
         subprocess.Popen(
             [sys.executable, "-c", CODE, "float32"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -377,17 +377,17 @@ def test_two_processes_at_once(right):
     for process in running:
         out, err = process.communicate(timeout=300)
         assert (process.returncode, err) == (0, "")
-        said, numbers = out.splitlines()
-        assert said.startswith("openvino")
+        flags, numbers = out.splitlines()
+        assert flags.startswith("openvino")
         assert np.abs(np.array(numbers.split(), float) - right).max() < 2e-5
     assert len(compiled_files()) == 1
     assert in_a_process()[0] == ["openvino", "False", "False"]
 
 
-# What is chosen
+# Choosing a runtime
 
 
-def test_a_processor_without_bfloat16_answers_in_float32(monkeypatch, image):
+def test_a_cpu_without_bfloat16_computes_in_float32(monkeypatch, image):
     from ichprog.runtime.openvino import backend
 
     monkeypatch.setattr(backend, "supports_bfloat16", lambda: False)
@@ -398,7 +398,7 @@ def test_a_processor_without_bfloat16_answers_in_float32(monkeypatch, image):
     assert "does not support bfloat16" in provenance["fallback_reason"]
 
 
-def test_openvino_is_for_the_processor():
+def test_openvino_refuses_other_devices_than_the_cpu():
     with pytest.raises(UnknownNameError, match=r"device of the runtime openvino.*runtime='torch'"):
         ichprog.load_model(COMPACT, runtime="openvino", device="cuda")
     assert ichprog.load_model(COMPACT, fold=0, runtime="torch", device="cpu").runtime == "torch"
@@ -407,7 +407,7 @@ def test_openvino_is_for_the_processor():
 @pytest.mark.parametrize(
     ("method", "loaded"), [("grad_cam", {"predict", "forward", "backward"}), ("itself", {"predict"})]
 )
-def test_kept_graphs_that_explain_are_loaded_where_they_serve(method, loaded, filled, image):
+def test_cached_explanation_graphs_are_loaded_only_if_they_are_needed(method, loaded, filled, image):
     ichprog.explain(ichprog.load_model(COMPACT, fold=0), image, method="grad_cam")
     model = ichprog.load_model(COMPACT, fold=0)
     ichprog.register_saliency("itself", lambda score, grid, network: grid[0, 0])
@@ -418,7 +418,7 @@ def test_kept_graphs_that_explain_are_loaded_where_they_serve(method, loaded, fi
     assert {graph for graph, _ in model.fold_runtimes[0]._graphs} == loaded
 
 
-def test_logging_and_warnings_are_left_alone():
+def test_compiling_leaves_logging_and_warnings_unchanged():
     code = f"""
 import logging, warnings, torch, monai.networks.nets, ichprog
 before = list(warnings.filters)
@@ -429,8 +429,8 @@ print(0)
     assert in_a_process(code=code)[0] == ["True", "30", "True"]
 
 
-def test_tasks_and_methods_share_one_forward_pass_and_one_way_back_a_task(model_of, image, monkeypatch):
-    """Nine maps of a fold are one run of the forward graph and three of the backward one."""
+def test_tasks_and_methods_share_one_forward_pass_and_one_backward_pass_per_task(model_of, image, monkeypatch):
+    """Nine maps of a fold take one run of the forward graph and three of the backward graph."""
     from ichprog.runtime.openvino import runtime
 
     runs = []
@@ -445,8 +445,8 @@ def test_tasks_and_methods_share_one_forward_pass_and_one_way_back_a_task(model_
     assert sorted(map(bool, (n - 1 for n in runs))) == [False, True, True, True]
 
 
-def test_scans_are_read_one_ahead_and_answered_in_order(model_of, image, tmp_path):
-    """What is wrong with one scan is said at its place, and costs no other its answer."""
+def test_scans_are_read_one_ahead_and_predicted_in_order(model_of, image, tmp_path):
+    """The error of a scan is reported at its position and does not affect other scans."""
     paths = [tmp_path / f"{number}.nii.gz" for number in range(5)]
     for path in paths:
         nib.save(image, path)
@@ -460,7 +460,7 @@ def test_scans_are_read_one_ahead_and_answered_in_order(model_of, image, tmp_pat
     assert [next(answers).scan, next(answers).scan] == [str(path) for path in paths[:2]]
     with pytest.raises(ichprog.errors.ScanError, match=r"2\.nii\.gz"):
         next(answers)
-    # what a check finds only while the network runs already is raised too, and leaves the model in order
+    # an error that is found while the network runs is raised too, and leaves the model usable
     empty = nib.Nifti1Image(np.zeros((96, 96, 24), np.int16), image.affine)
     for _ in range(2):
         with pytest.raises(ichprog.errors.ScanError, match="empty"):
