@@ -1,4 +1,4 @@
-"""The embedded model and the demo: everything runs with no network and no data."""
+"""The embedded model and the demo run without a network and without data."""
 
 import csv
 import dataclasses
@@ -29,7 +29,7 @@ def model():
 
 
 def picture(**changes):
-    """One simulated brain, with changes to the patient and all chance the same."""
+    """Return one simulated brain with changes to the patient and a fixed random seed."""
     person = dataclasses.replace(Patient(11, 4).person, **changes)
     random = np.random.default_rng(3)
     individual = Individual(person.marks, random)
@@ -37,7 +37,7 @@ def picture(**changes):
     return nib.Nifti1Image(exposure.hu, exposure.affine)
 
 
-def test_it_is_small_whole_and_says_what_it_is(model):
+def test_the_embedded_model_is_small_verified_and_labelled_as_simulated(model):
     assert len(model.weights) >= 3
     assert sum(file.path.stat().st_size for file in model.weights) <= 2_000_000
     assert {file.path.name: file.sha256 for file in model.weights} == dict(model.spec.weights.sha256)
@@ -48,8 +48,8 @@ def test_it_is_small_whole_and_says_what_it_is(model):
     assert prediction["prognosis"].std is not None
 
 
-def test_its_figures_are_the_measured_ones():
-    """Else run `python docs/embedded.py FOLDER`."""
+def test_the_documented_results_are_the_measured_ones():
+    """Otherwise run `python docs/embedded.py FOLDER`."""
     spec, readme = zoo.find(NAME), (DOCS.parent / "README.md").read_text()
     figures = json.loads((DOCS / "embedded.json").read_text())
     assert {figure["task"] for figure in figures} == {task.name for task in spec.tasks}
@@ -64,7 +64,7 @@ def test_its_figures_are_the_measured_ones():
     assert prognosis["model"][0] > prognosis["oracle"][0] - 0.05
 
 
-def test_it_answers_to_what_the_patient_has(model):
+def test_predictions_follow_the_haemorrhage_and_the_atrophy(model):
     marks = Patient(11, 4).person.marks
     small, large = (
         ichprog.predict(model, picture(site="putamen", volume_ml=volume, ventricular=share))
