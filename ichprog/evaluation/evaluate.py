@@ -215,16 +215,15 @@ def evaluate(
         )
     results = _predict(loaded, table, {index: leakage.folds[index] for index in scored}, brain, progress=progress)
     predictions = {task: _task_predictions(spec.task(task), table, truth, results) for task, truth in labels.items()}
-    metrics: Metrics = {}
-    calibration: Curves = {}
-    for name, each in predictions.items():
-        if len(labelled := each.labelled()):
-            task = spec.task(name)
-            metrics[name] = metrics_package.compute_with_intervals(
-                labelled.truth, labelled.probabilities, kind=task.kind, thresholds=task.decision_threshold,
-                n_bootstrap=n_bootstrap, seed=seed, ci_method=ci_method,
-            )  # fmt: skip
-            calibration[name] = _calibrate(task, labelled)
+    labelled = {task: each.labelled() for task, each in predictions.items()}
+    labelled = {task: each for task, each in labelled.items() if len(each)}
+    metrics = {
+        task: metrics_package.compute_with_intervals(
+            each.truth, each.probabilities, kind=spec.task(task).kind, thresholds=spec.task(task).decision_threshold,
+            n_bootstrap=n_bootstrap, seed=seed, ci_method=ci_method,
+        )
+        for task, each in labelled.items()
+    }  # fmt: skip
     names = [patient.name for patient in table.patients]
     used = {fold for index in scored for fold in leakage.folds[index]}
     provenance = loaded.provenance()
@@ -233,7 +232,7 @@ def evaluate(
         cohort=table.source,
         predictions=Predictions({(spec.name, task, "test"): each for task, each in predictions.items() if len(each)}),
         metrics=metrics,
-        calibration=calibration,
+        calibration={task: _calibrate(spec.task(task), each) for task, each in labelled.items()},
         leakage=leakage,
         left_out=tuple(names[index] for index in left_out),
         unlabelled=tuple(names[index] for index in unlabelled),

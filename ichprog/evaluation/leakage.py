@@ -53,7 +53,7 @@ def check_leakage(spec: ModelSpec, weights: Sequence[WeightFile], cohort: Cohort
         cohort: The patients.
 
     Raises:
-        RunError: The run.json beside the weights cannot be read, or describes other weights.
+        RunError: The run.json in the folder of the weights cannot be read, or describes other weights.
         IchprogError: The folds of released weights need scikit-learn, which is not installed.
 
     Example:

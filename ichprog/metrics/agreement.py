@@ -80,9 +80,10 @@ def compare_readers(
 
     Returns:
         - `model`: `n`, and `accuracy`, `sensitivity`, `specificity`, each with `value`, `low`, `high` by Wilson.
-        - `readers`: the same by name, on the patients that the reader read, and `against_model`. That has for each of
-          the three metrics the `difference`, model less reader; `model_only` and `reader_only`, the number of patients
-          that only one has right; `p` by McNemar's exact test; and `p_holm` over all these tests.
+        - `readers`: the same by reader, on the patients that the reader read, and `against_model`.
+        - `against_model`: for each of the three metrics the `difference`, model less reader; `model_only` and
+          `reader_only`, the number of patients that only the model or only the reader has right; `p` by McNemar's exact
+          test; and `p_holm` over all these tests.
         - `fleiss`: `kappa` over the `n` patients that every reader read.
         - `cohen`: rows of `first`, `second`, `kappa` and `n` for each two readers.
 

@@ -59,9 +59,9 @@ def calibration_slope(predictions: WeightedPredictions) -> np.ndarray:
 
 @metric("calibration intercept", kinds=["binary"], higher_is_better=None, in_report=False, recalibrated=True)
 def calibration_intercept(predictions: WeightedPredictions) -> np.ndarray:
-    """Return the intercept of that regression with a slope of 1, called calibration in the large; 0 is best.
+    """Return the intercept of a logistic regression on the log-odds with a slope of 1; 0 is best.
 
-    NaN if one outcome is missing.
+    The intercept is also called calibration in the large. NaN if one outcome is missing.
 
     Args:
         predictions: The predictions.

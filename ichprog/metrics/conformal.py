@@ -5,7 +5,7 @@ from numpy.typing import ArrayLike
 
 from ichprog.metrics.bootstrap import finite, percentile_interval, resample_counts, wilson_interval
 
-METRICS = ("conformal_coverage", "conformal_size")  # names of what `set_metrics` returns
+METRICS = ("conformal_coverage", "conformal_size")  # the metrics in the result of `set_metrics`
 
 
 def conformal_sets(
