@@ -6,7 +6,7 @@ Run `python examples/evaluate.py FOLDER`. The example needs `pip install "ichpro
 import sys
 from pathlib import Path
 
-from ichprog.evaluation.evaluate import evaluate
+from ichprog.evaluation import evaluate
 from ichprog.simulate import simulate
 
 folder = Path(sys.argv[1])
