@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar, cast
 from ichprog.errors import InvalidValueError, SpecError, UnknownNameError
 
 _T = TypeVar("_T")
-_TYPES = {str: ("string", "a string"), int: ("integer", "an integer"), float: ("number", "a finite number"),
+_TYPES = {str: ("string", "a string"), int: ("integer", "a whole number"), float: ("number", "a finite number"),
           bool: ("boolean", "true or false")}  # fmt: skip
 
 
@@ -40,6 +40,22 @@ def read(kind: type[_T], data: Any, path: str = "") -> _T:
         ichprog.errors.SpecError: Invalid severity 'hi'. Expected 'high' or 'low'.
     """
     return cast("_T", _convert(kind, data, path))
+
+
+def describe_type(kind: Any) -> str:
+    """Return the values that a scalar type or a `Literal` allows, as a phrase for messages.
+
+    Args:
+        kind: `str`, `int`, `float`, `bool` or a `Literal`.
+
+    Example:
+        >>> describe_type(Literal["auto", "float32", "bfloat16"])
+        "'auto', 'float32' or 'bfloat16'"
+    """
+    if typing.get_origin(kind) is not Literal:
+        return _TYPES[kind][1]
+    *first, last = map(repr, typing.get_args(kind))
+    return " or ".join(filter(None, [", ".join(first), last]))
 
 
 def to_plain(value: Any) -> Any:
@@ -95,7 +111,7 @@ def _convert(kind: Any, value: Any, path: str) -> Any:
     if origin is Literal:
         if value in args and type(value) in map(type, args):
             return value
-        raise _invalid(path, value, " or ".join(filter(None, [", ".join(map(repr, args[:-1])), repr(args[-1])])))
+        raise _invalid(path, value, describe_type(kind))
     if origin is tuple:
         return _convert_list(args, value, path)
     if dataclasses.is_dataclass(kind):
@@ -108,7 +124,7 @@ def _convert(kind: Any, value: Any, path: str) -> Any:
         return float(value)
     if kind is not float and type(value) is kind:
         return value
-    raise _invalid(path, value, _TYPES[kind][1])
+    raise _invalid(path, value, describe_type(kind))
 
 
 def _convert_list(args: tuple[Any, ...], value: Any, path: str) -> tuple[Any, ...]:

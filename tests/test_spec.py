@@ -77,7 +77,7 @@ def test_an_unknown_field_comes_with_the_nearest_one():
     [
         (("name",), 3, "Invalid name 3. Expected a string"),
         (("input", "shape"), [40, 301], r"Invalid input.shape \[40, 301\]. Expected a list of 3 entries"),
-        (("input", "shape"), [40, 301, 301.5], r"Invalid input.shape\[2\] 301.5. Expected an integer"),
+        (("input", "shape"), [40, 301, 301.5], r"Invalid input.shape\[2\] 301.5. Expected a whole number"),
         (("input", "shape"), [40, 0, 301], r"Invalid input.shape \[40, 0, 301\]. Expected positive numbers"),
         (("input", "window", "above"), "clip", "Invalid input.window.above 'clip'. Expected 'zero' or 'one'"),
         (("input", "window", "high"), 10, r"Invalid input.window \[15.0, 10.0\]. Expected low < high"),

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ichprog.errors import InvalidValueError, UnknownNameError
+from ichprog import schema
+from ichprog.errors import InvalidValueError, SpecError, UnknownNameError
 
 
 @dataclass(frozen=True)
@@ -86,18 +87,15 @@ class Protocol:
 
     def __post_init__(self) -> None:
         for name, kind in typing.get_type_hints(type(self)).items():
-            value = getattr(self, name)
-            if typing.get_origin(kind) is Literal:
-                if value not in typing.get_args(kind):
-                    raise InvalidValueError(f"protocol {name}", value, " or ".join(map(repr, typing.get_args(kind))))
-                continue
-            if kind is float and type(value) is int:
-                object.__setattr__(self, name, float(value))
-            elif type(value) is not kind:
-                raise InvalidValueError(f"protocol {name}", value, _KINDS[kind])
+            given, expected = getattr(self, name), schema.describe_type(kind)
+            try:
+                value = schema.read(kind, given)
+            except SpecError:
+                raise InvalidValueError(f"protocol {name}", given, expected) from None
+            object.__setattr__(self, name, value)  # a whole number becomes a float
             low, high = _RANGES.get(name, (0, float("inf")))
-            if not low <= value <= high:
-                raise InvalidValueError(f"protocol {name}", value, f"{_KINDS[kind]} from {low:g} to {high:g}")
+            if typing.get_origin(kind) is not Literal and not low <= value <= high:
+                raise InvalidValueError(f"protocol {name}", value, f"{expected} from {low:g} to {high:g}")
 
     def replace(self, **changes: Any) -> "Protocol":
         """Return a copy of the protocol with some of its fields changed.
@@ -134,7 +132,6 @@ class Protocol:
         return [sentence for when, sentence in QUIRKS if all(fields[name] == value for name, value in when.items())]
 
 
-_KINDS = {int: "a whole number", float: "a number", bool: "true or false"}
 _RANGES = {  # fields not listed here are 0 or more
     "epochs": (1, 1e6),
     "batch_size": (2, 1e5),

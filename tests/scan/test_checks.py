@@ -232,9 +232,7 @@ def test_a_check_is_added_in_one_place(monkeypatch):
 
 
 def test_an_override_of_an_unknown_check_names_the_nearest_check():
-    with pytest.raises(
-        SpecError, match=r"Unknown scan check .brain-volum.\. Did you mean brain-volume"
-    ):
+    with pytest.raises(SpecError, match=r"Unknown scan check .brain-volum.\. Did you mean brain-volume"):
         resolve_ranges({"brain-volum": (700, 2000)})
 
 
