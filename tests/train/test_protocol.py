@@ -24,7 +24,7 @@ def test_only_the_paper_preset_has_quirks():
         ({"epoch": 3}, UnknownNameError, "Unknown protocol field 'epoch'. Did you mean epochs"),
         ({"epochs": 0}, InvalidValueError, "Invalid protocol epochs 0. Expected a whole number from 1 to 1e.06"),
         ({"epochs": 3.5}, InvalidValueError, "Invalid protocol epochs 3.5. Expected a whole number"),
-        ({"learning_rate": "fast"}, InvalidValueError, "Invalid protocol learning_rate 'fast'. Expected a finite number"),
+        ({"learning_rate": "fast"}, InvalidValueError, "learning_rate 'fast'. Expected a finite number"),
         ({"learning_rate": math.nan}, InvalidValueError, "Invalid protocol learning_rate nan"),
         (
             {"balance": "both"},
