@@ -35,7 +35,7 @@ OnError = Literal["raise", "record"]
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
-DEPENDENCIES = ("ichprog", "torch", "monai", "openvino", "numpy", "scipy", "nibabel", "pydicom")
+DEPENDENCIES = ("ichprog", "torch", "monai", "openvino", "numpy", "nibabel", "pydicom")
 
 
 class Model:

@@ -1,8 +1,8 @@
-"""The grid a network sees, prepared from a scan as its spec says, and the way back from a map to the scan.
+"""Convert a scan to the grid of a network, and a map over the grid to the scan.
 
-Source of the recipe: the published preprocessing of Cobo et al., MLMI 2024 (doi 10.1007/978-3-031-73290-4_2).
-Along each axis both directions are the same geometry: the scan's voxels, zero-padded to `padded` of them, share one
-extent with the grid's cells.
+Source: the published preprocessing of Cobo et al., MLMI 2024 (doi 10.1007/978-3-031-73290-4_2).
+Both directions use the same geometry: along each axis the voxels of the scan, zero-padded to `padded` voxels, have the
+same extent as the cells of the grid.
 """
 
 from collections.abc import Iterator
@@ -14,44 +14,54 @@ from ichprog.spec import InputSpec, Window
 
 
 def prepare(hu: np.ndarray, contract: InputSpec) -> np.ndarray:
-    """The grid of a scan.
+    """Return the grid of a scan.
 
     Args:
         hu: `(i, j, k)` HU in LPS order: i to the patient's left, j to posterior, k to superior.
-        contract: The model's input contract.
+        contract: Input contract of the model.
 
     Returns:
         `(D, H, W)` float32: slices from inferior to superior, rows from anterior to posterior, columns from the
         patient's right to left, values in [0, 1].
+
+    Example:
+        ```python
+        grid = prepare(model.load_scan("scan.nii.gz").hu, model.spec.input)
+        ```
     """
     planes = np.asarray(hu, np.float32, order="F").transpose(2, 1, 0)
     (count, before, padded), *in_plane = _layout(planes.shape, contract)
     slices, (rows, columns) = _cells(count, padded), (_cells(cells, voxels) for cells, _, voxels in in_plane)
     grid = np.zeros(contract.shape, np.float32)
-    for place, plane in enumerate(planes, before):  # one at a time stays in the processor's cache
-        seen = _seen(plane, contract.window)
-        if not seen.any():
+    for index, plane in enumerate(planes, before):  # one plane fits the CPU cache
+        visible = _in_window(plane, contract.window)
+        if not visible.any():
             continue
-        high, wide = rows.reached(np.flatnonzero(seen.any(1))), columns.reached(np.flatnonzero(seen.any(0)))
+        high, wide = rows.covering(np.flatnonzero(visible.any(1))), columns.covering(np.flatnonzero(visible.any(0)))
         values = _window(plane[rows.voxels(high), columns.voxels(wide)], contract.window)
         means = columns.average(rows.average(values, high).T, wide).T
-        for cell in np.flatnonzero((slices.first <= place) & (place < slices.beyond)):
+        for cell in np.flatnonzero((slices.first <= index) & (index < slices.beyond)):
             grid[cell, high, wide] += means / np.float32(slices.beyond[cell] - slices.first[cell])
     return grid
 
 
 def to_scan(values: np.ndarray, shape: tuple[int, int, int], contract: InputSpec) -> np.ndarray:
-    """A map over the grid, or coarser than it, as values over the scan's voxels.
+    """Resample a map over the grid to the voxels of the scan.
 
-    Linear interpolation between the map's cells, each axis by itself; nearest beyond the outermost centres.
+    Each axis is interpolated linearly between the centres of the cells, and constant beyond the outermost centres.
 
     Args:
-        values: `(d, h, w)`: slices, rows, columns, evenly dividing the grid's extent.
-        shape: The scan's `(i, j, k)` shape in LPS order.
-        contract: The model's input contract.
+        values: `(d, h, w)`: slices, rows, columns over the extent of the grid, at its resolution or a lower one.
+        shape: Shape `(i, j, k)` of the scan in LPS order.
+        contract: Input contract of the model.
 
     Returns:
-        `(i, j, k)` float32 over the scan's voxels.
+        `(i, j, k)` float32.
+
+    Example:
+        ```python
+        values = to_scan(saliency.grid_map, scan.hu.shape, model.spec.input)
+        ```
     """
     slices, rows, columns = (
         (np.arange(voxels) + before + 0.5) * (cells / padded) - 0.5
@@ -61,26 +71,26 @@ def to_scan(values: np.ndarray, shape: tuple[int, int, int], contract: InputSpec
     )
     planes = _interpolate(np.asarray(values, np.float32), 0, slices)
     result = np.empty(shape[::-1], np.float32)
-    for into, plane in zip(result, planes, strict=True):  # one at a time stays in the processor's cache
+    for into, plane in zip(result, planes, strict=True):  # one plane fits the CPU cache
         into[:] = _interpolate(_interpolate(plane, 0, rows), 1, columns)
     return result.transpose(2, 1, 0)
 
 
 def _layout(shape: tuple[int, ...], contract: InputSpec) -> Iterator[tuple[int, int, int]]:
-    """For slices, rows and columns: the grid's cells, the voxels padded in front, the voxels after padding."""
+    """Yield cells, voxels padded in front and voxels after padding, for slices, rows and columns."""
     for axis, (voxels, cells) in enumerate(zip(shape, contract.shape, strict=True)):
         padded = max(voxels, cells) if axis == 0 and contract.pad_slices else voxels
         yield cells, (padded - voxels) // 2, padded
 
 
-def _seen(hu: np.ndarray, window: Window) -> np.ndarray:
-    """Where a window may leave anything but 0."""
+def _in_window(hu: np.ndarray, window: Window) -> np.ndarray:
+    """Return where the windowed values can differ from 0."""
     above = hu > np.float32(window.low)
     return above & (hu < np.float32(window.high)) if window.above == "zero" else above
 
 
 def _window(hu: np.ndarray, window: Window) -> np.ndarray:
-    """HU to [0, 1], in the published order of operations so that values at the edges fall the same way."""
+    """Scale HU to [0, 1], in the published order of operations so that values at the edges round in the same way."""
     values = (hu - np.float32(window.low)) / np.float32(window.high - window.low)
     values[values >= 1] = 0 if window.above == "zero" else 1
     values[values < 0] = 0
@@ -88,7 +98,7 @@ def _window(hu: np.ndarray, window: Window) -> np.ndarray:
 
 
 class _Cells(NamedTuple):
-    """The cells along one axis, as adaptive average pooling has them: cell c is the mean of some of n voxels.
+    """The cells of adaptive average pooling along one axis: a cell is the mean of neighbouring voxels.
 
     Attributes:
         first: The first voxel of each cell, floor(c n / m).
@@ -98,21 +108,21 @@ class _Cells(NamedTuple):
     first: np.ndarray
     beyond: np.ndarray
 
-    def reached(self, voxels: np.ndarray) -> slice:
-        """The cells that have voxels between the first and the last of some."""
+    def covering(self, voxels: np.ndarray) -> slice:
+        """Return the cells that contain voxels between the first and the last of these voxels."""
         start = np.searchsorted(self.beyond, voxels[0], "right")
         return slice(int(start), int(np.searchsorted(self.first, voxels[-1], "right")))
 
     def voxels(self, cells: slice) -> slice:
-        """All voxels of neighbouring cells."""
+        """Return the voxels of neighbouring cells."""
         return slice(int(self.first[cells.start]), int(self.beyond[cells.stop - 1]))
 
     def average(self, values: np.ndarray, cells: slice) -> np.ndarray:
-        """The means of neighbouring cells.
+        """Average the voxels of neighbouring cells.
 
         Args:
-            values: `(voxels, others)`, all voxels of the cells.
-            cells: Which cells.
+            values: `(voxels, others)`, all voxels of these cells.
+            cells: The cells.
 
         Returns:
             `(cells, others)`.
@@ -132,12 +142,12 @@ def _cells(count: int, voxels: int) -> _Cells:
 
 
 def _interpolate(values: np.ndarray, axis: int, positions: np.ndarray) -> np.ndarray:
-    """Values of one axis at fractional cell positions."""
+    """Interpolate one axis at fractional cell positions."""
     positions = positions.clip(0, values.shape[axis] - 1)
     left = np.floor(positions).astype(int)
     right = np.minimum(left + 1, values.shape[axis] - 1)
     column = [1] * values.ndim
     column[axis] = len(positions)
-    share = (positions - left).astype(np.float32).reshape(column)
-    result: np.ndarray = values.take(left, axis) * (1 - share) + values.take(right, axis) * share
+    weight = (positions - left).astype(np.float32).reshape(column)
+    result: np.ndarray = values.take(left, axis) * (1 - weight) + values.take(right, axis) * weight
     return result

@@ -1,8 +1,8 @@
-"""One head CT in DICOM becomes an upright volume in HU, its geometry set straight.
+"""Read one head CT in DICOM as a volume in HU with aligned, evenly spaced slices.
 
-Geometry comes from Image Position and Image Orientation (Patient) alone: slice thickness, slice location, spacing
-between slices and gantry tilt contradict the pixels often enough. A series that is straight and even keeps its
-pixels; any other goes through one linear interpolation.
+Geometry comes from Image Position and Image Orientation (Patient) alone, because slice thickness, slice location,
+spacing between slices and gantry tilt often contradict the pixels. A series with aligned, evenly spaced slices keeps
+its pixels. Any other series is interpolated linearly once.
 """
 
 import functools
@@ -27,7 +27,7 @@ from ichprog.scan.series import (
     read_images,
 )
 
-_WIDEST_GAP_MM = 25.0  # a whole ventricle fits in more: that is not interpolated
+_MAX_GAP_MM = 25.0  # a wider gap can hide a whole ventricle
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,11 @@ class Series:
     """One axial series as a volume.
 
     Attributes:
-        hu: `(i, j, k)` float32 HU, -1024 where nothing was measured; i runs to the patient's left, j to posterior,
-            k to superior, each as nearly as the slices lie.
-        affine: `(4, 4)` float64, from voxel (i, j, k) to RAS mm, as nibabel has it.
-        record: What was read, what was passed over and what was done, as plain data.
-        warnings: Doubts that came up.
+        hu: `(i, j, k)` float32 HU, -1024 in the padding; i runs to the patient's left, j to posterior, k to superior,
+            as nearly as the slices allow.
+        affine: `(4, 4)` float64 from voxel (i, j, k) to RAS mm, as in nibabel.
+        record: The selected and the excluded series and the processing steps, as plain data.
+        warnings: Warnings about the series.
     """
 
     hu: np.ndarray
@@ -49,7 +49,7 @@ class Series:
 
 
 def is_dicom(path: Path) -> bool:
-    """Whether one file begins as DICOM does, with or without the preamble.
+    """Return whether a file starts like DICOM, with or without the preamble.
 
     Args:
         path: A file.
@@ -59,7 +59,7 @@ def is_dicom(path: Path) -> bool:
 
 
 def study_uid(folder: Path) -> str | None:
-    """The study of the first DICOM file in a folder or below it; None where there is no such file.
+    """Return the study UID of the first DICOM file in a folder and its subfolders, or None if there is none.
 
     Args:
         folder: A folder.
@@ -74,19 +74,18 @@ def study_uid(folder: Path) -> str | None:
 
 
 def read_series(path: Path) -> Series:
-    """Reads the axial non-contrast head CT out of whatever a scanner or archive exported.
+    """Read the axial non-contrast head CT from the export of a scanner or archive.
 
-    Where a study offers the same head several times, a soft-tissue kernel goes before a sharp one, an original before
-    a reformat, the whole head before a part, and the slice spacing nearest 5 mm before others. Studies are never
-    weighed against each other.
+    Of several series of one study, these are preferred in order: a soft-tissue kernel, an original over a reformat,
+    the whole head over a part, and the slice spacing nearest 5 mm. Series of different studies are not compared.
 
     Args:
-        path: A folder, searched with all its subfolders; a .zip of one, which is not unpacked; or one DICOM file.
+        path: A folder, which is searched with all subfolders; a .zip of one, which is not unpacked; or one DICOM file.
 
     Raises:
-        ScanError: Nothing readable (code "unreadable", "no-dicom"), no series that suits ("no-ct", "contrast",
-            "too-few-slices"), several that suit equally ("several-series"), one that forms no volume
-            ("mixed-positions", "uneven-slices-shape", "gap"), or pixels that cannot be decoded ("pixel-data").
+        ScanError: Nothing is readable (code "unreadable", "no-dicom"); no series is suitable ("no-ct", "contrast",
+            "too-few-slices"); several are equally suitable ("several-series"); the series forms no volume
+            ("mixed-positions", "uneven-slices-shape", "gap"); or pixels cannot be decoded ("pixel-data").
     """
     with ExitStack() as opened:
         images, files = read_images(iter_files(path, opened))
@@ -95,69 +94,68 @@ def read_series(path: Path) -> Series:
             message = f"{path}: the {kind} holds no scan: none of {files['other']} files is DICOM or NIfTI."
             raise ScanError(message, code="no-dicom", measured=0, expected="one head CT", unit="DICOM files")
         stack, record = choose_stack(group_stacks(images), path)
-        planes, doubts = _read_planes(stack, path)
-    planes, steps, origin, done, more_doubts = _regrid(planes, stack, path)
+        planes, warnings = _read_planes(stack, path)
+    planes, steps, origin, done, more_warnings = _regrid(planes, stack, path)
     hu, affine = _reorient(planes, steps, origin)
-    return Series(hu, affine, {"files": files, **record, **done}, (*doubts, *more_doubts))
+    return Series(hu, affine, {"files": files, **record, **done}, (*warnings, *more_warnings))
 
 
 def _read_planes(stack: Stack, path: Path) -> tuple[np.ndarray, list[ScanWarning]]:
-    """HU of a stack, `(slice, row, column)` float32."""
-    forms = sorted({image.pixel_geometry for image in stack.images})
-    if len(forms) > 1:
-        message = f"{path}: slices of {stack} differ in rows, columns or pixel size: {forms}. Export them in one form."
+    """Return the HU of a stack, `(slice, row, column)` float32, and warnings."""
+    geometries = sorted({image.pixel_geometry for image in stack.images})
+    if len(geometries) > 1:
+        message = f"{path}: slices of {stack} differ in rows, columns or pixel size: {geometries}. Export one series."
         unit = "rows, columns, mm, mm"
-        raise ScanError(message, code="uneven-slices-shape", measured=forms, expected="one form", unit=unit)
-    planes = np.empty((len(stack.images), *map(int, forms[0][:2])), np.float32)
+        raise ScanError(message, code="uneven-slices-shape", measured=geometries, expected="one geometry", unit=unit)
+    planes = np.empty((len(stack.images), *map(int, geometries[0][:2])), np.float32)
     for plane, hu in zip(planes, read_hu(stack.images), strict=True):
         plane[:] = hu
-    bare = sum(not image.numbers("RescaleSlope", 1).size for image in stack.images)
-    message = f"{bare} slices do not say how stored values become HU; the values were taken as HU."
-    return planes, [ScanWarning("no-rescale", message, bare, 0, "slices")] if bare else []
+    count = sum(not image.numbers("RescaleSlope", 1).size for image in stack.images)
+    message = f"{count} slices do not state how stored values become HU; the values are used as HU."
+    return planes, [ScanWarning("no-rescale", message, count, 0, "slices")] if count else []
 
 
 def _regrid(
     planes: np.ndarray, stack: Stack, path: Path
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, Any], list[ScanWarning]]:
-    """Planes straight above each other and evenly spaced.
+    """Align planes and bring them to even spacing.
 
     Returns:
-        The planes; the steps from voxel to voxel as `_reorient` takes them; LPS mm of the first voxel; what was done;
-        doubts.
+        The planes; the voxel steps that `_reorient` takes; LPS mm of the first voxel; a record of the steps; warnings.
     """
     depths, drift, gaps, gap = stack.depths, stack.offsets[:, :2], np.diff(stack.depths), stack.slice_spacing
-    if gaps.max() > _WIDEST_GAP_MM:
-        widest, most = round(float(gaps.max()), 2), f"<= {_WIDEST_GAP_MM:g}"
-        message = f"{path}: {stack} has a hole of {widest} mm; {most} mm is interpolated. Give all of its slices."
+    if gaps.max() > _MAX_GAP_MM:
+        widest, most = round(float(gaps.max()), 2), f"<= {_MAX_GAP_MM:g}"
+        message = f"{path}: {stack} has a gap of {widest} mm; {most} mm is interpolated. Give all slices."
         raise ScanError(message, code="gap", measured=widest, expected=most, unit="mm")
 
     count = round(stack.coverage / gap) + 1
-    step = stack.coverage / (count - 1)  # both ends stay where they are
+    step = stack.coverage / (count - 1)  # both ends keep their position
     even = count == len(depths) and bool(np.abs(depths - step * np.arange(count)).max() <= TOLERANCE_MM)
     straight = bool(np.abs(drift).max() <= TOLERANCE_MM)
     shift = drift[-1] @ stack.axes[:2]
     tilt = 0.0 if straight else float(np.degrees(np.arctan2(np.linalg.norm(shift), stack.coverage)))
     tilt *= -1 if shift[1] > 0 else 1
 
-    # A gap of a multiple of the usual one misses slices where those beside it are too thin to fill it, or, where their
-    # thickness is not said, if it is rare: thick slices above thin ones miss nothing.
+    # A gap of a multiple of the usual spacing misses slices if its neighbours are too thin to fill it. If thickness is
+    # not stated, only a rare gap counts: thick slices above thin ones miss nothing.
     thickness = np.array([image.number("SliceThickness", 0) for image in stack.images])
     parts = np.round(gaps / gap)
     wide = (parts > 1) & (np.abs(gaps / gap - parts) < 0.1)
     hole = wide & np.where(thickness.all(), np.maximum(thickness[1:], thickness[:-1]) < 0.75 * gaps, wide.mean() <= 0.1)
     missing, usual = int((parts - 1)[hole].sum()), gaps[~hole]
 
-    doubts = []
+    warnings = []
     if not straight:
-        message = f"slices are shifted as by a gantry tilt of {tilt:.1f} degrees; straightened by linear interpolation."
-        doubts.append(ScanWarning("gantry-tilt", message, round(tilt, 2), 0, "degrees"))
+        message = f"slices are shifted by a gantry tilt of {tilt:.1f} degrees; aligned by linear interpolation."
+        warnings.append(ScanWarning("gantry-tilt", message, round(tilt, 2), 0, "degrees"))
     if missing:
-        message = f"{missing} slices are missing, in gaps of up to {gaps[hole].max():.2f} mm, and were interpolated."
-        doubts.append(ScanWarning("missing-slice", message, round(float(gaps[hole].max()), 3), round(gap, 3), "mm"))
+        message = f"{missing} slices are missing in gaps of up to {gaps[hole].max():.2f} mm and were interpolated."
+        warnings.append(ScanWarning("missing-slice", message, round(float(gaps[hole].max()), 3), round(gap, 3), "mm"))
     if not even and (not missing or np.ptp(usual) > 2 * TOLERANCE_MM):
         finest, coarsest = round(float(usual.min()), 3), round(float(usual.max()), 3)
         message = f"slices lie {finest:g} to {coarsest:g} mm apart; interpolated linearly to every {step:.3g} mm."
-        doubts.append(ScanWarning("uneven-slices", message, [finest, coarsest], round(step, 3), "mm"))
+        warnings.append(ScanWarning("uneven-slices", message, [finest, coarsest], round(step, 3), "mm"))
 
     first = stack.images[0]
     origin, pixel_mm = first.numbers("ImagePositionPatient", 3), first.numbers("PixelSpacing", 2)
@@ -173,40 +171,40 @@ def _regrid(
         "tilt_sign": "positive where slices shift to anterior from foot to head",
         "resampled": not (straight and even),
     }
-    return planes, stack.axes.T * (*pixel_mm[::-1], step), origin, done, doubts
+    return planes, stack.axes.T * (*pixel_mm[::-1], step), origin, done, warnings
 
 
 def _interpolate_planes(
     planes: np.ndarray, depths: np.ndarray, across: np.ndarray, wanted: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One linear interpolation of shifted, unevenly spaced planes onto a grid that has room for all of them.
+    """Interpolate shifted, unevenly spaced planes linearly onto a grid that contains all of them.
 
     Args:
         planes: `(slice, row, column)`.
         depths: `(slice,)` mm.
-        across: `(slice, 2)` row and column, in pixels, at which each plane begins.
-        wanted: Depths of the grid's planes in mm.
+        across: `(slice, 2)` row and column, in pixels, at which each plane starts.
+        wanted: Depths of the planes of the grid in mm.
 
     Returns:
-        The planes of the grid, and the row and column at which they begin.
+        The planes of the grid, and the row and column at which they start.
     """
     corner = across.min(axis=0)
     shape = tuple(planes.shape[1:] + np.ceil(np.ptp(across, axis=0)).astype(int))
 
     @functools.lru_cache(maxsize=2)
-    def moved(n: int) -> np.ndarray:
+    def shifted(n: int) -> np.ndarray:
         return _shift_plane(planes[n], across[n] - corner, shape)
 
     grid = np.empty((len(wanted), *shape), np.float32)
     for plane, depth in zip(grid, wanted, strict=True):
         below = int(np.clip(np.searchsorted(depths, depth, "right") - 1, 0, len(depths) - 2))
         weight = round(float((depth - depths[below]) / (depths[below + 1] - depths[below])), 3)
-        plane[:] = (1 - weight) * moved(below) + weight * moved(below + 1)
+        plane[:] = (1 - weight) * shifted(below) + weight * shifted(below + 1)
     return grid, corner
 
 
 def _shift_plane(plane: np.ndarray, by: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """A plane moved down and to the right by some rows and columns, with linear interpolation and air around it."""
+    """Shift a plane down and to the right by linear interpolation, with air around the plane."""
     values, box = plane.astype(np.float64), []
     for axis, far in enumerate(by):
         start = int(np.ceil(far))
@@ -223,11 +221,11 @@ def _shift_plane(plane: np.ndarray, by: np.ndarray, shape: tuple[int, ...]) -> n
 
 
 def _reorient(planes: np.ndarray, steps: np.ndarray, origin: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Planes as `(i, j, k)` in LPS order and their RAS affine, by exchanging and flipping axes.
+    """Permute and flip the axes of planes to `(i, j, k)` in LPS order, and return the RAS affine too.
 
     Args:
         planes: `(slice, row, column)`.
-        steps: `(3, 3)` LPS mm, one a column: to the next voxel along a row, down a column, to the next slice.
+        steps: `(3, 3)` LPS mm in columns: to the next voxel along a row, down a column, to the next slice.
         origin: LPS mm of the first voxel.
     """
     import nibabel as nib

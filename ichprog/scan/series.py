@@ -1,4 +1,4 @@
-"""DICOM files become stacks of parallel slices, and the stack that is the head CT is chosen among them."""
+"""Group DICOM files into stacks of parallel slices and select the stack of the head CT."""
 
 import functools
 import re
@@ -16,11 +16,11 @@ from ichprog.errors import ScanError
 
 AIR_HU = -1024.0
 _TISSUE_HU = 200.0
-TOLERANCE_MM = 0.05  # a tenth of the half millimetre that geometry is good for; headers round to about this
+TOLERANCE_MM = 0.05  # a tenth of the allowed geometry error; headers round to about this
 _SAME_ORIENTATION = 0.005  # in direction cosines, 0.3 degrees
-_MOST_OBLIQUE_DEG = 40.0  # beyond this, slices are no longer axial
-_USUAL_SPACING_MM = 5.0  # what head CT is reported on, and about what the published networks learned from
-_MOST_OF_THE_HEAD = 0.8
+_MAX_OBLIQUITY_DEG = 40.0  # slices tilted further are not axial
+_USUAL_SPACING_MM = 5.0  # of radiology reports and, about, of the published networks' training scans
+_WHOLE_HEAD_SHARE = 0.8
 _TAGS = """
     SOPInstanceUID StudyInstanceUID SeriesInstanceUID SeriesNumber SeriesDescription AcquisitionNumber Modality
     ImageType BodyPartExamined ConvolutionKernel ContrastBolusAgent ContrastBolusAgentSequence SliceThickness
@@ -44,7 +44,7 @@ _CONTRAST, _ONE_SLICE = "contrast medium was given", "a single slice"
 
 @dataclass(frozen=True, eq=False)
 class Image:
-    """One slice: a file's header, or one frame's part of it, and the way to its pixels."""
+    """One slice: the header of a file or of one of its frames, and a function that opens the file."""
 
     name: str
     open: Callable[[], IO[bytes]]
@@ -52,10 +52,10 @@ class Image:
     header: Any
 
     def text(self, keyword: str) -> str:
-        """A value as it is written, empty where there is none.
+        """Return a value as written, or an empty text if it is absent.
 
-        pydicom's own conversion warns, through Python's process-wide filters, about every value that is out of form,
-        and much real data is in ways that change nothing here.
+        The conversion of pydicom warns about every malformed value through Python's process-wide filters. Many real
+        files have malformed values that do not matter here.
         """
         value = getattr(self.header.get_item(keyword), "value", None) or b""
         encodings = self.header.original_character_set or "latin-1"
@@ -63,38 +63,38 @@ class Image:
         return value.decode(encoding, "replace").strip(" \0") if isinstance(value, bytes) else str(value)
 
     def numbers(self, keyword: str, count: int) -> np.ndarray:
-        """A value of so many decimals; empty where it is not that."""
+        """Return a value as numbers, or an empty array if it is not that many numbers."""
         try:
             numbers = np.array([float(part) for part in self.text(keyword).split("\\")])
         except ValueError:
             return np.empty(0)
         return numbers if len(numbers) == count and np.isfinite(numbers).all() else np.empty(0)
 
-    def number(self, keyword: str, otherwise: float) -> float:
-        """A value of one decimal, or another number where it is not that."""
-        return float([*self.numbers(keyword, 1), otherwise][0])
+    def number(self, keyword: str, default: float) -> float:
+        """Return a value as a number, or a default if it is none."""
+        return float([*self.numbers(keyword, 1), default][0])
 
     @property
     def pixel_geometry(self) -> tuple[float, ...]:
-        """Rows, columns, and a pixel's height and width in mm where they are said."""
+        """Return rows, columns and, if stated, the height and width of a pixel in mm."""
         header = self.header
         return (header.get("Rows", 0), header.get("Columns", 0), *self.numbers("PixelSpacing", 2).round(4).tolist())
 
     @property
     def orientation(self) -> np.ndarray:
-        """LPS directions along the rows and down the columns, `(6,)`; 0 where the slice does not say where it lies."""
+        """Return LPS directions along rows and down columns, `(6,)`, or zeros if the slice states no position."""
         cosines, position = self.numbers("ImageOrientationPatient", 6), self.numbers("ImagePositionPatient", 3)
         return cosines if cosines.size and position.size and np.cross(cosines[:3], cosines[3:]).any() else np.zeros(6)
 
 
 class Stack:
-    """Parallel slices of one series, from foot to head: what may become a volume.
+    """Parallel slices of one series, from foot to head.
 
     Attributes:
         images: The slices in order.
-        axes: `(3, 3)` unit vectors in LPS, one a row: along a slice's rows, down its columns, towards the head. All 0
-            where the slices do not say where they lie.
-        offsets: `(slices, 3)` mm along the axes from the first slice's first pixel to each slice's.
+        axes: `(3, 3)` unit vectors in LPS, one in each row: along the rows of a slice, down its columns, towards the
+            head. Zeros if the slices state no position.
+        offsets: `(slices, 3)` mm along the axes, from the first pixel of the first slice to that of each slice.
     """
 
     def __init__(self, images: Iterable[Image]) -> None:
@@ -103,7 +103,7 @@ class Stack:
         row, column = self.images[0].orientation.reshape(2, 3)
         if row.any():
             row = row / np.linalg.norm(row)
-            column = column - row * (row @ column)  # headers round: right angles and unit length are made exact
+            column = column - row * (row @ column)  # headers are rounded: make the axes orthonormal
             column = column / np.linalg.norm(column)
             normal = np.cross(row, column)
             self.axes = np.array([row, column, normal if normal[2] >= 0 else -normal])
@@ -115,15 +115,15 @@ class Stack:
         self.coverage = float(self.depths[-1])
 
     def text(self, keyword: str) -> str:
-        """A value of the first slice, as it is written."""
+        """Return a value of the first slice as written."""
         return self.images[0].text(keyword)
 
     @property
     def slice_spacing(self) -> float:
-        """The usual distance of neighbouring slices in mm, 0 where there is only one slice.
+        """Return the usual distance of neighbouring slices in mm, or 0 for a single slice.
 
-        The finest that at least a quarter of the neighbours keep: where half a head has thin slices and half thick
-        ones, coarser would throw away what was acquired, and a lone narrow gap between two blocks does not count.
+        This is the lower quartile of the distances. If half of a head has thin slices and half thick ones, a larger
+        value would discard acquired slices; a single narrow gap between two blocks does not count.
         """
         gaps = np.diff(self.depths)
         gaps = gaps[gaps > TOLERANCE_MM]
@@ -131,16 +131,16 @@ class Stack:
 
     @property
     def is_sharp(self) -> bool:
-        """Whether a kernel for bone or lung made it."""
+        """Return whether the series was reconstructed with a kernel for bone or lung."""
         return any(_SHARP.search(self.text(tag).lower()) for tag in ("ConvolutionKernel", "SeriesDescription"))
 
     @property
     def is_derived(self) -> bool:
-        """Whether it was computed from other slices."""
+        """Return whether the series was computed from other slices."""
         return bool(re.search("^DERIVED|REFORMAT|MPR|MIP|PROJECTION", self.text("ImageType").upper()))
 
     def summary(self) -> dict[str, Any]:
-        """What tells this stack from others, as plain data."""
+        """Return what distinguishes this stack from others, as plain data."""
         return {
             "number": self.text("SeriesNumber"),
             "description": self.text("SeriesDescription"),
@@ -158,7 +158,7 @@ class Stack:
 
 
 def iter_files(path: Path, opened: ExitStack) -> Iterator[tuple[str, Callable[[], IO[bytes]]]]:
-    """Names and openers of all files, in an order that does not depend on the file system."""
+    """Yield name and opener of every file, in an order that does not depend on the file system."""
     if path.is_dir():
         for file in sorted(p for p in path.rglob("*") if p.is_file()):
             yield str(file.relative_to(path)), functools.partial(_open, file)
@@ -178,14 +178,14 @@ def _open(path: Path) -> IO[bytes]:
 
 
 def has_dicom_magic(start: bytes) -> bool:
-    """True for the mark after the preamble, and for a first element of group 0002 or 0008 where there is none."""
+    """Return whether bytes start like DICOM: with the preamble, or with an element of group 0002 or 0008."""
     tag = start[1::-1] + start[3:1:-1] if start[:1] == b"\0" else start[:4]
     short = start[4:6].isupper() or start[5:8] == b"\0\0\0"  # two letters of a VR, or a small length
     return start[128:] == b"DICM" or (tag[:2] in (b"\x02\0", b"\x08\0") and tag[3:] == b"\0" and short)
 
 
 def read_images(files: Iterable[tuple[str, Callable[[], IO[bytes]]]]) -> tuple[list[Image], dict[str, int]]:
-    """Every image once, by its header; and how many files were DICOM and were not, and how many images came again."""
+    """Return every image once, and the number of DICOM files, other files and repeated images."""
     from pydicom import dcmread
 
     images: dict[tuple[Any, ...], Image] = {}
@@ -206,25 +206,25 @@ def read_images(files: Iterable[tuple[str, Callable[[], IO[bytes]]]]) -> tuple[l
         if not found[0].text("SeriesInstanceUID"):
             if start[128:] == b"DICM" and header.file_meta.get("MediaStorageSOPClassUID") != _DICOMDIR:
                 raise _unreadable(name, "its header ends early")
-            count["other"] += 1  # an index of files, or a beginning like DICOM's by chance
+            count["other"] += 1  # a DICOMDIR, or another file that starts like DICOM by chance
             continue
         if found[0].text("Modality") == "CT" and ended and header.file_meta.get("TransferSyntaxUID") != _DEFLATED:
             raise _unreadable(name, "it ends before its pixels")
         count["dicom"] += 1
         for image in found:
-            # some anonymisers give every slice the same UID: the position tells whether it is the same image
+            # some anonymisers give every slice the same UID, so the position identifies the image
             same = tuple(map(image.text, ("SeriesInstanceUID", "SOPInstanceUID", "ImagePositionPatient")))
             count["repeated"] += images.setdefault((same, same[1] or name, image.frame), image) is not image
     return list(images.values()), count
 
 
 def _unreadable(name: str, cause: object) -> ScanError:
-    message = f"{name}: a damaged or truncated DICOM file: {cause}. Copy it again; without it the series has a hole."
+    message = f"{name}: a damaged or truncated DICOM file: {cause}. Copy the file again; the series needs it."
     return ScanError(message, code="unreadable")
 
 
 def _frames(header: Any) -> list[Any]:
-    """A header for each image in a file: in an enhanced CT, what frames share and what each has, brought together."""
+    """Return a header for each image of a file; in an enhanced CT, shared and per-frame values are merged."""
     from pydicom import Dataset
 
     frames = []
@@ -239,7 +239,7 @@ def _frames(header: Any) -> list[Any]:
 
 
 def group_stacks(images: Iterable[Image]) -> list[Stack]:
-    """Slices grouped by series and in it by orientation; scouts, which a series may hold too, by themselves."""
+    """Group slices by series and orientation; scouts of a series form groups of their own."""
     groups: list[tuple[tuple[str, bool], np.ndarray, list[Image]]] = []
     for image in images:
         key = (image.text("SeriesInstanceUID"), "LOCALIZER" in image.text("ImageType").upper())
@@ -254,113 +254,112 @@ def group_stacks(images: Iterable[Image]) -> list[Stack]:
 
 
 def choose_stack(stacks: list[Stack], path: Path) -> tuple[Stack, dict[str, Any]]:
-    """The one stack to take, without repeated slices, and the record of the choice."""
-    verdicts = [(stack, _rejection_reason(stack)) for stack in stacks]
-    passed = [(stack, why) for stack, why in verdicts if why]
-    left, reason, dropped = [stack for stack, why in verdicts if not why], "the only axial non-contrast head CT", 0
+    """Select one stack, without repeated slices, and record the selection."""
+    reasons = [(stack, _rejection_reason(stack)) for stack in stacks]
+    excluded = [(stack, why) for stack, why in reasons if why]
+    left, reason, dropped = [stack for stack, why in reasons if not why], "the only axial non-contrast head CT", 0
     if not left:
-        reasons = sorted({why for _, why in passed})
-        code = "contrast" if _CONTRAST in reasons else "too-few-slices" if _ONE_SLICE in reasons else "no-ct"
+        causes = sorted({why for _, why in excluded})
+        code = "contrast" if _CONTRAST in causes else "too-few-slices" if _ONE_SLICE in causes else "no-ct"
         message = (
-            f"{path}: holds no axial CT of the head without contrast medium in at least two slices, which is what "
-            f"these models were made for. There is {'; '.join(f'{stack}: {why}' for stack, why in passed)}. Give "
-            "the folder with the whole of such a series."
+            f"{path}: holds no axial CT of the head without contrast medium and with at least two slices. "
+            f"Found {'; '.join(f'{stack}: {why}' for stack, why in excluded)}. Give the folder of a whole series."
         )
-        raise ScanError(message, code=code, measured=reasons, expected="an axial non-contrast head CT")
+        raise ScanError(message, code=code, measured=causes, expected="an axial non-contrast head CT")
     if len({stack.text("StudyInstanceUID") for stack in left}) == 1:
-        left, reason = _prefer(left, reason, passed)
+        left, reason = _prefer(left, reason, excluded)
     if len(left) == 1:
         left, dropped = _drop_repeats(left[0], path)
-        left, reason = _prefer(left, reason, passed)
+        left, reason = _prefer(left, reason, excluded)
     if len(left) > 1:
         message = (
-            f"{path}: {len(left)} series suit, each an axial non-contrast head CT, and nothing decides between them: "
-            f"{'; '.join(map(str, left))}. Give a folder that holds the files of one of them."
+            f"{path}: {len(left)} series are suitable axial non-contrast head CTs, and no rule selects one: "
+            f"{'; '.join(map(str, left))}. Give a folder with the files of one series."
         )
         measured = [stack.summary() for stack in left]
         raise ScanError(message, code="several-series", measured=measured, expected="one series")
     return left[0], {
         "series": {**left[0].summary(), "reason": reason},
-        "other_series": [{**stack.summary(), "reason": why} for stack, why in passed],
+        "other_series": [{**stack.summary(), "reason": why} for stack, why in excluded],
         "duplicates_dropped": dropped,
     }
 
 
 def _rejection_reason(stack: Stack) -> str:
-    """Why a stack is no axial non-contrast head CT; empty where it is one."""
+    """Return why a stack is no axial non-contrast head CT, or an empty text if it is one."""
     first, modality, unit = stack.images[0], stack.text("Modality"), stack.text("RescaleType").upper()
     description = stack.text("SeriesDescription").lower().replace("_", " ")
-    told = _HEAD.search(description) or _ELSEWHERE.search(description)
-    place = description if told else stack.text("BodyPartExamined").lower()
-    lean = float(np.degrees(np.arccos(np.clip(stack.axes[2, 2], -1, 1))))
+    names_part = _HEAD.search(description) or _ELSEWHERE.search(description)
+    part = description if names_part else stack.text("BodyPartExamined").lower()
+    tilt = float(np.degrees(np.arccos(np.clip(stack.axes[2, 2], -1, 1))))
     contrast = (
         any(not _NO_AGENT.fullmatch(image.text("ContrastBolusAgent").lower()) for image in stack.images)
         or first.header.get("ContrastBolusAgentSequence")
         or _VESSELS.search(description)
         or (_ENHANCED.search(description) and not _PLAIN.search(description))
     )
-    verdicts = (
-        (modality != "CT", f"modality {modality or 'unsaid'}, not CT"),
+    reasons = (
+        (modality != "CT", f"modality {modality or 'unstated'}, not CT"),
         ("LOCALIZER" in stack.text("ImageType").upper() or _SCOUT.search(description), "a scout"),
-        (first.header.get("SamplesPerPixel", 1) != 1, "a colour picture"),
-        (not stack.axes.any() or len(first.pixel_geometry) < 4, "does not say where its pixels lie"),
+        (first.header.get("SamplesPerPixel", 1) != 1, "a colour image"),
+        (not stack.axes.any() or len(first.pixel_geometry) < 4, "states no position of its pixels"),
         (unit not in ("", "HU", "US"), f"values in {unit}, not HU"),
-        (lean > _MOST_OBLIQUE_DEG, f"slices lean {lean:.0f} degrees from axial"),
-        (_ELSEWHERE.search(place) and not _HEAD.search(place), f"another part of the body ({place})"),
+        (tilt > _MAX_OBLIQUITY_DEG, f"slices are tilted {tilt:.0f} degrees from axial"),
+        (_ELSEWHERE.search(part) and not _HEAD.search(part), f"another part of the body ({part})"),
         (contrast, _CONTRAST),
         (stack.coverage < TOLERANCE_MM, _ONE_SLICE),
     )
-    return next((why for unsuitable, why in verdicts if unsuitable), "")
+    return next((why for applies, why in reasons if applies), "")
 
 
-def _prefer(stacks: list[Stack], reason: str, passed: list[tuple[Stack, str]]) -> tuple[list[Stack], str]:
-    """The best among suitable stacks of one study, and why; the others are added to those passed over."""
-    whole = _MOST_OF_THE_HEAD * max(stack.coverage for stack in stacks)
+def _prefer(stacks: list[Stack], reason: str, excluded: list[tuple[Stack, str]]) -> tuple[list[Stack], str]:
+    """Return the best of the suitable stacks of one study and the reason; add the others to the excluded ones."""
+    min_coverage = _WHOLE_HEAD_SHARE * max(stack.coverage for stack in stacks)
     preferences: tuple[tuple[str, Callable[[Stack], float]], ...] = (
         ("a soft-tissue kernel", lambda stack: not stack.is_sharp),
         ("an original, not a reformat", lambda stack: not stack.is_derived),
-        ("the whole head", lambda stack: stack.coverage >= whole),
+        ("the whole head", lambda stack: stack.coverage >= min_coverage),
         ("the slice spacing nearest 5 mm", lambda stack: -abs(round(2 * stack.slice_spacing) / 2 - _USUAL_SPACING_MM)),
     )
-    for what, merit in preferences:
-        best = max(map(merit, stacks))
-        worse = [stack for stack in stacks if merit(stack) < best]
+    for quality, score in preferences:
+        best = max(map(score, stacks))
+        worse = [stack for stack in stacks if score(stack) < best]
         if worse:
-            passed += [(stack, f"another has {what}") for stack in worse]
-            stacks, reason = [stack for stack in stacks if merit(stack) == best], f"of several it has {what}"
+            excluded += [(stack, f"another has {quality}") for stack in worse]
+            stacks, reason = [stack for stack in stacks if score(stack) == best], f"preferred for {quality}"
     return stacks, reason
 
 
 def _drop_repeats(stack: Stack, path: Path) -> tuple[list[Stack], int]:
-    """One stack with one slice at each position, or one for each acquisition; and how many copies were dropped."""
-    kept: list[Image] = []
+    """Return stacks without repeated slices, split by acquisition if needed, and the number of dropped copies."""
+    unique: list[Image] = []
     positions = np.split(np.arange(len(stack.images)), np.flatnonzero(np.diff(stack.depths) > TOLERANCE_MM) + 1)
     for here in positions:
         images = [stack.images[n] for n in here]
         seen: list[np.ndarray] = []
         for image, hu in zip(images, read_hu(images) if len(images) > 1 else [np.empty(0)], strict=True):
             if not any(np.array_equal(hu, other) for other in seen):
-                kept.append(image)
+                unique.append(image)
                 seen.append(hu)
-    dropped = len(stack.images) - len(kept)
-    if len(kept) == len(positions):
-        return [Stack(kept)], dropped
-    acquisitions = sorted({image.text("AcquisitionNumber") for image in kept})
-    parts = [Stack(image for image in kept if image.text("AcquisitionNumber") == one) for one in acquisitions]
+    dropped = len(stack.images) - len(unique)
+    if len(unique) == len(positions):
+        return [Stack(unique)], dropped
+    acquisitions = sorted({image.text("AcquisitionNumber") for image in unique})
+    parts = [Stack(image for image in unique if image.text("AcquisitionNumber") == one) for one in acquisitions]
     crossed = any(np.diff(part.depths).min(initial=np.inf) <= TOLERANCE_MM for part in parts)
-    if crossed or max(part.coverage for part in parts) < _MOST_OF_THE_HEAD * stack.coverage:
+    if crossed or max(part.coverage for part in parts) < _WHOLE_HEAD_SHARE * stack.coverage:
         message = (
             f"{path}: {stack} holds different pixels at the same positions, several acquisitions or reconstructions, "
-            "and acquisition numbers do not take them apart into whole ones. Export one of them."
+            "and acquisition numbers do not separate them into whole series. Export one of them."
         )
         raise ScanError(
-            message, code="mixed-positions", measured=len(kept), expected=len(positions), unit="different slices"
+            message, code="mixed-positions", measured=len(unique), expected=len(positions), unit="different slices"
         )
     return parts, dropped
 
 
 def read_hu(images: Iterable[Image]) -> Iterator[np.ndarray]:
-    """HU of each slice, `(row, column)` float32."""
+    """Yield the HU of each slice, `(row, column)` float32."""
     from pydicom import dcmread
     from pydicom.pixels.utils import pixel_array
     from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
@@ -368,20 +367,20 @@ def read_hu(images: Iterable[Image]) -> Iterator[np.ndarray]:
     name, data = "", cast(Any, None)
     for image in images:
         try:
-            if image.name != name:  # the frames of one file come from one reading
+            if image.name != name:  # all frames of one file are decoded from one read
                 with image.open() as file:
                     name, data = image.name, dcmread(BytesIO(file.read()), force=True)
             if not data.file_meta.get("TransferSyntaxUID"):
                 implicit = data.original_encoding[0]
                 data.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian
             stored = pixel_array(data, index=image.frame)
-        except Exception as error:  # as decoders do
+        except Exception as error:  # decoders raise almost anything
             syntax = data.file_meta.get("TransferSyntaxUID") if image.name == name else None
             if not (syntax and syntax.is_compressed and "PixelData" in data):
                 raise _unreadable(image.name, error) from error
             message = (
-                f"{image.name}: pixels in {syntax.name} ({syntax}) cannot be decoded: {error}. Copy the file again, or "
-                "export it uncompressed."
+                f"{image.name}: pixels in {syntax.name} ({syntax}) cannot be decoded: {error}. Copy the file again, "
+                "or export it uncompressed."
             )
             expected = "uncompressed, JPEG 2000, JPEG Lossless, JPEG-LS or RLE"
             raise ScanError(message, code="pixel-data", measured=str(syntax), expected=expected) from error
@@ -389,7 +388,7 @@ def read_hu(images: Iterable[Image]) -> Iterator[np.ndarray]:
 
 
 def _hu(stored: np.ndarray, image: Image) -> np.ndarray:
-    """Stored values as HU, with air for whatever was not measured."""
+    """Convert stored values to HU, with air in the padding."""
     slope, intercept = image.number("RescaleSlope", 1), image.number("RescaleIntercept", 0)
     hu = stored.astype(np.float32) * np.float32(slope) + np.float32(intercept)
     padding = image.header.get_item("PixelPaddingValue")

@@ -361,7 +361,7 @@ def test_the_soft_thick_original_plain_head_is_taken(tmp_path):
         "1": "a scout",
         "3": "another has a soft-tissue kernel",
         "4": "another has the slice spacing nearest 5 mm",
-        "5": "slices lean 90 degrees from axial",
+        "5": "slices are tilted 90 degrees from axial",
         "6": "another has an original, not a reformat",
         "7": "contrast medium was given",
         "8": "contrast medium was given",
