@@ -48,7 +48,7 @@ def real(name):
 @pytest.mark.parametrize(
     ("spacing", "least"), [((1.0, 1.0, 2.0), 0.99), ((1.5, 1.5, 5.0), 0.97), ((1.0, 1.0, 7.0), 0.95)], ids=str
 )
-def test_the_known_brain_is_found_at_any_slice_distance(spacing, least):
+def test_the_known_brain_is_found_at_any_slice_spacing(spacing, least):
     made = phantoms.head(spacing)
     mask = run_extractor(made.scan)
     assert mask.shape == made.scan.hu.shape
@@ -70,7 +70,7 @@ def test_no_blood_is_lost_wherever_it_lies(spacing, hu, noise):
 @pytest.mark.parametrize(
     "defect", [((70, 0, 15), 55), ((50, -50, 40), 9), ((0, -80, 20), 45)], ids=["side", "burr", "front"]
 )
-def test_a_missing_piece_of_skull_loses_no_brain_and_keeps_the_skin_out(defect):
+def test_a_skull_defect_loses_no_brain_and_excludes_the_skin(defect):
     made = phantoms.head(blood="epidural", defect=defect)
     mask = run_extractor(made.scan)
     assert dice(mask, made.brain) > 0.94
@@ -78,7 +78,7 @@ def test_a_missing_piece_of_skull_loses_no_brain_and_keeps_the_skin_out(defect):
     assert kept(made, mask, made.blood) == 1
 
 
-def test_fluid_and_calcification_inside_the_brain_stay():
+def test_fluid_and_calcification_inside_the_brain_remain():
     made, mask = plain(), plain_mask()
     deep = np.zeros_like(mask)
     i, j, k = made.scan.hu.shape
@@ -98,14 +98,14 @@ def test_fluid_and_calcification_inside_the_brain_stay():
     ],
     ids=["long neck", "no base", "no top", "tight", "no holder"],
 )
-def test_more_or_less_than_a_head_is_scanned(cut):
+def test_a_longer_or_shorter_scan_is_extracted(cut):
     made = phantoms.head(**cut)
     mask = run_extractor(made.scan)
     assert dice(mask, made.brain) > 0.97
     assert kept(made, mask, made.brain) > 0.995
 
 
-def test_padding_of_a_straightened_scan_changes_nothing():
+def test_padding_of_a_regridded_scan_changes_nothing():
     made = plain()
     padded = made.scan.hu.copy()
     corner = np.add.outer(np.arange(padded.shape[1]), 2 * np.arange(padded.shape[2])) < 40
@@ -123,7 +123,7 @@ def test_a_skull_is_seen_in_heads_and_not_in_brains():
     assert not has_skull(alone)
 
 
-def test_auto_extracts_where_a_skull_is_seen():
+def test_auto_extracts_if_a_skull_is_visible():
     made = plain()
     scan, mask, record = isolate_brain(made.scan, "auto")
     assert record["brain"] == "extracted"
@@ -135,7 +135,7 @@ def test_auto_extracts_where_a_skull_is_seen():
 
 @pytest.mark.parametrize("empty", [0, -1024, -3])
 @pytest.mark.parametrize("mode", ["auto", "given"])
-def test_a_given_brain_is_left_as_it_is(mode, empty):
+def test_a_given_brain_is_unchanged(mode, empty):
     made = plain()
     alone = phantoms.alone(made)
     alone.hu[~made.brain] = empty
@@ -145,7 +145,7 @@ def test_a_given_brain_is_left_as_it_is(mode, empty):
     assert dice(mask, made.brain) > 0.99
 
 
-def test_errors_say_what_is_wrong():
+def test_errors_name_the_remedy():
     alone = phantoms.alone(plain())
     with pytest.raises(UnknownNameError, match="given"):
         isolate_brain(alone, "givn")
@@ -154,7 +154,7 @@ def test_errors_say_what_is_wrong():
     assert e.value.code == "no-brain"
 
 
-def test_a_skull_without_a_brain_is_no_brain():
+def test_a_skull_without_a_brain_is_an_error():
     made = plain()
     hollow = np.where(made.brain, -1000, made.scan.hu)
     with pytest.raises(ScanError) as e:
@@ -189,7 +189,7 @@ def random_mask(shape, seed, density, order, part):
 
 @given(masks(), masks())
 @settings(max_examples=200, deadline=None)
-def test_pieces_and_holes_are_those_of_scipy(mask, among):
+def test_components_and_holes_equal_those_of_scipy(mask, among):
     labels, _ = ndimage.label(mask)
     sizes = np.bincount(labels.ravel())
     sizes[0] = 0
@@ -208,7 +208,7 @@ def test_pieces_and_holes_are_those_of_scipy(mask, among):
 
 @given(masks(), st.tuples(*[st.sampled_from([0.5, 1.9973, 2.0, 5.0])] * 3), st.sampled_from([2.0, 2.5, 6.0, 9.7]))
 @settings(max_examples=200, deadline=None)
-def test_distances_are_those_of_scipy(mask, spacing, most):
+def test_distances_equal_those_of_scipy(mask, spacing, most):
     far = ndimage.distance_transform_edt(~mask, sampling=spacing) if mask.any() else np.full(mask.shape, np.inf)
     np.testing.assert_array_equal(morphology.dilate_mm(mask, most, spacing), far <= most)
     found = morphology.distance_mm(mask, spacing, most)
@@ -216,7 +216,7 @@ def test_distances_are_those_of_scipy(mask, spacing, most):
     assert (found[far > most] > most - 1e-5).all()
 
 
-def test_a_real_head():
+def test_a_real_head_is_extracted():
     scan = real("head_ct_ge_dicom.zip")
     mask = run_extractor(scan)
     ml = mask.sum() * np.prod(scan.spacing) / 1000

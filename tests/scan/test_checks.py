@@ -42,13 +42,13 @@ def refusal(scan):
     return e.value
 
 
-def test_a_usual_head_raises_no_doubt():
+def test_a_usual_head_gives_no_warning():
     assert warnings_of(bleeding().scan) == {}
 
 
 @pytest.mark.parametrize("empty", [0, -1024, -5])
 @pytest.mark.parametrize("kind", ["int16", "smooth"])
-def test_a_usual_brain_raises_no_doubt(empty, kind):
+def test_a_usual_brain_gives_no_warning(empty, kind):
     hu = np.where(bleeding().brain, bleeding().scan.hu, empty)
     if kind == "smooth":
         hu = hu + np.random.default_rng(1).normal(0, 0.05, hu.shape) * bleeding().brain
@@ -74,7 +74,7 @@ def test_air_and_bone_may_be_clipped(low, high):
         ({"no-blood": (50.0, None)}, "no-blood", "mL"),
     ],
 )
-def test_what_is_out_of_bounds_is_said_in_units(usual, code, unit):
+def test_a_value_out_of_range_is_reported_in_units(usual, code, unit):
     found = warnings_of(phantoms.alone(bleeding()), **usual)
     assert list(found) == [code]
     assert found[code].unit == unit
@@ -83,7 +83,7 @@ def test_what_is_out_of_bounds_is_said_in_units(usual, code, unit):
     assert unit in found[code].message
 
 
-def test_obliquity():
+def test_obliquity_is_reported_in_degrees():
     turned = phantoms.scan_of(bleeding().scan.hu, bleeding().scan.affine, obliquity_deg=31.0)
     assert warnings_of(turned)["obliquity"].measured == 31.0
 
@@ -94,7 +94,7 @@ def test_too_few_slices_are_refused():
 
 
 @pytest.mark.parametrize("factor", [0.001, 0.15, 10])
-def test_absurd_sizes_are_refused_in_mm(factor):
+def test_impossible_sizes_are_refused_in_mm(factor):
     scan = bleeding().scan
     error = refusal(dataclasses.replace(scan, affine=scan.affine * factor))
     assert error.code == "spacing"
@@ -150,12 +150,12 @@ def test_a_whole_head_clipped_to_a_window_is_refused(low, high):
 
 
 @pytest.mark.parametrize("ceiling", [60, 80])
-def test_a_clipped_brain_is_doubted(ceiling):
+def test_a_clipped_brain_gives_a_warning(ceiling):
     found = warnings_of(with_hu(phantoms.alone(bleeding()).hu.clip(0, ceiling)))
     assert found["windowed"].measured == ceiling
 
 
-def test_little_brain_is_no_brain():
+def test_less_than_100_ml_of_brain_is_an_error():
     scan = phantoms.alone(bleeding())
     mask = np.zeros(scan.hu.shape, bool)
     mask[:20, :20, :10] = True
@@ -175,7 +175,7 @@ def test_little_brain_is_no_brain():
         ({"high": (95, 70, 92)}, "back"),
     ],
 )
-def test_a_cut_brain_is_doubted(cut, side):
+def test_a_cropped_brain_gives_a_warning(cut, side):
     found = warnings_of(phantoms.alone(phantoms.head(blood="deep", **cut)), field_of_view=(90.0, 350.0))
     assert side in found["cropped-brain"].message
     assert found["cropped-brain"].unit == "cm2"
@@ -187,7 +187,7 @@ def test_a_scan_may_end_at_the_skull_base(lowest):
 
 
 @pytest.mark.parametrize("noise", [0, 4, 12])
-def test_a_head_without_blood_is_doubted(noise):
+def test_a_head_without_blood_gives_a_warning(noise):
     found = warnings_of(phantoms.alone(phantoms.head(noise=noise)))
     assert list(found) == ["no-blood"]
     assert found["no-blood"].measured < 0.5
@@ -198,15 +198,15 @@ def test_blood_is_seen_from_two_millilitres_and_against_the_skull(blood):
     assert "no-blood" not in warnings_of(phantoms.alone(phantoms.head(blood=blood, noise=8, blood_hu=62)))
 
 
-def test_blood_is_not_asked_for_where_none_is_needed():
+def test_a_model_can_switch_the_blood_check_off():
     assert warnings_of(phantoms.alone(phantoms.head()), no_blood=(0.0, None)) == {}
 
 
-def test_a_given_head_with_its_skull_is_doubted():
+def test_a_given_head_with_its_skull_gives_a_warning():
     assert {"skull-present", "brain-volume"} <= set(warnings_of(bleeding().scan, mode="given"))
 
 
-def test_real_scans():
+def test_real_scans_give_the_expected_warnings():
     scans = [DATA / name for name in ("head_ct_ge_dicom.zip", "brain_ct_average_1mm.nii.gz")]
     if not all(path.exists() for path in scans):
         pytest.skip("the real scans are absent")

@@ -92,7 +92,7 @@ def test_a_single_volume_of_four_axes_is_a_scan(hu):
         (lambda hu: hu, AFFINE @ np.array([[1, 0, 0, 0], [0, 1, 0.3, 0], [0, 0, 1, 0], [0, 0, 0, 1.0]]), "sheared"),
     ],
 )
-def test_what_is_no_volume_in_space_is_refused(hu, values, affine, code):
+def test_an_image_without_a_volume_in_space_is_refused(hu, values, affine, code):
     image = nib.Nifti1Image(values(hu), None)
     image._affine = affine
     with pytest.raises(ScanError) as caught:
@@ -105,7 +105,7 @@ def test_what_is_no_volume_in_space_is_refused(hu, values, affine, code):
         assert caught.value.measured == pytest.approx(43, abs=0.2)
 
 
-def test_an_oblique_scan_is_read_as_it_lies_and_said_in_degrees(hu):
+def test_an_oblique_scan_is_read_unchanged_and_reported_in_degrees(hu):
     straight = scan.load(nib.Nifti1Image(hu, AFFINE), expected_ranges={})
     slight = scan.load(nib.Nifti1Image(hu, turned(12)), expected_ranges={})
     much = scan.load(nib.Nifti1Image(hu, turned(30)), expected_ranges={})
@@ -117,7 +117,7 @@ def test_an_oblique_scan_is_read_as_it_lies_and_said_in_degrees(hu):
     assert doubt.measured == pytest.approx(30, abs=0.1)
 
 
-def test_an_unstated_orientation_is_a_doubt(hu, tmp_path):
+def test_an_unstated_orientation_gives_a_warning(hu, tmp_path):
     image = nib.Nifti1Image(hu, None)
     image.header.set_zooms((2.5, 2.5, 5))
     image.to_filename(tmp_path / "unstated.nii")
@@ -136,7 +136,7 @@ def test_an_unstated_orientation_is_a_doubt(hu, tmp_path):
         (None, None, "not-found"),
     ],
 )
-def test_unreadable_files_are_called_what_they_are(tmp_path, name, content, code):
+def test_unreadable_files_have_a_code_and_their_path(tmp_path, name, content, code):
     path = tmp_path / (name or "nothing.nii")
     if name:
         path.write_bytes(content)
@@ -158,7 +158,7 @@ def test_truncated_files_are_unreadable(hu, tmp_path, kept, ending):
 
 
 @pytest.mark.parametrize("at", [-5, -2000])
-def test_a_compressed_file_whose_checksum_is_another_is_unreadable(hu, tmp_path, at):
+def test_a_compressed_file_with_a_wrong_checksum_is_unreadable(hu, tmp_path, at):
     nib.Nifti1Image(hu, AFFINE).to_filename(tmp_path / "scan.nii.gz")
     body = bytearray((tmp_path / "scan.nii.gz").read_bytes())
     body[at] ^= 4
@@ -174,7 +174,7 @@ def test_an_array_without_an_affine_is_refused():
 
 
 @pytest.mark.parametrize("mode", ["auto", "given"])
-def test_what_a_network_needs_comes_before_the_examination_of_a_brain(hu, mode):
+def test_a_deferred_load_gives_the_hu_before_the_checks(hu, mode):
     image = nib.Nifti1Image(hu, AFFINE)
     early, end = scan.load_deferred(image, expected_ranges={}, brain=mode)
     late = end()
@@ -186,7 +186,7 @@ def test_what_a_network_needs_comes_before_the_examination_of_a_brain(hu, mode):
     assert [w.code for w in late.warnings] == [w.code for w in whole.warnings]
 
 
-def test_a_brain_that_cannot_be_told_from_a_picture_is_refused_at_the_end(hu):
+def test_an_eight_bit_brain_is_refused_by_the_deferred_checks(hu):
     picture = nib.Nifti1Image(np.where(hu == 0, 0, hu * 3 + 40).clip(0, 255).astype(np.uint8), AFFINE)
     _, end = scan.load_deferred(picture, expected_ranges={}, brain="given")
     with pytest.raises(ScanError) as caught:
@@ -194,14 +194,14 @@ def test_a_brain_that_cannot_be_told_from_a_picture_is_refused_at_the_end(hu):
     assert caught.value.code == "eight-bit"
 
 
-def test_what_is_no_ct_is_refused_before_a_brain_is_looked_for(hu):
+def test_an_image_without_hu_is_refused_before_extraction(hu):
     with pytest.raises(ScanError) as caught:
         scan.load_deferred(nib.Nifti1Image((hu / 100).astype(np.float32), AFFINE), expected_ranges={}, brain="extract")
     assert caught.value.code == "not-hu"
 
 
 @pytest.mark.parametrize("mode", ["auto", "given", "extract"])
-def test_a_scan_of_no_possible_size_is_refused_at_once(hu, mode):
+def test_a_scan_of_impossible_size_is_refused_at_once(hu, mode):
     with pytest.raises(ScanError) as caught:
         scan.load_deferred(nib.Nifti1Image(hu, AFFINE * 1000), expected_ranges={}, brain=mode)
     assert caught.value.code == "spacing"
@@ -212,7 +212,7 @@ def test_an_unknown_mode_is_refused_at_once(hu):
         scan.load_deferred(nib.Nifti1Image(hu, AFFINE), expected_ranges={}, brain="givn")
 
 
-def test_examining_a_head_needs_no_scipy(tmp_path):
+def test_loading_a_head_needs_no_scipy(tmp_path):
     """Its import alone takes longer than the whole examination."""
     head = phantoms.head(blood="deep").scan
     nib.Nifti1Image(head.hu, head.affine).to_filename(tmp_path / "head.nii.gz")
@@ -225,10 +225,10 @@ def test_examining_a_head_needs_no_scipy(tmp_path):
     assert said.stdout.splitlines()[-1] == "extracted"
 
 
-def test_an_examined_scan_is_taken_as_it_is(hu):
-    examined = scan.load(nib.Nifti1Image(hu, AFFINE), expected_ranges={})
-    assert scan.load(examined, expected_ranges={}) is examined
-    early, end = scan.load_deferred(examined, expected_ranges={})
-    assert early is examined.hu
-    assert end() is examined
-    assert np.array_equal(np.asarray(ichprog.brain_mask(examined).dataobj) > 0, examined.brain)
+def test_a_loaded_scan_is_returned_unchanged(hu):
+    loaded = scan.load(nib.Nifti1Image(hu, AFFINE), expected_ranges={})
+    assert scan.load(loaded, expected_ranges={}) is loaded
+    early, end = scan.load_deferred(loaded, expected_ranges={})
+    assert early is loaded.hu
+    assert end() is loaded
+    assert np.array_equal(np.asarray(ichprog.brain_mask(loaded).dataobj) > 0, loaded.brain)
