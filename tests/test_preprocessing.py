@@ -1,4 +1,4 @@
-"""The grid against MONAI's own transforms, and the way back."""
+"""The grid against MONAI's own transforms, and the mapping back to the scan."""
 
 import nibabel as nib
 import numpy as np

@@ -19,7 +19,7 @@ Shape = tuple[int, int, int]
 
 AIR_HU = -200.0  # fat and denser tissue lie above
 _LPS = ("L", "P", "S")
-_MAX_OBLIQUITY_DEG = 40.0  # near 45 degrees the voxel axes cannot be told apart
+_MAX_OBLIQUITY_DEG = 40.0  # near 45 degrees the voxel axes cannot be distinguished
 _MAX_SHEAR_DEG = 1.0
 _LOWRES_MM = 2.0
 _LOWRES_CLIP_HU = (-400.0, 500.0)
