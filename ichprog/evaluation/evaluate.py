@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -10,7 +11,7 @@ import numpy as np
 
 from ichprog import metrics as metrics_package
 from ichprog.cohort import Cohort, Patient
-from ichprog.errors import CohortError, ScanError
+from ichprog.errors import CohortError, ScanError, missing_extra
 from ichprog.evaluation.leakage import LeakageReport, check_leakage
 from ichprog.evaluation.predictions import Predictions, TaskPredictions
 from ichprog.io import write_json
@@ -188,6 +189,7 @@ def evaluate(
         CohortError: The table is wrong, has the column of no task, or has no patient that the model may predict.
         RunError: The model's run.json cannot be read.
         UnknownNameError, SpecError, WeightsError, PluginError: As in `load_model`.
+        IchprogError: The extra `study` is not installed.
 
     Example:
         ```python
@@ -198,6 +200,8 @@ def evaluate(
         print(evaluation.metrics["prognosis"]["auroc"])
         ```
     """
+    if find_spec("scipy") is None:
+        raise missing_extra("study", "scipy", "Evaluating a model")
     brain = resolve_brain(brain)
     table = cohort if isinstance(cohort, Cohort) else Cohort.read(cohort, scans=False)
     loaded = load_model(model) if isinstance(model, str) else model
