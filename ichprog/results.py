@@ -258,12 +258,16 @@ def _csv(file: TextIO, spec: ModelSpec, with_patients: bool) -> Iterator[Callabl
     columns = [*(["patient"] if with_patients else []), "scan", "model", "status"]
     for task in spec.tasks:
         columns += [f"{task.name}_label", *(f"{task.name}_{label}" for label in task.labels), f"{task.name}_std"]
-    table = csv.DictWriter(file, [*columns, "warnings", "error_code", "error_message"], extrasaction="ignore")
+    columns += ["warnings", "error_code", "error_message", "notice"]
+    table = csv.DictWriter(file, columns, extrasaction="ignore")
     table.writeheader()
+    notice = spec.notice
 
     def add(prediction: Prediction) -> None:
-        row = _row(prediction).items()
-        table.writerow({key: f"{value:.4f}" if isinstance(value, float) else value for key, value in row})
+        nonlocal notice
+        row = _row(prediction) | {"notice": notice}
+        table.writerow({key: f"{value:.4f}" if isinstance(value, float) else value for key, value in row.items()})
+        notice = ""  # the first row states the notice for the whole table
 
     yield add
 

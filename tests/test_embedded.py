@@ -94,7 +94,7 @@ def test_the_demo_needs_no_network_and_no_cache(tmp_path):
     with (out / "results.csv").open(newline="") as file:
         (row,) = csv.DictReader(file)
     assert float(row["prognosis_good"]) + float(row["prognosis_poor"]) == pytest.approx(1)
-    assert "simulated" in row["warnings"]
+    assert "simulated" in row["notice"]
     (scan,) = (out / "scans").iterdir()
     (mask,) = (out / "masks").iterdir()
     maps = sorted(out.glob("*_grad_cam.nii.gz"))

@@ -143,7 +143,7 @@ def test_explain_works_inside_no_grad_and_keeps_the_gradient_mode(bright_model, 
         ({"method": "gradcam"}, "Unknown saliency method 'gradcam'.*Did you mean grad_cam"),
         ({"method": "grad_cam", "layers": "x"}, "Unknown option of grad_cam 'layers'.*Did you mean layer"),
         ({"method": "grad_cam", "layer": "features.9"}, "Unknown layer 'features.9'"),
-        ({"brain": "maybe"}, "Unknown brain mode 'maybe'.*auto, extract, given"),
+        ({"brain": "maybe"}, "Unknown brain mode or extractor 'maybe'.*auto, extract, given, morphology"),
     ],
 )
 def test_unknown_names_are_refused_with_suggestions(arguments, message, bright_model, scan_path):
@@ -250,7 +250,7 @@ def test_recorded_errors_do_not_stop_other_scans(bright_model, scan_path, tmp_pa
     empty, good, none = ichprog.predict(bright_model, sources, on_error="record")
     assert (empty.error["code"], none.error["code"]) == ("unreadable", "not-found")
     assert good.error is None
-    assert json.loads(json.dumps(empty.to_dict()))["error"]["message"].endswith("the file is empty.")
+    assert json.loads(json.dumps(empty.to_dict()))["error"]["message"].endswith("the file is empty. Copy it again.")
     with pytest.raises(ScanError, match="has no prediction"):
         empty["prognosis"]
     with pytest.raises(ScanError):

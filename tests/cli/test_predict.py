@@ -29,7 +29,7 @@ def test_predict_prints_a_line_and_writes_a_row_for_each_scan(run, bright_model,
         "prognosis_label", "prognosis_good", "prognosis_poor", "prognosis_std",
         "gcs_label", "gcs_13-15", "gcs_9-12", "gcs_3-8", "gcs_std",
         "age_label", "age_<80", "age_>=80", "age_std",
-        "warnings", "error_code", "error_message",
+        "warnings", "error_code", "error_message", "notice",
     ]  # fmt: skip
     assert (row["scan"], row["status"], row["error_code"], row["error_message"]) == (str(small_scan), "ok", "", "")
     assert "in-plane-spacing" in row["warnings"]
@@ -110,7 +110,7 @@ def write_bad_files(folder):
     (folder / "whole.nii.gz").unlink()
     return {
         "empty": "empty", "truncated": "cannot be read", "text": "cannot be read", "flat": "volume",
-        "series": "series of volumes", "mr": "HU", "eight_bit": "8-bit", "three_slices": "3 slices",
+        "series": "several volumes", "mr": "HU", "eight_bit": "8-bit", "three_slices": "3 slices",
         "zero": "empty", "nan": "NaN", "small_numbers": "HU",
     }  # fmt: skip
 
