@@ -491,6 +491,7 @@ def test_broken_distributions_affect_only_their_own_names(environment, bad_ones,
         assert f"ichprog-{name} 1.2.3" in results[claimed]
 
 
+@pytest.mark.slow  # `.ci/run` runs the tests of the plugin itself
 def test_the_captum_plugin_works_where_it_is_installed(environment, tmp_path, scan_path):
     folder, pip, python = (
         ROOT / "plugins" / "ichprog-captum",
