@@ -30,6 +30,10 @@ CSIC_GROUPS = ("GOOD_PROGNOSIS", "POOR_PROGNOSIS")  # in the order of the label:
 CSIC_COLUMNS = {"PatientID": "patient", "Label (poor_prognosis)": "poor_outcome", "Age": "age", "GCS": "gcs"}
 CSIC_LEFT_OUT = "213"
 
+CT_ICH_DIAGNOSES = "hemorrhage_diagnosis*.csv"
+CT_ICH_DEMOGRAPHICS = "*atient_demographics*.csv"
+CT_ICH_KINDS = ("intraventricular", "intraparenchymal", "subarachnoid", "epidural", "subdural")
+
 
 class Columns(dict[str, str]):
     """Cells by column name. Names match regardless of case.
@@ -196,7 +200,7 @@ class Cohort:
         return cls(tuple(patients), source)
 
     def write(self, path: str | Path) -> Path:
-        """Write the table atomically, with scans relative to it.
+        """Write the table atomically, with scans relative to it, and masks too if their paths are absolute.
 
         Args:
             path: Path of the CSV file. `Cohort.read` of it returns the same patients.
@@ -211,12 +215,20 @@ class Cohort:
         """
         target = Path(path)
         folder, columns = target.parent.resolve(), self.columns
+
         # Only folders are resolved, because a scan may be a link whose own name matters.
+        def relative(path: Path) -> str:
+            return Path(os.path.relpath(path.parent.resolve() / path.name, folder)).as_posix()
+
+        def cell(patient: Patient, column: str) -> str:
+            text: str = patient.columns.get(column, "")
+            return relative(Path(text)) if column.casefold() == "mask" and Path(text).is_absolute() else text
+
         rows = (
             {
                 "patient": patient.name,
-                "scan": Path(os.path.relpath(patient.scan.parent.resolve() / patient.scan.name, folder)).as_posix(),
-                **{column: patient.columns.get(column, "") for column in columns},
+                "scan": relative(patient.scan),
+                **{column: cell(patient, column) for column in columns},
             }
             for patient in self.patients
         )
@@ -326,6 +338,128 @@ def from_csic(folder: str | Path) -> Cohort:
         patient = Patient(cells["patient"], scan, cells, number)
         problems += [problem for column in CHECKED for problem in _value_problems([patient], column)]
     return Cohort._from_rows(rows, problems, tables[0], check_scans=False)
+
+
+def from_ct_ich(folder: str | Path) -> Cohort:
+    """Build the cohort of the public data set `ct-ich` of PhysioNet from its own layout.
+
+    A patient without a scan is left out. Slices are numbered from 0 along the third axis of the file, which is one less
+    than `SliceNumber` of the data set.
+
+    Source: Hssayeni et al., Data 2020;5(1):14 (doi 10.3390/data5010014).
+
+    Args:
+        folder: Folder with `Patient_demographics.csv`, `hemorrhage_diagnosis*.csv`, and scans `<number>.nii` or
+            `<number>.nii.gz` in `ct_scans` or in the folder itself. Masks with the same names may be in `masks`.
+
+    Returns:
+        The cohort in the order of the demographics, named by patient number. Columns are `age` in years, `sex`,
+        `haemorrhage` and the five kinds as 0 or 1, `haemorrhage_slices` separated by spaces, and `mask`.
+
+    Raises:
+        CohortError: A table or all scans are missing, or rows are wrong: no diagnosis, `No_Hemorrhage` that contradicts
+            the kinds, or a slice that the file does not have.
+
+    Example:
+        ```python
+        from_ct_ich("ct-ich").write("ct-ich/cohort.csv")
+        ```
+    """
+    folder = Path(folder)
+    people, problems = _read_rows(_only_file(folder, CT_ICH_DEMOGRAPHICS), ())
+    slices, wrong = _read_ct_ich_slices(_only_file(folder, CT_ICH_DIAGNOSES))
+    scans, masks = _numbered_images(folder / "ct_scans"), _numbered_images(folder / "masks")
+    scans = scans or _numbered_images(folder)
+    if not scans:
+        raise CohortError(
+            f"{folder}: found no scan such as ct_scans/049.nii. JPEG slices hold no HU; convert them to NIfTI first."
+        )
+    problems += wrong
+    rows, listed = {}, set()
+    for number, row in people.items():
+        cells = {_letters(column): cell for column, cell in row.items()}
+        value = _parse_number(_cell_of(cells, "patientnumber"))
+        if value is None or value not in scans:  # a second row of headings, or no scan
+            continue
+        patient = int(value)
+        listed.add(patient)
+        columns = {
+            "patient": str(patient),
+            "scan": str(scans[patient].resolve()),
+            "age": _cell_of(cells, "age"),
+            "sex": _cell_of(cells, "gender", "sex"),
+            **_ct_ich_labels(slices.get(patient, {})),
+        }
+        if masks:
+            columns["mask"] = str(masks[patient].resolve()) if patient in masks else ""
+        text = _ct_ich_problem(slices.get(patient, {}), scans[patient])
+        problems += [(number, f" (patient {patient}): {text}")] if text else []
+        problems += _value_problems([Patient(str(patient), scans[patient], columns, number)], "age")
+        rows[number] = Columns(columns)
+    problems += [(0, f" {scans[patient].name} is in no row") for patient in sorted(set(scans) - listed)]
+    return Cohort._from_rows(rows, problems, folder / "cohort.csv", check_scans=False)
+
+
+def _ct_ich_labels(slices: Mapping[int, tuple[bool, ...]]) -> dict[str, str]:
+    """Return the columns on haemorrhage of one patient, from the kinds that each slice shows."""
+    positive = sorted(index for index, kinds in slices.items() if any(kinds))
+    shown = {name: any(kinds[at] for kinds in slices.values()) for at, name in enumerate(CT_ICH_KINDS)}
+    labels = {name: str(int(is_there)) for name, is_there in {"haemorrhage": bool(positive), **shown}.items()}
+    return {**labels, "haemorrhage_slices": " ".join(map(str, positive))}
+
+
+def _ct_ich_problem(slices: Mapping[int, tuple[bool, ...]], scan: Path) -> str:
+    """Return how the labelled slices of one patient contradict the scan, or ""."""
+    import nibabel as nib
+
+    if not slices:
+        return f"has no row in {CT_ICH_DIAGNOSES}"
+    image: Any = nib.load(scan)
+    last = max((index for index, kinds in slices.items() if any(kinds)), default=-1)
+    return f"slice {last + 1} is labelled, but {scan.name} has {image.shape[2]}" if last >= image.shape[2] else ""
+
+
+def _read_ct_ich_slices(
+    table: Path,
+) -> tuple[dict[int, dict[int, tuple[bool, ...]]], list[tuple[int, str]]]:
+    """Read which kinds of haemorrhage each slice shows, by patient and by slice from 0, and the rows that are wrong."""
+    rows, problems = _read_rows(table, ("PatientNumber", "SliceNumber", *CT_ICH_KINDS))
+    slices: dict[int, dict[int, tuple[bool, ...]]] = {}
+    for number, row in rows.items():
+        patient, index = (_parse_number(row[column]) or 0 for column in ("PatientNumber", "SliceNumber"))
+        kinds, none = [row[kind] for kind in CT_ICH_KINDS], row.get("No_Hemorrhage", "")
+        if min(patient, index) < 1 or not {*kinds, none or "0"} <= {"0", "1"}:
+            problems.append(
+                (number, f" of {table.name}: expected numbers from 1 and labels 0 or 1, got {[*row.values()]}")
+            )
+        elif none and (none == "1") == ("1" in kinds):
+            problems.append((number, f" of {table.name}: No_Hemorrhage is {none}, which contradicts the kinds"))
+        else:
+            slices.setdefault(int(patient), {})[int(index) - 1] = tuple(kind == "1" for kind in kinds)
+    return slices, problems
+
+
+def _only_file(folder: Path, pattern: str) -> Path:
+    """Return the only file in a folder that fits a pattern."""
+    files = sorted(folder.glob(pattern))
+    if len(files) != 1:
+        raise CohortError(f"{folder}: expected one {pattern}, found {', '.join(map(str, files)) or 'none'}.")
+    return files[0]
+
+
+def _numbered_images(folder: Path) -> dict[int, Path]:
+    """Return the NIfTI files of a folder whose name is a number, by number."""
+    files = sorted(path for suffix in (".nii", ".nii.gz") for path in folder.glob(f"*{suffix}"))
+    return {int(name): path for path in files if (name := path.name.split(".")[0]).isdecimal()}
+
+
+def _letters(column: str) -> str:
+    return "".join(character for character in column.casefold() if character.isalpha())
+
+
+def _cell_of(cells: Mapping[str, str], *starts: str) -> str:
+    """Return the first cell whose column begins with one of some texts, or ""."""
+    return next((cell for column, cell in cells.items() if column.startswith(starts)), "")
 
 
 def _read_rows(path: Path, required: Sequence[str]) -> tuple[dict[int, Columns], list[tuple[int, str]]]:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from ichprog import UnknownNameError, zoo
 from ichprog.cli import main
-from ichprog.cohort import Cohort, Patient, from_csic
+from ichprog.cohort import Cohort, Patient, from_csic, from_ct_ich
 from ichprog.errors import CohortError
 
 from support.phantoms import brain_hu
@@ -416,6 +416,76 @@ def test_a_folder_without_the_data_set_is_refused(tmp_path):
     folder = csic(tmp_path / "data", PUBLISHED)
     (folder / "ICH_nii_StrippedSkull").rename(folder / "elsewhere")
     assert "GOOD_PROGNOSIS is missing" in run("cohort", "csic", folder, code=2).stderr
+
+
+def ct_ich(folder, people, slices, scans=("ct_scans/049.nii", "ct_scans/051.nii"), masks=()):
+    """The layout of PhysioNet's ct-ich: two rows of headings, patients as numbers, slices from 1."""
+    kinds = "Intraventricular,Intraparenchymal,Subarachnoid,Epidural,Subdural"
+    head = f'Patient Number,"Age\n(years)",Gender,Hemorrhage type,,,,,Note\n,,,{kinds},\n'
+    folder.mkdir()
+    (folder / "Patient_demographics.csv").write_text(head + "".join(f"{row},,,,,,\n" for row in people))
+    head = f"PatientNumber,SliceNumber,{kinds},No_Hemorrhage,Fracture_Yes_No\n"
+    (folder / "hemorrhage_diagnosis_raw_ct.csv").write_text(head + "".join(f"{row},0\n" for row in slices))
+    for name in (*scans, *masks):
+        (folder / name).parent.mkdir(exist_ok=True)
+        nib.Nifti1Image(np.zeros((4, 4, 3), np.int16), np.eye(4)).to_filename(folder / name)
+    return folder
+
+
+PEOPLE = ["49,35,Male", "50,40,Female", "51,0.5,Female"]
+SLICES = [
+    "49,1,0,0,0,0,0,1", "49,2,0,1,0,1,0,0", "49,3,0,1,0,0,0,0",
+    "50,1,0,0,0,0,0,1", "51,1,0,0,0,0,0,1", "51,2,0,0,0,0,0,1",
+]  # fmt: skip
+
+
+def test_the_layout_of_ct_ich_becomes_a_table(tmp_path):
+    folder = ct_ich(tmp_path / "data", PEOPLE, SLICES, masks=["masks/049.nii"])
+    assert run("cohort", "ct-ich", folder).stdout == f"{folder / 'cohort.csv'}  2 patients, 1 with a haemorrhage\n"
+    with (folder / "cohort.csv").open(encoding="utf-8", newline="") as file:
+        first, second = csv.DictReader(file)
+    assert first == {
+        "patient": "49", "scan": "ct_scans/049.nii", "age": "35", "sex": "Male", "haemorrhage": "1",
+        "intraventricular": "0", "intraparenchymal": "1", "subarachnoid": "0", "epidural": "1", "subdural": "0",
+        "haemorrhage_slices": "1 2", "mask": "masks/049.nii",
+    }  # fmt: skip
+    assert (second["patient"], second["haemorrhage"], second["haemorrhage_slices"]) == ("51", "0", "")
+    elsewhere = tmp_path / "mine.csv"
+    described = json.loads(run("cohort", "ct-ich", folder, "-o", elsewhere, "--json").stdout)
+    assert described == {"path": str(elsewhere), "patients": 2, "with_haemorrhage": 1}
+    cohort = Cohort.read(elsewhere)
+    assert list(cohort.numbers("age")) == [35, 0.5]
+    assert cohort.patients[0].columns["mask"] == "data/masks/049.nii"
+
+
+def test_scans_of_ct_ich_may_lie_beside_the_tables(tmp_path):
+    folder = ct_ich(tmp_path / "data", PEOPLE, SLICES, scans=["49.nii.gz"])
+    cohort = from_ct_ich(folder)
+    assert [(patient.name, patient.scan.name) for patient in cohort.patients] == [("49", "49.nii.gz")]
+    assert "mask" not in cohort.columns
+
+
+@pytest.mark.parametrize(
+    ("slices", "scans", "expected_message"),
+    [
+        (["49,1,0,0,0,0,0,0"], ["49.nii"], "row 2 of hemorrhage_diagnosis_raw_ct.csv: No_Hemorrhage is 0"),
+        (["49,1,0,1,0,0,0,1"], ["49.nii"], "row 2 of hemorrhage_diagnosis_raw_ct.csv: No_Hemorrhage is 1"),
+        (["49,0,0,0,0,0,0,1"], ["49.nii"], "row 2 of hemorrhage_diagnosis_raw_ct.csv: expected numbers from 1"),
+        (["49,1,0,2,0,0,0,0"], ["49.nii"], "row 2 of hemorrhage_diagnosis_raw_ct.csv: expected numbers from 1"),
+        (["49,4,0,1,0,0,0,0"], ["49.nii"], "row 3 (patient 49): slice 4 is labelled, but 49.nii has 3"),
+        (["50,1,0,0,0,0,0,1"], ["49.nii"], "row 3 (patient 49): has no row in hemorrhage_diagnosis*.csv"),
+        (["49,1,0,0,0,0,0,1"], ["49.nii", "99.nii"], "99.nii is in no row"),
+        (SLICES, [], "found no scan such as ct_scans/049.nii. JPEG slices hold no HU"),
+    ],
+)
+def test_a_contradiction_in_ct_ich_is_named(tmp_path, slices, scans, expected_message):
+    folder = ct_ich(tmp_path / "data", PEOPLE, slices, scans=scans)
+    assert expected_message in run("cohort", "ct-ich", folder, code=2).stderr
+    assert not (folder / "cohort.csv").exists()
+
+
+def test_a_folder_without_the_tables_of_ct_ich_is_refused(tmp_path):
+    assert "expected one *atient_demographics*.csv, found none" in run("cohort", "ct-ich", tmp_path, code=2).stderr
 
 
 def test_a_cohort_is_predicted_in_order_with_missing_scans_recorded(bright_model, tmp_path):
