@@ -23,7 +23,7 @@ from ichprog.scan.morphology import (
     resample_slices,
     triangle_weights,
 )
-from ichprog.scan.volume import AIR_HU, Scan
+from ichprog.scan.volume import AIR_HU, Scan, Spacing
 from ichprog.spec import ExpectedRanges
 
 Range = tuple[float | None, float | None]
@@ -37,7 +37,15 @@ _CLIPPED_HU = 200.0  # a lower maximum does not separate bone from what lies nex
 _FAT_HU = -30.0  # a whole head with lower values is not clipped in soft tissue
 _OFFSET_HU = (1000.0, 1130.0)  # soft tissue in a scan that is stored without its offset of 1000 or 1024
 _OFFSET_ML = 300.0  # more than a skull has in one such band
-_TOP_CM2, _SIDE_CM2, _BOTTOM_CM2 = 25.0, 10.0, 60.0
+_CAP_FIT_MM = 10.0
+_SIDES = {  # axis, whether the side is the end of the axis, and curvature of the cross-section as a number
+    "top": (2, True, 3.8),
+    "bottom": (2, False, 3.8),
+    "right side": (0, False, 3.8),
+    "left side": (0, True, 3.8),
+    "front": (1, False, 1.9),
+    "back": (1, True, 1.9),
+}
 _BLOOD_HU = (50.0, 100.0)
 _BLOOD_DEEP_MM, _BLOOD_SHALLOW_MM, _BLOOD_THICK_MM = 5.0, 3.0, 2.5
 _SINUS_ML = 5.0
@@ -300,28 +308,63 @@ def _check_brain_volume(case: CheckInput) -> list[Finding]:
     return out_of_range([_volume_ml(case.mask, case.scan)], case.expected, "the volume of the brain", "mL")
 
 
-@register_check("cropped-brain", "the scan ends inside the brain; one warning for each side", unit="cm2")
+@register_check(
+    "cropped-brain",
+    "the scan ends inside the brain; one warning for each side",
+    quantity="missing share of the brain at one side",
+    unit="%",
+    expected=(None, 2.0),
+)
 def _check_cropping(case: CheckInput) -> list[Finding]:
-    """Find the sides of the scan that cut the brain; the bottom may cut it at the foramen magnum."""
-    mask = case.mask
-    i, j, k = case.scan.spacing
-    sides = (
-        ("top", mask[:, :, -1], i * j, _TOP_CM2),
-        ("bottom", mask[:, :, 0], i * j, _BOTTOM_CM2),
-        ("right side", mask[0], j * k, _SIDE_CM2),
-        ("left side", mask[-1], j * k, _SIDE_CM2),
-        ("front", mask[:, 0], i * k, _SIDE_CM2),
-        ("back", mask[:, -1], i * k, _SIDE_CM2),
-    )
-    return [
-        Finding(
-            f"the scan ends inside the brain: {area:.0f} cm2 of brain are cut at the {side}; up to {limit:g} is usual.",
-            measured=round(area, 1),
-            expected=f"<= {limit:g}",
-        )
-        for side, face, mm2, limit in sides
-        if (area := float(np.count_nonzero(face)) * mm2 / 100) > limit
-    ]
+    findings = []
+    brain_ml = _volume_ml(case.mask, case.scan)
+    for side in _SIDES:
+        missing_ml = missing_brain_ml(case.mask, case.scan.spacing, side)
+        share = 100 * missing_ml / (brain_ml + missing_ml)
+        if out_of_range([share], case.expected, "", ""):
+            message = (
+                f"the scan ends inside the brain at the {side}: about {missing_ml:.0f} mL of brain are missing, "
+                f"{share:.1f} %; {format_range(case.expected)} % is usual for this model."
+            )
+            findings.append(Finding(message, measured=round(share, 1), expected=list(case.expected)))
+    return findings
+
+
+def missing_brain_ml(mask: np.ndarray, spacing_mm: Spacing, side: str) -> float:
+    """Estimate the volume of brain that lies beyond one side of a scan.
+
+    The brain is continued as the cap of an ellipsoid. Its cross-section is a quadratic function of the distance to the
+    side. The curvature is that of a head, and area and slope at the side are fitted to the last centimetre.
+
+    Args:
+        mask: `(i, j, k)` bool brain mask in LPS order.
+        spacing_mm: Voxel spacing along i, j and k, in mm.
+        side: "top", "bottom", "right side", "left side", "front" or "back".
+
+    Returns:
+        The volume in mL, 0 if the brain ends before the side.
+
+    Example:
+        >>> z = np.arange(-70, 40, 5.0)  # an ellipsoid that is cut 40 mm above its middle
+        >>> x, y = np.ogrid[-90:90, -90:90]
+        >>> brain = (x[..., None] / 70) ** 2 + (y[..., None] / 80) ** 2 + (z / 70) ** 2 <= 1
+        >>> round(missing_brain_ml(brain, (1, 1, 5), "top"), -1)
+        230.0
+    """
+    axis, is_end, curvature = _SIDES[side]
+    step, width, length = (float(mm) for mm in (spacing_mm[axis], *np.delete(spacing_mm, axis)))
+    count = max(2, round(_CAP_FIT_MM / step))
+    planes = np.moveaxis(mask, axis, 0)
+    planes = planes[-count:] if is_end else planes[:count][::-1]
+    if not planes[-1].any():
+        return 0.0
+    areas = np.count_nonzero(planes, axis=(1, 2)) * width * length / 100
+    cm = -(np.arange(len(planes))[::-1] + 0.5) * step / 10  # from the side, which is at 0
+    slope, area = np.polyfit(cm, areas + curvature * cm**2, 1)
+    if area <= 0:
+        return 0.0
+    height = (slope + np.sqrt(slope**2 + 4 * curvature * area)) / (2 * curvature)
+    return float(area * height + slope * height**2 / 2 - curvature * height**3 / 3)
 
 
 @register_check(
@@ -332,15 +375,34 @@ def _check_cropping(case: CheckInput) -> list[Finding]:
     expected=(1.0, None),
 )
 def _check_blood(case: CheckInput) -> list[Finding]:
-    """Find a brain without a component as dense and as thick as a haematoma.
+    minimum_ml, _ = case.expected
+    if minimum_ml is None or minimum_ml <= 0:
+        return []
+    blood_ml, _ = measure_dense_blood(case.scan, case.mask)
+    if blood_ml >= minimum_ml:
+        return []
+    message = (
+        f"no haemorrhage is visible: the largest component of {_BLOOD_HU[0]:g} to {_BLOOD_HU[1]:g} HU in the brain has "
+        f"{blood_ml:.1f} mL, and the model was made for scans with at least {minimum_ml:g} mL. Old, thin or very small "
+        "haemorrhages can go undetected."
+    )
+    return [Finding(message, measured=round(blood_ml, 2), expected=f">= {minimum_ml:g}")]
+
+
+def measure_dense_blood(scan: Scan, mask: np.ndarray) -> tuple[float, np.ndarray]:
+    """Measure the largest component of the brain that is as dense and as thick as a haematoma.
 
     A grid of 2 mm averages noise away; what is thinner than 5 mm is dura, a vessel or the edge of bone. Venous sinuses
     remain at the surface of the brain. A component counts fully from a depth of 5 mm on, and nearer to the surface only
     by its volume beyond that of a sinus. A thin or small haematoma at the skull can therefore go undetected.
+
+    Args:
+        scan: The scan, in HU.
+        mask: `(i, j, k)` bool brain mask.
+
+    Returns:
+        The volume in mL, and the area of all such components in each slice, `(k,)` in cm2.
     """
-    scan, mask, (minimum_ml, _) = case
-    if minimum_ml is None or minimum_ml <= 0:
-        return []
     box = bounding_box(mask)
     _, spacing = scan.lowres_geometry
     low, high = np.float32(_BLOOD_HU[0] - 20), np.float32(1.2 * _BLOOD_HU[1])
@@ -351,22 +413,19 @@ def _check_blood(case: CheckInput) -> list[Finding]:
     near = tuple(slice(max(0, at.start - 1), at.stop + 1) for at in bounding_box(brain))  # the brain ends inside it
     lowres, outside = lowres[near], ~brain[near]
     dense = (lowres > _BLOOD_HU[0]) & (lowres < _BLOOD_HU[1])
+    area_cm2 = np.zeros(brain.shape[2])
 
     def thickest_ml(depth_mm: float) -> float:
         deep = dense & ~dilate_mm(outside, np.nextafter(depth_mm, 0), spacing)
         core = ~dilate_mm(~deep, _BLOOD_THICK_MM, spacing)
-        component = largest_component(deep & dilate_mm(core, _BLOOD_THICK_MM, spacing))
-        return float(np.count_nonzero(component) * np.prod(spacing) / 1000)
+        thick = deep & dilate_mm(core, _BLOOD_THICK_MM, spacing)
+        area_cm2[near[2]] = thick.sum((0, 1)) * spacing[0] * spacing[1] / 100
+        return float(np.count_nonzero(largest_component(thick)) * np.prod(spacing) / 1000)
 
-    blood_ml = max(thickest_ml(_BLOOD_DEEP_MM), thickest_ml(_BLOOD_SHALLOW_MM) - _SINUS_ML, 0.0)
-    if blood_ml >= minimum_ml:
-        return []
-    message = (
-        f"no haemorrhage is visible: the largest component of {_BLOOD_HU[0]:g} to {_BLOOD_HU[1]:g} HU in the brain has "
-        f"{blood_ml:.1f} mL, and the model was made for scans with at least {minimum_ml:g} mL. Old, thin or very small "
-        "haemorrhages can go undetected."
-    )
-    return [Finding(message, measured=round(blood_ml, 2), expected=f">= {minimum_ml:g}")]
+    shallow_ml = thickest_ml(_BLOOD_SHALLOW_MM) - _SINUS_ML
+    blood_ml = max(thickest_ml(_BLOOD_DEEP_MM), shallow_ml, 0.0)
+    centres = (np.arange(scan.hu.shape[2]) + 0.5) * scan.spacing[2]
+    return blood_ml, np.interp(centres, (np.arange(area_cm2.size) + 0.5) * spacing[2], area_cm2)
 
 
 @register_check("skull-present", "the scan was given as the brain alone, but a skull is visible", only_if_given=True)

@@ -1,4 +1,5 @@
 import dataclasses
+import re
 import runpy
 from functools import cache
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 from ichprog.errors import ScanError, SpecError
 from ichprog.scan import checks, read
 from ichprog.scan.brain import isolate_brain
-from ichprog.scan.checks import check_scan, out_of_range, register_check, resolve_ranges, validate_ct
+from ichprog.scan.checks import check_scan, missing_brain_ml, out_of_range, register_check, resolve_ranges, validate_ct
 
 from support import phantoms
 
@@ -177,13 +178,37 @@ def test_less_than_100_ml_of_brain_is_an_error():
 )
 def test_a_cropped_brain_gives_a_warning(cut, side):
     found = warnings_of(phantoms.alone(phantoms.head(blood="deep", **cut)), field_of_view=(90.0, 350.0))
-    assert side in found["cropped-brain"].message
-    assert found["cropped-brain"].unit == "cm2"
+    warning = found["cropped-brain"]
+    missing_ml = volume_ml(bleeding()) - volume_ml(phantoms.head(blood="deep", **cut))
+    assert side in warning.message
+    assert warning.unit == "%"
+    assert warning.measured == pytest.approx(100 * missing_ml / volume_ml(bleeding()), rel=0.2)
+    stated_ml = float(re.search(r"about (\d+) mL", warning.message)[1])
+    assert stated_ml == pytest.approx(missing_ml, rel=0.2)
+
+
+def volume_ml(head):
+    return np.count_nonzero(head.brain) * np.prod(head.scan.spacing) / 1000
 
 
 @pytest.mark.parametrize("lowest", [-65, -60])
 def test_a_scan_may_end_at_the_skull_base(lowest):
     assert "cropped-brain" not in warnings_of(phantoms.head(blood="deep", low=(-95, -120, lowest)).scan)
+
+
+def test_a_sliver_at_the_vertex_may_be_missing():
+    cut = {"high": (95, 115, 58)}
+    assert 5 < volume_ml(bleeding()) - volume_ml(phantoms.head(blood="deep", **cut)) < 25
+    assert "cropped-brain" not in warnings_of(phantoms.head(blood="deep", **cut).scan)
+    assert "cropped-brain" in warnings_of(phantoms.head(blood="deep", **cut).scan, cropped_brain=(None, 0.1))
+
+
+@pytest.mark.parametrize("slice_mm", [1.0, 2.5, 7.0])
+def test_the_missing_volume_does_not_depend_on_the_slice_thickness(slice_mm):
+    whole, cut = (phantoms.head((2.0, 2.0, slice_mm), high=(95, 115, top)) for top in (92, 44))
+    missing_ml = volume_ml(whole) - volume_ml(cut)
+    assert missing_brain_ml(cut.brain, cut.scan.spacing, "top") == pytest.approx(missing_ml, rel=0.2)
+    assert missing_brain_ml(whole.brain, whole.scan.spacing, "top") == 0
 
 
 @pytest.mark.parametrize("noise", [0, 4, 12])
@@ -237,5 +262,5 @@ def test_an_override_of_an_unknown_check_names_the_nearest_check():
 
 
 def test_a_check_without_a_range_takes_no_override():
-    with pytest.raises(SpecError, match="Unknown scan check 'cropped-brain'"):
-        resolve_ranges({"cropped-brain": (0, 1)})
+    with pytest.raises(SpecError, match="Unknown scan check 'skull-present'"):
+        resolve_ranges({"skull-present": (0, 1)})
