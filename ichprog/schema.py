@@ -11,7 +11,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeVar, cast
 
 from ichprog.errors import InvalidValueError, SpecError, UnknownNameError
@@ -56,6 +56,37 @@ def describe_type(kind: Any) -> str:
         return _TYPES[kind][1]
     *first, last = map(repr, typing.get_args(kind))
     return " or ".join(filter(None, [", ".join(first), last]))
+
+
+def invalid_value(path: str, value: object, expected: str) -> SpecError:
+    """Return the error for a value that a file gives and that is not allowed.
+
+    Args:
+        path: Path of the value in its file.
+        value: The value.
+        expected: What is allowed.
+
+    Example:
+        >>> str(invalid_value("folds", 1, "2 or more"))
+        'Invalid folds 1. Expected 2 or more.'
+    """
+    return SpecError(str(InvalidValueError(path or "value", value, expected)))
+
+
+def check_name(path: str, kind: str, name: object, known: Iterable[str]) -> None:
+    """Check that a file names something known.
+
+    Args:
+        path: Path of the name in its file.
+        kind: What is named, for the message.
+        name: The name.
+        known: All known names.
+
+    Raises:
+        SpecError: The name is unknown. The message has the nearest known name.
+    """
+    if name not in (names := list(dict.fromkeys(known))):
+        raise SpecError(f"{path}: {UnknownNameError(kind, name, names)}")
 
 
 def to_plain(value: Any) -> Any:
@@ -111,34 +142,34 @@ def _convert(kind: Any, value: Any, path: str) -> Any:
     if origin is Literal:
         if value in args and type(value) in map(type, args):
             return value
-        raise _invalid(path, value, describe_type(kind))
+        raise invalid_value(path, value, describe_type(kind))
     if origin is tuple:
         return _convert_list(args, value, path)
     if dataclasses.is_dataclass(kind):
         return _convert_object(cast("type[Any]", kind), value, path)
     if origin is Mapping:
         if not isinstance(value, Mapping):
-            raise _invalid(path, value, "an object (a table in TOML)")
+            raise invalid_value(path, value, "an object (a table in TOML)")
         return {str(key): _convert(args[1], entry, f"{path}.{key}") for key, entry in value.items()}
     if kind is float and type(value) in (int, float) and math.isfinite(value):
         return float(value)
     if kind is not float and type(value) is kind:
         return value
-    raise _invalid(path, value, describe_type(kind))
+    raise invalid_value(path, value, describe_type(kind))
 
 
 def _convert_list(args: tuple[Any, ...], value: Any, path: str) -> tuple[Any, ...]:
     if not isinstance(value, list | tuple):
-        raise _invalid(path, value, "a list")
+        raise invalid_value(path, value, "a list")
     kinds = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
     if len(kinds) != len(value):
-        raise _invalid(path, list(value), f"a list of {len(kinds)} entries")
+        raise invalid_value(path, list(value), f"a list of {len(kinds)} entries")
     return tuple(_convert(k, v, f"{path}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
 
 
 def _convert_object(kind: type[Any], value: Any, path: str) -> Any:
     if not isinstance(value, Mapping):
-        raise _invalid(path, value, "an object (a table in TOML)")
+        raise invalid_value(path, value, "an object (a table in TOML)")
     fields = _fields(cast("Any", kind))
     for name in value:
         if name not in fields:
@@ -157,10 +188,6 @@ def _convert_object(kind: type[Any], value: Any, path: str) -> Any:
 
 def _without_none(args: tuple[Any, ...]) -> Any:
     return next(kind for kind in args if kind is not type(None))
-
-
-def _invalid(path: str, value: object, expected: str) -> SpecError:
-    return SpecError(str(InvalidValueError(path or "value", value, expected)))
 
 
 def _describe(kind: Any, definitions: dict[str, Any]) -> dict[str, Any]:

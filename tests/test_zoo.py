@@ -8,7 +8,7 @@ from click.testing import CliRunner
 import ichprog
 from ichprog import zoo
 from ichprog.cli import main
-from ichprog.study.config import Study, template
+from ichprog.study import Study, template
 
 NAME = "perez2023.scratch"
 

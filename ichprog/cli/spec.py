@@ -22,6 +22,6 @@ def spec(name: str | None, schema: str | None) -> None:
 
         print_json(model_schema())
     else:
-        from ichprog.study.config import study_schema
+        from ichprog.study.study_file import study_schema
 
         print_json(study_schema())

@@ -1,16 +1,18 @@
 """Compare variants of a model, and baselines without an image, on the same folds of one cohort.
 
-`Study.read` reads a study file (`config`). `run` trains the variants and fits the baselines, one job at a time or on
-several workers (`jobs`, `baselines`), in a folder that `manifest` describes. `report` computes every figure from the
-predictions (`analysis`), measures saliency maps (`saliency_results`) and writes tables, figures and `report.html`.
-`parallel.cluster` yields an executor for `run`.
+`Study.read` reads a study file (`config`, `variants`), whose keys `study_file` describes. `run` trains the variants
+and fits the baselines, one job at a time or on several workers (`jobs`, `baselines`), in a folder that `manifest`
+describes. `report` computes every figure from the predictions (`analysis`), measures saliency maps
+(`saliency_results`) and writes tables, figures and `report.html` (`sections`). `parallel.cluster` yields an executor
+for `run`.
 """
 
-from ichprog.study.config import Study, presets, template
+from ichprog.study.config import Study
 from ichprog.study.jobs import Job, JobStatus, run, status
 from ichprog.study.manifest import research_notice
 from ichprog.study.report import report
 from ichprog.study.saliency_results import saliency_figure
+from ichprog.study.study_file import presets, template
 
 __all__ = [
     "Job",

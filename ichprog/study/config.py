@@ -1,45 +1,33 @@
 """Read a study file: `study.toml` becomes a frozen `Study`.
 
 Reading is strict: a key that is unknown, missing or of the wrong type is an error that names the file and the key.
-Relative paths start at the folder of the file. Templates of study files are in `presets`.
+Relative paths start at the folder of the file.
 """
 
-import dataclasses
 import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple
 
 from ichprog import schema
-from ichprog.errors import InvalidValueError, SpecError, UnknownNameError
-from ichprog.spec import ModelSpec, PluginRef, Task
-from ichprog.train import PRESETS, Protocol, resolve_spec
-
-BrainMode = Literal["auto", "extract", "given"]
-BaselineKind = Literal["majority", "logistic", "tree", "forest", "network", "fusion"]
+from ichprog.errors import SpecError, UnknownNameError
+from ichprog.schema import check_name, invalid_value
+from ichprog.spec import Task
+from ichprog.study.study_file import (
+    BaselineFile,
+    BaselineKind,
+    BrainMode,
+    LearningCurveFile,
+    Simulated,
+    StudyFile,
+    template,
+)
+from ichprog.study.variants import Variant, build_protocol, build_variant
+from ichprog.train import Protocol
 
 _NAME = re.compile(r"\w[\w.+-]*")
-_FOLD_FIELDS = ("split_seed", "validation_fraction")  # protocol fields that define the folds
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A model that the study trains.
-
-    Attributes:
-        name: Name in tables, and name of the variant's folder.
-        spec: Model that is trained.
-        protocol: Training protocol. The fields that define the folds are the same for all variants.
-        saliency: Saliency methods whose maps are measured.
-    """
-
-    name: str
-    spec: ModelSpec
-    protocol: Protocol
-    saliency: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -62,19 +50,6 @@ class Baseline:
     variant: str | None
     task: str
     optional: bool
-
-
-@dataclass(frozen=True)
-class Simulated:
-    """Patients that `ichprog.simulate` makes for the study.
-
-    Attributes:
-        patients: Number of patients.
-        seed: Random seed.
-    """
-
-    patients: int
-    seed: int = 0
 
 
 class Run(NamedTuple):
@@ -219,157 +194,12 @@ class Study:
             raise SpecError(f"{path}: {error}") from None
 
 
-def presets() -> list[str]:
-    """Return the names of the study templates.
-
-    Example:
-        >>> presets()
-        ['default', 'paper', 'smoke']
-    """
-    names = (item.name for item in (files(__package__) / "presets").iterdir())
-    return sorted(name.removesuffix(".toml") for name in names if name.endswith(".toml"))
-
-
-def template(preset: str = "default") -> str:
-    """Return a commented study file to start from, as TOML.
-
-    Args:
-        preset: A name from `presets`.
-
-    Raises:
-        UnknownNameError: There is no preset of this name.
-
-    Example:
-        >>> template("smoke").splitlines()[0].startswith("#")
-        True
-    """
-    if preset not in presets():
-        raise UnknownNameError("study preset", preset, presets())
-    return (files(__package__) / "presets" / f"{preset}.toml").read_text(encoding="utf-8")
-
-
-@dataclass(frozen=True)
-class VariantFile:
-    """A model that the study trains, and changes to the model.
-
-    Attributes:
-        name: Name in tables, and name of the variant's folder.
-        model: Name of a model, "local-dir:PATH", or a path to a JSON file.
-        tasks: Tasks of the model that are trained. By default all of them.
-        backbone: Backbone instead of the model's own.
-        head: Head of all tasks instead of the model's own heads.
-        loss_weights: Loss weights of tasks, by task.
-        shape: Shape of the grid: slices, rows, columns.
-        protocol: Protocol fields that differ from the `[protocol]` table.
-        saliency: Saliency methods whose maps are measured instead of the study's own.
-    """
-
-    name: str
-    model: str
-    tasks: tuple[str, ...] | None = None
-    backbone: PluginRef | None = None
-    head: PluginRef | None = None
-    loss_weights: Mapping[str, float] = field(default_factory=dict)
-    shape: tuple[int, int, int] | None = None
-    protocol: Mapping[str, Any] = field(default_factory=dict)
-    saliency: tuple[str, ...] | None = None
-
-
-@dataclass(frozen=True)
-class BaselineFile:
-    """A comparison model that needs no image of its own.
-
-    Attributes:
-        name: Name in tables.
-        kind: Kind of model.
-        columns: Numeric columns of the cohort.
-        variant: Variant whose predictions "fusion" uses.
-        task: Task that is predicted. By default the task by which the folds are stratified.
-        optional: Whether the baseline is left out if the cohort lacks one of the columns.
-    """
-
-    name: str
-    kind: BaselineKind
-    columns: tuple[str, ...] = ()
-    variant: str | None = None
-    task: str | None = None
-    optional: bool = False
-
-
-@dataclass(frozen=True)
-class LearningCurveFile:
-    """Smaller training parts on which variants are trained as well.
-
-    Attributes:
-        sizes: Numbers of training patients.
-        variants: Variants with a learning curve. By default all of them.
-    """
-
-    sizes: tuple[int, ...]
-    variants: tuple[str, ...] | None = None
-
-
-@dataclass(frozen=True)
-class StudyFile:
-    """A comparison of variants and baselines on the same folds of one cohort.
-
-    Attributes:
-        name: Name of the study.
-        folds: Number of folds.
-        variant: Models that are trained.
-        cohort: Tables of patients, used together.
-        simulated: Simulated patients instead of a cohort.
-        stratify_by: Task by whose label the folds are stratified. By default the first task of the first variant.
-        brain: How the brain is found.
-        device: Device that trains the variants.
-        protocol: Training protocol: a preset and changes to its fields.
-        baseline: Comparison models without an image.
-        learning_curve: Smaller training parts on which variants are trained as well.
-        n_bootstrap: Number of bootstrap resamples.
-        bootstrap_seed: Random seed of the bootstrap.
-        coverage: Share of patients whose label a conformal set must contain.
-        subgroups: Columns by which results are also reported for groups, each with the bounds between its groups.
-        correlations: Columns whose correlation with the outcome is reported.
-        readers: Table of readers' calls.
-        saliency: Saliency methods whose maps are measured.
-    """
-
-    name: str
-    folds: int
-    variant: tuple[VariantFile, ...]
-    cohort: tuple[str, ...] = ()
-    simulated: Simulated | None = None
-    stratify_by: str | None = None
-    brain: BrainMode = "auto"
-    device: str = "auto"
-    protocol: Mapping[str, Any] = field(default_factory=dict)
-    baseline: tuple[BaselineFile, ...] | None = None
-    learning_curve: LearningCurveFile | None = None
-    n_bootstrap: int = 1000
-    bootstrap_seed: int = 0
-    coverage: float = 0.9
-    subgroups: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
-    correlations: tuple[str, ...] = ()
-    readers: str | None = None
-    saliency: tuple[str, ...] = ()
-
-
-def study_schema() -> dict[str, Any]:
-    """Return the JSON Schema of a study file, for editors."""
-    described = schema.json_schema(StudyFile, "ichprog study")
-    protocol = {name: part for name, part in schema.json_schema(Protocol, "protocol").items() if name[0] != "$"}
-    preset = {"enum": list(PRESETS), "description": "Preset that the other fields change."}
-    described["properties"]["protocol"] = protocol | {"properties": {"preset": preset} | protocol["properties"]}
-    described["$defs"]["VariantFile"]["properties"]["protocol"] = protocol
-    return described
-
-
 def _build_study(file: StudyFile, path: Path) -> Study:
     """Check the rules that types do not express, and resolve names and paths."""
     _check_values(file)
-    protocol = _build_protocol(file.protocol)
+    protocol = build_protocol(file.protocol)
     variants = tuple(
-        _build_variant(table, f"variant[{index}]", path.parent, protocol, file.saliency)
+        build_variant(table, f"variant[{index}]", path.parent, protocol, file.saliency)
         for index, table in enumerate(file.variant)
     )
     study = Study(
@@ -393,7 +223,7 @@ def _build_study(file: StudyFile, path: Path) -> Study:
         readers=path.parent / file.readers if file.readers else None,
         saliency=file.saliency,
     )
-    _check_name("stratify_by", "task", study.stratify_by, _task_names(variants))
+    check_name("stratify_by", "task", study.stratify_by, _task_names(variants))
     study = _add_learning_curve(study, file.learning_curve)
     tables = _default_baselines() if file.baseline is None else file.baseline
     baselines = tuple(_build_baseline(table, f"baseline[{index}]", study) for index, table in enumerate(tables))
@@ -405,55 +235,15 @@ def _check_values(file: StudyFile) -> None:
     if bool(file.cohort) == bool(file.simulated):
         raise SpecError("Expected either cohort, a list of tables, or [simulated]. Give one of them.")
     if file.folds < 2:
-        raise _invalid("folds", file.folds, "2 or more: one to test on, the others to train on")
+        raise invalid_value("folds", file.folds, "2 or more: one to test on, the others to train on")
     if not 0 < file.coverage < 1:
-        raise _invalid("coverage", file.coverage, "a number between 0 and 1")
+        raise invalid_value("coverage", file.coverage, "a number between 0 and 1")
     if not file.variant:
-        raise _invalid("variant", [], "at least one [[variant]] table")
+        raise invalid_value("variant", [], "at least one [[variant]] table")
     if file.n_bootstrap < 1:
-        raise _invalid("n_bootstrap", file.n_bootstrap, "1 or more")
+        raise invalid_value("n_bootstrap", file.n_bootstrap, "1 or more")
     if file.bootstrap_seed < 0:
-        raise _invalid("bootstrap_seed", file.bootstrap_seed, "0 or more")
-
-
-def _build_variant(
-    table: VariantFile, where: str, folder: Path, protocol: Protocol, saliency: tuple[str, ...]
-) -> Variant:
-    spec = _load_spec(table.model, folder)
-    names = [task.name for task in spec.tasks]
-    for key, given in (("tasks", table.tasks or ()), ("loss_weights", table.loss_weights)):
-        for name in given:
-            _check_name(f"{where}.{key}", "task", name, names)
-    tasks = spec.tasks if table.tasks is None else tuple(spec.task(name) for name in table.tasks)
-    changed = replace(
-        spec,
-        tasks=tuple(
-            replace(
-                task,
-                head=table.head or task.head,
-                loss_weight=table.loss_weights.get(task.name, task.loss_weight),
-            )
-            for task in tasks
-        ),
-        backbone=table.backbone or spec.backbone,
-        input=replace(spec.input, shape=table.shape or spec.input.shape),
-    )
-    own = _build_protocol(table.protocol, protocol, f"{where}.protocol")
-    for name in _FOLD_FIELDS:
-        if getattr(own, name) != getattr(protocol, name):
-            raise SpecError(
-                f"{where}.protocol.{name}: defines the folds, which all variants share. Set it in [protocol] instead."
-            )
-    return Variant(table.name, changed, own, saliency if table.saliency is None else table.saliency)
-
-
-def _load_spec(model: str, folder: Path) -> ModelSpec:
-    """Load a model by its name, by "local-dir:PATH", or from a JSON file."""
-    if model.endswith(".json"):
-        return resolve_spec(folder / Path(model).expanduser())
-    if model.startswith("local-dir:"):
-        return resolve_spec(f"local-dir:{folder / Path(model.removeprefix('local-dir:')).expanduser()}")
-    return resolve_spec(model)
+        raise invalid_value("bootstrap_seed", file.bootstrap_seed, "0 or more")
 
 
 def _default_baselines() -> tuple[BaselineFile, ...]:
@@ -469,7 +259,7 @@ def _default_baselines() -> tuple[BaselineFile, ...]:
 def _build_baseline(table: BaselineFile, where: str, study: Study) -> Baseline:
     kind, columns, variant = table.kind, table.columns, table.variant
     task = table.task or study.stratify_by
-    _check_name(f"{where}.task", "task", task, _task_names(study.variants))
+    check_name(f"{where}.task", "task", task, _task_names(study.variants))
     if (count := len(study.task(task).labels)) != 2:
         raise SpecError(f"{where}.task: {task} has {count} labels. Expected a task with two labels.")
     if kind == "majority" and (columns or variant):
@@ -479,8 +269,8 @@ def _build_baseline(table: BaselineFile, where: str, study: Study) -> Baseline:
     if kind == "fusion":
         if not variant or not columns:
             raise SpecError(f"{where}: fusion takes a variant and at least one column.")
-        _check_name(f"{where}.variant", "variant", variant, [one.name for one in study.variants])
-        _check_name(f"{where}.task", "task", task, [one.name for one in study.variant(variant).spec.tasks])
+        check_name(f"{where}.variant", "variant", variant, [one.name for one in study.variants])
+        check_name(f"{where}.task", "task", task, [one.name for one in study.variant(variant).spec.tasks])
     return Baseline(table.name, kind, columns, variant, task, table.optional)
 
 
@@ -490,26 +280,11 @@ def _add_learning_curve(study: Study, table: LearningCurveFile | None) -> Study:
     names = [variant.name for variant in study.variants]
     chosen = names if table.variants is None else table.variants
     for name in chosen:
-        _check_name("learning_curve.variants", "variant", name, names)
+        check_name("learning_curve.variants", "variant", name, names)
     sizes = table.sizes
     if not sizes or min(sizes) < 2 or len(set(sizes)) < len(sizes):
-        raise _invalid("learning_curve.sizes", list(sizes), "different numbers, each 2 or more")
+        raise invalid_value("learning_curve.sizes", list(sizes), "different numbers, each 2 or more")
     return replace(study, curve_sizes=tuple(sorted(sizes)), curve_variants=tuple(chosen))
-
-
-def _build_protocol(data: Mapping[str, Any], base: Protocol | None = None, where: str = "protocol") -> Protocol:
-    """Apply changes to `base`, or to a preset without recalibration, because the study recalibrates by itself."""
-    changes = dict(data)
-    if base is None:
-        preset = changes.pop("preset", "default")
-        _check_name(f"{where}.preset", "preset", preset, PRESETS)
-        base = PRESETS[preset].replace(recalibrate=False)
-    for name in changes:
-        _check_name(where, "protocol field", name, [each.name for each in dataclasses.fields(Protocol)])
-    try:
-        return base.replace(**changes)
-    except InvalidValueError as error:
-        raise SpecError(f"{where}: {error}") from error
 
 
 def _task_names(variants: Iterable[Variant]) -> list[str]:
@@ -519,15 +294,6 @@ def _task_names(variants: Iterable[Variant]) -> list[str]:
 def _check_unique(names: Sequence[str]) -> None:
     for name in names:
         if not _NAME.fullmatch(name):
-            raise _invalid("name", name, "letters, digits and . _ + - with a letter or digit at the start")
+            raise invalid_value("name", name, "letters, digits and . _ + - with a letter or digit at the start")
         if names.count(name) > 1:
             raise SpecError(f"Duplicate name {name!r}. Each variant and baseline needs a name of its own.")
-
-
-def _invalid(name: str, value: object, expected: str) -> SpecError:
-    return SpecError(str(InvalidValueError(name, value, expected)))
-
-
-def _check_name(where: str, kind: str, name: object, known: Iterable[str]) -> None:
-    if name not in (names := list(dict.fromkeys(known))):
-        raise SpecError(f"{where}: {UnknownNameError(kind, name, names)}")

@@ -32,7 +32,8 @@ from ichprog.io import atomic_write, file_lock
 from ichprog.parallel import run_jobs
 from ichprog.spec import Task
 from ichprog.study import manifest
-from ichprog.study.config import Study, Variant
+from ichprog.study.config import Study
+from ichprog.study.variants import Variant
 
 State = Literal["done", "missing", "running", "failed"]
 

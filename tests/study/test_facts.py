@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from ichprog.reporting import tripod
-from ichprog.study import facts
-from ichprog.study.config import Study, template
+from ichprog.study import Study, facts, template
 
 from support.results import METRICS
 

@@ -10,8 +10,9 @@ import pytest
 
 from ichprog import SpecError, UnknownNameError, zoo
 from ichprog.spec import PluginRef
-from ichprog.study import config
-from ichprog.study.config import Baseline, Simulated, Study
+from ichprog.study import study_file
+from ichprog.study.config import Baseline, Study
+from ichprog.study.study_file import Simulated
 from ichprog.train import PRESETS
 
 from support import reference_pipeline
@@ -46,17 +47,17 @@ def read(tmp_path):
 
 @pytest.mark.parametrize("preset", ["default", "paper", "smoke"])
 def test_every_template_is_a_commented_study(preset, read):
-    text = config.template(preset)
+    text = study_file.template(preset)
     study = read(text)
     assert text.startswith("# ")
-    assert preset in config.presets()
+    assert preset in study_file.presets()
     assert study.task(study.stratify_by).name == study.variants[0].spec.tasks[0].name
     assert len({variant.name for variant in study.variants}) >= 3
     assert study.baselines[0] == Baseline("majority", "majority", (), None, study.stratify_by, False)
 
 
 def test_the_paper_preset_has_seven_image_models_with_published_loss_weights(read):
-    study = read(config.template("paper"))
+    study = read(study_file.template("paper"))
     image = [variant for variant in study.variants if variant.spec.tasks[0].name == "prognosis"]
     assert len(image) == 7
     assert {variant.spec.name for variant in study.variants} == set(reference_pipeline.PUBLISHED)
@@ -190,18 +191,18 @@ def test_a_missing_file_and_an_unknown_preset_are_refused(tmp_path):
     with pytest.raises(SpecError, match=r"none\.toml: cannot be read as TOML"):
         Study.read(tmp_path / "none.toml")
     with pytest.raises(UnknownNameError, match=r"Unknown study preset 'smok'\. Did you mean smoke"):
-        config.template("smok")
+        study_file.template("smok")
 
 
 def test_the_shipped_study_schema_is_current():
     """Otherwise run `ichprog spec --schema study > ichprog/schemas/study.schema.json`."""
-    assert json.loads(files("ichprog").joinpath("schemas/study.schema.json").read_text()) == config.study_schema()
+    assert json.loads(files("ichprog").joinpath("schemas/study.schema.json").read_text()) == study_file.study_schema()
 
 
 @pytest.mark.parametrize("preset", ["default", "paper", "smoke"])
 def test_the_study_templates_are_valid_by_the_schema(preset):
-    validator = jsonschema.Draft202012Validator(config.study_schema())
-    validator.check_schema(config.study_schema())
-    validator.validate(tomllib.loads(config.template(preset)))
+    validator = jsonschema.Draft202012Validator(study_file.study_schema())
+    validator.check_schema(study_file.study_schema())
+    validator.validate(tomllib.loads(study_file.template(preset)))
     with pytest.raises(jsonschema.ValidationError):
-        validator.validate(tomllib.loads(config.template(preset)) | {"fold": 3})
+        validator.validate(tomllib.loads(study_file.template(preset)) | {"fold": 3})

@@ -14,7 +14,7 @@ import ichprog.train
 from ichprog import CohortError, RunError, SpecError, UnknownNameError, parallel, zoo
 from ichprog.cohort import Cohort
 from ichprog.evaluation.predictions import Predictions
-from ichprog.study import config, jobs
+from ichprog.study import jobs, template
 from ichprog.study.config import Study
 from ichprog.study.manifest import load_cohort, split_folds
 from ichprog.train import folds
@@ -342,7 +342,7 @@ def test_an_address_without_a_scheduler_is_refused(monkeypatch):
 
 @pytest.mark.slow
 def test_the_smoke_study_runs_on_simulated_patients(tmp_path):
-    (tmp_path / "study.toml").write_text(config.template("smoke"))
+    (tmp_path / "study.toml").write_text(template("smoke"))
     study = Study.read(tmp_path / "study.toml")
     statuses = jobs.run(study, tmp_path / "out", workers=2)
     assert {status.state for status in statuses} == {"done"}

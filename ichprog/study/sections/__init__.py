@@ -1,0 +1,34 @@
+"""Build the sections of a study's report, and write their tables and figures.
+
+Each function takes a `ReportContext` and yields the sections of its topic, or nothing if the study lacks the data.
+"""
+
+from ichprog.reporting.html import Section
+from ichprog.study.sections import cohort, maps, tasks, training
+from ichprog.study.sections.context import ReportContext
+
+__all__ = ["ReportContext", "build_sections"]
+
+
+def build_sections(context: ReportContext, *, saliency_patients: int) -> list[Section]:
+    """Build all sections of the report and write their tables and figures.
+
+    Args:
+        context: Results of the study.
+        saliency_patients: Number of patients whose saliency maps are measured.
+    """
+    sections = [*cohort.comparison(context), *cohort.patients(context)]
+    for task in context.tasks:
+        sections += tasks.results(context, task)
+    for build in (
+        tasks.probabilities,
+        training.learning_curve,
+        cohort.subgroups,
+        cohort.readers,
+        tasks.boundaries,
+        maps.mistakes,
+    ):
+        sections += build(context)
+    if saliency_patients and any(variant.saliency for variant in context.study.variants):
+        sections.append(maps.saliency(context, saliency_patients))
+    return [*sections, *training.losses(context)]
