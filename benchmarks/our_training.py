@@ -11,6 +11,7 @@ from ichprog import zoo
 from ichprog.train import PRESETS, grid_cache, trainer
 from ichprog.train.callbacks import Callback
 from ichprog.train.distributed import DistributedContext
+from ichprog.train.fold_job import FoldJob
 from ichprog.train.folds import Fold
 
 
@@ -45,7 +46,7 @@ def epoch_runner(
     everyone = np.arange(len(scans))
     files = grid_cache.prepare(scans, spec.input, brain="given", folder=folder / "grids")
     names, checkpoint = [path.name for path in scans], folder / "none"
-    job = trainer.FoldJob(spec, protocol, 0, Fold(everyone, everyone, everyone), names, files, labels, checkpoint)
+    job = FoldJob(spec, protocol, 0, Fold(everyone, everyone, everyone), names, files, labels, checkpoint)
     context = DistributedContext("cpu")
     state = trainer.TrainerState(job, context)
 

@@ -1,6 +1,7 @@
 """Imports between packages point downward only, and light entry points import no large library."""
 
 import ast
+import graphlib
 import re
 import subprocess
 import sys
@@ -76,6 +77,22 @@ def test_imports_point_downward(path):
     for other in set(imported_packages(path)) - {package, "__version__"}:
         assert layer_of[other] < layer_of[package] or (package, other) in SIDEWAYS, f"{package} -> {other} points up"
         assert other not in FORBIDDEN.get(package, ()), f"{package} must not import {other}"
+
+
+def test_no_two_modules_import_each_other():
+    """Imports for types only and imports inside functions count, too."""
+    modules = {".".join(("ichprog", *path.relative_to(PACKAGE).with_suffix("").parts)): path for path in FILES}
+    modules = {name: path for name, path in modules.items() if path.stem != "__init__"}
+    imports = {name: modules.keys() & set(imported_names(path)) for name, path in modules.items()}
+    graphlib.TopologicalSorter(imports).prepare()  # raises CycleError with the modules of a cycle
+
+
+def imported_names(path):
+    """Yield the full name of everything that a file imports with `from`."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
 def test_every_module_has_a_layer_and_a_telling_name():

@@ -1,7 +1,7 @@
 """Training: a cohort and a model description become weights, fold by fold, in a directory that is a model.
 
 `protocol` holds the settings, `folds` splits the cohort, `grid_cache` prepares scans, `augmentation` alters them,
-`losses` and `mixed_precision` define what is minimised and in which precision. `trainer` trains one fold,
+`losses` and `mixed_precision` define what is minimised and in which precision. `trainer` trains one fold (`fold_job`),
 `cross_validation` trains all, `distributed` coordinates processes, `callbacks` report, `run_dir` writes the results.
 """
 

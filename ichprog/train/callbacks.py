@@ -3,19 +3,17 @@
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ichprog.errors import IchprogError, UnknownNameError, missing_extra
-
-if TYPE_CHECKING:
-    from ichprog.train.run_dir import RunDir
-    from ichprog.train.trainer import FoldJob
+from ichprog.train.fold_job import FoldJob
+from ichprog.train.run_dir import RunDir
 
 
 class Callback:
     """React to the events of a training. The methods of this base class do nothing."""
 
-    def on_fold_start(self, job: "FoldJob", history: Sequence[Mapping[str, float]]) -> None:
+    def on_fold_start(self, job: FoldJob, history: Sequence[Mapping[str, float]]) -> None:
         """Handle the start of a fold.
 
         Args:
@@ -23,7 +21,7 @@ class Callback:
             history: Log rows of the epochs that an earlier run has completed.
         """
 
-    def on_batch_end(self, job: "FoldJob", n_batches: int, loss: float) -> None:
+    def on_batch_end(self, job: FoldJob, n_batches: int, loss: float) -> None:
         """Handle the end of a batch.
 
         Args:
@@ -32,7 +30,7 @@ class Callback:
             loss: Loss of the batch.
         """
 
-    def on_epoch_end(self, job: "FoldJob", row: Mapping[str, float]) -> None:
+    def on_epoch_end(self, job: FoldJob, row: Mapping[str, float]) -> None:
         """Handle the end of an epoch.
 
         Args:
@@ -57,17 +55,17 @@ class CallbackList(Callback):
     def __init__(self, callbacks: Sequence[Callback]) -> None:
         self.callbacks = tuple(callbacks)
 
-    def on_fold_start(self, job: "FoldJob", history: Sequence[Mapping[str, float]]) -> None:
+    def on_fold_start(self, job: FoldJob, history: Sequence[Mapping[str, float]]) -> None:
         """Forward the event."""
         for callback in self.callbacks:
             callback.on_fold_start(job, history)
 
-    def on_batch_end(self, job: "FoldJob", n_batches: int, loss: float) -> None:
+    def on_batch_end(self, job: FoldJob, n_batches: int, loss: float) -> None:
         """Forward the event."""
         for callback in self.callbacks:
             callback.on_batch_end(job, n_batches, loss)
 
-    def on_epoch_end(self, job: "FoldJob", row: Mapping[str, float]) -> None:
+    def on_epoch_end(self, job: FoldJob, row: Mapping[str, float]) -> None:
         """Forward the event."""
         for callback in self.callbacks:
             callback.on_epoch_end(job, row)
@@ -86,7 +84,7 @@ class ProgressCallback(Callback):
         self.last_row: Mapping[str, float] | None = None
         self.position = 0.0
 
-    def on_fold_start(self, job: "FoldJob", history: Sequence[Mapping[str, float]]) -> None:
+    def on_fold_start(self, job: FoldJob, history: Sequence[Mapping[str, float]]) -> None:
         """Open the progress bar."""
         self.last_row = history[-1] if history else None
         self.position = float(len(history))
@@ -102,13 +100,13 @@ class ProgressCallback(Callback):
                 file=sys.stderr,
             )
 
-    def on_batch_end(self, job: "FoldJob", n_batches: int, loss: float) -> None:
+    def on_batch_end(self, job: FoldJob, n_batches: int, loss: float) -> None:
         """Advance the progress bar by a batch."""
         if self.bar is not None:
             self._advance(self.position + 1 / n_batches)
             self.bar.set_postfix_str(f"loss {loss:.3f}{self._format_validation(job)}")
 
-    def on_epoch_end(self, job: "FoldJob", row: Mapping[str, float]) -> None:
+    def on_epoch_end(self, job: FoldJob, row: Mapping[str, float]) -> None:
         """Show the epoch's loss and validation scores."""
         self.last_row = row
         scores = f"loss {row['loss']:.3f}{self._format_validation(job)}"
@@ -129,7 +127,7 @@ class ProgressCallback(Callback):
         self.position = min(position, self.bar.total)  # fractions of an epoch may sum to a little more
         self.bar.update(self.position - self.bar.n)
 
-    def _format_validation(self, job: "FoldJob") -> str:
+    def _format_validation(self, job: FoldJob) -> str:
         if self.last_row is None:
             return ""
         aucs = ", ".join(f"{task} {self.last_row[f'val_auc_{task}']:.2f}" for task in job.labels)
@@ -143,15 +141,15 @@ class LogCallback(Callback):
         run_dir: The run directory.
     """
 
-    def __init__(self, run_dir: "RunDir") -> None:
+    def __init__(self, run_dir: RunDir) -> None:
         self.run_dir = run_dir
         self.history: list[Mapping[str, float]] = []
 
-    def on_fold_start(self, job: "FoldJob", history: Sequence[Mapping[str, float]]) -> None:  # noqa: ARG002
+    def on_fold_start(self, job: FoldJob, history: Sequence[Mapping[str, float]]) -> None:  # noqa: ARG002
         """Take over the rows of an earlier run."""
         self.history = list(history)
 
-    def on_epoch_end(self, job: "FoldJob", row: Mapping[str, float]) -> None:
+    def on_epoch_end(self, job: FoldJob, row: Mapping[str, float]) -> None:
         """Append the row and write the log."""
         self.history.append(row)
         self.run_dir.write_log(job.fold, self.history)
@@ -169,7 +167,7 @@ class TrackerCallback(Callback):
         IchprogError: Accelerate or a tracker's package is not installed.
     """
 
-    def __init__(self, names: Sequence[str], run_dir: "RunDir") -> None:
+    def __init__(self, names: Sequence[str], run_dir: RunDir) -> None:
         try:
             from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
             from accelerate.utils import LoggerType
@@ -186,7 +184,7 @@ class TrackerCallback(Callback):
                 raise IchprogError(f"The tracker {name!r} needs {package}. Install it with: pip install {package}.")
         self.classes = [LOGGER_TYPE_TO_CLASS[name] for name in dict.fromkeys(names)]
 
-    def on_fold_start(self, job: "FoldJob", history: Sequence[Mapping[str, float]]) -> None:  # noqa: ARG002
+    def on_fold_start(self, job: FoldJob, history: Sequence[Mapping[str, float]]) -> None:  # noqa: ARG002
         """Start the trackers with the first fold and store the protocol."""
         if self.trackers:
             return
@@ -198,7 +196,7 @@ class TrackerCallback(Callback):
             tracker.store_init_configuration({"model": job.spec.name, **job.protocol.to_dict()})
             self.trackers.append(tracker)
 
-    def on_epoch_end(self, job: "FoldJob", row: Mapping[str, float]) -> None:
+    def on_epoch_end(self, job: FoldJob, row: Mapping[str, float]) -> None:
         """Log every finite value of the row, with the fold in its name."""
         values = {
             f"fold{job.fold}/{name}": value

@@ -15,6 +15,7 @@ from ichprog.train import TrainOptions, grid_cache, mixed_precision, trainer
 from ichprog.train import folds as folds_module
 from ichprog.train.callbacks import Callback, CallbackList, LogCallback, ProgressCallback, TrackerCallback
 from ichprog.train.distributed import DistributedContext
+from ichprog.train.fold_job import FoldJob
 from ichprog.train.folds import Fold
 from ichprog.train.protocol import Protocol
 from ichprog.train.run_dir import RunDir, environment, required_bytes, run_identity
@@ -96,9 +97,7 @@ class CrossValidation:
         self, fold: int, grids: Sequence[Path], context: DistributedContext, run_dir: RunDir, callback: Callback
     ) -> None:
         checkpoint = run_dir.fold_dir(fold) / "checkpoint.pt"
-        job = trainer.FoldJob(
-            self.spec, self.protocol, fold, self.folds[fold], self.names, grids, self.labels, checkpoint
-        )
+        job = FoldJob(self.spec, self.protocol, fold, self.folds[fold], self.names, grids, self.labels, checkpoint)
         if not context.is_main_process:
             trainer.train_fold(job, context, callback)
             return

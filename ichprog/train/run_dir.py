@@ -38,9 +38,9 @@ from ichprog.io import atomic_write, file_lock, write_csv, write_json
 from ichprog.model import DEPENDENCIES
 from ichprog.networks import Network
 from ichprog.spec import GoldenOutput, ModelSpec, Weights
+from ichprog.train.fold_job import FoldJob, FoldResult
 from ichprog.train.folds import Fold
 from ichprog.train.protocol import Protocol
-from ichprog.train.trainer import FoldJob, FoldResult
 
 _FORMAT = 1
 

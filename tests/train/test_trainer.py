@@ -13,6 +13,7 @@ from ichprog import RunError, registry
 from ichprog.backbones import Backbone
 from ichprog.spec import PluginRef
 from ichprog.train import PRESETS, QUIRKS, folds, grid_cache, train, trainer
+from ichprog.train.fold_job import FoldJob
 
 from support.cohorts import QUICK, plain_backbone, read_table, run_checksums
 
@@ -143,9 +144,9 @@ def test_a_nan_loss_names_its_patients(folder, cohort, spec, tmp_path, monkeypat
     registry.register_backbone("spoilt", lambda: Spoilt(made.features, made.out_channels, made.cam_layer))
     loaded = []
     monkeypatch.setattr(trainer, "augment", lambda values, *_: values)
-    load = trainer.FoldJob.load_grids
+    load = FoldJob.load_grids
     monkeypatch.setattr(
-        trainer.FoldJob,
+        FoldJob,
         "load_grids",
         lambda job, patients, device: loaded.append(patients) or load(job, patients, device),
     )

@@ -1,0 +1,81 @@
+"""What one fold is trained with, and what its training results in."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ichprog.networks import Network
+from ichprog.spec import ModelSpec
+from ichprog.train.folds import Fold
+from ichprog.train.protocol import Protocol
+
+LogRow = dict[str, float]
+
+
+@dataclass(frozen=True)
+class FoldJob:
+    """Hold everything that one fold is trained with.
+
+    Attributes:
+        spec: The model.
+        protocol: The protocol.
+        fold: The fold's number.
+        parts: The fold's patients.
+        names: Names of all patients.
+        grids: Grids of all patients, .npy files.
+        labels: `(N,)` label indices of all patients for each task, -1 if unknown.
+        checkpoint: Path of the checkpoint.
+    """
+
+    spec: ModelSpec
+    protocol: Protocol
+    fold: int
+    parts: Fold
+    names: Sequence[str]
+    grids: Sequence[Path]
+    labels: Mapping[str, np.ndarray]
+    checkpoint: Path
+
+    def load_grids(self, patients: Sequence[int] | np.ndarray, device: torch.device) -> Tensor:
+        """Return the grids `(B, 1, D, H, W)` of patients."""
+        stacked = np.stack([np.load(self.grids[int(p)], mmap_mode="r") for p in patients])[:, None]
+        return torch.from_numpy(stacked).to(device)
+
+    def targets(self, patients: np.ndarray) -> dict[str, Tensor]:
+        """Return `(B,)` label indices of patients for each task."""
+        return {task: torch.from_numpy(values[patients]) for task, values in self.labels.items()}
+
+    def seed(self, *purpose: int) -> int:
+        """Return a random seed for one purpose within this fold."""
+        return int(np.random.SeedSequence([self.protocol.seed, self.fold, *purpose]).generate_state(1)[0])
+
+    def format_names(self, patients: np.ndarray) -> str:
+        """Return the names of patients, separated by commas."""
+        return ", ".join(self.names[int(patient)] for patient in patients)
+
+
+@dataclass(frozen=True)
+class FoldResult:
+    """Hold the result of a fold.
+
+    Attributes:
+        network: The network of the best epoch on the CPU, recalibrated if the protocol says so.
+        logits: `(n, K)` of the test part for each task.
+        validation: `(n, K)` of the validation part for each task.
+        history: The log, one row per epoch.
+        best: The best epoch's row.
+        calibration: Scale and shifts of each task's logits, or None.
+        precision: Precision of the training, with the reason if "auto" chose float32.
+    """
+
+    network: Network
+    logits: dict[str, Tensor]
+    validation: dict[str, Tensor]
+    history: list[LogRow]
+    best: LogRow
+    calibration: dict[str, tuple[float, list[float]] | None]
+    precision: str
