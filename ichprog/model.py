@@ -454,11 +454,12 @@ def explain(
     return next(iter(results.values())) if is_single else results
 
 
-def resolve_brain(brain: "Brain") -> "Brain":
+def resolve_brain(brain: "Brain", *, folder: Path = Path()) -> "Brain":
     """Resolve a brain option to a brain mode, a brain extractor or a mask.
 
     Args:
         brain: A brain mode, the name of a brain-extractor plugin, or a mask: a path, a nibabel image or an array.
+        folder: Folder at which the relative path of a mask starts.
 
     Returns:
         The brain mode as text, a `BrainExtractor`, a Path, an image or an array.
@@ -476,12 +477,14 @@ def resolve_brain(brain: "Brain") -> "Brain":
         extractors = registry.brain_extractors
         if any(entry.matches(brain) for entry in extractors.entries()):
             return BrainExtractor(brain, extractors.load(brain), extractors.entry(brain).owner)
-        if not (Path(brain).exists() or brain.endswith((".nii", ".nii.gz")) or len(Path(brain).parts) > 1):
+        if not ((folder / brain).exists() or brain.endswith((".nii", ".nii.gz")) or len(Path(brain).parts) > 1):
             names = [*get_args(BrainMode), *extractors.names()]
             raise UnknownNameError("brain mode or extractor", brain, names, hint="A mask is given by its path.")
         brain = Path(brain)
-    if isinstance(brain, Path) and not brain.is_file():
-        raise InvalidValueError("brain mask", str(brain), "an existing file")
+    if isinstance(brain, Path):
+        brain = folder / brain.expanduser()
+        if not brain.is_file():
+            raise InvalidValueError("brain mask", str(brain), "an existing file")
     if not (isinstance(brain, str | Path | BrainExtractor | np.ndarray) or hasattr(brain, "dataobj")):
         expected = "a brain mode, the name of a brain extractor, or a mask (path, nibabel image or array)"
         raise InvalidValueError("type of brain", type(brain).__name__, expected)

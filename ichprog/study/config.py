@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ichprog import schema
-from ichprog.errors import SpecError, UnknownNameError
+from ichprog.errors import InvalidValueError, SpecError, UnknownNameError
 from ichprog.schema import check_name, invalid_value
 from ichprog.spec import Task
 from ichprog.study.study_file import (
     BaselineFile,
     BaselineKind,
-    BrainMode,
     LearningCurveFile,
     Simulated,
     StudyFile,
@@ -75,7 +74,7 @@ class Study:
         simulated: Simulated patients, or None.
         folds: Number of folds, the same for all variants.
         stratify_by: Task by whose label the folds are stratified. Patients without the label only train.
-        brain: How the brain is found.
+        brain: "auto", "extract" or "given", the name of a brain extractor, or the path of a mask.
         device: Device that trains the variants.
         variants: Models that are trained.
         baselines: Comparison models without an image.
@@ -97,7 +96,7 @@ class Study:
     simulated: Simulated | None
     folds: int
     stratify_by: str
-    brain: BrainMode
+    brain: str | Path
     device: str
     variants: tuple[Variant, ...]
     baselines: tuple[Baseline, ...]
@@ -209,7 +208,7 @@ def _build_study(file: StudyFile, path: Path) -> Study:
         simulated=file.simulated,
         folds=file.folds,
         stratify_by=file.stratify_by or variants[0].spec.tasks[0].name,
-        brain=file.brain,
+        brain=_locate_brain(file.brain, path.parent),
         device=file.device,
         variants=variants,
         baselines=(),
@@ -244,6 +243,17 @@ def _check_values(file: StudyFile) -> None:
         raise invalid_value("n_bootstrap", file.n_bootstrap, "1 or more")
     if file.bootstrap_seed < 0:
         raise invalid_value("bootstrap_seed", file.bootstrap_seed, "0 or more")
+
+
+def _locate_brain(brain: str, folder: Path) -> str | Path:
+    """Return a brain mode or the name of an extractor as it is, and a mask as a path."""
+    from ichprog.model import resolve_brain
+
+    try:
+        resolved = resolve_brain(brain, folder=folder)
+    except (InvalidValueError, UnknownNameError) as error:
+        raise SpecError(f"brain: {error}") from None
+    return resolved if isinstance(resolved, Path) else brain  # a worker of the study loads the extractor itself
 
 
 def _default_baselines() -> tuple[BaselineFile, ...]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -99,7 +100,7 @@ def tripod_facts(
         "columns": ", ".join(columns) or "no columns",
         "models": "; ".join(f"{variant.name}: {_format_backbone(variant.spec)}" for variant in study.variants) + ".",
         "preparation": " ".join(dict.fromkeys(_format_input(spec) for spec in specs)),
-        "brain": _BRAIN[study.brain],
+        "brain": _format_brain(study.brain),
         "folds": study.folds,
         "stratify_by": main,
         "validation": f"{100 * study.protocol.validation_fraction:g} %",
@@ -109,6 +110,12 @@ def tripod_facts(
         "performance": f"{readable_name(metric)} of {main}: {'; '.join(performances)}" if performances else None,
         "version": version("ichprog"),
     }
+
+
+def _format_brain(brain: str | Path) -> str:
+    if isinstance(brain, Path):
+        return f"the mask {brain.name}, for every scan"
+    return _BRAIN.get(brain, f"extracted from every scan by {brain}")
 
 
 def _format_counts(task: Task, labels: np.ndarray) -> str:

@@ -279,6 +279,7 @@ def _prepare_grids(study: Study, cohort: Cohort, cache: Path, jobs: Sequence[Job
     import torch
 
     from ichprog import networks
+    from ichprog.model import resolve_brain
     from ichprog.train import folds, grid_cache
 
     inputs = []
@@ -294,8 +295,9 @@ def _prepare_grids(study: Study, cohort: Cohort, cache: Path, jobs: Sequence[Job
         if spec.input not in inputs:
             inputs.append(spec.input)
     scans = [patient.scan for patient in cohort.patients]
+    brain = resolve_brain(study.brain)
     for contract in inputs:
-        grid_cache.prepare(scans, contract, brain=study.brain, folder=cache / "grids", workers=workers)
+        grid_cache.prepare(scans, contract, brain=brain, folder=cache / "grids", workers=workers)
 
 
 def _list_jobs(study: Study) -> list[Job]:

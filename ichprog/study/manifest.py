@@ -89,6 +89,8 @@ def build_manifest(study: Study, cohort: Cohort) -> dict[str, Any]:
         UnknownNameError: The cohort lacks a column that the study needs.
         CohortError: There are too few patients for the folds.
     """
+    from ichprog.model import resolve_brain
+    from ichprog.scan import brain_key
     from ichprog.train.run_dir import digest, environment
 
     if missing := _missing_columns([*study.subgroups, *study.correlations], cohort):
@@ -106,7 +108,7 @@ def build_manifest(study: Study, cohort: Cohort) -> dict[str, Any]:
             "stratify_by": study.stratify_by,
             "split_seed": study.protocol.split_seed,
             "validation": study.protocol.validation_fraction,
-            "brain": study.brain,
+            "brain": brain_key(resolve_brain(study.brain)),
         },
         "cohort": {"source": cohort.source, "simulated": _is_simulated(study), "columns": _columns(cohort)},
         "variants": variants,

@@ -13,7 +13,6 @@ from ichprog.errors import UnknownNameError
 from ichprog.spec import PluginRef
 from ichprog.train import PRESETS, Protocol
 
-BrainMode = Literal["auto", "extract", "given"]
 BaselineKind = Literal["majority", "logistic", "tree", "forest", "network", "fusion"]
 
 
@@ -102,7 +101,8 @@ class StudyFile:
         cohort: Tables of patients, used together.
         simulated: Simulated patients instead of a cohort.
         stratify_by: Task by whose label the folds are stratified. By default the first task of the first variant.
-        brain: How the brain is found.
+        brain: "auto" extracts the brain if a skull is visible, "extract" always, "given" never; or the name of a
+            brain-extractor plugin; or the path of a mask that fits every scan.
         device: Device that trains the variants.
         protocol: Training protocol: a preset and changes to its fields.
         baseline: Comparison models without an image.
@@ -122,7 +122,7 @@ class StudyFile:
     cohort: tuple[str, ...] = ()
     simulated: Simulated | None = None
     stratify_by: str | None = None
-    brain: BrainMode = "auto"
+    brain: str = "auto"
     device: str = "auto"
     protocol: Mapping[str, Any] = field(default_factory=dict)
     baseline: tuple[BaselineFile, ...] | None = None

@@ -81,6 +81,13 @@ def test_relative_paths_start_at_the_folder_of_the_file(read, tmp_path):
     assert study.variant("own").spec == spec
 
 
+def test_the_brain_is_a_mode_an_extractor_or_a_mask(read, tmp_path):
+    assert read(new='brain = "extract"\n').brain == "extract"
+    assert read(new='brain = "morphology"\n').brain == "morphology"
+    (tmp_path / "mask.nii.gz").touch()
+    assert read(new='brain = "mask.nii.gz"\n').brain == tmp_path / "mask.nii.gz"
+
+
 def test_a_variant_changes_its_model(read):
     study = read(
         more="""
@@ -147,7 +154,9 @@ BASELINE = '[[baseline]]\nname = "new"\n'
         ("coverage = 1\n", "", r"Invalid coverage 1\.0\. Expected a number between 0 and 1"),
         ('coverage = "most"\n', "", "Invalid coverage 'most'. Expected a finite number"),
         ("simulated = { patients = 3 }\n", "", "either cohort.*or .simulated.*Give one of them"),
-        ('brain = "yes"\n', "", "Invalid brain 'yes'. Expected 'auto', 'extract' or 'given'"),
+        ('brain = "yes"\n', "", r"study\.toml: brain: Unknown brain mode or extractor 'yes'"),
+        ('brain = "morfology"\n', "", "brain: Unknown brain mode or extractor 'morfology'. Did you mean morphology"),
+        ('brain = "none.nii.gz"\n', "", "brain: Invalid brain mask '.*none.nii.gz'. Expected an existing file"),
         ('stratify_by = "prognosi"\n', "", "stratify_by: Unknown task 'prognosi'. Did you mean prognosis"),
         ("[protocol]\nepoch = 3\n", "", "protocol: Unknown protocol field 'epoch'. Did you mean epochs"),
         ("[protocol]\nepochs = 0\n", "", "protocol: Invalid protocol epochs 0. Expected a whole number from 1"),

@@ -1,12 +1,15 @@
 """The jobs of a study: each runs once, on the same folds, and a worker that dies loses no job."""
 
 import dataclasses
+import hashlib
 import json
 import multiprocessing
 import os
 import shutil
 import signal
 
+import nibabel as nib
+import numpy as np
 import pytest
 from filelock import FileLock
 
@@ -151,6 +154,32 @@ def test_a_learning_curve_trains_on_fewer_patients_with_the_same_test_parts(pati
 
 
 # failures
+
+
+def test_a_study_applies_a_mask_to_every_scan(patients_folder, make_study, tmp_path):
+    """A mask of the left half blackens the right half of every prepared grid."""
+    scan = nib.load(next(each.scan for each in load_cohort(make_study(), tmp_path).patients))
+    half = np.zeros(scan.shape, np.uint8)
+    half[: scan.shape[0] // 2] = 1
+    nib.Nifti1Image(half, scan.affine).to_filename(patients_folder / "half.nii.gz")
+    text = STUDY[: STUDY.index("[[variant]]")].replace('brain = "given"', 'brain = "half.nii.gz"')
+    text = text.replace("epochs = 12", "epochs = 1") + '[[variant]]\nname = "one"\nmodel = "spec.json"\n'
+    study = make_study(text, "[[baseline]]\nname = 'majority'\nkind = 'majority'\n")
+    statuses = jobs.run(study, tmp_path / "out", cache_dir=tmp_path / "c")
+    assert {status.state for status in statuses} == {"done"}, [status.error for status in statuses]
+    record = json.loads((tmp_path / "out/study.json").read_text())
+    digest = hashlib.sha256((patients_folder / "half.nii.gz").read_bytes()).hexdigest()
+    assert record["compared"]["brain"] == f"mask {digest}"
+    grids = [np.load(path) for path in (tmp_path / "c").rglob("*.npy")]
+    assert len(grids) == record["compared"]["patients"]
+    for grid in grids:
+        occupied = np.sort(
+            [
+                np.count_nonzero(grid[..., : grid.shape[-1] // 2 - 1]),
+                np.count_nonzero(grid[..., grid.shape[-1] // 2 + 1 :]),
+            ]
+        )
+        assert occupied[0] == 0 < occupied[1]
 
 
 def test_a_failed_job_is_recorded_and_the_others_continue(patients_folder, make_study, tmp_path, monkeypatch):
