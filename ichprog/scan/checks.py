@@ -19,6 +19,7 @@ from ichprog.scan.morphology import (
     bounding_box,
     cut_bands,
     dilate_mm,
+    fill_holes,
     largest_component,
     resample_slices,
     triangle_weights,
@@ -43,12 +44,15 @@ _SIDES = {  # axis, whether the side is the end of the axis, and curvature of th
     "bottom": (2, False, 3.8),
     "right side": (0, False, 3.8),
     "left side": (0, True, 3.8),
-    "front": (1, False, 1.9),
-    "back": (1, True, 1.9),
+    "front": (1, False, 2.8),
+    "back": (1, True, 2.8),
 }
 _BLOOD_HU = (50.0, 100.0)
 _BLOOD_DEEP_MM, _BLOOD_SHALLOW_MM, _BLOOD_THICK_MM = 5.0, 3.0, 2.5
 _SINUS_ML = 5.0
+_DENSE_HU, _METAL_HU = 140.0, 2500.0  # the first includes bone mixed with soft tissue
+_GAP_MM = 10.0  # the skull is at most this far from the brain
+_SKULL_MM, _CAP_MM = 15.0, 25.0
 
 
 class Finding(NamedTuple):
@@ -426,6 +430,85 @@ def measure_dense_blood(scan: Scan, mask: np.ndarray) -> tuple[float, np.ndarray
     blood_ml = max(thickest_ml(_BLOOD_DEEP_MM), shallow_ml, 0.0)
     centres = (np.arange(scan.hu.shape[2]) + 0.5) * scan.spacing[2]
     return blood_ml, np.interp(centres, (np.arange(area_cm2.size) + 0.5) * spacing[2], area_cm2)
+
+
+@register_check(
+    "skull-gap",
+    "a wide gap in the skull: a craniectomy, or an extraction that leaked; brain and scalp are hard to separate there",
+    quantity="brain without bone outside, above its middle",
+    unit="cm2",
+    expected=(None, 8.0),
+)
+def _check_skull_gap(case: CheckInput) -> list[Finding]:
+    vault = _vault(case)
+    if vault is None:
+        return []
+    uncovered = vault.surface & ~dilate_mm(vault.bone, _GAP_MM, vault.spacing)
+    joined = largest_component(dilate_mm(uncovered, 1.01 * max(vault.spacing), vault.spacing))
+    area_cm2 = float(np.count_nonzero(uncovered & joined)) * vault.spacing[0] * vault.spacing[2] / 100
+    return out_of_range([area_cm2], case.expected, f"the brain without bone within {_GAP_MM:g} mm", "cm2")
+
+
+@register_check(
+    "thin-skull",
+    "a skull as thin as that of an infant or a young child",
+    quantity="mean thickness of the skull, with its blurred edges",
+    unit="mm",
+    expected=(7.0, None),
+)
+def _check_skull_thickness(case: CheckInput) -> list[Finding]:
+    vault = _vault(case)
+    if vault is None:
+        return []
+    slices = slice(0, max(1, vault.bone.shape[2] - round(_CAP_MM / vault.spacing[2])))  # the cap is cut obliquely
+    bone = vault.bone & dilate_mm(vault.brain, _SKULL_MM, vault.spacing)
+    surface = int(np.count_nonzero(vault.surface[..., slices]))
+    mean_mm = int(np.count_nonzero(bone[..., slices])) * vault.spacing[0] / max(1, surface)
+    return out_of_range([mean_mm], case.expected, "the mean thickness of the skull", "mm")
+
+
+class _Vault(NamedTuple):
+    """The upper half of the brain with the bone around it, `(i, j, k)` on the grid of about 2 mm."""
+
+    brain: np.ndarray
+    surface: np.ndarray
+    bone: np.ndarray
+    spacing: Spacing
+
+
+def _vault(case: CheckInput) -> _Vault | None:
+    """Return the upper half of the brain with the bone around it, or None without a skull."""
+    scan, mask, _ = case
+    if not has_skull(scan):
+        return None
+    box = bounding_box(mask)
+    _, spacing = scan.lowres_geometry
+    brain = _resample_box(np.moveaxis(mask[box], 2, 0), box, scan) > 0.5
+    i, j, k = bounding_box(brain)
+    margin = [int(_SKULL_MM / mm) + 1 for mm in spacing]
+    upper = (
+        slice(max(0, i.start - margin[0]), i.stop + margin[0]),
+        slice(max(0, j.start - margin[1]), j.stop + margin[1]),
+        slice((k.start + k.stop) // 2, k.stop),
+    )
+    brain = fill_holes(brain)[upper]  # holes are air inside the skull
+    surface = brain & dilate_mm(~brain, 1.01 * max(spacing), spacing)
+    return _Vault(brain, surface, scan.lowres[upper] > _DENSE_HU, spacing)
+
+
+@register_check(
+    "metal",
+    "metal in the slices of the brain, whose streaks hide tissue; not seen if the scan is clipped below 2500 HU",
+    quantity="volume of at least 2500 HU",
+    unit="mL",
+    expected=(None, 0.1),
+)
+def _check_metal(case: CheckInput) -> list[Finding]:
+    if case.scan.hu_range[1] < _METAL_HU:
+        return []
+    planes = bounding_box(case.mask)[2]
+    metal_ml = _volume_ml(case.scan.hu[:, :, planes] >= _METAL_HU, case.scan)
+    return out_of_range([metal_ml], case.expected, f"the volume of at least {_METAL_HU:g} HU", "mL")
 
 
 @register_check("skull-present", "the scan was given as the brain alone, but a skull is visible", only_if_given=True)

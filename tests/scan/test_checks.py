@@ -227,6 +227,32 @@ def test_a_model_can_switch_the_blood_check_off():
     assert warnings_of(phantoms.alone(phantoms.head()), no_blood=(0.0, None)) == {}
 
 
+def test_a_wide_gap_in_the_skull_gives_a_warning():
+    small, wide = (phantoms.head(blood="deep", defect=((66, -5, 20), radius)).scan for radius in (15, 45))
+    assert "skull-gap" not in warnings_of(small)
+    found = warnings_of(wide)["skull-gap"]
+    assert found.unit == "cm2"
+    assert 20 < found.measured < 64  # of a defect of 64 cm2, whose rim of 10 mm has bone nearby
+
+
+def test_an_open_top_of_the_scan_is_no_gap():
+    assert "skull-gap" not in warnings_of(phantoms.head(blood="deep", high=(95, 115, 45)).scan)
+
+
+def test_the_thickness_of_the_skull_is_measured():
+    found = warnings_of(bleeding().scan, thin_skull=(20.0, None))["thin-skull"]
+    assert found.measured == pytest.approx(7 + 4, abs=1)  # the phantom's bone has 7 mm, and blurred edges
+    assert found.unit == "mm"
+    assert "thin-skull" not in warnings_of(phantoms.alone(bleeding()), thin_skull=(20.0, None))
+
+
+@pytest.mark.parametrize(("hu", "corner", "is_seen"), [(3071, 20, True), (2400, 20, False), (3071, 0, False)])
+def test_metal_in_the_slices_of_the_brain_gives_a_warning(hu, corner, is_seen):
+    values = bleeding().scan.hu.copy()
+    values[60:64, 60:64, corner : corner + 2] = hu
+    assert ("metal" in warnings_of(with_hu(values))) == is_seen
+
+
 def test_a_given_head_with_its_skull_gives_a_warning():
     assert {"skull-present", "brain-volume"} <= set(warnings_of(bleeding().scan, mode="given"))
 
