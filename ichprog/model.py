@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from ichprog.cohort import Cohort
     from ichprog.saliency import Score
     from ichprog.scan.brain import Brain
-    from ichprog.sources import ScanSource
+    from ichprog.sources import ScanSource, SingleScan
 
 OnError = Literal["raise", "record"]
 _Item = TypeVar("_Item")
@@ -297,10 +297,18 @@ def load_model(
     return Model.build(spec, files, config, hub.cache_folder(cache_dir))
 
 
+# A path may be one scan, a folder of scans or a table, which only the disk can tell. The result is typed as
+# `Prediction | Any`, as typeshed types such results: the common case, one scan, keeps completion and checks, and a list
+# needs no cast. A union with `list[Prediction]` would make every caller with one scan test the type first. A folder or
+# a table in a list is typed exactly: `predict(model, ["scans"])` is a `list[Prediction]`.
 @overload
-def predict(  # type: ignore[overload-overlap]  # some sources are iterable too, but one is meant
-    model: Model | str, scans: "ScanSource", *, brain: "Brain" = ..., on_error: OnError = ...
+def predict(  # type: ignore[overload-overlap]  # a pair (array, affine) is a tuple, too, but one scan is meant
+    model: Model | str, scans: "SingleScan", *, brain: "Brain" = ..., on_error: OnError = ...
 ) -> Prediction: ...
+@overload
+def predict(
+    model: Model | str, scans: str | Path, *, brain: "Brain" = ..., on_error: OnError = ...
+) -> Prediction | Any: ...
 @overload
 def predict(  # type: ignore[overload-overlap]
     model: Model | str,

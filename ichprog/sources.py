@@ -15,7 +15,8 @@ from ichprog.scan import Scan
 if TYPE_CHECKING:
     import nibabel as nib
 
-    ScanSource = str | Path | nib.spatialimages.SpatialImage | tuple[np.ndarray, np.ndarray] | Scan | Patient
+    SingleScan = nib.spatialimages.SpatialImage | tuple[np.ndarray, np.ndarray] | Scan | Patient
+    ScanSource = str | Path | SingleScan
 
 TABLE_SUFFIXES = (".csv", ".tsv")
 EXPECTED = (

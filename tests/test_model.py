@@ -451,13 +451,35 @@ def test_a_third_party_method_that_requires_features_gets_the_compiled_network(
 
 
 TYPED = """
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, assert_type
+
+import numpy as np
+from nibabel.spatialimages import SpatialImage
+
 import ichprog
+from ichprog import Prediction
 
 ichprog.explain("perez2023.prognosis", "scan.nii.gz").save("map.nii.gz")
 for key, saliency in ichprog.explain("perez2023.prognosis", "scan.nii.gz", method=["grad_cam"]).items():
     saliency.save(key[0] + ".nii")
 probability: float = ichprog.predict("perez2023.prognosis", "scan.nii.gz")["prognosis"].probabilities["poor"]
 names: list[str] = list(ichprog.predict("perez2023.prognosis", "scan.nii.gz"))
+
+model, zeros = ichprog.load_model("perez2023.prognosis"), np.zeros((2, 2, 2), np.int16)
+assert_type(ichprog.predict(model, (zeros, np.eye(4))), Prediction)
+def of_image(image: SpatialImage) -> None:
+    assert_type(ichprog.predict(model, image), Prediction)
+assert_type(ichprog.predict(model, "scan.nii.gz"), Prediction | Any)
+assert_type(ichprog.predict(model, Path("scans")), Prediction | Any)
+assert_type(ichprog.predict(model, ["scans"]), list[Prediction])
+assert_type(ichprog.predict(model, Path().glob("*.nii")), Iterator[Prediction])
+ichprog.to_frame(ichprog.predict(model, "scans"))
+found = ichprog.predict(model, "scans")
+if isinstance(found, list):
+    print(found[0].scan)
+ichprog.predict(model, "scan.nii.gz").probability  # type: ignore[union-attr]  # a Prediction has no such attribute
 """
 
 
