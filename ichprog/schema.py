@@ -12,11 +12,34 @@ import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, TypeVar, cast
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 from ichprog.errors import InvalidValueError, SpecError, UnknownNameError
 
 _T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """The range of a number, as in `Annotated[float, Bounds(0, 1)]`.
+
+    Attributes:
+        low: Smallest allowed value.
+        high: Largest allowed value.
+    """
+
+    low: float = -math.inf
+    high: float = math.inf
+
+    def __contains__(self, value: float) -> bool:
+        """Return whether a number lies in the range."""
+        return self.low <= value <= self.high
+
+    def __str__(self) -> str:
+        return f"from {self.low:g} to {self.high:g}" if self.high < math.inf else f"of {self.low:g} or more"
+
+
 _TYPES = {str: ("string", "a string"), int: ("integer", "a whole number"), float: ("number", "a finite number"),
           bool: ("boolean", "true or false")}  # fmt: skip
 
@@ -25,12 +48,13 @@ def read(kind: type[_T], data: Any, path: str = "") -> _T:
     """Convert plain data to a dataclass or another supported type.
 
     Args:
-        kind: Dataclass, `str`, `int`, `float`, `bool`, or a `Literal`, optional, `tuple` or `Mapping` of these.
+        kind: Dataclass, `str`, `int`, `float`, `bool`, or a `Literal`, optional, `tuple` or `Mapping` of these. A
+            number may be `Annotated` with `Bounds`.
         data: Data as JSON or TOML gives it.
         path: Path of the data in its file, for messages.
 
     Raises:
-        SpecError: A field is missing or unknown, or a value has another type.
+        SpecError: A field is missing or unknown, or a value has another type or is out of bounds.
 
     Example:
         >>> read(tuple[float, ...], [1, 2.5])
@@ -46,12 +70,15 @@ def describe_type(kind: Any) -> str:
     """Return the values that a scalar type or a `Literal` allows, as a phrase for messages.
 
     Args:
-        kind: `str`, `int`, `float`, `bool` or a `Literal`.
+        kind: `str`, `int`, `float`, `bool`, a `Literal`, or a number with `Bounds`.
 
     Example:
         >>> describe_type(Literal["auto", "float32", "bfloat16"])
         "'auto', 'float32' or 'bfloat16'"
     """
+    if typing.get_origin(kind) is Annotated:
+        number, bounds = typing.get_args(kind)
+        return f"{_TYPES[number][1]} {bounds}"
     if typing.get_origin(kind) is not Literal:
         return _TYPES[kind][1]
     *first, last = map(repr, typing.get_args(kind))
@@ -125,7 +152,7 @@ def json_schema(kind: type[Any], title: str) -> dict[str, Any]:
 @functools.cache
 def _fields(kind: type[Any]) -> dict[str, tuple[Any, bool]]:
     """Return the type of each field of a dataclass and whether the field is required."""
-    hints = typing.get_type_hints(kind)
+    hints = typing.get_type_hints(kind, include_extras=True)
     missing = dataclasses.MISSING
     return {
         field.name: (hints[field.name], field.default is missing and field.default_factory is missing)
@@ -139,10 +166,6 @@ def _convert(kind: Any, value: Any, path: str) -> Any:
         return value
     if origin in (types.UnionType, typing.Union):
         return None if value is None else _convert(_without_none(args), value, path)
-    if origin is Literal:
-        if value in args and type(value) in map(type, args):
-            return value
-        raise invalid_value(path, value, describe_type(kind))
     if origin is tuple:
         return _convert_list(args, value, path)
     if dataclasses.is_dataclass(kind):
@@ -151,6 +174,15 @@ def _convert(kind: Any, value: Any, path: str) -> Any:
         if not isinstance(value, Mapping):
             raise invalid_value(path, value, "an object (a table in TOML)")
         return {str(key): _convert(args[1], entry, f"{path}.{key}") for key, entry in value.items()}
+    return _convert_scalar(kind, value, path)
+
+
+def _convert_scalar(kind: Any, value: Any, path: str) -> Any:
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal and value in args and type(value) in map(type, args):
+        return value
+    if origin is Annotated and type(value) in (int, args[0]) and value in args[1]:
+        return _convert_scalar(args[0], value, path)
     if kind is float and type(value) in (int, float) and math.isfinite(value):
         return float(value)
     if kind is not float and type(value) is kind:
@@ -198,6 +230,9 @@ def _describe(kind: Any, definitions: dict[str, Any]) -> dict[str, Any]:
         return {"anyOf": [_describe(_without_none(args), definitions), {"type": "null"}]}
     if origin is Literal:
         return {"enum": list(args)}
+    if origin is Annotated:
+        limits = {"minimum": args[1].low, "maximum": args[1].high}
+        return _describe(args[0], definitions) | {key: limit for key, limit in limits.items() if math.isfinite(limit)}
     if origin is tuple and args[-1] is Ellipsis:
         return {"type": "array", "items": _describe(args[0], definitions)}
     if origin is tuple:

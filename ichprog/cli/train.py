@@ -63,16 +63,15 @@ def train(
 
     COHORT is a table of patients; several are combined. Afterwards the folder of the run is a model, local-dir:OUTPUT.
     """
-    from ichprog.train import PRESETS, TrainOptions, resolve_spec
+    from ichprog.train import PRESETS, Protocol, TrainOptions, resolve_spec
     from ichprog.train import train as train_model
 
     if preset not in PRESETS:
         raise UnknownNameError("preset", preset, PRESETS)
     shortcuts = {name: options.pop(name) for name in ("epochs", "seed", "loss_weighting")}
     fields = parse_assignments("--set", changes, "learning_rate=0.0005")
-    protocol = PRESETS[preset].replace(
-        **fields, **{name: value for name, value in shortcuts.items() if value is not None}
-    )
+    fields |= {name: value for name, value in shortcuts.items() if value is not None}
+    protocol = Protocol.read(fields, PRESETS[preset])
     weights = parse_assignments("--loss-weight", loss_weights, "TASK=0.5")
     spec = edit_tasks(resolve_spec(model), parse_assignments("--head", heads, "TASK=softmax"), dropped, weights)
     is_main_process = os.environ.get("RANK", "0") == "0"

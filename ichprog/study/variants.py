@@ -1,12 +1,11 @@
 """Build the variants of a study: each is a model with changes to its tasks, plugins, grid and training protocol."""
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ichprog.errors import InvalidValueError, SpecError
+from ichprog.errors import SpecError
 from ichprog.schema import check_name
 from ichprog.spec import ModelSpec
 from ichprog.study.study_file import VariantFile
@@ -101,9 +100,4 @@ def build_protocol(data: Mapping[str, Any], base: Protocol | None = None, where:
         preset = changes.pop("preset", "default")
         check_name(f"{where}.preset", "preset", preset, PRESETS)
         base = PRESETS[preset].replace(recalibrate=False)
-    for name in changes:
-        check_name(where, "protocol field", name, [each.name for each in dataclasses.fields(Protocol)])
-    try:
-        return base.replace(**changes)
-    except InvalidValueError as error:
-        raise SpecError(f"{where}: {error}") from error
+    return Protocol.read(changes, base, where)

@@ -4,10 +4,15 @@ import dataclasses
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from ichprog import schema
 from ichprog.errors import InvalidValueError, SpecError, UnknownNameError
+from ichprog.schema import Bounds
+
+_Count = Annotated[int, Bounds(0)]
+_Size = Annotated[float, Bounds(0)]
+_Fraction = Annotated[float, Bounds(0, 1)]
 
 
 @dataclass(frozen=True)
@@ -53,49 +58,64 @@ class Protocol:
             bfloat16 and computes the network's convolutions correctly; "auto": bfloat16 on a GPU that supports it.
     """
 
-    epochs: int = 60
-    patience: int = 20
+    epochs: Annotated[int, Bounds(1, 1e6)] = 60
+    patience: _Count = 20
     monitor: Literal["loss", "balanced_accuracy"] = "loss"
-    validation_fraction: float = 0.1
-    split_seed: int = 1
-    seed: int = 1
-    batch_size: int = 8
-    accumulation_steps: int = 1
+    validation_fraction: Annotated[float, Bounds(0.01, 0.9)] = 0.1
+    split_seed: _Count = 1
+    seed: _Count = 1
+    batch_size: Annotated[int, Bounds(2, 100000)] = 8
+    accumulation_steps: Annotated[int, Bounds(1, 100000)] = 1
     drop_last: bool = False
-    learning_rate: float = 1e-3
-    weight_decay: float = 1e-2
+    learning_rate: Annotated[float, Bounds(1e-12, 1000)] = 1e-3
+    weight_decay: _Size = 1e-2
     amsgrad: bool = False
     schedule: Literal["cosine", "plateau"] = "cosine"
-    warmup_epochs: int = 3
-    plateau_patience: int = 5
-    plateau_factor: float = 0.98
+    warmup_epochs: _Count = 3
+    plateau_patience: _Count = 5
+    plateau_factor: Annotated[float, Bounds(0.001, 0.999)] = 0.98
     loss_weighting: Literal["fixed", "uncertainty"] = "fixed"
     balance: Literal["none", "class_weights", "oversample"] = "class_weights"
     recalibrate: bool = True
-    rotation_degrees: float = 8.0
-    rotation_prob: float = 0.8
+    rotation_degrees: Annotated[float, Bounds(0, 180)] = 8.0
+    rotation_prob: _Fraction = 0.8
     rotation_units: Literal["mm", "voxels"] = "mm"
-    zoom: float = 0.1
+    zoom: Annotated[float, Bounds(0, 0.9)] = 0.1
     zoom_mode: Literal["random", "always"] = "random"
-    shift: float = 0.04
-    flip_prob: float = 0.5
-    noise_std: float = 0.01
-    noise_prob: float = 0.5
-    contrast: float = 0.1
-    brightness: float = 0.02
+    shift: Annotated[float, Bounds(0, 0.9)] = 0.04
+    flip_prob: _Fraction = 0.5
+    noise_std: _Size = 0.01
+    noise_prob: _Fraction = 0.5
+    contrast: Annotated[float, Bounds(0, 0.9)] = 0.1
+    brightness: _Size = 0.02
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
 
     def __post_init__(self) -> None:
-        for name, kind in typing.get_type_hints(type(self)).items():
-            given, expected = getattr(self, name), schema.describe_type(kind)
+        for name, kind in typing.get_type_hints(type(self), include_extras=True).items():
+            given = getattr(self, name)
             try:
-                value = schema.read(kind, given)
+                object.__setattr__(self, name, schema.read(kind, given))  # a whole number becomes a float
             except SpecError:
-                raise InvalidValueError(f"protocol {name}", given, expected) from None
-            object.__setattr__(self, name, value)  # a whole number becomes a float
-            low, high = _RANGES.get(name, (0, float("inf")))
-            if typing.get_origin(kind) is not Literal and not low <= value <= high:
-                raise InvalidValueError(f"protocol {name}", value, f"{expected} from {low:g} to {high:g}")
+                raise InvalidValueError(f"protocol {name}", given, schema.describe_type(kind)) from None
+
+    @classmethod
+    def read(cls, changes: Mapping[str, Any], base: "Protocol", path: str = "protocol") -> "Protocol":
+        """Return a protocol with changes that a file or the command line gives.
+
+        Args:
+            changes: New values by field name, as JSON or TOML gives them.
+            base: Protocol that is changed.
+            path: Path of the changes in their file, for messages.
+
+        Raises:
+            SpecError: A field does not exist, or a value is not allowed.
+
+        Example:
+            >>> Protocol.read({"epochs": 0}, PRESETS["paper"])
+            Traceback (most recent call last):
+            ichprog.errors.SpecError: Invalid protocol.epochs 0. Expected a whole number from 1 to 1e+06.
+        """
+        return schema.read(cls, {**base.to_dict(), **changes}, path)
 
     def replace(self, **changes: Any) -> "Protocol":
         """Return a copy of the protocol with some of its fields changed.
@@ -131,22 +151,6 @@ class Protocol:
         fields = self.to_dict()
         return [sentence for when, sentence in QUIRKS if all(fields[name] == value for name, value in when.items())]
 
-
-_RANGES = {  # fields not listed here are 0 or more
-    "epochs": (1, 1e6),
-    "batch_size": (2, 1e5),
-    "accumulation_steps": (1, 1e5),
-    "validation_fraction": (0.01, 0.9),
-    "learning_rate": (1e-12, 1e3),
-    "plateau_factor": (1e-3, 0.999),
-    "rotation_prob": (0, 1),
-    "flip_prob": (0, 1),
-    "noise_prob": (0, 1),
-    "zoom": (0, 0.9),
-    "shift": (0, 0.9),
-    "contrast": (0, 0.9),
-    "rotation_degrees": (0, 180),
-}
 
 QUIRKS: tuple[tuple[Mapping[str, Any], str], ...] = (
     (

@@ -89,10 +89,10 @@ def test_tasks_are_edited_on_the_command_line(run_train, folder, tmp_path):
     ("arguments", "expected_message"),
     [
         (["--preset", "papers"], "Unknown preset 'papers'. Did you mean paper"),
-        (["--set", "learningrate=1"], "Unknown protocol field 'learningrate'. Did you mean learning_rate"),
+        (["--set", "learningrate=1"], "Unknown key of protocol 'learningrate'. Did you mean learning_rate"),
         (["--set", "learning_rate"], "Invalid --set 'learning_rate'. Expected NAME=VALUE"),
-        (["--set", "learning_rate=quick"], "Invalid protocol learning_rate 'quick'. Expected a finite number"),
-        (["--loss-weighting", "learned"], "Invalid protocol loss_weighting 'learned'. Expected 'fixed' or"),
+        (["--set", "learning_rate=quick"], "Invalid protocol.learning_rate 'quick'. Expected a finite number"),
+        (["--loss-weighting", "learned"], "Invalid protocol.loss_weighting 'learned'. Expected 'fixed' or"),
         (["-m", "densenet"], "Unknown model 'densenet'"),
         (["--folds", "40"], "fewer than 40 folds"),
         (["--head", "gsc=softmax"], "Unknown task .*'gsc'. Did you mean gcs"),
