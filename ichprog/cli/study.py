@@ -77,6 +77,7 @@ def run(
 
     if scheduler and slurm:
         raise click.UsageError("--scheduler and --slurm exclude each other. Give one of them.")
+    ichprog.study.require_packages()
     options = parse_assignments("--slurm", slurm, "queue=gpu")
     plan, folder = ichprog.study.Study.read(study), output or study.with_suffix("")
     with ExitStack() as stack:

@@ -10,7 +10,7 @@ for `run`.
 from ichprog.study.config import Study
 from ichprog.study.jobs import Job, JobStatus, run, status
 from ichprog.study.manifest import research_notice
-from ichprog.study.report import report
+from ichprog.study.report import report, require_packages
 from ichprog.study.saliency_results import saliency_figure
 from ichprog.study.study_file import presets, template
 
@@ -20,6 +20,7 @@ __all__ = [
     "Study",
     "presets",
     "report",
+    "require_packages",
     "research_notice",
     "run",
     "saliency_figure",

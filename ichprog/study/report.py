@@ -7,9 +7,10 @@ STUDY/metrics.json       intervals by run, task and metric: value, low, high
      /report.html        everything in one file
 """
 
+from importlib.util import find_spec
 from pathlib import Path
 
-from ichprog.errors import RunError
+from ichprog.errors import RunError, missing_extra
 from ichprog.evaluation.predictions import Predictions
 from ichprog.io import write_json
 from ichprog.reporting import tables, tripod
@@ -25,6 +26,19 @@ _LIMITS = (
     "adjustment over metrics.",
     "The results hold for this cohort. Another cohort, hospital or period may rank the variants differently.",
 )
+
+
+_REQUIRED_PACKAGES = {"jinja2": "jinja2", "matplotlib": "matplotlib", "scipy": "scipy", "sklearn": "scikit-learn"}
+
+
+def require_packages() -> None:
+    """Check that the packages that `report` needs are installed, so that a missing one is found before the training.
+
+    Raises:
+        IchprogError: A package is not installed. The message names all missing packages and the extra.
+    """
+    if missing := [package for module, package in _REQUIRED_PACKAGES.items() if find_spec(module) is None]:
+        raise missing_extra("study", " and ".join(missing), "The report of a study")
 
 
 def report(study: Study, out: str | Path, *, saliency_patients: int = 0, cache_dir: str | Path | None = None) -> Path:

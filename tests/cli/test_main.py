@@ -76,6 +76,19 @@ def test_study_new_prints_the_path_as_json(run, tmp_path):
     assert json.loads(printed) == {"path": str(tmp_path / "study.toml")}
 
 
+@pytest.mark.parametrize(
+    ("missing", "packages"),
+    [(["matplotlib"], "matplotlib. Install it"), (["jinja2", "sklearn"], "jinja2 and scikit-learn. Install them")],
+)
+def test_a_study_names_missing_packages_before_the_first_job(missing, packages, run, tmp_path, monkeypatch):
+    run("study", "new", tmp_path / "study.toml", "--preset", "smoke")
+    for module in missing:
+        monkeypatch.setitem(sys.modules, module, None)
+    done = run("study", "run", tmp_path / "study.toml", code=1)
+    assert done.stderr == f"Error: The report of a study needs {packages} with: pip install 'ichprog[study]'.\n"
+    assert not (tmp_path / "study").exists()
+
+
 @pytest.mark.parametrize("code", [0, 2])
 def test_the_process_ends_with_the_exit_code_and_whole_output(code):
     arguments = ["models", "perez*" if code == 0 else "zzz*"]
