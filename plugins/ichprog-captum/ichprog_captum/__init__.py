@@ -2,7 +2,8 @@
 
 Each method is a function `attribute(score, grid, network, **options)`, as `ichprog.saliency` describes. It returns a
 signed, unscaled map `(D, H, W)`, or a coarser one. Methods with a baseline use an empty grid: 0 everywhere, as outside
-of a brain. One grid passes through the network at a time, so that memory is that of one pass.
+of a brain. One grid passes through the network at a time, so that memory is that of one pass. `occlusion` passes
+several small grids at a time.
 
 captum needs hooks on the torch network, so all methods have the default `requires = "network"`.
 """
@@ -24,6 +25,8 @@ from ichprog_captum.wrappers import (
 )
 
 Steps = int | str | tuple[int, int, int]
+
+_CELLS_PER_PASS = 1_000_000  # less than a third of one grid of 40 x 301 x 301, so memory stays below its pass
 
 
 def integrated_gradients(
@@ -95,7 +98,7 @@ def occlusion(
     *,
     window: Steps | None = None,
     stride: Steps | None = None,
-    batch: int = 1,
+    batch: int | None = None,
 ) -> Tensor:
     """Return how much the score falls if a window of the grid is set to 0, the mean over windows.
 
@@ -109,7 +112,7 @@ def occlusion(
         window: Slices, rows and columns of the window, such as (5, 16, 16) or "5,16,16", or one number for all.
             By default a quarter of the slices and a fifth of rows and columns.
         stride: Step of the window. By default all of its slices and half of its rows and columns.
-        batch: Number of positions in one pass.
+        batch: Number of positions in one pass. By default as many as make about a million cells, at least one.
 
     Raises:
         ValueError: An option is not a positive whole number, or the stride skips cells.
@@ -124,7 +127,9 @@ def occlusion(
     step = _steps("stride", stride) or (size[0], -(-size[1] // 2), -(-size[2] // 2))
     if any(move > cells for move, cells in zip(step, size, strict=True)):
         raise ValueError(f"a stride of {step} skips cells between windows of {size}; expected at most the window")
-    _whole("batch", batch)
+    # Threads wait for each other after every operation, which costs more than a small grid's operations on a busy
+    # machine. Several grids in one pass share the waiting.
+    batch = max(1, _CELLS_PER_PASS // math.prod(shape)) if batch is None else _whole("batch", batch)
     positions = math.prod(
         -(-(cells - extent) // move) + 1 for cells, extent, move in zip(shape, size, step, strict=True)
     )
