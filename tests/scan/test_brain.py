@@ -117,7 +117,7 @@ def test_padding_of_a_regridded_scan_changes_nothing():
 def test_a_skull_is_seen_in_heads_and_not_in_brains():
     made = plain()
     assert has_skull(made.scan)
-    alone = phantoms.alone(made)
+    alone = phantoms.brain_only(made)
     alone.hu[20:24, 30:34, 5:7] = 3000  # a clip and crumbs
     alone.hu[60:75, 20:22, 20:23] = 700
     assert not has_skull(alone)
@@ -137,7 +137,7 @@ def test_auto_extracts_if_a_skull_is_visible():
 @pytest.mark.parametrize("mode", ["auto", "given"])
 def test_a_given_brain_is_unchanged(mode, empty):
     made = plain()
-    alone = phantoms.alone(made)
+    alone = phantoms.brain_only(made)
     alone.hu[~made.brain] = empty
     scan, mask, record = isolate_brain(alone, mode)
     assert scan is alone
@@ -146,7 +146,7 @@ def test_a_given_brain_is_unchanged(mode, empty):
 
 
 def test_errors_name_the_remedy():
-    alone = phantoms.alone(plain())
+    alone = phantoms.brain_only(plain())
     with pytest.raises(UnknownNameError, match="given"):
         isolate_brain(alone, "givn")
     with pytest.raises(ScanError, match="brain='given'") as e:

@@ -76,7 +76,7 @@ def test_air_and_bone_may_be_clipped(low, high):
     ],
 )
 def test_a_value_out_of_range_is_reported_in_units(usual, code, unit):
-    found = warnings_of(phantoms.alone(bleeding()), **usual)
+    found = warnings_of(phantoms.brain_only(bleeding()), **usual)
     assert list(found) == [code]
     assert found[code].unit == unit
     assert found[code].measured is not None
@@ -109,7 +109,7 @@ def test_constant_scans_are_empty():
 @pytest.mark.parametrize("alone", [False, True])
 @pytest.mark.parametrize("offset", [1000, 1024])
 def test_a_missing_intercept_is_named(offset, alone):
-    hu = phantoms.alone(bleeding()).hu if alone else bleeding().scan.hu
+    hu = phantoms.brain_only(bleeding()).hu if alone else bleeding().scan.hu
     error = refusal(with_hu(hu + offset))
     assert error.code == "not-hu"
     assert "1024" in str(error)
@@ -121,7 +121,7 @@ def test_an_intercept_subtracted_twice_is_refused():
 
 @pytest.mark.parametrize("alone", [False, True])
 def test_normalised_values_are_refused(alone):
-    hu = phantoms.alone(bleeding()).hu if alone else bleeding().scan.hu
+    hu = phantoms.brain_only(bleeding()).hu if alone else bleeding().scan.hu
     assert refusal(with_hu(hu.clip(0, 80) / 80)).code == "not-hu"
     assert refusal(with_hu((hu - hu.mean()) / hu.std())).code == "not-hu"
 
@@ -133,7 +133,7 @@ def test_eight_bit_pictures_are_refused(low, high):
 
 
 def test_an_eight_bit_brain_is_refused():
-    picture = np.round(phantoms.alone(bleeding()).hu.clip(0, 80) * 255 / 80)
+    picture = np.round(phantoms.brain_only(bleeding()).hu.clip(0, 80) * 255 / 80)
     assert refusal(with_hu(picture)).code == "eight-bit"
 
 
@@ -152,12 +152,12 @@ def test_a_whole_head_clipped_to_a_window_is_refused(low, high):
 
 @pytest.mark.parametrize("ceiling", [60, 80])
 def test_a_clipped_brain_gives_a_warning(ceiling):
-    found = warnings_of(with_hu(phantoms.alone(bleeding()).hu.clip(0, ceiling)))
+    found = warnings_of(with_hu(phantoms.brain_only(bleeding()).hu.clip(0, ceiling)))
     assert found["windowed"].measured == ceiling
 
 
 def test_less_than_100_ml_of_brain_is_an_error():
-    scan = phantoms.alone(bleeding())
+    scan = phantoms.brain_only(bleeding())
     mask = np.zeros(scan.hu.shape, bool)
     mask[:20, :20, :10] = True
     with pytest.raises(ScanError) as e:
@@ -177,7 +177,7 @@ def test_less_than_100_ml_of_brain_is_an_error():
     ],
 )
 def test_a_cropped_brain_gives_a_warning(cut, side):
-    found = warnings_of(phantoms.alone(phantoms.head(blood="deep", **cut)), field_of_view=(90.0, 350.0))
+    found = warnings_of(phantoms.brain_only(phantoms.head(blood="deep", **cut)), field_of_view=(90.0, 350.0))
     warning = found["cropped-brain"]
     missing_ml = volume_ml(bleeding()) - volume_ml(phantoms.head(blood="deep", **cut))
     assert side in warning.message
@@ -213,18 +213,18 @@ def test_the_missing_volume_does_not_depend_on_the_slice_thickness(slice_mm):
 
 @pytest.mark.parametrize("noise", [0, 4, 12])
 def test_a_head_without_blood_gives_a_warning(noise):
-    found = warnings_of(phantoms.alone(phantoms.head(noise=noise)))
+    found = warnings_of(phantoms.brain_only(phantoms.head(noise=noise)))
     assert list(found) == ["no-blood"]
     assert found["no-blood"].measured < 0.5
 
 
 @pytest.mark.parametrize("blood", [*phantoms.BLOOD, "subdural", ((25, 0, 10), 8.2), ((-30, 20, 30), 8.2)], ids=str)
 def test_blood_is_seen_from_two_millilitres_and_against_the_skull(blood):
-    assert "no-blood" not in warnings_of(phantoms.alone(phantoms.head(blood=blood, noise=8, blood_hu=62)))
+    assert "no-blood" not in warnings_of(phantoms.brain_only(phantoms.head(blood=blood, noise=8, blood_hu=62)))
 
 
 def test_a_model_can_switch_the_blood_check_off():
-    assert warnings_of(phantoms.alone(phantoms.head()), no_blood=(0.0, None)) == {}
+    assert warnings_of(phantoms.brain_only(phantoms.head()), no_blood=(0.0, None)) == {}
 
 
 def test_a_wide_gap_in_the_skull_gives_a_warning():
@@ -243,7 +243,7 @@ def test_the_thickness_of_the_skull_is_measured():
     found = warnings_of(bleeding().scan, thin_skull=(20.0, None))["thin-skull"]
     assert found.measured == pytest.approx(7 + 4, abs=1)  # the phantom's bone has 7 mm, and blurred edges
     assert found.unit == "mm"
-    assert "thin-skull" not in warnings_of(phantoms.alone(bleeding()), thin_skull=(20.0, None))
+    assert "thin-skull" not in warnings_of(phantoms.brain_only(bleeding()), thin_skull=(20.0, None))
 
 
 @pytest.mark.parametrize(("hu", "corner", "is_seen"), [(3071, 20, True), (2400, 20, False), (3071, 0, False)])

@@ -1,4 +1,4 @@
-"""Writes synthetic CT series: bright blobs at known places in the patient, sampled where each slice truly lies."""
+"""Write simulated CT series of a phantom with dense blobs, whose HU are known at every point of the patient."""
 
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,11 @@ STUDY = "1.2.826.0.1.3680043.8.498.1"
 
 
 def hu_at(lps: np.ndarray) -> np.ndarray:
-    """HU of the phantom at any point, `(..., 3)` LPS mm: tissue with three blobs of 500, 600 and 700 HU more."""
+    """Return the HU of the phantom: tissue and three blobs of up to 500, 600 and 700 HU more.
+
+    Args:
+        lps: Points `(..., 3)` in LPS mm.
+    """
     hu = np.full(lps.shape[:-1], TISSUE_HU)
     for height, centre in zip((500, 600, 700), BLOBS_LPS, strict=True):
         hu += height * np.exp(-((lps - centre) ** 2).sum(-1) / (2 * BLOB_SIGMA_MM**2))
@@ -27,13 +31,13 @@ def hu_at(lps: np.ndarray) -> np.ndarray:
 def slices(
     *, gaps: Any = 5.0, count: int = 26, tilt: float = 0.0, turn: tuple[float, float, float] = (0, 0, 0)
 ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """What a scanner would measure: position, orientation and HU of each slice, from foot to head.
+    """Return the position, orientation and HU of each slice, from foot to head.
 
     Args:
-        gaps: Travel of the table between slices in mm, one number or one for each pair.
-        count: Slices, where one gap is given.
-        tilt: Degrees by which the gantry leans, its front towards the head, while the table moves straight.
-        turn: Degrees by which slices and table together are turned about x, y and z.
+        gaps: Distances between slices along the table in mm: one number, or one for each pair of neighbours.
+        count: Number of slices, if `gaps` is one number.
+        tilt: Tilt of the gantry in degrees, positive if its anterior side leans towards the head.
+        turn: Rotation of slices and table about x, y and z, in degrees.
     """
     turned = Rotation.from_euler("xyz", turn, degrees=True)
     gantry = turned * Rotation.from_euler("x", -tilt, degrees=True)
@@ -60,18 +64,18 @@ def write(
     tags: dict[str, Any] | None = None,
     **geometry: Any,
 ) -> list[Path]:
-    """Writes a series, its files in no order, and returns them from foot to head.
+    """Write a series under shuffled file names, and return its files from foot to head.
 
     Args:
-        folder: Where to; made if need be.
-        missing: Slices that are left out.
-        syntax: Transfer syntax of the pixels.
-        slope: HU of one stored unit; None leaves both rescale values out.
-        intercept: HU of stored 0.
-        signed: Whether stored values have a sign.
-        bits: Bits stored.
-        numbered_from: Where names of files begin, to write several series into one folder.
-        tags: DICOM values to set on every file, by keyword; None removes one.
+        folder: Folder of the files. It is created if it does not exist.
+        missing: Numbers of the slices that are not written.
+        syntax: Transfer syntax of the pixel data.
+        slope: Rescale slope. None writes neither slope nor intercept.
+        intercept: Rescale intercept, in HU.
+        signed: Whether stored values are signed.
+        bits: Number of bits stored.
+        numbered_from: Number of the first file name, to write several series into one folder.
+        tags: DICOM values to set in every file, by keyword. None removes the value.
         geometry: As in `slices`.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -103,7 +107,12 @@ def write(
 
 
 def write_enhanced(file: Path, **geometry: Any) -> None:
-    """Writes a series as one multi-frame file, its frames from head to foot."""
+    """Write a series as one multi-frame file, with frames from head to foot.
+
+    Args:
+        file: Path of the file.
+        geometry: As in `slices`.
+    """
     scanned = slices(**geometry)[::-1]
     stored = np.stack([np.round(hu + 1024) for _, _, hu in scanned])
     data = _file(EnhancedCTImageStorage, stored)
@@ -124,7 +133,7 @@ def write_enhanced(file: Path, **geometry: Any) -> None:
 
 
 def change(data: Dataset, **tags: Any) -> None:
-    """Sets values by keyword; None removes one."""
+    """Set DICOM values by keyword. None removes the value."""
     for keyword, value in tags.items():
         if value is not None:
             setattr(data, keyword, value)
@@ -133,7 +142,7 @@ def change(data: Dataset, **tags: Any) -> None:
 
 
 def transcode(file: Path, syntax: str) -> None:
-    """Compresses one file's pixels in place, as an archive would."""
+    """Change the transfer syntax of a file in place, as an archive does."""
     import gdcm
 
     reader = gdcm.ImageReader()
@@ -176,5 +185,5 @@ def _items(**tags: Any) -> Sequence:
 
 
 def _decimal(value: float) -> str:
-    """At most 16 characters, as the standard has it."""
+    """Return a number as a decimal string of at most 16 characters, the limit of DICOM."""
     return f"{value:.8f}"
