@@ -1,8 +1,8 @@
 """Simulated patients with an intracranial haemorrhage: scans, masks, labels and their true probabilities.
 
-`population` draws patients and their outcomes, `anatomy` deforms a template into a head, `haemorrhage` adds blood,
-`scanner` acquires the scan, `dicom` writes it as a series. No real patient is involved, and results on simulated
-patients show nothing about real ones.
+`realism` holds the options, `population` draws patients and their outcomes, `anatomy` deforms a template into a head,
+`haemorrhage` adds blood, `insertion` adds it to a given head, `structures` adds what is taken for blood, `scanner` acquires the scan, `dicom` writes it as a
+series. No real patient is involved, and results on simulated patients show nothing about real ones.
 """
 
 import json
@@ -20,13 +20,15 @@ from ichprog.errors import InvalidValueError, RunError
 from ichprog.io import atomic_write, file_lock, write_csv, write_json
 from ichprog.parallel import parallel_map
 from ichprog.simulate.anatomy import Individual
-from ichprog.simulate.haemorrhage import Shape, draw_haemorrhage
+from ichprog.simulate.haemorrhage import MASK_VALUES, Shape, draw_haemorrhage
+from ichprog.simulate.insertion import add_haemorrhage
 from ichprog.simulate.population import Person, draw_person
+from ichprog.simulate.realism import PRESETS, Realism, find_realism
 from ichprog.simulate.scanner import SimulatedScan, acquire
 
-__all__ = ["Patient", "Person", "SimulatedScan", "simulate"]
+__all__ = ["MASK_VALUES", "PRESETS", "Patient", "Person", "Realism", "SimulatedScan", "add_haemorrhage", "simulate"]
 
-_VERSION = 1  # increase whenever a seed gives other patients
+_VERSION = 2  # increase whenever a seed gives other patients
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,10 @@ class Patient:
     Attributes:
         seed: The cohort's seed.
         number: The patient's number, from 0.
+        preset: "plain", "realistic", or options.
+
+    Raises:
+        UnknownNameError: There is no such preset.
 
     Example:
         >>> patient = Patient(seed=0, number=3)
@@ -45,6 +51,15 @@ class Patient:
 
     seed: int
     number: int
+    preset: str | Realism = "realistic"
+
+    def __post_init__(self) -> None:
+        find_realism(self.preset)
+
+    @property
+    def realism(self) -> Realism:
+        """Return the options of the preset."""
+        return find_realism(self.preset)
 
     @property
     def name(self) -> str:
@@ -54,7 +69,7 @@ class Patient:
     @cached_property
     def person(self) -> Person:
         """Return age, haemorrhage, GCS and outcome."""
-        return draw_person(self._random[0])
+        return draw_person(self._random[0], self.realism)
 
     @cached_property
     def shape(self) -> Shape:
@@ -71,7 +86,8 @@ class Patient:
             IchprogError: nilearn, which provides the template, is not installed.
         """
         individual, shape = self._head
-        return acquire(individual, shape, np.random.default_rng([self.seed, self.number, 2]), skull=skull)
+        random = np.random.default_rng([self.seed, self.number, 2])
+        return acquire(individual, shape, random, skull=skull, realism=self.realism)
 
     def save(self, folder: Path, *, skull: bool = False, dicom: bool = False) -> tuple[Path, Path]:
         """Acquire the scan and write it with the mask of the blood, atomically.
@@ -107,26 +123,32 @@ class Patient:
         return scan, folder / "masks" / f"{self.name}.nii.gz"
 
     def columns(self) -> dict[str, Any]:
-        """Return labels and clinical columns, as a clinic would record them."""
+        """Return labels and clinical columns, as a clinic would record them.
+
+        Without haemorrhage, the outcome, the GCS and the scores are None, which tables show as blank.
+        """
         person = self.person
+        bleeds = person.bleeds
         return {
-            "poor_outcome": int(person.poor),
-            "gcs": person.gcs,
+            "poor_outcome": int(person.poor) if bleeds else None,
+            "gcs": person.gcs if bleeds else None,
             "age": person.age,
             "sex": person.sex,
             "location": person.site,
-            "dead_30_days": int(person.dead),
+            "dead_30_days": int(person.dead) if bleeds else None,
             "cognitive_impairment": int(person.impaired),
-            "ich_score": person.ich_score(),
-            "func_score": person.func_score(),
+            "ich_score": person.ich_score() if bleeds else None,
+            "func_score": person.func_score() if bleeds else None,
         }
 
     def truth(self) -> dict[str, Any]:
         """Return the causes of the scan and the true probabilities, which a clinic could not know."""
         person = self.person
-        values = {"location": person.site, "side": person.side, "volume_ml": person.volume_ml}
+        values: dict[str, Any] = {"haemorrhage": int(person.bleeds), "kind": person.kind, "location": person.site}
+        values |= {"side": person.side, "infratentorial": int(person.infratentorial), "volume_ml": person.volume_ml}
         values |= {"ventricular": person.ventricular, "midline_shift_mm": round(self.shape.midline_shift_mm(), 2)}
-        return {**values, **person.marks, **{name: round(value, 5) for name, value in person.truth().items()}}
+        probabilities = {n: None if value is None else round(value, 5) for n, value in person.truth().items()}
+        return {**values, **person.marks, **probabilities}
 
     @property
     def _random(self) -> list[np.random.Generator]:
@@ -135,8 +157,8 @@ class Patient:
     @cached_property
     def _head(self) -> tuple[Individual, Shape]:
         person, random = self.person, self._random[1]
-        individual = Individual(person.marks, random)
-        return individual, draw_haemorrhage(person, individual, random)
+        individual = Individual(person.marks, random, self.realism.fill_mm)
+        return individual, draw_haemorrhage(person, individual, random, self.realism)
 
 
 def simulate(
@@ -144,6 +166,7 @@ def simulate(
     *,
     patients: int = 200,
     seed: int = 0,
+    preset: str | Realism = "realistic",
     skull: bool = False,
     dicom: bool = False,
     workers: int = 1,
@@ -151,13 +174,16 @@ def simulate(
 ) -> Path:
     """Simulate a cohort into a folder. Existing patients are reused, so an interrupted run can be resumed.
 
-    The folder receives `cohort.csv` (patient, scan, labels and clinical columns), `truth.csv` (causes and true
-    probabilities of the labels), `scans/` and `masks/` (1 in the haemorrhage, 2 in blood inside the ventricles).
+    The folder receives `cohort.csv` (patient, scan, labels and clinical columns), `truth.csv` (causes, true
+    probabilities of the labels, and the volume of each kind of blood in the mask), `scans/`, and `masks/` with the
+    values of `MASK_VALUES`: 1 parenchymal, 2 ventricular, 3 subarachnoid, 4 subdural or epidural haemorrhage.
 
     Args:
         output: The folder.
         patients: Number of patients.
         seed: Random seed. A larger cohort of the same seed begins with the smaller one.
+        preset: "realistic" shows what is taken for blood on real heads, and a part of the patients have no
+            haemorrhage. "plain" is the simulation of the embedded outcome model. Or options.
         skull: Whether whole heads are visible instead of the brain alone.
         dicom: Whether to write DICOM series instead of NIfTI files.
         workers: Number of processes; the files do not depend on it.
@@ -168,6 +194,7 @@ def simulate(
 
     Raises:
         InvalidValueError: `patients` or `workers` is less than 1, or `seed` is negative.
+        UnknownNameError: There is no such preset.
         RunError: The folder holds a cohort of another seed or kind, or another process writes to it.
         IchprogError: nilearn is not installed.
         OSError: The folder cannot be written.
@@ -181,8 +208,9 @@ def simulate(
         if value < least:
             raise InvalidValueError(name, value, f"a whole number of {least} or more")
     folder = Path(output)
-    kind = {"simulation": _VERSION, "seed": seed, "skull": skull, "dicom": dicom}
-    everyone = [Patient(seed, number) for number in range(patients)]
+    realism = find_realism(preset)
+    kind = {"simulation": _VERSION, "preset": realism.describe(), "seed": seed, "skull": skull, "dicom": dicom}
+    everyone = [Patient(seed, number, realism) for number in range(patients)]
     with _lock_folder(folder, kind):
         missing = [p for p in everyone if not all(path.exists() for path in p.paths(folder, dicom=dicom))]
         done = patients - len(missing)
@@ -190,12 +218,24 @@ def simulate(
             done += 1
             if progress:
                 progress(done)
-    truths = [{"patient": p.name, **p.truth()} for p in everyone]
+    masks = [p.paths(folder, dicom=dicom)[1] for p in everyone]
+    volumes = parallel_map(_read_volumes, masks, workers=workers)
+    truths = [{"patient": p.name, **p.truth(), **ml} for p, ml in zip(everyone, volumes, strict=True)]
     write_csv(folder / "truth.csv", list(truths[0]), truths)
     scans = (p.paths(Path(), dicom=dicom)[0].as_posix() for p in everyone)
     rows = [{"patient": e.name, "scan": scan, **e.columns()} for e, scan in zip(everyone, scans, strict=True)]
     write_csv(folder / "cohort.csv", list(rows[0]), rows)
     return folder / "cohort.csv"
+
+
+def _read_volumes(mask: Path) -> dict[str, float]:
+    """Return the volume of each kind of haemorrhage in a mask, in mL."""
+    import nibabel as nib
+
+    image: Any = nib.load(mask)
+    voxel_ml = float(np.prod(image.header.get_zooms()[:3])) / 1000
+    voxels = np.bincount(np.asarray(image.dataobj).ravel(), minlength=len(MASK_VALUES) + 1)
+    return {f"{kind}_ml": round(float(voxels[value]) * voxel_ml, 3) for kind, value in MASK_VALUES.items()}
 
 
 @contextmanager

@@ -114,9 +114,10 @@ class Individual:
     Args:
         marks: Atrophy and the other marks of age, in standard deviations.
         random: Random generator.
+        fill_mm: How much closer the surface of the brain is to the skull, in mm.
     """
 
-    def __init__(self, marks: dict[str, float], random: np.random.Generator) -> None:
+    def __init__(self, marks: dict[str, float], random: np.random.Generator, fill_mm: float = 0.0) -> None:
         self.template = template()
         inside_ml = float(np.clip(random.normal(1420, 120), 1120, 1750))
         scale = (inside_ml / self.template.inside_ml) ** (1 / 3)
@@ -127,7 +128,7 @@ class Individual:
         ]
         atrophy = marks["atrophy"]
         self.widening_mm = float(np.clip(2.4 + 2.1 * atrophy, -1.0, 9.0))
-        self.shrinkage_mm = float(np.clip(2.0 + 1.6 * atrophy, 0.0, 7.0))
+        self.shrinkage_mm = float(np.clip(2.0 + 1.6 * atrophy - fill_mm, -fill_mm, 7.0))
         self.sulci = float(np.clip(0.85 - 0.26 * atrophy, 0.25, 1.4))  # exponent of the fraction of fluid
         self.pallor_hu = float(np.clip(3.0 + 3.5 * marks["white_matter"], 0.0, 14.0))
         self.calcified_mm = float(np.clip(2.0 + 1.1 * marks["calcification"], 0.0, 4.5))
@@ -165,6 +166,33 @@ class Individual:
             ]
         )
         return result
+
+
+def gyri_displacement(
+    points: np.ndarray, depth: np.ndarray, *, amplitude_mm: float, random: np.random.Generator
+) -> np.ndarray:
+    """Return a random smooth displacement of tissue that changes the pattern of gyri, `(3, ...)` mm.
+
+    The wavelengths are those of gyri, 30 to 60 mm. The falx stays in the midline, and the surface follows the skull.
+
+    Args:
+        points: `(3, ...)` in mm, as returned by `Individual.to_template`.
+        depth: Depth of the points below the inside of the skull, in mm.
+        amplitude_mm: Standard deviation of the displacement along each axis, in mm.
+        random: Random generator.
+    """
+    waves = 12
+    shape = (3, *[1] * (points.ndim - 1))
+    moved = np.zeros_like(points)
+    for _ in range(waves):
+        direction = random.normal(size=3)
+        wave = direction / np.linalg.norm(direction) * 2 * np.pi / random.uniform(30, 60)
+        amplitude = random.normal(size=3) * amplitude_mm * (2 / waves) ** 0.5
+        phase = np.tensordot(wave, points, 1) + random.uniform(0, 2 * np.pi)
+        moved += amplitude.reshape(shape) * np.sin(phase)
+    moved[0] *= 1 - np.exp(-((points[0] / 12) ** 2))
+    result: np.ndarray = (moved * np.clip((depth + 2) / 8, 0, 1)).astype(np.float32)
+    return result
 
 
 def _downsample(values: np.ndarray) -> np.ndarray:

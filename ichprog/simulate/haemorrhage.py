@@ -11,6 +11,7 @@ import numpy as np
 
 from ichprog.simulate.anatomy import CENTRE, Individual, template
 from ichprog.simulate.population import Person
+from ichprog.simulate.realism import PLAIN, Realism
 
 _MIDDLES = {  # mm in the template, on the left for side 1; one of several is drawn
     "putamen": [(26, 2, 2)],
@@ -20,7 +21,11 @@ _MIDDLES = {  # mm in the template, on the left for side 1; one of several is dr
     "pons": [(2, -26, -32)],
     "subdural": [(60, 5, 36), (58, -25, 44), (52, 35, 30)],
     "subarachnoid": [(4, 6, -18)],
+    "epidural": [(58, -5, 8), (52, 35, 22), (48, -66, 26)],
+    "convexity": [(34, -18, 58), (52, -38, 34), (34, 42, 34), (44, 8, 2), (8, 30, 54)],
 }
+_THINNER_MM = 12.0  # how much thinner a crescent is 55 mm away from its middle
+MASK_VALUES = {"parenchymal": 1, "ventricular": 2, "subarachnoid": 3, "subdural_epidural": 4}
 _DISPLACED = 0.7  # share of the volume that displaces tissue; the rest tears and compresses tissue
 _SKULL_FADE_MM = 10.0  # depth over which displacement fades towards the skull
 _SUBDURAL_FADE_MM = 130.0  # distance over which displacement by a subdural haemorrhage fades
@@ -37,6 +42,8 @@ class Shape:
         lumps: `(n, n, n)` smooth noise with 3 mm voxels that makes the edge irregular.
         radius_mm: Radius of a ball of the same volume, in mm of the template.
         ratio: mm of the template per mm of this head.
+        thinner_mm: How much thinner a crescent is 55 mm away from its middle, in mm. A small number spreads blood
+            thinly, a large one makes a lens.
     """
 
     person: Person
@@ -45,16 +52,17 @@ class Shape:
     lumps: np.ndarray
     radius_mm: float
     ratio: float
+    thinner_mm: float = _THINNER_MM
 
     @property
     def subdural(self) -> bool:
-        """Return whether the haemorrhage is a crescent between brain and skull."""
-        return self.person.site == "subdural"
+        """Return whether the haemorrhage is a crescent or a lens between brain and skull."""
+        return self.person.kind in ("subdural", "epidural")
 
     @property
     def in_fluid(self) -> bool:
         """Return whether the haemorrhage fills cisterns and sulci."""
-        return self.person.site == "subarachnoid"
+        return self.person.kind == "subarachnoid"
 
     @property
     def outward(self) -> np.ndarray:
@@ -76,12 +84,31 @@ class Shape:
         if self.subdural:
             return depth + self._off_axis(points) * (1 + 0.15 * uneven)
         radius: np.ndarray = np.sqrt((np.tensordot(self.stretch.astype(np.float32), away, 1) ** 2).sum(0))
-        if self.in_fluid:  # cisterns and fissures before the sulci under the skull
+        if self.in_fluid:
             radius *= 1 + 0.35 * uneven
-            radius += 5 * np.maximum(10 - depth, 0)
+            if self.person.site == "subarachnoid":  # cisterns and fissures before the sulci under the skull
+                radius += 5 * np.maximum(10 - depth, 0)
         else:
             radius *= 1 + 0.16 * uneven + 0.07 * self.lump(points * np.float32(2.3))
         return radius
+
+    def tissue_rank(
+        self, points: np.ndarray, depth: np.ndarray, ventricle: np.ndarray, fluid: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the rank of points, and whether the tissue there may bleed.
+
+        Args:
+            points: `(3, ...)` in mm of the template.
+            depth: Depth of the points below the inside of the skull, in mm.
+            ventricle: Distance from the ventricles, in mm.
+            fluid: Fraction of fluid.
+        """
+        rank = self.rank(points, depth)
+        if self.in_fluid:
+            return rank, (fluid > 0.3) & (ventricle > 3) & (depth > 0)
+        if self.subdural:
+            return rank, (depth > 0) & (rank < 100)
+        return rank, (depth > 1) & ((ventricle > 1) | (fluid < 0.3))
 
     def displacement(self, points: np.ndarray, depth: np.ndarray) -> np.ndarray:
         """Return how far the haemorrhage has displaced the tissue at points, `(3, ...)` mm.
@@ -96,7 +123,7 @@ class Shape:
         """
         shape = (3, *[1] * (points.ndim - 1))
         result: np.ndarray
-        if self.in_fluid:
+        if self.in_fluid or not self.person.bleeds:
             return np.zeros_like(points)
         if self.subdural:
             thick = np.maximum(self._thickness() - self._off_axis(points), 0)
@@ -120,14 +147,14 @@ class Shape:
     def _thickness(self) -> float:
         """Return the thickness in mm at the middle of a crescent: its volume is half the thickness times its area."""
         ml = self.person.volume_ml * self.ratio**3
-        return float((2 * ml * 1000 / (np.pi * 62**2)) ** 0.5 * 3.1)
+        return float((2 * ml * 1000 / (np.pi * 62**2)) ** 0.5 * 3.1 * (self.thinner_mm / _THINNER_MM) ** 0.5)
 
     def _off_axis(self, points: np.ndarray) -> np.ndarray:
         """Return how much thinner a crescent is at a point than at its middle, in mm; a large number outside of it."""
         from_centre = points - CENTRE.reshape(3, *[1] * (points.ndim - 1)).astype(np.float32)
         along = np.tensordot(self.outward.astype(np.float32), from_centre, 1)
         across = np.sqrt(np.maximum((from_centre**2).sum(0) - along**2, 0))
-        return np.where(along > 28, 12 * (across / 55) ** 2, 1e3).astype(np.float32)
+        return np.where(along > 28, self.thinner_mm * (across / 55) ** 2, 1e3).astype(np.float32)
 
     def lump(self, points: np.ndarray) -> np.ndarray:
         """Return the noise at points `(3, ...)` in mm, with standard deviation 1."""
@@ -139,15 +166,36 @@ class Shape:
         return lump
 
 
-def draw_haemorrhage(person: Person, individual: Individual, random: np.random.Generator) -> Shape:
+def draw_haemorrhage(
+    person: Person, individual: Individual, random: np.random.Generator, realism: Realism = PLAIN
+) -> Shape:
     """Draw the haemorrhage of a patient.
 
     Args:
         person: The patient.
         individual: The patient's head.
         random: Random generator.
+        realism: Options of the simulation.
     """
-    middles = _MIDDLES[person.site]
+    ratio = float(1 / np.prod(individual.scale) ** (1 / 3))
+    return draw_shape(person, random, ratio, all_kinds=realism.all_kinds)
+
+
+def draw_shape(person: Person, random: np.random.Generator, ratio: float, *, all_kinds: bool = True) -> Shape:
+    """Draw the shape of a haemorrhage.
+
+    Args:
+        person: The patient.
+        random: Random generator.
+        ratio: mm of the template per mm of the patient's head.
+        all_kinds: Whether crescents may be thin and widespread.
+    """
+    thinner_mm = _THINNER_MM
+    if person.kind == "epidural":
+        thinner_mm = float(random.spawn(1)[0].uniform(28, 60))
+    elif all_kinds:
+        thinner_mm = float(random.spawn(1)[0].uniform(3, 12))
+    middles = _MIDDLES.get(person.site, [(0, 0, 0)])
     middle = np.array(middles[int(random.integers(len(middles)))], float)
     middle[0] *= -person.side  # x runs to the right
     wander = {"pons": 2.0, "thalamus": 2.5, "putamen": 3.0, "subarachnoid": 4.0, "cerebellum": 4.0}
@@ -155,7 +203,6 @@ def draw_haemorrhage(person: Person, individual: Individual, random: np.random.G
     axes, _ = np.linalg.qr(random.normal(size=(3, 3)))
     lengths = np.exp(random.normal(0, 0.22, 3))
     lengths /= np.prod(lengths) ** (1 / 3)
-    ratio = float(1 / np.prod(individual.scale) ** (1 / 3))
     return Shape(
         person,
         middle,
@@ -163,7 +210,21 @@ def draw_haemorrhage(person: Person, individual: Individual, random: np.random.G
         _smooth_noise(random),
         float((3 * person.volume_ml * 1000 / (4 * np.pi)) ** (1 / 3) * ratio),
         ratio,
+        thinner_mm,
     )
+
+
+def mask_value(kind: str) -> int:
+    """Return the value of a kind of haemorrhage in masks.
+
+    Args:
+        kind: "parenchymal", "ventricular", "subarachnoid", "subdural" or "epidural".
+
+    Example:
+        >>> mask_value("subdural")
+        4
+    """
+    return MASK_VALUES["subdural_epidural" if kind in ("subdural", "epidural") else kind]
 
 
 def _smooth_noise(random: np.random.Generator) -> np.ndarray:

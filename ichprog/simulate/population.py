@@ -11,6 +11,8 @@ The only causal arrows:
 
 The probability of independence also falls with age within the steps of the score.
 
+A patient without haemorrhage, which only some options draw, has no outcome.
+
 The image shows location, volume, extension and the three marks of age. It does not show GCS, cognition and chance, so
 only a part of the outcome can be predicted from it.
 
@@ -23,13 +25,14 @@ strongly age marks a brain; and that both scores hold outside the brain's tissue
 that the correlations of age and GCS with the outcome come near those of the 261 patients of Cobo et al. 2024.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 
 from ichprog import clinical_scores
+from ichprog.simulate.realism import PLAIN, Realism
 
 
 class Site(NamedTuple):
@@ -42,6 +45,7 @@ class Site(NamedTuple):
         ventricular: Probability that blood enters the ventricles, at the median volume.
         infratentorial: Whether the site is below the tentorium.
         location: Location in the FUNC score; "lobar" outside the brain tissue.
+        kind: "parenchymal", "subarachnoid", "subdural" or "epidural".
     """
 
     share: float
@@ -50,6 +54,7 @@ class Site(NamedTuple):
     ventricular: float
     infratentorial: bool
     location: str
+    kind: str = "parenchymal"
 
 
 SITES = {
@@ -58,13 +63,26 @@ SITES = {
     "lobar": Site(0.27, 28, 120, 0.20, False, "lobar"),
     "cerebellum": Site(0.08, 13, 45, 0.35, True, "infratentorial"),
     "pons": Site(0.05, 6, 16, 0.35, True, "infratentorial"),
-    "subdural": Site(0.15, 45, 140, 0.03, False, "lobar"),
-    "subarachnoid": Site(0.08, 22, 60, 0.35, False, "lobar"),
+    "subdural": Site(0.15, 45, 140, 0.03, False, "lobar", "subdural"),
+    "subarachnoid": Site(0.08, 22, 60, 0.35, False, "lobar", "subarachnoid"),
+    "epidural": Site(0.0, 25, 120, 0.02, False, "lobar", "epidural"),
+    "convexity": Site(0.0, 10, 40, 0.05, False, "lobar", "subarachnoid"),
 }
+NO_SITE = "none"  # of a patient without haemorrhage
 VOLUME_SD = 0.85  # of the logarithm of the volume
 LEAST_ML = 2.0
+_SHARES = {  # of all kinds of haemorrhage; assumed
+    "putamen": 0.12, "thalamus": 0.08, "lobar": 0.25, "cerebellum": 0.06, "pons": 0.03,
+    "subdural": 0.17, "subarachnoid": 0.09, "epidural": 0.08, "convexity": 0.12,
+}  # fmt: skip
+_SMALL_ML = {  # medians; parenchymal ones near 8 mL together
+    "putamen": 10, "thalamus": 6, "lobar": 9, "cerebellum": 6, "pons": 2.5,
+    "subdural": 14, "subarachnoid": 8, "epidural": 12, "convexity": 4,
+}  # fmt: skip
+_SMALL_SD, _SMALL_LEAST_ML = 1.1, 0.3
 AGE = (73.0, 15.0)  # mean and standard deviation, years
 AGE_RANGE = (20.0, 98.0)
+ADULT_AGES = (18.0, 98.0)
 MARKS = {"atrophy": 0.85, "white_matter": 0.70, "calcification": 0.50}  # correlation of each with age
 DEATH = np.array(clinical_scores.ICH_MORTALITY)  # by ICH score
 INDEPENDENCE = np.array(clinical_scores.FUNC_INDEPENDENCE_OF_SURVIVORS)  # by FUNC score
@@ -83,8 +101,8 @@ class Person:
     Attributes:
         age: Years.
         sex: "F" or "M"; without effect.
-        site: A name in `SITES`.
-        side: -1 right, 1 left; the direction of the offset for a site in the middle.
+        site: A name in `SITES`, or "none" without haemorrhage.
+        side: -1 right, 1 left; the direction of the offset for a site in the middle; 0 without haemorrhage.
         volume_ml: Volume of the haemorrhage outside the ventricles, in mL.
         ventricular: Fraction of the ventricles filled with blood.
         marks: Each of `MARKS` in standard deviations.
@@ -92,6 +110,7 @@ class Person:
         impaired: Whether cognition was impaired before the haemorrhage.
         dead: Whether the patient dies within 30 days.
         poor: Whether the patient is dead or dependent.
+        uniform_age: Whether the age was drawn uniformly from `ADULT_AGES`.
     """
 
     age: int
@@ -105,17 +124,38 @@ class Person:
     impaired: bool
     dead: bool
     poor: bool
+    uniform_age: bool = False
 
-    def truth(self) -> dict[str, float]:
+    @property
+    def bleeds(self) -> bool:
+        """Return whether the patient has a haemorrhage."""
+        return self.site != NO_SITE
+
+    @property
+    def kind(self) -> str:
+        """Return the kind of haemorrhage: "parenchymal", "subarachnoid", "subdural", "epidural" or "none"."""
+        return SITES[self.site].kind if self.bleeds else NO_SITE
+
+    @property
+    def infratentorial(self) -> bool:
+        """Return whether the haemorrhage is below the tentorium."""
+        return self.bleeds and SITES[self.site].infratentorial
+
+    def truth(self) -> dict[str, float | None]:
         """Return the true probabilities of the patient's labels, and their probabilities given the image.
 
         Returns:
             `p_poor`: Poor outcome, given all causes. `p_gcs_13_15`, `p_gcs_9_12`, `p_gcs_3_8`: each class of GCS, given
             its causes, all of which the image shows. `seen_poor`, `seen_age_80`: poor outcome and an age of 80 or more,
             given the image alone, by Bayes' rule over age, GCS and cognition. No reader of the image can do better.
+            Without haemorrhage, all but `seen_age_80` are None.
         """
-        gcs = self._gcs_probabilities()
         ages, weights = self._ages_given_image()
+        old = float(weights[ages >= 80].sum())
+        if not self.bleeds:
+            names = ("p_poor", "p_gcs_13_15", "p_gcs_9_12", "p_gcs_3_8", "seen_poor")
+            return {**dict.fromkeys(names), "seen_age_80": old}
+        gcs = self._gcs_probabilities()
         impaired = _impairment(ages)
         seen = (1 - impaired) * (gcs @ self._poor(GCS[:, None], ages, False))
         seen += impaired * (gcs @ self._poor(GCS[:, None], ages, True))
@@ -125,7 +165,7 @@ class Person:
             "p_gcs_9_12": float(gcs[(GCS >= 9) & (GCS <= 12)].sum()),
             "p_gcs_3_8": float(gcs[GCS <= 8].sum()),
             "seen_poor": float(weights @ seen),
-            "seen_age_80": float(weights[ages >= 80].sum()),
+            "seen_age_80": old,
         }
 
     def ich_score(self) -> int:
@@ -178,33 +218,58 @@ class Person:
 
     def _ages_given_image(self) -> tuple[np.ndarray, np.ndarray]:
         """Return ages in years and the probability of each, given the marks."""
-        ages = np.arange(AGE_RANGE[0], AGE_RANGE[1] + 1)
+        lowest, highest = ADULT_AGES if self.uniform_age else AGE_RANGE
+        ages = np.arange(lowest, highest + 1)
         standard = _standardise(ages)
-        log = -(standard**2) / 2
+        log = np.zeros(len(ages)) if self.uniform_age else -(standard**2) / 2
         for name, correlation in MARKS.items():
             log -= (self.marks[name] - correlation * standard) ** 2 / (2 * (1 - correlation**2))
         weights = np.exp(log - log.max())
         return ages, weights / weights.sum()
 
 
-def draw_person(random: np.random.Generator) -> Person:
+def sites(realism: Realism) -> Mapping[str, Site]:
+    """Return the sites of haemorrhage with their shares and volumes.
+
+    Args:
+        realism: Options of the simulation.
+
+    Example:
+        >>> sites(PLAIN)["putamen"].median_ml
+        18
+    """
+    found = dict(SITES)
+    if realism.all_kinds:
+        found = {name: site._replace(share=_SHARES[name]) for name, site in found.items()}
+    if realism.small_bleeds:
+        found = {name: site._replace(median_ml=_SMALL_ML[name]) for name, site in found.items()}
+    return found
+
+
+def draw_person(random: np.random.Generator, realism: Realism = PLAIN) -> Person:
     """Draw one patient.
 
     Args:
         random: Random generator.
+        realism: Options of the simulation.
 
     Example:
         >>> person = draw_person(np.random.default_rng(0))
         >>> person.site in SITES
         True
     """
+    of_age, of_blood = random.spawn(2)
     age = _draw_within(lambda: random.normal(*AGE), *AGE_RANGE)
+    if realism.adult_ages:
+        age = float(of_age.uniform(ADULT_AGES[0], ADULT_AGES[1] + 1))
     standard = float(_standardise(np.array(age)))
     marks = {name: r * standard + np.sqrt(1 - r**2) * random.normal() for name, r in MARKS.items()}
-    site = str(random.choice(list(SITES), p=[s.share for s in SITES.values()]))
-    chosen = SITES[site]
+    options = sites(realism)
+    site = str(random.choice(list(options), p=[s.share for s in options.values()]))
+    chosen = options[site]
+    spread, least_ml = (_SMALL_SD, _SMALL_LEAST_ML) if realism.small_bleeds else (VOLUME_SD, LEAST_ML)
     log_ml = _draw_within(
-        lambda: random.normal(np.log(chosen.median_ml), VOLUME_SD), np.log(LEAST_ML), np.log(chosen.most_ml)
+        lambda: random.normal(np.log(chosen.median_ml), spread), np.log(least_ml), np.log(chosen.most_ml)
     )
     odds = np.log(chosen.ventricular / (1 - chosen.ventricular)) + 0.8 * (log_ml - np.log(chosen.median_ml))
     extends = random.random() < 1 / (1 + np.exp(-odds))
@@ -214,13 +279,16 @@ def draw_person(random: np.random.Generator) -> Person:
         site=site,
         side=int(random.choice([-1, 1])),
         volume_ml=round(float(np.exp(log_ml)), 2),
-        ventricular=round(float(random.uniform(0.15, 0.8)), 3) if extends else 0.0,
+        ventricular=round(float(random.uniform(0.03 if realism.small_bleeds else 0.15, 0.8)), 3) if extends else 0.0,
         marks={name: round(float(value), 3) for name, value in marks.items()},
         gcs=15,
         impaired=bool(random.random() < _impairment(np.array(age))),
         dead=False,
         poor=False,
+        uniform_age=realism.adult_ages,
     )
+    if of_blood.random() < realism.without_blood:
+        return replace(person, site=NO_SITE, side=0, volume_ml=0.0, ventricular=0.0)
     gcs = np.array(random.choice(GCS, p=person._gcs_probabilities()))
     years = np.array(person.age)
     dead = random.random() < DEATH[person._ich(gcs, years)]

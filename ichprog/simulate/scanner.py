@@ -5,19 +5,27 @@ partial volumes. HU are those of textbooks: fluid 0 to 10, white matter 25 to 30
 to 80, calcium over 100.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from ichprog.scan.morphology import resample
-from ichprog.simulate.anatomy import CENTRE, Individual
-from ichprog.simulate.haemorrhage import Shape
+from ichprog.simulate.anatomy import CENTRE, Individual, gyri_displacement
+from ichprog.simulate.haemorrhage import MASK_VALUES, Shape, mask_value
+from ichprog.simulate.realism import PLAIN, Realism
+from ichprog.simulate.structures import add_beam_hardening, add_structures
 
 _PIXELS = 512
 _FINE_MM, _LATTICE_MM = 1.0, 4.0
 _POINTS_PER_SLICE = 2
-_FLUID, _GREY, _WHITE, _CALCIUM, _DURA = 7.0, 40.0, 31.0, 260.0, 55.0
+_FLUID, _WHITE, _CALCIUM, _DURA = 7.0, 31.0, 260.0, 55.0
 _BONE, _MARROW, _FAT, _SKIN, _AIR = 1250.0, 700.0, -95.0, 45.0, -1000.0
+_MOST_TILT_DEG = 25.0
+_SPACINGS_MM = (2.5, 3.0, 4.0, 5.0, 5.0, 5.0, 6.0, 7.5)
+_WINDOWS = ((-20.0, 100.0), (-900.0, 2300.0))  # brain and bone, lowest and highest HU
+_GREY_LEVELS = 255
 _CALCIFIED = ((23, -40, 12), (-23, -40, 12), (0, -27, 4))  # plexus in both atria, pineal gland
 
 
@@ -27,7 +35,7 @@ class SimulatedScan:
 
     Attributes:
         hu: `(i, j, k)` int16 HU, in LPS order.
-        blood: `(i, j, k)` uint8, 1 in the haemorrhage, 2 in blood inside the ventricles.
+        blood: `(i, j, k)` uint8: 1 parenchymal, 2 ventricular, 3 subarachnoid, 4 subdural or epidural haemorrhage.
         inside: `(i, j, k)` bool, true inside the skull.
         affine: `(4, 4)` from voxel to RAS mm.
     """
@@ -59,7 +67,37 @@ class _Field:
     volume_ml: float
 
 
-def acquire(individual: Individual, shape: Shape, random: np.random.Generator, *, skull: bool = False) -> SimulatedScan:
+@dataclass(frozen=True)
+class _Protocol:
+    """Hold the settings of a scanner.
+
+    Attributes:
+        slices: Number of slices.
+        spacing: Distance between slices, in mm.
+        overlap: Share of each slice that it has in common with its two neighbours, 0 to 0.5.
+        sharpness: Of the reconstruction kernel: below 0 soft, 0 linear interpolation, above 0 sharp.
+        noise_hu: Range of the standard deviation of the noise of slices of 5 mm, in HU.
+        windowed: Whether HU are quantised.
+        exact_masks: Whether masks keep the volume of the blood.
+    """
+
+    slices: int
+    spacing: float
+    overlap: float
+    sharpness: float
+    noise_hu: tuple[float, float]
+    windowed: bool
+    exact_masks: bool
+
+
+def acquire(
+    individual: Individual,
+    shape: Shape,
+    random: np.random.Generator,
+    *,
+    skull: bool = False,
+    realism: Realism = PLAIN,
+) -> SimulatedScan:
     """Acquire a scan of a head.
 
     Args:
@@ -67,11 +105,16 @@ def acquire(individual: Individual, shape: Shape, random: np.random.Generator, *
         shape: The haemorrhage.
         random: Random generator.
         skull: Whether the whole head is visible; by default, voxels outside the skull's inside are 0.
+        realism: Options of the simulation.
     """
-    turn = _rotation(np.radians(random.normal(0, (5.0, 3.0, 3.5))))
+    of_gyri, of_tissue, of_protocol = random.spawn(3)
+    angles = random.normal(0, (realism.tilt_deg, 3.0, 3.5))
+    turn = _rotation(np.radians(np.clip(angles, -_MOST_TILT_DEG, _MOST_TILT_DEG)))
     reach = _skull_bounds(individual, turn)
     height = float(np.ptp(reach[2]))
     spacing = float(random.choice([s for s in (2.5, 3.0, 3.5, 4.0, 4.5, 5.0, 5.0, 5.0) if 24 <= height / s + 1 <= 52]))
+    if realism.thick_slices:
+        spacing = float(of_protocol.choice(_SPACINGS_MM))
     slices = int(np.ceil(height / spacing)) + int(random.integers(0, 3))
     margin = np.array([24.0, 26.0, 12.0]) if skull else np.array([4.0, 4.0, 0.0])
     low, high = reach[:, 0] - margin, reach[:, 1] + margin
@@ -79,12 +122,23 @@ def acquire(individual: Individual, shape: Shape, random: np.random.Generator, *
     slices += int(np.ceil((margin[2] + spacing) / spacing)) if skull else 0
     cells = (*(int(np.ceil((high[a] - low[a]) / _FINE_MM)) for a in range(2)), slices * _POINTS_PER_SLICE)
     size = np.array([cells[0] * _FINE_MM, cells[1] * _FINE_MM, slices * spacing])
-    field = _field(individual, shape, turn, low, size, cells, spacing / _POINTS_PER_SLICE * _FINE_MM**2 / 1000)
-    hu, blood = _tissue(field, individual, shape, random)
+    gyri = partial(gyri_displacement, amplitude_mm=realism.gyri_mm, random=of_gyri) if realism.gyri_mm else None
+    field = _field(individual, shape, turn, low, size, cells, spacing / _POINTS_PER_SLICE * _FINE_MM**2 / 1000, gyri)
+    hu, blood = _tissue(field, individual, shape, random, realism, of_tissue)
     if skull:
         hu = _head(hu, field, random)
     layers = [hu, *blood, np.clip(field.depth + 0.5, 0, 1)]
-    return _digitise(layers, low, size, (slices, spacing), random, skull)
+    protocol = _Protocol(
+        slices,
+        spacing,
+        float(of_protocol.choice([0.0, 0.0, 0.25, 0.5])) if realism.thick_slices and spacing < 5 else 0.0,
+        float(of_protocol.uniform(-1, 1)) if realism.kernels else 0.0,
+        realism.noise_hu,
+        bool(of_protocol.random() < realism.windowed),
+        realism.exact_masks,
+    )
+    value = mask_value(shape.person.kind) if shape.person.bleeds else 0
+    return _digitise(layers, low, size, protocol, value, random, skull)
 
 
 def _rotation(angles: np.ndarray) -> np.ndarray:
@@ -119,6 +173,7 @@ def _field(
     size: np.ndarray,
     cells: tuple[int, ...],
     volume_ml: float,
+    gyri: Callable[[np.ndarray, np.ndarray], np.ndarray] | None,
 ) -> _Field:
     """Compute smooth maps on a lattice of 4 mm and interpolate them to the points."""
     lattice = [max(2, round(length / _LATTICE_MM)) for length in size]
@@ -127,15 +182,23 @@ def _field(
     form = individual.template
     depth = form.at(form.depth, points)
     source = individual.tissue_source(points, shape.displacement(points, depth).astype(np.float32))
+    if gyri is not None:
+        source = source + gyri(points, depth)
     ventricle = form.at(form.ventricle, source)
     spread = [resample(values, cells) for values in (*points, *source, depth, ventricle)]
     return _Field(low, np.stack(spread[:3]), np.stack(spread[3:6]), spread[6], spread[7], volume_ml)
 
 
 def _tissue(
-    field: _Field, individual: Individual, shape: Shape, random: np.random.Generator
+    field: _Field,
+    individual: Individual,
+    shape: Shape,
+    random: np.random.Generator,
+    realism: Realism,
+    of_realism: np.random.Generator,
 ) -> tuple[np.ndarray, list[np.ndarray]]:
     """Return HU inside the skull, and the fractions of haemorrhage and of blood in the ventricles."""
+    of_structures, of_hardening, of_tissue = of_realism.spawn(3)
     where = np.nonzero(field.depth > -1.0)
     points, source = (np.stack([axis[where] for axis in points]) for points in (field.points, field.source))
     depth, ventricle = field.depth[where], field.ventricle[where]
@@ -143,8 +206,10 @@ def _tissue(
     grey, white = form.at(form.grey, source), form.at(form.white, source)
     fluid = np.clip(1 - grey - white, 0, 1) ** np.float32(individual.sulci)
     grey_share = grey / np.maximum(grey + white, 1e-3)
+    if realism.sharp_tissue:
+        grey_share = np.clip(1.8 * grey_share - 0.4, 0, 1)
     pale = individual.pallor_hu * np.exp(-np.maximum(ventricle, 0) / 13)
-    solid = _GREY * grey_share + (_WHITE - pale) * (1 - grey_share)
+    solid = of_tissue.uniform(*realism.grey_hu) * grey_share + (_WHITE - pale) * (1 - grey_share)
     hu = _FLUID * fluid + solid * (1 - fluid)
     falx = np.exp(-((source[0] / 0.9) ** 2)) * (ventricle > 8) * (source[2] > 4) * np.clip(fluid + 0.2, 0, 1)
     hu += falx * (_DURA - hu) * 0.6
@@ -152,6 +217,7 @@ def _tissue(
         far = np.sqrt(((source - np.array(place, np.float32)[:, None]) ** 2).sum(0))
         size = individual.calcified_mm * float(random.uniform(0.6, 1.3))
         hu += np.clip((size - far) / 1.2, 0, 1) * (_CALCIUM - hu) * (size > 0.9)
+    add_structures(hu, points, source, depth, realism, shape.person.marks["calcification"], of_structures)
 
     haemorrhage, rank = _haemorrhage(field, shape, points, depth, ventricle, fluid)
     entered = _ventricular_blood(shape, points, ventricle, fluid, random) * (1 - haemorrhage)
@@ -160,7 +226,7 @@ def _tissue(
     if not shape.in_fluid and shape.person.volume_ml > 15 and random.random() < 0.15:  # unclotted blood
         level = shape.middle[1] + random.normal(0, 3)
         dense = dense - 14 + 18 * np.clip((level - points[1]) / 2, 0, 1)
-    if not (shape.in_fluid or shape.subdural):
+    if shape.person.bleeds and not (shape.in_fluid or shape.subdural):
         around = np.maximum(rank, 0)
         hu -= random.uniform(3, 9) * np.exp(-((around / random.uniform(3, 7)) ** 2)) * (1 - fluid)
     share = haemorrhage * (0.55 + 0.45 * fluid if shape.in_fluid else 1)
@@ -168,6 +234,9 @@ def _tissue(
     hu += entered * (dense - 6 - hu)
     hu += random.uniform(1, 4) * np.exp(-np.maximum(depth, 0) / 6)  # beam hardening
     hu += _streaks(points, random)
+    if realism.hardening_hu:
+        add_beam_hardening(hu, points, depth, realism.hardening_hu, of_hardening)
+    hu += np.float32(of_tissue.normal(0, realism.calibration_hu))
 
     whole = np.full(field.depth.shape, _FLUID, np.float32)
     blood = [np.zeros(field.depth.shape, np.float32) for _ in range(2)]
@@ -180,13 +249,9 @@ def _haemorrhage(
     field: _Field, shape: Shape, points: np.ndarray, depth: np.ndarray, ventricle: np.ndarray, fluid: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the fraction of haemorrhage at each point, and the distance from its edge in mm, positive outside."""
-    rank = shape.rank(points, depth)
-    if shape.in_fluid:
-        may_bleed = (fluid > 0.3) & (ventricle > 3) & (depth > 0)
-    elif shape.subdural:
-        may_bleed = (depth > 0) & (rank < 100)
-    else:
-        may_bleed = (depth > 1) & ((ventricle > 1) | (fluid < 0.3))
+    if not shape.person.bleeds:
+        return np.zeros(len(depth), np.float32), np.full(len(depth), np.inf, np.float32)
+    rank, may_bleed = shape.tissue_rank(points, depth, ventricle, fluid)
     rank[~may_bleed] += 1e3
     wanted = min(round(shape.person.volume_ml / field.volume_ml), int(may_bleed.sum()))
     rank -= np.partition(rank, wanted)[wanted]
@@ -248,31 +313,39 @@ def _digitise(
     layers: list[np.ndarray],
     low: np.ndarray,
     size: np.ndarray,
-    cut: tuple[int, float],
+    protocol: _Protocol,
+    value: int,
     random: np.random.Generator,
     skull: bool,
 ) -> SimulatedScan:
-    """Convert points to pixels: average over the slice, interpolate in the plane, add noise."""
-    slices, spacing = cut
+    """Convert points to pixels: average over the slice, apply the kernel in the plane, add noise."""
+    slices, spacing = protocol.slices, protocol.spacing
     mm = max(float(random.uniform(215, 245)), float(size[:2].max()) + 8) / _PIXELS
     middle = low[:2] + size[:2] / 2 + random.normal(0, 3, 2)
     first = middle + mm * (_PIXELS - 1) / 2  # the patient's right and front, from where pixels run to left and back
-    boxes, matrices = [], []
+    boxes, matrices, kernels = [], [], []
     for axis in range(2):
         at = (first[axis] - mm * np.arange(_PIXELS) - low[axis]) / _FINE_MM - 0.5
         seen = np.flatnonzero((at > -1) & (at < layers[0].shape[axis]))
         boxes.append(slice(int(seen[0]), int(seen[-1]) + 1))
         far = np.abs(at[seen][:, None] - np.arange(layers[0].shape[axis]))
         matrices.append(np.maximum(0, 1 - far).astype(np.float32))
+        kernels.append(_kernel(far, protocol.sharpness) if protocol.sharpness else matrices[-1])
 
-    def seen_as(layer: np.ndarray) -> np.ndarray:
+    def seen_as(layer: np.ndarray, weights: list[np.ndarray]) -> np.ndarray:
         mean = layer.reshape(*layer.shape[:2], slices, _POINTS_PER_SLICE).mean(-1)
-        across = np.tensordot(matrices[0], mean, 1)
-        pixels: np.ndarray = np.matmul(matrices[1], across)
+        if protocol.overlap:
+            padded = np.pad(mean, [(0, 0), (0, 0), (1, 1)], "edge")
+            mean = (1 - protocol.overlap) * mean + protocol.overlap / 2 * (padded[..., :-2] + padded[..., 2:])
+        across = np.tensordot(weights[0], mean, 1)
+        pixels: np.ndarray = np.matmul(weights[1], across)
         return pixels
 
-    hu, haemorrhage, entered, inside = (seen_as(layer) for layer in layers)
-    hu += _noise(hu.shape, random) * random.uniform(2.2, 3.6) * (5 / spacing) ** 0.5
+    hu = seen_as(layers[0], kernels)
+    haemorrhage, entered, inside = (seen_as(layer, matrices) for layer in layers[1:])
+    hu += _noise(hu.shape, random, protocol.sharpness) * random.uniform(*protocol.noise_hu) * (5 / spacing) ** 0.5
+    if protocol.windowed:
+        hu = _quantise(hu)
     within = inside > 0.5
     outside = _AIR if skull else 0.0
     pixels = np.full((_PIXELS, _PIXELS, slices), outside, np.int16)
@@ -280,15 +353,58 @@ def _digitise(
     mask = np.zeros(pixels.shape, bool)
     box = tuple(boxes)
     pixels[box] = np.rint(np.maximum(hu if skull else np.where(within, hu, 0), -1024))
-    blood[box] = np.where(within & (haemorrhage > 0.5), 1, np.where(within & (entered > 0.5), 2, 0))
+    bleeds, fills = (_threshold(share, within, protocol.exact_masks) for share in (haemorrhage, entered))
+    blood[box] = np.where(bleeds, value, np.where(fills, MASK_VALUES["ventricular"], 0))
     mask[box] = within
     affine = np.diag([-mm, -mm, spacing, 1.0])
     affine[:3, 3] = [*first, low[2] + spacing / 2]
     return SimulatedScan(pixels, blood, mask, affine)
 
 
-def _noise(shape: tuple[int, ...], random: np.random.Generator) -> np.ndarray:
-    """Return noise of standard deviation 1 with the short-range correlation of a soft kernel."""
+def _threshold(share: np.ndarray, within: np.ndarray, exact: bool) -> np.ndarray:
+    """Return the voxels with blood: more than half full, or exactly as many as the volume of the blood needs."""
+    level = np.float32(0.5)
+    if exact:
+        values = share[within & (share > 0.02)]
+        wanted = min(round(float(share[within].sum())), len(values))
+        if wanted:
+            level = np.nextafter(np.partition(values, -wanted)[-wanted], np.float32(0))
+    result: np.ndarray = within & (share > level)
+    return result
+
+
+def _kernel(distance: np.ndarray, sharpness: float) -> np.ndarray:
+    """Return the weights of points at a distance in mm: Gaussian for a soft kernel, with overshoot for a sharp one.
+
+    Args:
+        distance: `(pixels, points)` in mm.
+        sharpness: From -1, a standard deviation of 1.2 mm, to 1, the cubic convolution of Keys (1981) with a of -1.
+    """
+    if sharpness < 0:
+        weights = np.exp(-((distance / (0.5 - 0.7 * sharpness)) ** 2) / 2)
+    else:
+        a, near = -0.3 - 0.7 * sharpness, np.minimum(distance, 2)
+        inner = (a + 2) * near**3 - (a + 3) * near**2 + 1
+        weights = np.where(near < 1, inner, a * (near**3 - 5 * near**2 + 8 * near - 4))
+    weights = np.where(distance < 4, weights, 0)
+    result: np.ndarray = (weights / weights.sum(1, keepdims=True)).astype(np.float32)
+    return result
+
+
+def _quantise(hu: np.ndarray) -> np.ndarray:
+    """Return HU in the steps of a brain window of 8 bits, and in those of a bone window outside it."""
+    (low, high), (lowest, highest) = _WINDOWS
+    fine, coarse = ((b - a) / _GREY_LEVELS for a, b in _WINDOWS)
+    bone = lowest + coarse * np.rint((np.clip(hu, lowest, highest) - lowest) / coarse)
+    brain = low + fine * np.rint((np.clip(hu, low, high) - low) / fine)
+    outside = np.where(hu < low, np.minimum(bone, low), np.maximum(bone, high))
+    result: np.ndarray = np.where((hu < low) | (hu > high), outside, brain)
+    result[hu < lowest + coarse] = _AIR
+    return result
+
+
+def _noise(shape: tuple[int, ...], random: np.random.Generator, sharpness: float = 0.0) -> np.ndarray:
+    """Return noise of standard deviation 1 with the short-range correlation of a kernel."""
     i, j, k = shape
     grain = random.standard_normal((i + 6, j + 6, k), np.float32)
     for _ in range(2):
@@ -296,6 +412,6 @@ def _noise(shape: tuple[int, ...], random: np.random.Generator) -> np.ndarray:
         grain = grain[:, 1:] + grain[:, :-1]
     fine = grain[2:-2, 2:-2]
     coarse = (grain[:-4, 2:-2] + grain[4:, 2:-2] + grain[2:-2, :-4] + grain[2:-2, 4:]) / 4
-    noise: np.ndarray = fine - 0.5 * coarse
+    noise: np.ndarray = fine - (0.5 + 0.35 * sharpness) * coarse
     result: np.ndarray = noise / noise[:, :, : 1 + k // 8].std()
     return result
