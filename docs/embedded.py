@@ -42,8 +42,8 @@ QUESTIONS = (  # task, first positive label, description, optimal probability
 def main(folder: Path, *, only_measure: bool) -> None:
     """Train unless `only_measure` is set, measure, and write the results into the project."""
     weights = ZOO / NAME
-    training = simulate(folder / "train", **TRAINED_ON, workers=2, progress=_progress("train"))
-    test = simulate(folder / "test", **MEASURED_ON, workers=2, progress=_progress("test"))
+    training = simulate(folder / "train", **TRAINED_ON, preset="plain", workers=2, progress=_progress("train"))
+    test = simulate(folder / "test", **MEASURED_ON, preset="plain", workers=2, progress=_progress("test"))
     if not only_measure:
         run, spec = folder / "run", ModelSpec.read(ZOO / f"{NAME}.json")
         limits = tuple(limit for limit in spec.limits if not limit.startswith(_FIGURE))

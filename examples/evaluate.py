@@ -10,7 +10,7 @@ from ichprog.evaluation import evaluate
 from ichprog.simulate import simulate
 
 folder = Path(sys.argv[1])
-cohort = simulate(folder / "patients", patients=8, seed=7)
+cohort = simulate(folder / "patients", patients=8, seed=7, preset="plain")
 
 evaluation = evaluate("compact.prognosis_gcs3_age", cohort)
 print(evaluation.write(folder / "evaluation"))

@@ -10,7 +10,7 @@ import ichprog
 from ichprog.simulate import simulate
 
 folder = Path(sys.argv[1])
-cohort = simulate(folder / "patients", patients=1, seed=7)
+cohort = simulate(folder / "patients", patients=1, seed=7, preset="plain")
 scan = next((cohort.parent / "scans").iterdir())
 
 prediction = ichprog.predict("compact.prognosis_gcs3_age", scan)

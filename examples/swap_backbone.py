@@ -26,7 +26,7 @@ ichprog.register_backbone("two_layers", two_layers)
 (spec,) = ichprog.list_models("compact.prognosis_gcs3_age")
 fields = spec.to_dict() | {"name": "two_layers.prognosis_gcs3_age", "backbone": {"name": "two_layers", "options": {}}}
 
-cohort = simulate(folder / "patients", patients=8, seed=7)
+cohort = simulate(folder / "patients", patients=8, seed=7, preset="plain")
 protocol = PRESETS["default"].replace(epochs=1, batch_size=4, validation_fraction=0.5)
 run = train(cohort, ichprog.ModelSpec.from_dict(fields), folder / "run", folds=2, protocol=protocol)
 

@@ -30,7 +30,7 @@ def model():
 
 def picture(**changes):
     """Return one simulated brain with changes to the patient and a fixed random seed."""
-    person = dataclasses.replace(Patient(11, 4).person, **changes)
+    person = dataclasses.replace(Patient(11, 4, "plain").person, **changes)
     random = np.random.default_rng(3)
     individual = Individual(person.marks, random)
     exposure = acquire(individual, draw_haemorrhage(person, individual, random), np.random.default_rng(3))
@@ -65,7 +65,7 @@ def test_the_documented_results_are_the_measured_ones():
 
 
 def test_predictions_follow_the_haemorrhage_and_the_atrophy(model):
-    marks = Patient(11, 4).person.marks
+    marks = Patient(11, 4, "plain").person.marks
     small, large = (
         ichprog.predict(model, picture(site="putamen", volume_ml=volume, ventricular=share))
         for volume, share in ((4.0, 0.0), (90.0, 0.5))

@@ -28,7 +28,7 @@ def demo(folder: Path, as_json: bool) -> None:
     from ichprog.simulate import Patient
 
     folder.mkdir(parents=True, exist_ok=True)
-    patient = Patient(*_PATIENT)
+    patient = Patient(*_PATIENT, preset="plain")
     scan_path, mask_path = patient.save(folder)
     model = ichprog.load_model(_MODEL, runtime="torch")  # compiles nothing and leaves nothing in the cache
     scan = model.load_scan(scan_path)

@@ -12,11 +12,20 @@ from ichprog.cli.options import as_json, print_path
 @click.argument("output", type=click.Path(path_type=Path))
 @click.option("--patients", default=200, show_default=True, help="Number of patients.")
 @click.option("--seed", default=0, show_default=True, help="Random seed; a seed gives the same patients everywhere.")
+@click.option(
+    "--preset",
+    type=click.Choice(["realistic", "plain"]),
+    default="realistic",
+    show_default=True,
+    help="Show what is taken for blood on real heads, or the simulation of the embedded outcome model.",
+)
 @click.option("--skull", is_flag=True, help="Show whole heads instead of the brain alone.")
 @click.option("--dicom", is_flag=True, help="Write DICOM series instead of NIfTI files.")
 @click.option("--workers", default=1, show_default=True, help="Number of processes.")
 @as_json
-def simulate(output: Path, patients: int, seed: int, skull: bool, dicom: bool, workers: int, as_json: bool) -> None:
+def simulate(
+    output: Path, patients: int, seed: int, preset: str, skull: bool, dicom: bool, workers: int, as_json: bool
+) -> None:
     """Simulate a cohort into the folder OUTPUT: scans, masks of the blood, labels and true probabilities.
 
     An interrupted simulation is resumed by repeating the command.
@@ -27,7 +36,7 @@ def simulate(output: Path, patients: int, seed: int, skull: bool, dicom: bool, w
 
     with tqdm(total=patients, unit="patient", file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
         table = run(
-            output, patients=patients, seed=seed, skull=skull, dicom=dicom, workers=workers,
+            output, patients=patients, seed=seed, preset=preset, skull=skull, dicom=dicom, workers=workers,
             progress=lambda done: bar.update(done - bar.n),
         )  # fmt: skip
     print_path(table, as_json=as_json)

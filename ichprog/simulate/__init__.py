@@ -1,8 +1,9 @@
 """Simulated patients with an intracranial haemorrhage: scans, masks, labels and their true probabilities.
 
-`realism` holds the options, `population` draws patients and their outcomes, `anatomy` deforms a template into a head,
-`haemorrhage` adds blood, `insertion` adds it to a given head, `structures` adds what is taken for blood, `scanner` acquires the scan, `dicom` writes it as a
-series. No real patient is involved, and results on simulated patients show nothing about real ones.
+`realism` holds the options. `population` draws patients and their outcomes. `anatomy` deforms a template into a head,
+`haemorrhage` adds blood, and `structures` adds what is taken for blood. `scanner` acquires the scan, and `dicom` writes
+it as a series. `insertion` adds blood to a given head. No real patient is involved, and results on simulated patients
+show nothing about real ones.
 """
 
 import json

@@ -214,6 +214,25 @@ def draw_shape(person: Person, random: np.random.Generator, ratio: float, *, all
     )
 
 
+def fullest(share: np.ndarray, wanted: float) -> np.ndarray:
+    """Return the mask of the voxels with the most blood, as many as wanted if so many have blood.
+
+    Args:
+        share: Fraction of blood of each voxel.
+        wanted: Number of voxels.
+
+    Example:
+        >>> fullest(np.array([0.1, 0.9, 0.4, 0.0]), 2.2)
+        array([False,  True,  True, False])
+    """
+    some = np.flatnonzero(share > 0)
+    count = min(round(wanted), len(some))
+    mask = np.zeros(share.shape, bool)
+    if count:
+        mask.ravel()[some[np.argpartition(share.ravel()[some], -count)[-count:]]] = True
+    return mask
+
+
 def mask_value(kind: str) -> int:
     """Return the value of a kind of haemorrhage in masks.
 

@@ -15,7 +15,7 @@ from ichprog.scan import Scan, read
 from ichprog.scan.brain import isolate_brain
 from ichprog.scan.morphology import Box, bounding_box, resample
 from ichprog.simulate.anatomy import template
-from ichprog.simulate.haemorrhage import Shape, draw_shape, mask_value
+from ichprog.simulate.haemorrhage import Shape, draw_shape, fullest, mask_value
 from ichprog.simulate.population import draw_person
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def add_haemorrhage(
     share, change = (_to_voxels(values, head.hu[box].shape) * inside[box] for values in (blood, change))
 
     voxels = np.zeros(head.hu.shape, np.uint8)
-    voxels[box] = _fullest(share, volume_ml / (float(np.prod(head.spacing)) / 1000)) * np.uint8(mask_value(kind))
+    voxels[box] = fullest(share, volume_ml / (float(np.prod(head.spacing)) / 1000)) * np.uint8(mask_value(kind))
     hu = head.hu.copy()
     hu[box] += change
     return head.image(np.rint(hu).astype(np.int16)), head.image(voxels)
@@ -214,11 +214,3 @@ def _share(rank: np.ndarray, kind: str, volume_ml: float, points: _Points) -> np
 def _to_voxels(values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """Average points over each slice and interpolate them to voxels."""
     return resample(values.reshape(*values.shape[:2], shape[2], _POINTS_PER_SLICE).mean(-1), shape)
-
-
-def _fullest(share: np.ndarray, wanted: float) -> np.ndarray:
-    """Return the mask of as many voxels as wanted, those with the most blood."""
-    count = min(max(1, round(wanted)), int((share > 0).sum()))
-    mask = np.zeros(share.size, bool)
-    mask[np.argpartition(share, -count, axis=None)[-count:]] = True
-    return mask.reshape(share.shape)

@@ -13,7 +13,7 @@ import numpy as np
 
 from ichprog.scan.morphology import resample
 from ichprog.simulate.anatomy import CENTRE, Individual, gyri_displacement
-from ichprog.simulate.haemorrhage import MASK_VALUES, Shape, mask_value
+from ichprog.simulate.haemorrhage import MASK_VALUES, Shape, fullest, mask_value
 from ichprog.simulate.realism import PLAIN, Realism
 from ichprog.simulate.structures import add_beam_hardening, add_structures
 
@@ -78,7 +78,7 @@ class _Protocol:
         sharpness: Of the reconstruction kernel: below 0 soft, 0 linear interpolation, above 0 sharp.
         noise_hu: Range of the standard deviation of the noise of slices of 5 mm, in HU.
         windowed: Whether HU are quantised.
-        exact_masks: Whether masks keep the volume of the blood.
+        mask_ml: Volume of the mask of the haemorrhage, or None for the voxels more than half full of blood.
     """
 
     slices: int
@@ -87,7 +87,7 @@ class _Protocol:
     sharpness: float
     noise_hu: tuple[float, float]
     windowed: bool
-    exact_masks: bool
+    mask_ml: float | None
 
 
 def acquire(
@@ -135,7 +135,7 @@ def acquire(
         float(of_protocol.uniform(-1, 1)) if realism.kernels else 0.0,
         realism.noise_hu,
         bool(of_protocol.random() < realism.windowed),
-        realism.exact_masks,
+        shape.person.volume_ml if realism.exact_masks else None,
     )
     value = mask_value(shape.person.kind) if shape.person.bleeds else 0
     return _digitise(layers, low, size, protocol, value, random, skull)
@@ -353,24 +353,15 @@ def _digitise(
     mask = np.zeros(pixels.shape, bool)
     box = tuple(boxes)
     pixels[box] = np.rint(np.maximum(hu if skull else np.where(within, hu, 0), -1024))
-    bleeds, fills = (_threshold(share, within, protocol.exact_masks) for share in (haemorrhage, entered))
+    bleeds, fills = within & (haemorrhage > 0.5), within & (entered > 0.5)
+    if protocol.mask_ml is not None:
+        bleeds = fullest(haemorrhage * within, protocol.mask_ml * 1000 / (mm**2 * spacing))
+        fills = fullest(entered * within, float(entered.sum()))
     blood[box] = np.where(bleeds, value, np.where(fills, MASK_VALUES["ventricular"], 0))
     mask[box] = within
     affine = np.diag([-mm, -mm, spacing, 1.0])
     affine[:3, 3] = [*first, low[2] + spacing / 2]
     return SimulatedScan(pixels, blood, mask, affine)
-
-
-def _threshold(share: np.ndarray, within: np.ndarray, exact: bool) -> np.ndarray:
-    """Return the voxels with blood: more than half full, or exactly as many as the volume of the blood needs."""
-    level = np.float32(0.5)
-    if exact:
-        values = share[within & (share > 0.02)]
-        wanted = min(round(float(share[within].sum())), len(values))
-        if wanted:
-            level = np.nextafter(np.partition(values, -wanted)[-wanted], np.float32(0))
-    result: np.ndarray = within & (share > level)
-    return result
 
 
 def _kernel(distance: np.ndarray, sharpness: float) -> np.ndarray:

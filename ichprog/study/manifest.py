@@ -47,7 +47,8 @@ def simulate_patients(study: Study, out: Path, workers: int) -> None:
         return
     from ichprog.simulate import simulate
 
-    simulate(out / _PATIENTS, patients=study.simulated.patients, seed=study.simulated.seed, workers=workers)
+    chosen = study.simulated
+    simulate(out / _PATIENTS, patients=chosen.patients, seed=chosen.seed, preset=chosen.preset, workers=workers)
 
 
 def split_folds(study: Study, cohort: Cohort, size: int | None = None) -> "list[Fold]":

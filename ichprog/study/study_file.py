@@ -23,10 +23,12 @@ class Simulated:
     Attributes:
         patients: Number of patients.
         seed: Random seed.
+        preset: Preset of the simulation, "realistic" or "plain".
     """
 
     patients: int
     seed: int = 0
+    preset: str = "realistic"
 
 
 @dataclass(frozen=True)

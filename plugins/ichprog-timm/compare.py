@@ -40,7 +40,7 @@ SCORES = (("prognosis", "poor"), ("age", ">=80"))
 def main(folder: Path) -> None:
     """Train every variant on the same patients and print a row for each."""
     torch.set_num_threads(1)
-    cohort = simulate(folder / "patients", patients=200, seed=1, workers=2)
+    cohort = simulate(folder / "patients", patients=200, seed=1, preset="plain", workers=2)
     (small,) = ichprog.list_models("compact.prognosis_gcs3_age")
     click.echo("| backbone | options | parameters | s a step | AUC, poor outcome | AUC, age of 80 or more |")
     click.echo("| --- | --- | --- | --- | --- | --- |")
