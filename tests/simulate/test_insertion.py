@@ -65,8 +65,8 @@ def test_the_seed_decides(head):
 
 
 def test_what_does_not_fit_is_refused(head):
-    with pytest.raises(UnknownNameError, match=r"Unknown kind of haemorrhage 'epidurl'. Did you mean epidural or subdural\?"):
-        add_haemorrhage(head[0], "epidurl", 5.0)
+    with pytest.raises(UnknownNameError, match="Unknown kind of haemorrhage"):
+        add_haemorrhage(head[0], "epidral", 5.0)
     with pytest.raises(InvalidValueError, match="Expected a number of mL above 0"):
         add_haemorrhage(head[0], "epidural", 0.0)
     with pytest.raises(InvalidValueError, match=r"less than the .* mL that can hold ventricular blood in this head"):
