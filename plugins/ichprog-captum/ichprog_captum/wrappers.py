@@ -1,6 +1,7 @@
 """Wrap a score and its network for captum, and restore both afterwards."""
 
 import logging
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -72,6 +73,35 @@ def wrapped(
         for module, attributes in before:
             for name in {"input", "output"} & vars(module).keys() - attributes:
                 delattr(module, name)
+
+
+@contextmanager
+def faster_threads(run: Callable[[], object], device: torch.device) -> Iterator[None]:
+    """Use one thread in the block if that is faster than the number set for torch, and restore the number.
+
+    Threads of OpenMP spin and wait for each other after every operation. If other programs occupy the cores, a pass
+    over a small grid spends most of its time waiting. One timed pass each decides. A pass before them warms up.
+
+    Args:
+        run: One pass.
+        device: Device of the pass. Only a CPU is timed.
+    """
+    threads = torch.get_num_threads()
+    if threads == 1 or device.type != "cpu":
+        yield
+        return
+    try:
+        run()
+        seconds = {}
+        for number in (threads, 1):
+            torch.set_num_threads(number)
+            start = time.perf_counter()
+            run()
+            seconds[number] = time.perf_counter() - start
+        torch.set_num_threads(min(seconds, key=lambda number: seconds[number]))
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @contextmanager
