@@ -26,7 +26,7 @@ import ichprog
 from ichprog.cohort import CT_ICH_KINDS
 from ichprog.io import write_csv
 from ichprog.metrics import compute_weighted
-from ichprog.metrics.bootstrap import percentile_interval, resample_counts
+from ichprog.metrics.bootstrap import percentile_interval, resample_counts, wilson_interval
 from ichprog.metrics.comparisons import correlations
 from ichprog.scan import CHECKS, read
 from ichprog.scan.brain import run_extractor
@@ -34,8 +34,9 @@ from ichprog.scan.checks import check_scan, measure_dense_blood, missing_brain_m
 
 PAGE = Path(__file__).parents[1] / "docs" / "real-heads.md"
 MODEL = "compact.prognosis_gcs3_age"
-AGE_GROUPS = {"under 18 years": (0, 18), "18 to 39 years": (18, 40), "40 years or older": (40, 200)}
-AT_VERTEX = 0.002  # a head reaches the vertex if a smaller share of the brain is missing at the top
+AGE_GROUPS = {"under 18 years": (0, 18), "18 years or older": (18, 200)}
+SMALLEST_GROUP = 4  # figures of fewer bleeding or other heads would tell about single patients
+AT_END = 0.002  # a brain ends at a side if a smaller share is missing there
 REMOVED_MM = (5, 10, 15, 20, 30, 40, 50)
 N_BOOTSTRAP = 2000
 METRICS = ("auroc", "sensitivity", "specificity")
@@ -75,7 +76,8 @@ class Head:
         volume_ml: Volume of the extracted brain, NaN if none was found.
         seconds: Duration of the extraction.
         warnings: Codes of the warnings.
-        cropping: Removed and estimated mL, as `take_slices_off` returns them, if the brain reaches the vertex.
+        missing: Share of the brain that is missing at the top.
+        cropping: Removed and estimated mL by side, as `take_slices_off` returns them, if the brain ends there.
         scores: Scores by detector.
         p_poor: Probability of a poor outcome by the embedded model.
         p_old: Probability of an age of 80 or more by the embedded model.
@@ -87,7 +89,8 @@ class Head:
     volume_ml: float = np.nan
     seconds: float = np.nan
     warnings: tuple[str, ...] = ()
-    cropping: list[tuple[float, float]] = dataclasses.field(default_factory=list)
+    missing: float = np.nan
+    cropping: dict[str, list[tuple[float, float]]] = dataclasses.field(default_factory=dict)
     scores: dict[str, Scores] = dataclasses.field(default_factory=dict)
     p_poor: float = np.nan
     p_old: float = np.nan
@@ -125,15 +128,18 @@ def measure_head(head: Head, path: Path, model: ichprog.Model) -> None:
     head.seconds = time.perf_counter() - start
     head.volume_ml = float(np.count_nonzero(mask) * np.prod(scan.spacing) / 1000)
     head.warnings = tuple(warning.code for warning in check_scan(scan, mask, {}, given=False))
-    if missing_brain_ml(mask, scan.spacing, "top") < AT_VERTEX * head.volume_ml:
-        head.cropping = take_slices_off(mask, scan.spacing)
+    for side, stack in (("top", mask), ("bottom", mask[:, :, ::-1])):
+        share = missing_brain_ml(stack, scan.spacing, "top") / head.volume_ml  # top and bottom have the same curvature
+        head.missing = share if side == "top" else head.missing
+        if share < AT_END:
+            head.cropping[side] = take_slices_off(stack, scan.spacing)
     head.scores = {name: score(path) for name, score in DETECTORS.items()}
     prediction = ichprog.predict(model, path)
     head.p_poor, head.p_old = (list(prediction[task].probabilities.values())[-1] for task in ("prognosis", "age"))
 
 
 def take_slices_off(mask: np.ndarray, spacing: tuple[float, float, float]) -> list[tuple[float, float]]:
-    """Take slices off the top of a brain, and return the removed volume and its estimate in mL for each height.
+    """Take slices off the end of a stack, and return the removed volume and its estimate in mL for each height.
 
     What the estimate adds beyond the whole brain counts as removed, too.
     """
@@ -165,7 +171,7 @@ def crop_simulated(patients: int) -> list[list[tuple[float, float]]]:
 
     pairs = []
     for number in range(patients):
-        scan = Patient(SIMULATED_SEED, number).scan()
+        scan = Patient(SIMULATED_SEED, number, "plain").scan()
         x, y, z = (float(mm) for mm in np.linalg.norm(scan.affine[:3, :3], axis=0))
         pairs.append(take_slices_off(scan.inside, (x, y, z)))
     return pairs
@@ -176,8 +182,10 @@ def measure_detector(
 ) -> dict[str, tuple[float, float, float]]:
     """Return the AUROC, and sensitivity and specificity at 0.5, each with a 95 % interval over patients.
 
+    Intervals are those of a bootstrap over patients, or Wilson's for a share of patients.
+
     Args:
-        truth: `(N,)` whether each case is positive.
+        truth: `(N,)` bool, whether each case is positive.
         scores: `(N,)` scores from 0 to 1.
         patients: `(N,)` number of each case's patient. Bootstrap samples are samples of patients.
     """
@@ -185,7 +193,12 @@ def measure_detector(
     counts = resample_counts(patient_of.max() + 1, n_bootstrap=N_BOOTSTRAP)[:, patient_of]
     weights = np.concatenate([np.ones((1, len(truth))), counts])
     values = compute_weighted(truth, scores, weights, kind="binary")
-    return {name: (float(values[name][0]), *percentile_interval(values[name][1:])) for name in METRICS}
+    figures = {name: (float(values[name][0]), *percentile_interval(values[name][1:])) for name in METRICS}
+    if len(truth) == patient_of.max() + 1:  # shares of patients, whose bootstrap intervals vanish at 0 and 1
+        for name, group in (("sensitivity", truth), ("specificity", ~truth)):
+            low, high = wilson_interval(round(figures[name][0] * group.sum()), group.sum())
+            figures[name] = (figures[name][0], float(low), float(high))
+    return figures
 
 
 def detection_rows(heads: Sequence[Head], detector: str) -> list[dict[str, Any]]:
@@ -201,7 +214,7 @@ def detection_rows(heads: Sequence[Head], detector: str) -> list[dict[str, Any]]
     rows = []
     for name, members, kinds in groups:
         truth = np.array([head.slices[:, kinds].any() for head in members], bool)
-        if truth.all() or not truth.any():
+        if min(truth.sum(), (~truth).sum()) < SMALLEST_GROUP:
             continue
         row: dict[str, Any] = {"group": name, "bleeding": int(truth.sum()), "other": int((~truth).sum())}
         numbers = np.arange(len(members))
@@ -222,7 +235,8 @@ def summarise(heads: Sequence[Head], simulated: Sequence[list[tuple[float, float
     bleeding = [head for head in heads if head.bleeds]
     others = [head for head in heads if not head.bleeds]
     adults = [head for head in answered if head.age >= 18]
-    whole = [head.cropping for head in answered if head.cropping]
+    tops, bottoms = ([h.cropping[side] for h in answered if side in h.cropping] for side in ("top", "bottom"))
+    cropped = {"real, top": tops[1::2], "simulated, top": simulated, "real, bottom": bottoms}  # tops[::2]: chosen on
     poor = measure_detector(
         np.array([head.bleeds for head in answered]), np.array([h.p_poor for h in answered]), np.arange(len(answered))
     )
@@ -243,10 +257,9 @@ def summarise(heads: Sequence[Head], simulated: Sequence[list[tuple[float, float
             code: [sum(code in head.warnings for head in group) for group in (bleeding, others)] for code in codes
         },
         "cropping": {
-            kind: {"heads": len(group), "rows": summarise_cropping(group)}
-            for kind, group in (("real", whole[1::2]), ("simulated", simulated))  # chosen on the other real heads
-            if group
+            kind: {"heads": len(group), "rows": summarise_cropping(group)} for kind, group in cropped.items() if group
         },
+        "nearly_whole": sum(head.missing < 0.01 for head in answered),
         "detection": {name: detection_rows(answered, name) for name in DETECTORS},
         "age": correlations({"P(age >= 80)": [h.p_old for h in adults]}, [h.age for h in adults])[0],
         "poor": poor["auroc"],
@@ -268,7 +281,7 @@ def _figures(summary: Mapping[str, Any]) -> str:
         "haemorrhage.",
         "### Brain extraction",
         _table(
-            ["quantity", "lowest", "quarter", "median", "three quarters", "highest"],
+            ["quantity", "5th percentile", "25th", "median", "75th", "95th"],
             [
                 ["volume of the brain, mL", *(f"{v:.0f}" for v in extraction["volume_ml"])],
                 ["the same, 18 years or older, mL", *(f"{v:.0f}" for v in extraction["adult_volume_ml"])],
@@ -283,10 +296,17 @@ def _figures(summary: Mapping[str, Any]) -> str:
         ),
         "Every other check gave no warning.",
         "### Missing brain",
+        f"At the top, less than 1 % of the brain is missing in {summary['nearly_whole']} of {n} heads.",
         _cropping_text(summary["cropping"]),
     ]
     for name, rows in summary["detection"].items():
-        parts += [f"### Haemorrhage by {name}", *(_detection_table(rows, level) for level in ("patient", "slice"))]
+        left_out = [kind for kind in CT_ICH_KINDS if kind not in {row["group"] for row in rows}]
+        note = f"Too few heads for figures of their own: {', '.join(left_out)}." if left_out else ""
+        parts += [
+            f"### Haemorrhage by {name}",
+            note,
+            *(_detection_table(rows, level) for level in ("patient", "slice")),
+        ]
     age = summary["age"]
     parts += [
         "### Embedded model",
@@ -294,11 +314,11 @@ def _figures(summary: Mapping[str, Any]) -> str:
         f"more with the age of {age['n']} adults is {_interval([age['rho'], age['low'], age['high']])}. Its "
         f"probability of a poor outcome tells bleeding from other heads with an AUC of {_interval(summary['poor'])}.",
     ]
-    return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
+    return "\n\n".join(part.rstrip("\n") for part in parts if part) + "\n"
 
 
 def _cropping_text(cropping: Mapping[str, Any]) -> str:
-    head = ["removed at the top", "median volume, mL", "median error", "90th percentile", "within 30 %"]
+    head = ["removed height", "median volume, mL", "median error", "90th percentile", "within 30 %"]
     parts = []
     for kind, result in cropping.items():
         rows = [
@@ -306,7 +326,7 @@ def _cropping_text(cropping: Mapping[str, Any]) -> str:
             + [f"{100 * row[key]:.0f} %" for key in ("median_error", "p90_error", "within_30")]
             for row in result["rows"]
         ]
-        parts += [f"{result['heads']} {kind} heads that reach the vertex:", _table(head, rows)]
+        parts += [f"Slices taken off: {kind}, {result['heads']} heads whose brain ends there.", _table(head, rows)]
     return "\n\n".join(part.rstrip("\n") for part in parts)
 
 
@@ -328,7 +348,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _quantiles(values: Sequence[float]) -> list[float]:
-    return [float(value) for value in np.percentile(values, [0, 25, 50, 75, 100])]
+    return [float(value) for value in np.percentile(values, [5, 25, 50, 75, 95])]
 
 
 def _rows(path: Path) -> list[dict[str, str]]:
