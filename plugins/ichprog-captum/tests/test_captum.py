@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from ichprog_captum.wrappers import faster_threads
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional
@@ -152,6 +153,17 @@ def test_occlusion_takes_the_documented_number_of_passes():
     network.seen.clear()
     methods.occlusion(score, torch.rand(1, 1, 8, 12, 14, dtype=torch.float64), network, window=100)
     assert len(network.seen) == 2
+
+
+def test_the_faster_number_of_threads_is_used_and_restored(monkeypatch):
+    used, before = [2], []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: used[-1])
+    monkeypatch.setattr(torch, "set_num_threads", used.append)
+    for slower in (1, 2):
+        with faster_threads(lambda slow=slower: time.sleep(0.2 * (used[-1] == slow)), torch.device("cpu")):
+            before.append(used[-1])
+        assert used[-1] == 2
+    assert before == [2, 1]
 
 
 def test_grad_cam_equals_that_of_ichprog():
