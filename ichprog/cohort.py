@@ -270,6 +270,37 @@ class Cohort:
         cells = [patient.columns.get(column, "") for patient in self.patients]
         return np.array([float(cell) if cell else math.nan for cell in cells], dtype=np.float64)
 
+    def slices(self, column: str) -> list[tuple[int, ...] | None]:
+        """Return a column of slice numbers, which are separated by spaces.
+
+        Args:
+            column: Name of the column, regardless of case.
+
+        Returns:
+            The numbers for each patient, None if blank.
+
+        Raises:
+            UnknownNameError: The column does not exist.
+            CohortError: A cell holds something else than whole numbers; the message names the rows.
+
+        Example:
+            >>> Cohort((Patient("1", Path("1.nii.gz"), {"slices": "7 8"}),), "cohort.csv").slices("slices")
+            [(7, 8)]
+        """
+        if not self.has_column(column):
+            raise UnknownNameError(f"column of {self.source}", column, self.columns)
+        cells = [patient.columns.get(column, "") for patient in self.patients]
+        problems = [
+            (
+                patient.row or 0,
+                f"{_who(patient)}: column {column} is {cell}. Expected slice numbers such as 7 8, or blank.",
+            )
+            for patient, cell in zip(self.patients, cells, strict=True)
+            if not all(number.isdigit() for number in cell.split())
+        ]
+        _raise_problems(self.source, _by_row(problems))
+        return [tuple(map(int, cell.split())) or None for cell in cells]
+
     def labels(self, task: Task) -> np.ndarray:
         """Return the true labels of a task.
 
@@ -285,6 +316,41 @@ class Cohort:
         """
         values = self.numbers(task.target.column)
         return np.array([-1 if np.isnan(value) else task.target.index(value) for value in values], dtype=np.int64)
+
+
+def find_masks(cohort: Cohort, column: str = "mask") -> dict[str, Path]:
+    """Return the path of the lesion mask by name of the patient, for patients with a mask.
+
+    The column has paths relative to the table, blank without a mask. Without this column, masks are
+    `masks/<patient>.nii.gz` next to the folder of the scans, where `ichprog simulate` writes masks.
+
+    Args:
+        cohort: The patients.
+        column: Name of the column.
+
+    Raises:
+        CohortError: A mask in the column does not exist.
+
+    Example:
+        ```python
+        find_masks(Cohort.read("patients/cohort.csv"))  # {"p0001": Path("patients/masks/p0001.nii.gz"), ...}
+        ```
+    """
+    masks = {}
+    for patient in cohort.patients:
+        cell = patient.columns.get(column)
+        scan = patient.scan.name.removesuffix(".gz").removesuffix(".nii")  # joined cohorts have renamed patients
+        names = [f"masks/{name}.nii.gz" for name in (patient.name, scan)] if cell is None else [cell]
+        folders = [*patient.scan.parents[:2]] if cell is None else [Path(cohort.source).parent, *patient.scan.parents]
+        existing = [folder / name for name in names if name for folder in folders if (folder / name).is_file()]
+        if existing:
+            masks[patient.name] = existing[0]
+        elif cell:
+            raise CohortError(
+                f"{cohort.source}: patient {patient.name}: the mask {cell} does not exist. Give a path relative to the "
+                "table, or leave the cell blank."
+            )
+    return masks
 
 
 def from_csic(folder: str | Path) -> Cohort:

@@ -10,12 +10,21 @@ provide:
 The module may provide `rescale_(scale, shift)`. It changes the head in place so that its logits become
 `scale * logits + shift`, with a positive number `scale` and `shift` `(K,)`. Training recalibrates probabilities with it
 and leaves a head without this method unchanged.
+
+A dense head also answers voxel by voxel, for a task with a `mask` in its spec. Its `build` takes `regions`, the names
+of the R regions, and its module provides in addition:
+
+- `dense(features)`: features to `DenseLogits`.
+- `pool(dense)`: `DenseLogits` to the logits `(B, K)`. `forward(features)` equals `pool(dense(features))`.
+- `dense_loss(dense, target)`: the loss over voxels and slices, a scalar. `target` `(B, R, D, H, W)` holds the fraction
+  of each cell of the grid that lies in each region. NaN is an unknown cell. -1 is an unknown cell of a slice that is
+  known to hold a region.
 """
 
 import math
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +33,19 @@ from torch.nn import functional
 from ichprog.errors import InvalidValueError
 
 Pool = Literal["average", "max", "both"]
+
+
+class DenseLogits(NamedTuple):
+    """The logits of a dense head.
+
+    Attributes:
+        voxels: `(B, R + 1, d, h, w)` over the extent of the grid, at any resolution. Their softmax over the second axis
+            gives the probability of no region, then of each region.
+        slices: `(B, d)`, the log odds that a slice holds a region.
+    """
+
+    voxels: Tensor
+    slices: Tensor
 
 
 class _Pooled(nn.Module):
@@ -65,8 +87,8 @@ class _PooledLinear(_Pooled):
         self.linear.bias.mul_(scale).add_(shift)
 
 
-class Ordinal(_PooledLinear):
-    """Predict ordered labels. Logit k is the log odds of P(label > k); K is the number of labels minus 1."""
+class _Ordered(nn.Module):
+    """Read logit k as the log odds of P(label > k); K is the number of labels minus 1."""
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Return label probabilities `(B, K + 1)` for logits `(B, K)`.
@@ -83,6 +105,93 @@ class Ordinal(_PooledLinear):
         """Return the mean binary cross-entropy over all P(label > k), for `target` `(B,)` of label indices."""
         steps = torch.arange(logits.shape[1], device=logits.device)
         return functional.binary_cross_entropy_with_logits(logits, (target[:, None] > steps).to(logits.dtype))
+
+
+class Ordinal(_Ordered, _PooledLinear):
+    """Predict ordered labels. Logit k is the log odds of P(label > k); K is the number of labels minus 1."""
+
+
+class Segmentation(_Ordered):
+    """Predict regions voxel by voxel, and ordered labels from the slice with the most evidence of a region.
+
+    The evidence of a voxel is the log odds that the voxel lies in any region. A slice has the mean of its highest
+    evidence, and a scan has the highest value of its slices. Each of the two is scaled and shifted.
+    """
+
+    _PRIOR_LOG_ODDS = 5.0  # of a cell in no region, before training; regions are rare
+    _EMPTY_DICE = 10.0  # cells; a region that is absent from a batch must not dominate the loss
+
+    def __init__(self, in_channels: int, labels: int, regions: int, top_share: float) -> None:
+        super().__init__()
+        self.top_share = top_share
+        self.voxels = nn.Conv3d(in_channels, regions + 1, 1)
+        with torch.no_grad():
+            self.voxels.bias[0] += self._PRIOR_LOG_ODDS  # type: ignore[index]
+        self.slice_scale = nn.Parameter(torch.ones(()))
+        self.slice_shift = nn.Parameter(torch.zeros(()))
+        self.scale = nn.Parameter(torch.ones(()))
+        self.shift = nn.Parameter(torch.zeros(labels - 1))
+
+    def dense(self, features: Tensor) -> DenseLogits:
+        """Return the logits of voxels and slices for features `(B, C, d, h, w)`."""
+        voxels = self.voxels(features)
+        evidence = (voxels[:, 1:].logsumexp(1) - voxels[:, 0]).flatten(2)
+        highest = evidence.topk(max(1, round(self.top_share * evidence.shape[2])), dim=2).values
+        return DenseLogits(voxels, self.slice_scale * highest.mean(2) + self.slice_shift)
+
+    def pool(self, dense: DenseLogits) -> Tensor:
+        """Return the logits `(B, K)` of the labels."""
+        return self.scale * dense.slices.amax(1, keepdim=True) + self.shift
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return the logits `(B, K)` of the labels for features `(B, C, d, h, w)`."""
+        return self.pool(self.dense(features))
+
+    @torch.no_grad()
+    def rescale_(self, scale: Tensor, shift: Tensor) -> None:
+        """Change the logits of the labels in place to `scale * logits + shift`.
+
+        Args:
+            scale: Positive factor.
+            shift: Offsets `(K,)`.
+        """
+        self.scale.mul_(scale)
+        self.shift.mul_(scale).add_(shift)
+
+    def dense_loss(self, dense: DenseLogits, target: Tensor) -> Tensor:
+        """Return the loss over voxels and slices.
+
+        The loss is the sum of the mean cross-entropy over known cells, one minus the mean soft Dice coefficient of the
+        regions, and the mean binary cross-entropy over known slices. A slice holds a region if the regions fill at
+        least half of one of its cells, and holds none if they fill at most a twentieth of each.
+
+        Args:
+            dense: The logits.
+            target: `(B, R, D, H, W)` fraction of each cell in each region; NaN and -1 as in the contract.
+        """
+        voxels = dense.voxels.float()
+        if voxels.shape[2:] != target.shape[2:]:
+            voxels = functional.interpolate(voxels, target.shape[2:], mode="trilinear")
+        known = (target >= 0).all(1)  # false for NaN
+        inside = torch.where(known[:, None], target, 0)
+        fractions = torch.cat([1 - inside.sum(1, keepdim=True), inside], dim=1)
+        log_probabilities = voxels.log_softmax(1)
+        entropy = -(fractions * log_probabilities).sum(1)[known].sum() / known.sum().clamp(min=1)
+        probabilities = log_probabilities[:, 1:].exp() * known[:, None]
+        overlap, size = (values.sum((0, 2, 3, 4)) for values in (probabilities * inside, probabilities + inside))
+        dice = (2 * overlap + self._EMPTY_DICE) / (size + self._EMPTY_DICE)
+        return entropy + (1 - dice.mean()) * known.any() + self._slice_loss(dense.slices.float(), target, known)
+
+    def _slice_loss(self, slices: Tensor, target: Tensor, known: Tensor) -> Tensor:
+        """Return the mean binary cross-entropy over slices that are known to hold a region or to hold none."""
+        if slices.shape[1] != target.shape[2]:
+            slices = functional.interpolate(slices[:, None], target.shape[2], mode="linear")[:, 0]
+        filled = torch.where(known, target.clamp(min=0).sum(1), 0).amax((2, 3))
+        holds = (filled >= 0.5) | ((target[:, 0] == -1).float().mean((2, 3)) > 0.8)
+        holds_none = known.all(3).all(2) & (filled <= 0.05)
+        chosen = holds | holds_none
+        loss = functional.binary_cross_entropy_with_logits(slices, holds.to(slices), reduction="none")
+        return (loss * chosen).sum() / chosen.sum().clamp(min=1)
 
 
 class Softmax(_PooledLinear):
@@ -226,6 +335,35 @@ def ordinal(in_channels: int, labels: Sequence[str], *, pool: Pool = "average", 
     Source: Cobo et al. 2024; the label coding is that of Cheng et al. 2008 (arXiv 0704.1028).
     """
     return Ordinal(in_channels, len(labels) - 1, pool, activation)
+
+
+def segmentation(
+    in_channels: int, labels: Sequence[str], *, regions: Sequence[str] = ("region",), top_share: float = 0.002
+) -> Segmentation:
+    """Build a dense head: regions voxel by voxel, and ordered labels of the scan.
+
+    The features need the resolution at which regions are wanted, such as those of `compact` with `decoder`.
+
+    Args:
+        in_channels: C of the features.
+        labels: The ordered labels of the scan, such as "absent" and "present".
+        regions: Names of the regions.
+        top_share: Share of the cells of a slice whose evidence is averaged, at least one cell.
+
+    Raises:
+        InvalidValueError: `top_share` is not between 0 and 1.
+
+    Example:
+        >>> head = segmentation(8, ["absent", "present"], regions=["parenchymal", "ventricular"])
+        >>> dense = head.dense(torch.zeros(1, 8, 4, 16, 16))
+        >>> dense.voxels.shape, dense.slices.shape, head.pool(dense).shape
+        (torch.Size([1, 3, 4, 16, 16]), torch.Size([1, 4]), torch.Size([1, 1]))
+
+    Source: this project; the soft Dice loss is that of Milletari et al., 3DV 2016 (arXiv 1606.04797).
+    """
+    if not 0 < top_share <= 1:
+        raise InvalidValueError("top_share", top_share, "a number above 0 and up to 1")
+    return Segmentation(in_channels, len(labels), len(regions), top_share)
 
 
 def softmax(in_channels: int, labels: Sequence[str], *, pool: Pool = "average", activation: bool = True) -> Softmax:

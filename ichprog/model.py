@@ -16,7 +16,7 @@ from ichprog import hub, preprocessing, registry, sources, zoo
 from ichprog import scan as scan_package
 from ichprog.errors import InvalidValueError, PluginError, ScanError, UnknownNameError
 from ichprog.hub import WeightFile
-from ichprog.results import Prediction, Saliency, TaskPrediction
+from ichprog.results import Prediction, Saliency, Segmentation, TaskPrediction
 from ichprog.runtime import Runtime, RuntimeConfig, TaskOutput, build_runtimes, resolve_runtime
 from ichprog.scan import BrainExtractor, BrainMode, Scan
 from ichprog.spec import InputSpec, ModelSpec, Task
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from ichprog.sources import ScanSource, SingleScan
 
 OnError = Literal["raise", "record"]
+Geometry = tuple[tuple[int, int, int], tuple[int, ...], np.ndarray]  # scan in LPS order, source shape, source affine
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
@@ -189,8 +190,10 @@ class Model:
         self, source: "ScanSource", scan: Scan, outputs: Sequence[dict[str, TaskOutput]], provenance: dict[str, Any]
     ) -> Prediction:
         """Return the prediction of a scan from the outputs of all folds."""
+        geometry = scan.hu.shape, scan.source_shape, scan.source_affine  # the scan itself is large
         tasks = {
-            task.name: _mean_over_folds(task, [output[task.name] for output in outputs]) for task in self.spec.tasks
+            task.name: _mean_over_folds(task, [output[task.name] for output in outputs], self.spec.input, geometry)
+            for task in self.spec.tasks
         }
         patient = sources.patient_of(source)
         return Prediction(scan.name, self.spec.name, tasks, scan.warnings, provenance, patient=patient)
@@ -562,15 +565,51 @@ def _as_list(names: str | Sequence[str]) -> list[str]:
     return [names] if isinstance(names, str) else list(dict.fromkeys(names))
 
 
-def _mean_over_folds(task: Task, outputs: Sequence[TaskOutput]) -> TaskPrediction:
-    """Return the prediction of one task from the outputs of all folds."""
+def _mean_over_folds(
+    task: Task, outputs: Sequence[TaskOutput], contract: InputSpec, geometry: "Geometry"
+) -> TaskPrediction:
+    """Return the prediction of one task from the outputs of all folds.
+
+    Args:
+        task: The task.
+        outputs: Output of each fold.
+        contract: Input contract of the model.
+        geometry: Shape of the scan in LPS order, shape of the source, and affine of the source.
+    """
     probabilities = np.stack([output.probabilities[0] for output in outputs]).astype(float)
     means = dict(zip(task.labels, probabilities.mean(0).tolist(), strict=True))
     std = None
     if len(outputs) > 1:
         std = dict(zip(task.labels, probabilities.std(0, ddof=1).tolist(), strict=True))
     logits = np.mean([output.logits[0] for output in outputs], axis=0, dtype=float)
-    return TaskPrediction(task.decide(means), means, tuple(logits.tolist()), std)
+    segmentation = None
+    if task.mask is not None:
+        voxels = np.mean([output.voxels[0] for output in outputs], axis=0)  # type: ignore[index]
+        slices = np.mean([output.slices[0] for output in outputs], axis=0)  # type: ignore[index]
+        in_scan = preprocessing.slices_to_scan(slices, geometry[0][2], contract)
+        segmentation = Segmentation(
+            task.mask.regions,
+            voxels,
+            tuple(scan_package.source_slices(in_scan, geometry[2]).tolist()),
+            functools.partial(_mask_image, *geometry, contract),
+        )
+    return TaskPrediction(task.decide(means), means, tuple(logits.tolist()), std, segmentation)
+
+
+def _mask_image(
+    shape: tuple[int, int, int],
+    source_shape: tuple[int, ...],
+    source_affine: np.ndarray,
+    contract: InputSpec,
+    probabilities: np.ndarray,
+) -> "nib.Nifti1Image":
+    """Return the most probable region of each voxel, 0 if no region is more probable than all together."""
+    inside = preprocessing.to_scan(1 - probabilities[0], shape, contract) > 0.5
+    mask = np.zeros(shape, np.uint8)
+    if inside.any():
+        each = [preprocessing.to_scan(values, shape, contract)[inside] for values in probabilities[1:]]
+        mask[inside] = 1 + np.argmax(each, axis=0)
+    return scan_package.source_image(mask, source_shape, source_affine)
 
 
 def _label_of(task: Task, label: str | Mapping[str, str] | None, *, is_only: bool) -> str:

@@ -1,5 +1,6 @@
 """Build the torch module of a spec and load weights into it, strictly."""
 
+import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from ichprog import registry
 from ichprog.errors import IchprogError, PluginError, SpecError, WeightsError
+from ichprog.heads import DenseLogits
 from ichprog.registry import Registry
 from ichprog.spec import ModelSpec, PluginRef
 
@@ -16,15 +18,22 @@ from ichprog.spec import ModelSpec, PluginRef
 class Network(nn.Module):
     """One backbone and one head for each task; all heads read the same features.
 
-    Attributes:
+    Args:
         backbone: Module from a grid `(B, 1, D, H, W)` to features `(B, C, d, h, w)`.
         heads: Head of each task by name.
+        dense_tasks: Names of the tasks that are also answered voxel by voxel.
+
+    Attributes:
+        backbone: The backbone.
+        heads: Head of each task by name.
+        dense_tasks: Names of the tasks that are also answered voxel by voxel.
     """
 
-    def __init__(self, backbone: nn.Module, heads: dict[str, nn.Module]) -> None:
+    def __init__(self, backbone: nn.Module, heads: dict[str, nn.Module], dense_tasks: Sequence[str] = ()) -> None:
         super().__init__()
         self.backbone = backbone
         self.heads = nn.ModuleDict(heads)
+        self.dense_tasks = tuple(dense_tasks)
 
     @property
     def cam_layer(self) -> str:
@@ -35,6 +44,31 @@ class Network(nn.Module):
         """Return the logits `(B, K)` of each task for a grid `(B, 1, D, H, W)`."""
         features = self.backbone(grid)
         return {task: head(features) for task, head in self.heads.items()}
+
+    def forward_dense(self, grid: Tensor) -> tuple[dict[str, Tensor], dict[str, DenseLogits]]:
+        """Return what `forward` returns, and the logits of voxels and slices of each dense task."""
+        features = self.backbone(grid)
+        dense = {task: self.heads[task].dense(features) for task in self.dense_tasks}  # type: ignore[operator]
+        logits = {
+            task: head.pool(dense[task]) if task in dense else head(features)  # type: ignore[operator]
+            for task, head in self.heads.items()
+        }
+        return logits, dense
+
+    def outputs(self, grid: Tensor) -> dict[str, tuple[Tensor, ...]]:
+        """Return the logits `(B, K)` and the label probabilities `(B, labels)` of each task.
+
+        A dense task has two more entries: the probabilities `(B, R + 1, d, h, w)` of the voxels and the probability
+        `(B, d)` that a slice holds a region.
+        """
+        logits, dense = self.forward_dense(grid)
+        logits = {task: values.float() for task, values in logits.items()}
+        result: dict[str, tuple[Tensor, ...]] = {
+            task: (logits[task], values) for task, values in self.probabilities(logits).items()
+        }
+        for task, (voxels, slices) in dense.items():
+            result[task] += (voxels.float().softmax(1), slices.float().sigmoid())
+        return result
 
     def probabilities(self, logits: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the label probabilities `(B, labels)` of each task for its logits `(B, K)`."""
@@ -64,31 +98,48 @@ def build(spec: ModelSpec) -> Network:
         raise _contract_error(registry.backbones, spec.backbone, problem)
     if layer not in dict(backbone.named_modules()):
         raise _contract_error(registry.backbones, spec.backbone, f"its cam_layer {layer!r} names none of its modules")
-    return Network(backbone, {task.name: build_head(task.head, channels, task.labels) for task in spec.tasks})
+    return Network(backbone, _build_heads(spec, channels), [task.name for task in spec.tasks if task.mask])
 
 
-def build_head(plugin: PluginRef, channels: int, labels: Sequence[str]) -> nn.Module:
+def build_head(
+    plugin: PluginRef, channels: int, labels: Sequence[str], regions: Sequence[str] | None = None
+) -> nn.Module:
     """Build a head with its initial weights.
 
     Args:
         plugin: Name and options of the head.
         channels: C of the features `(B, C, d, h, w)`.
         labels: Labels of the task.
+        regions: Names of the regions of a task that is also answered voxel by voxel.
 
     Raises:
         UnknownNameError: No installed head has this name.
-        SpecError: The head refuses its options.
+        SpecError: The head refuses its options, or the task has regions and the head is not dense.
         PluginError: The head cannot be loaded or breaks its contract.
 
     Example:
         >>> build_head(PluginRef("ordinal", {}), 8, ["good", "poor"])(torch.zeros(1, 8, 1, 3, 3)).shape
         torch.Size([1, 1])
     """
-    head = _build_plugin(registry.heads, plugin, channels, labels)
-    for method in ("probabilities", "loss"):
+    given = {} if regions is None else {"regions": regions}
+    if given and "regions" not in inspect.signature(registry.heads.load(plugin.name)).parameters:
+        raise SpecError(
+            f"head {plugin.name!r} does not answer voxel by voxel. Use a dense head such as 'segmentation', or set "
+            "`mask` of the task to null."
+        )
+    head = _build_plugin(registry.heads, plugin, channels, labels, **given)
+    dense = () if regions is None else ("dense", "pool", "dense_loss")
+    for method in ("probabilities", "loss", *dense):
         if not callable(getattr(head, method, None)):
             raise _contract_error(registry.heads, plugin, f"needs a method {method}")
     return head
+
+
+def _build_heads(spec: ModelSpec, channels: int) -> dict[str, nn.Module]:
+    return {
+        task.name: build_head(task.head, channels, task.labels, task.mask.regions if task.mask else None)
+        for task in spec.tasks
+    }
 
 
 def load(spec: ModelSpec, path: Path) -> Network:
@@ -131,7 +182,7 @@ def load_heads(spec: ModelSpec, path: Path, channels: int) -> dict[str, nn.Modul
     Raises:
         WeightsError: The file cannot be read, or a key of the heads is missing, unknown or of another shape.
     """
-    heads = nn.ModuleDict({task.name: build_head(task.head, channels, task.labels) for task in spec.tasks})
+    heads = nn.ModuleDict(_build_heads(spec, channels))
     state = {key.removeprefix("heads."): v for key, v in _read_state(path).items() if key.startswith("heads.")}
     _load_state(heads, state, path, spec)
     return dict(heads.eval().requires_grad_(False).items())
@@ -166,12 +217,12 @@ def _load_state(module: nn.Module, state: dict[str, Tensor], path: Path, spec: M
     module.load_state_dict(state)
 
 
-def _build_plugin(plugins: Registry, plugin: PluginRef, *args: Any) -> nn.Module:
+def _build_plugin(plugins: Registry, plugin: PluginRef, *args: Any, **given: Any) -> nn.Module:
     """Build the module of a plugin with the options in the spec."""
     factory: Callable[..., Any] = plugins.load(plugin.name)
     label = f"{plugins.kind} {plugin.name!r}"
     try:
-        module = factory(*args, **plugin.options)
+        module = factory(*args, **given, **plugin.options)
     except (TypeError, ValueError) as error:  # InvalidValueError is a ValueError
         raise SpecError(f"{label} refuses its options {dict(plugin.options)}: {error}") from error
     except IchprogError:

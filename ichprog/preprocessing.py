@@ -6,6 +6,7 @@ same extent as the cells of the grid.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -74,6 +75,47 @@ def to_scan(values: np.ndarray, shape: tuple[int, int, int], contract: InputSpec
     for into, plane in zip(result, planes, strict=True):  # one plane fits the CPU cache
         into[:] = _interpolate(_interpolate(plane, 0, rows), 1, columns)
     return result.transpose(2, 1, 0)
+
+
+def prepare_regions(mask: np.ndarray, regions: int, contract: InputSpec) -> np.ndarray:
+    """Return the fraction of each cell of the grid that lies in each region of a mask.
+
+    Args:
+        mask: `(i, j, k)` region numbers in LPS order, 0 outside all regions.
+        regions: Number of regions.
+        contract: Input contract of the model.
+
+    Returns:
+        `(regions, D, H, W)` float32.
+
+    Example:
+        >>> from ichprog import zoo
+        >>> contract = zoo.find("compact.prognosis_gcs3_age").input
+        >>> prepare_regions(np.ones((56, 56, 12), np.uint8), 2, contract).mean((1, 2, 3)).tolist()
+        [1.0, 0.0]
+    """
+    full = replace(contract, window=Window(0.0, 1.0, "one"))
+    return np.stack([prepare((mask == number).astype(np.float32), full) for number in range(1, regions + 1)])
+
+
+def slices_to_scan(values: np.ndarray, slices: int, contract: InputSpec) -> np.ndarray:
+    """Interpolate one value for each slice of the grid to the slices of the scan.
+
+    Args:
+        values: `(d,)` over the extent of the grid along its slices.
+        slices: Number of slices of the scan.
+        contract: Input contract of the model.
+
+    Returns:
+        `(slices,)`, from inferior to superior.
+
+    Example:
+        >>> from ichprog import zoo
+        >>> slices_to_scan(np.array([0.0, 1.0]), 4, zoo.find("compact.prognosis_gcs3_age").input).tolist()
+        [0.0, 0.25, 0.75, 1.0]
+    """
+    result: np.ndarray = to_scan(values[:, None, None], (1, 1, slices), contract)[0, 0]
+    return result
 
 
 def _layout(shape: tuple[int, ...], contract: InputSpec) -> Iterator[tuple[int, int, int]]:

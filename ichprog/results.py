@@ -1,4 +1,4 @@
-"""The results: a `Prediction` of a scan, and a `Saliency` of a scan, a task and a method."""
+"""The results: a `Prediction` of a scan, its `Segmentation`, and a `Saliency` of a scan, a task and a method."""
 
 import csv
 import functools
@@ -20,6 +20,43 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+@dataclass(frozen=True, eq=False)
+class Segmentation:
+    """The regions that a task finds in a scan.
+
+    A voxel lies in the most probable region if the probability of all regions together exceeds one half.
+
+    Attributes:
+        regions: Names of the regions; voxels of the mask have the values 1, 2, ... in this order.
+        probabilities: `(R + 1, d, h, w)` probability of no region, then of each region, the mean over folds. The grid
+            is that of the network, at its resolution or a lower one.
+        slice_probabilities: Probability that a slice holds a region, for each slice in the order of the scan file.
+        to_image: Resamples the probabilities to the voxels of the scan and returns the mask.
+    """
+
+    regions: tuple[str, ...]
+    probabilities: np.ndarray = field(repr=False)
+    slice_probabilities: tuple[float, ...] = field(repr=False)
+    to_image: Callable[[np.ndarray], "nib.Nifti1Image"] = field(repr=False)
+
+    @functools.cached_property
+    def mask(self) -> "nib.Nifti1Image":
+        """Return the mask in the space of the scan. It is computed on first use."""
+        return self.to_image(self.probabilities)
+
+    @functools.cached_property
+    def volume_ml(self) -> dict[str, float]:
+        """Return the volume of all regions together, `"total"`, and of each region, in mL."""
+        counts = np.bincount(np.asarray(self.mask.dataobj).ravel(), minlength=len(self.regions) + 1)[1:]
+        voxel_ml = abs(np.linalg.det(self.mask.affine[:3, :3])) / 1000
+        volumes = {name: float(count * voxel_ml) for name, count in zip(self.regions, counts, strict=True)}
+        return {"total": sum(volumes.values()), **volumes}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return volumes and slice probabilities as plain data, ready for JSON."""
+        return {"volume_ml": dict(self.volume_ml), "slice_probabilities": list(self.slice_probabilities)}
+
+
 @dataclass(frozen=True)
 class TaskPrediction:
     """The prediction of one task.
@@ -29,12 +66,14 @@ class TaskPrediction:
         probabilities: Probability of each label, the mean over folds. They sum to one.
         logits: Logits of the head, the mean over folds.
         std: Standard deviation of each probability between folds; None with one fold.
+        segmentation: The regions in the scan if the task is also answered voxel by voxel; otherwise None.
     """
 
     label: str
     probabilities: Mapping[str, float]
     logits: tuple[float, ...]
     std: Mapping[str, float] | None
+    segmentation: Segmentation | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the prediction as plain data, ready for JSON."""
@@ -43,6 +82,7 @@ class TaskPrediction:
             "probabilities": dict(self.probabilities),
             "logits": list(self.logits),
             "std": None if self.std is None else dict(self.std),
+            **({} if self.segmentation is None else self.segmentation.to_dict()),
         }
 
 
@@ -247,6 +287,8 @@ def _row(prediction: Prediction) -> dict[str, Any]:
         row[f"{name}_label"] = task.label
         row |= {f"{name}_{label}": value for label, value in task.probabilities.items()}
         row[f"{name}_std"] = None if task.std is None else task.std[task.label]
+        if task.segmentation is not None:
+            row |= {f"{name}_{part}_ml": value for part, value in task.segmentation.volume_ml.items()}
     row["warnings"] = " | ".join(f"{warning.code}: {warning.message}" for warning in prediction.warnings)
     if prediction.error is not None:
         row |= {"error_code": prediction.error["code"], "error_message": prediction.error["message"]}
@@ -258,6 +300,8 @@ def _csv(file: TextIO, spec: ModelSpec, with_patients: bool) -> Iterator[Callabl
     columns = [*(["patient"] if with_patients else []), "scan", "model", "status"]
     for task in spec.tasks:
         columns += [f"{task.name}_label", *(f"{task.name}_{label}" for label in task.labels), f"{task.name}_std"]
+        if task.mask is not None:
+            columns += [f"{task.name}_{part}_ml" for part in ("total", *task.mask.regions)]
     columns += ["warnings", "error_code", "error_message", "notice"]
     table = csv.DictWriter(file, columns, extrasaction="ignore")
     table.writeheader()

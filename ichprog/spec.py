@@ -65,6 +65,28 @@ class Target:
 
 
 @dataclass(frozen=True)
+class MaskTarget:
+    """The source of the true regions of a task that is also answered voxel by voxel.
+
+    A patient with the first label of the task has no region. Another patient is trained on the mask, or on the slice
+    numbers if there is no mask; without both, only on the label.
+
+    Attributes:
+        column: Column of the cohort with the path of a mask in the space of the scan. Voxel value k is region k, and 0
+            lies outside all regions.
+        regions: Names of the regions, of voxel values 1, 2, ...
+        slices: Column of the cohort with the numbers of the slices that hold a region, separated by spaces. They count
+            from 0 in the order of the scan file. null for no such column.
+        loss_weight: Weight of the loss over voxels and slices relative to the loss of the label.
+    """
+
+    column: str
+    regions: tuple[str, ...]
+    slices: str | None
+    loss_weight: float
+
+
+@dataclass(frozen=True)
 class Task:
     """One task of a model.
 
@@ -77,6 +99,7 @@ class Task:
         threshold: The predicted label is the last one for which P(this label or a later one) exceeds the threshold.
             null predicts the most probable label, for unordered labels.
         loss_weight: Weight of the task's loss in training.
+        mask: Source of the true regions if the task is also answered voxel by voxel, by a dense head; otherwise null.
     """
 
     name: str
@@ -86,6 +109,7 @@ class Task:
     head: PluginRef
     threshold: float | None
     loss_weight: float
+    mask: MaskTarget | None = None
 
     @property
     def kind(self) -> Literal["binary", "ordinal", "nominal"]:
@@ -423,3 +447,10 @@ def _check_task(task: Task) -> None:
         raise SpecError(f"Invalid {path}.threshold {task.threshold}. Expected a number between 0 and 1.")
     if not task.loss_weight > 0:
         raise SpecError(f"Invalid {path}.loss_weight {task.loss_weight}. Expected a positive number.")
+    if task.mask is None:
+        return
+    regions = list(task.mask.regions)
+    if not regions or len(set(regions)) != len(regions):
+        raise SpecError(f"Invalid {path}.mask.regions {regions}. Expected one or more different names.")
+    if not task.mask.loss_weight > 0:
+        raise SpecError(f"Invalid {path}.mask.loss_weight {task.mask.loss_weight}. Expected a positive number.")

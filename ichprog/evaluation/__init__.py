@@ -8,7 +8,7 @@ masks. `faithfulness` tests whether maps follow the network. The package knows n
 from ichprog.evaluation.evaluate import SEVERAL_FOLDS, Evaluation, evaluate
 from ichprog.evaluation.faithfulness import deletion_insertion, parameter_randomisation
 from ichprog.evaluation.leakage import LeakageReport, check_leakage
-from ichprog.evaluation.localization import MapMetrics, find_masks, measure_maps, summarise_maps
+from ichprog.evaluation.localization import MapMetrics, measure_maps, summarise_maps
 from ichprog.evaluation.predictions import SPLITS, Predictions, TaskPredictions, align
 
 __all__ = [
@@ -23,7 +23,6 @@ __all__ = [
     "check_leakage",
     "deletion_insertion",
     "evaluate",
-    "find_masks",
     "measure_maps",
     "parameter_randomisation",
     "summarise_maps",

@@ -11,18 +11,17 @@ is empty. An empty map counts as empty, not as wrong.
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from ichprog.cohort import Cohort, Patient
-from ichprog.errors import CohortError, ScanError, UnknownNameError
+from ichprog.cohort import Cohort, Patient, find_masks
+from ichprog.errors import CohortError, UnknownNameError
 from ichprog.evaluation.faithfulness import RANDOM, deletion_insertion
 from ichprog.metrics.agreement import hemisphere_correct, pointing_game, relevance_mass_accuracy
 from ichprog.model import Model, explain, load_model, predict
 from ichprog.results import Saliency
-from ichprog.scan import Scan, read
+from ichprog.scan import Scan, load_regions, read
 from ichprog.spec import Task
 
 if TYPE_CHECKING:
@@ -31,67 +30,6 @@ if TYPE_CHECKING:
     from ichprog.scan.brain import Brain
 
 Models = Mapping[str, str | Model | Callable[[int | None], Model]]  # by variant; a function takes a fold
-
-_MASK_TOLERANCE_MM = 1.0  # largest distance of a mask's corners from the scan's corners
-
-
-def find_masks(cohort: Cohort) -> dict[str, Path]:
-    """Return the path of the lesion mask by name of the patient, for patients with a mask.
-
-    Column `mask` has paths relative to the table, blank without a mask. Without this column, masks are
-    `masks/<patient>.nii.gz` next to the folder of the scans, where `ichprog simulate` writes masks.
-
-    Args:
-        cohort: The patients.
-
-    Raises:
-        CohortError: A mask in the column does not exist.
-
-    Example:
-        ```python
-        find_masks(Cohort.read("patients/cohort.csv"))  # {"p0001": Path("patients/masks/p0001.nii.gz"), ...}
-        ```
-    """
-    masks = {}
-    for patient in cohort.patients:
-        cell = patient.columns.get("mask")
-        scan = patient.scan.name.removesuffix(".gz").removesuffix(".nii")  # joined cohorts have renamed patients
-        names = [f"masks/{name}.nii.gz" for name in (patient.name, scan)] if cell is None else [cell]
-        folders = [*patient.scan.parents[:2]] if cell is None else [Path(cohort.source).parent, *patient.scan.parents]
-        existing = [folder / name for name in names if name for folder in folders if (folder / name).is_file()]
-        if existing:
-            masks[patient.name] = existing[0]
-        elif cell:
-            raise CohortError(
-                f"{cohort.source}: patient {patient.name}: the mask {cell} does not exist. Give a path relative to the "
-                "table, or leave the cell blank."
-            )
-    return masks
-
-
-def load_mask(mask: Any, scan: Scan) -> np.ndarray:
-    """Load a lesion mask `(i, j, k)` bool in the voxels of a scan.
-
-    Args:
-        mask: An image in the scan's space, or its path; values above 0 are lesion.
-        scan: The scan.
-
-    Raises:
-        ScanError: The mask cannot be read. With code `other-scan` the mask has another shape or position than the scan.
-    """
-    image = read(mask)
-    corners = np.array(np.meshgrid(*([0, n - 1] for n in scan.hu.shape), [1])).reshape(4, -1)
-    distance = float(np.linalg.norm((image.affine - scan.affine) @ corners, axis=0).max())
-    if image.hu.shape != scan.hu.shape or distance > _MASK_TOLERANCE_MM:
-        raise ScanError(
-            f"{image.name}: the mask has {image.hu.shape} voxels, up to {distance:.1f} mm away from those of scan "
-            f"{scan.name} with {scan.hu.shape}. Give the mask that was drawn on this scan.",
-            code="other-scan",
-            measured=[*image.hu.shape, round(distance, 1)],
-            expected=[*scan.hu.shape, 0],
-            unit="voxels, and mm",
-        )
-    return image.hu > 0
 
 
 @dataclass(frozen=True)
@@ -201,7 +139,7 @@ def measure_maps(
                 if folds is not None and folds[patient.name] != fold:
                     continue
                 scan = model.load_scan(patient.scan, brain=brain)
-                lesion = load_mask(masks[patient.name], scan)
+                lesion = load_regions(masks[patient.name], scan) > 0
                 maps = explain(model, scan, task=names, method=list(methods))
                 for metrics in _measure(model, scan, lesion, maps, tolerance_mm, steps):
                     yield MapMetrics(variant, fold, patient.name, **metrics)
@@ -355,7 +293,7 @@ def compare_maps(
             saliency = explain(model, scan, task=task, label=label, method=method, **options)
             probability = predict(model, scan)[task].probabilities[saliency.label]
             panels.append(MapPanel(variant, saliency.label, probability, read(saliency.image).hu))
-        lesion = load_mask(masks[name], scan) if name in masks else None
+        lesion = load_regions(masks[name], scan) > 0 if name in masks else None
         number = _choose_slice(number, lesion, panels[0].values)
         title = f"{name}{_truth(patients[name], about)}"
         rows.append(SliceRow(title, scan.hu, cast("np.ndarray", scan.brain), lesion, number, panels))

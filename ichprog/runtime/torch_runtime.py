@@ -36,10 +36,8 @@ class TorchRuntime:
     def run(self, grids: np.ndarray) -> dict[str, TaskOutput]:
         """Run the network, as in `Runtime.run`."""
         with torch.inference_mode(), self._autocast():
-            logits = self.network(torch.from_numpy(grids).to(self.device)[:, None])
-        logits = {task: values.float() for task, values in logits.items()}
-        probabilities = self.network.probabilities(logits)
-        return {task: TaskOutput(logits[task].cpu().numpy(), probabilities[task].cpu().numpy()) for task in logits}
+            outputs = self.network.outputs(torch.from_numpy(grids).to(self.device)[:, None])
+        return {task: TaskOutput(*(each.cpu().numpy() for each in values)) for task, values in outputs.items()}
 
     def release_memory(self) -> None:
         """Do nothing: the torch runtime holds no releasable memory."""

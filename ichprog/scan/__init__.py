@@ -30,7 +30,7 @@ from ichprog.scan.checks import (
     validate_ct,
     validate_geometry,
 )
-from ichprog.scan.volume import Scan, read, source_image
+from ichprog.scan.volume import Scan, load_regions, read, source_image, source_slices
 from ichprog.spec import ExpectedRanges
 
 if TYPE_CHECKING:
@@ -50,10 +50,12 @@ __all__ = [
     "format_range",
     "load",
     "load_deferred",
+    "load_regions",
     "read",
     "register_check",
     "resolve_ranges",
     "source_image",
+    "source_slices",
     "validate_brain_mode",
 ]
 

@@ -24,6 +24,7 @@ _MAX_SHEAR_DEG = 1.0
 _LOWRES_MM = 2.0
 _LOWRES_CLIP_HU = (-400.0, 500.0)
 _CHUNK_BYTES = 2**18
+_MASK_DISTANCE_MM = 1.0  # largest distance of a mask's corners from the scan's corners
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,6 +140,59 @@ def source_image(values: np.ndarray, source_shape: tuple[int, ...], source_affin
         nib.orientations.axcodes2ornt(_LPS), nib.orientations.io_orientation(source_affine)
     )
     return nib.Nifti1Image(nib.orientations.apply_orientation(values, to_source).reshape(source_shape), source_affine)
+
+
+def load_regions(mask: Any, scan: Scan) -> np.ndarray:
+    """Load a lesion mask in the voxels of a scan.
+
+    Args:
+        mask: An image in the scan's space, or its path; 0 outside the lesion, and region numbers inside.
+        scan: The scan.
+
+    Returns:
+        `(i, j, k)` uint8 region numbers.
+
+    Raises:
+        ScanError: The mask cannot be read. With code `other-scan` the mask has another shape or position than the scan.
+
+    Example:
+        >>> import nibabel
+        >>> affine = np.diag([-1, -1, 5, 1])
+        >>> scan = read(nibabel.Nifti1Image(np.zeros((4, 4, 2), np.int16), affine))
+        >>> int(load_regions(nibabel.Nifti1Image(np.ones((4, 4, 2), np.uint8), affine), scan).sum())
+        32
+    """
+    image = read(mask)
+    corners = np.array(np.meshgrid(*([0, n - 1] for n in scan.hu.shape), [1])).reshape(4, -1)
+    distance = float(np.linalg.norm((image.affine - scan.affine) @ corners, axis=0).max())
+    if image.hu.shape != scan.hu.shape or distance > _MASK_DISTANCE_MM:
+        raise ScanError(
+            f"{image.name}: the mask has {image.hu.shape} voxels, up to {distance:.1f} mm away from those of scan "
+            f"{scan.name} with {scan.hu.shape}. Give the mask that was drawn on this scan.",
+            code="other-scan",
+            measured=[*image.hu.shape, round(distance, 1)],
+            expected=[*scan.hu.shape, 0],
+            unit="voxels, and mm",
+        )
+    regions: np.ndarray = image.hu.clip(0, 255).astype(np.uint8)
+    return regions
+
+
+def source_slices(values: np.ndarray, source_affine: np.ndarray) -> np.ndarray:
+    """Return one value for each slice in the order in which the source stores the slices.
+
+    Args:
+        values: `(k,)`, one value for each slice of the scan's `hu`, from inferior to superior.
+        source_affine: Affine of the source array.
+
+    Example:
+        >>> source_slices(np.array([1, 2, 3]), np.diag([1.0, 1.0, -5.0, 1.0])).tolist()
+        [3, 2, 1]
+    """
+    import nibabel as nib
+
+    flips = dict(nib.orientations.io_orientation(source_affine))
+    return values if flips[2] > 0 else values[::-1]
 
 
 def background(hu: np.ndarray) -> tuple[float, float]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ichprog.cohort import Cohort
+from ichprog.cohort import Cohort, find_masks
 from ichprog.errors import RunError
 from ichprog.evaluation import faithfulness, localization
 from ichprog.evaluation.localization import MapMetrics
@@ -109,7 +109,7 @@ def saliency_figure(
     out, task = Path(out), task or study.stratify_by
     cohort, folds = load_cohort(study, out), fold_of_patient(out)
     if not slices:
-        with_mask = [name for name in localization.find_masks(cohort) if name in folds]
+        with_mask = [name for name in find_masks(cohort) if name in folds]
         slices = [(name, None) for name in (with_mask or list(folds))[:3]]
     models = complete_variants(study, out, cache_dir, task=task)
     return localization.compare_maps(models, cohort, slices, folds=folds, task=task, method=method, brain=study.brain)
@@ -130,7 +130,7 @@ def measure_maps(
     Raises:
         ScanError: A scan or a mask cannot be read.
     """
-    path, masks, folds = out / "saliency.csv", localization.find_masks(cohort), fold_of_patient(out)
+    path, masks, folds = out / "saliency.csv", find_masks(cohort), fold_of_patient(out)
     patients = [each for each in cohort.patients if each.name in masks and each.name in folds][:n_patients]
     rows = _read_rows(path) if path.is_file() else []
     done = {(row.variant, row.patient, row.method) for row in rows}
@@ -169,7 +169,7 @@ def randomise_parameters(
     Yields:
         A table row for each task, method and stage of randomisation.
     """
-    masks, folds = localization.find_masks(cohort), fold_of_patient(out)
+    masks, folds = find_masks(cohort), fold_of_patient(out)
     patient = next(each for each in cohort.patients if each.name in masks and each.name in folds)
     model = load_fold_model(out, variant, folds[patient.name], cache_dir)
     methods = list(study.variant(variant).saliency)

@@ -34,13 +34,7 @@ def augment(grids: Tensor, protocol: Protocol, contract: InputSpec, seeds: Seque
         ```
     """
     generators = [np.random.default_rng(list(seed)) for seed in seeds]
-    extent = _usual_extent_mm(contract) if protocol.rotation_units == "mm" else np.array(contract.shape, float)
-    transforms = np.stack([_draw_affine(generator, protocol, extent) for generator in generators])
-    if (transforms != np.eye(3, 4)).any():
-        positions = functional.affine_grid(
-            torch.from_numpy(transforms).to(grids), list(grids.shape), align_corners=False
-        )
-        grids = functional.grid_sample(grids, positions, align_corners=False)
+    grids = _resample(grids, protocol, contract, generators, "bilinear")
     gains = 1 + protocol.contrast * _draw_signed(generators)
     offsets = protocol.brightness * _draw_signed(generators)
     if protocol.contrast or protocol.brightness:
@@ -60,6 +54,39 @@ def augment(grids: Tensor, protocol: Protocol, contract: InputSpec, seeds: Seque
                 grids.shape[1:], generator=source, device=grids.device, dtype=grids.dtype
             )
     return grids
+
+
+def augment_regions(regions: Tensor, protocol: Protocol, contract: InputSpec, seeds: Sequence[Sequence[int]]) -> Tensor:
+    """Rotate, resize, shift and flip the regions of grids as `augment` does with the same seeds, to the nearest cell.
+
+    Args:
+        regions: `(B, R, D, H, W)` fraction of each cell in each region.
+        protocol: Kinds and amounts of augmentation.
+        contract: Input contract.
+        seeds: One random seed for each grid.
+
+    Returns:
+        `(B, R, D, H, W)`, padded with 0.
+
+    Example:
+        ```python
+        moved = augment_regions(regions, PRESETS["default"], spec.input, seeds=[(1, 0), (1, 1)])
+        ```
+    """
+    generators = [np.random.default_rng(list(seed)) for seed in seeds]
+    return _resample(regions, protocol, contract, generators, "nearest")
+
+
+def _resample(
+    values: Tensor, protocol: Protocol, contract: InputSpec, generators: Sequence[np.random.Generator], mode: str
+) -> Tensor:
+    """Rotate, resize, shift and flip grids by transforms that the generators draw."""
+    extent = _usual_extent_mm(contract) if protocol.rotation_units == "mm" else np.array(contract.shape, float)
+    transforms = np.stack([_draw_affine(generator, protocol, extent) for generator in generators])
+    if (transforms == np.eye(3, 4)).all():
+        return values
+    positions = functional.affine_grid(torch.from_numpy(transforms).to(values), list(values.shape), align_corners=False)
+    return functional.grid_sample(values, positions, mode=mode, align_corners=False)
 
 
 def _usual_extent_mm(contract: InputSpec) -> np.ndarray:

@@ -1,22 +1,23 @@
 """Cross-validation: check a cohort, a model and a protocol together, then train the folds."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from ichprog import hub, networks
-from ichprog.cohort import Cohort
+from ichprog.cohort import Cohort, find_masks
 from ichprog.errors import InvalidValueError, RunError, UnknownNameError
 from ichprog.model import resolve_brain
 from ichprog.scan import brain_key
-from ichprog.spec import ModelSpec
+from ichprog.spec import ModelSpec, Task
 from ichprog.train import TrainOptions, grid_cache, mixed_precision, trainer
 from ichprog.train import folds as folds_module
 from ichprog.train.callbacks import Callback, CallbackList, LogCallback, ProgressCallback, TrackerCallback
 from ichprog.train.distributed import DistributedContext
 from ichprog.train.fold_job import FoldJob
 from ichprog.train.folds import Fold
+from ichprog.train.grid_cache import RegionSource
 from ichprog.train.protocol import Protocol
 from ichprog.train.run_dir import RunDir, environment, required_bytes, run_identity
 
@@ -83,10 +84,11 @@ class CrossValidation:
         context.run_on_main(lambda: run_dir.validate(resume=resume, required_bytes=needed))
         remaining = context.run_on_main(lambda: [fold for fold in selected if not run_dir.is_done(fold)])
         grids = self._prepare_grids(show_progress=context.is_main_process) if remaining else []
+        regions = self._prepare_regions() if remaining else {}
         context.run_on_main(run_dir.create)
         try:
             for fold in remaining:
-                self._train_fold(fold, grids, context, run_dir, CallbackList(callbacks))
+                self._train_fold(fold, grids, regions, context, run_dir, CallbackList(callbacks))
         finally:
             for callback in callbacks:
                 callback.close()
@@ -94,10 +96,18 @@ class CrossValidation:
             context.run_on_main(lambda: run_dir.merge_folds(self.spec, self.names, len(self.folds)))
 
     def _train_fold(
-        self, fold: int, grids: Sequence[Path], context: DistributedContext, run_dir: RunDir, callback: Callback
+        self,
+        fold: int,
+        grids: Sequence[Path],
+        regions: Mapping[str, Sequence[Path]],
+        context: DistributedContext,
+        run_dir: RunDir,
+        callback: Callback,
     ) -> None:
         checkpoint = run_dir.fold_dir(fold) / "checkpoint.pt"
-        job = FoldJob(self.spec, self.protocol, fold, self.folds[fold], self.names, grids, self.labels, checkpoint)
+        job = FoldJob(
+            self.spec, self.protocol, fold, self.folds[fold], self.names, grids, self.labels, checkpoint, regions
+        )
         if not context.is_main_process:
             trainer.train_fold(job, context, callback)
             return
@@ -156,3 +166,27 @@ class CrossValidation:
             workers=self.options.workers,
             progress=self.options.progress and show_progress,
         )
+
+    def _prepare_regions(self) -> dict[str, list[Path]]:
+        """Return the regions of every patient for each dense task."""
+        return {
+            task.name: grid_cache.prepare_regions(
+                self._region_sources(task),
+                self.spec.input,
+                len(task.mask.regions),
+                folder=hub.cache_folder(self.options.cache_dir) / "grids",
+                workers=self.options.workers,
+            )
+            for task in self.spec.tasks
+            if task.mask
+        }
+
+    def _region_sources(self, task: Task) -> list[RegionSource]:
+        """Return where the regions of each patient come from: the mask, the slice numbers, or the label alone."""
+        assert task.mask is not None  # noqa: S101
+        masks = find_masks(self.cohort, task.mask.column)
+        slices = self.cohort.slices(task.mask.slices) if task.mask.slices else [None] * len(self.cohort)
+        return [
+            RegionSource(patient.scan, masks.get(patient.name), () if label == 0 else listed)
+            for patient, label, listed in zip(self.cohort.patients, self.labels[task.name], slices, strict=True)
+        ]

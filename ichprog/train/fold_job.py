@@ -1,7 +1,7 @@
 """What one fold is trained with, and what its training results in."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +29,7 @@ class FoldJob:
         grids: Grids of all patients, .npy files.
         labels: `(N,)` label indices of all patients for each task, -1 if unknown.
         checkpoint: Path of the checkpoint.
+        regions: Regions of all patients for each dense task, .npy files.
     """
 
     spec: ModelSpec
@@ -39,11 +40,23 @@ class FoldJob:
     grids: Sequence[Path]
     labels: Mapping[str, np.ndarray]
     checkpoint: Path
+    regions: Mapping[str, Sequence[Path]] = field(default_factory=dict)
 
     def load_grids(self, patients: Sequence[int] | np.ndarray, device: torch.device) -> Tensor:
         """Return the grids `(B, 1, D, H, W)` of patients."""
         stacked = np.stack([np.load(self.grids[int(p)], mmap_mode="r") for p in patients])[:, None]
         return torch.from_numpy(stacked).to(device)
+
+    def load_regions(self, patients: Sequence[int] | np.ndarray, device: torch.device) -> dict[str, Tensor]:
+        """Return the regions `(B, R, D, H, W)` of patients for each dense task."""
+        shape = self.spec.input.shape
+        loaded = {task: [np.load(files[int(p)]) for p in patients] for task, files in self.regions.items()}
+        return {
+            task: torch.from_numpy(
+                np.stack([np.broadcast_to(values, (len(values), *shape)) for values in arrays]).astype(np.float32)
+            ).to(device)
+            for task, arrays in loaded.items()
+        }
 
     def targets(self, patients: np.ndarray) -> dict[str, Tensor]:
         """Return `(B,)` label indices of patients for each task."""

@@ -6,10 +6,10 @@ import json
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -79,6 +79,93 @@ def prepare(
             "`cache_dir` or the environment variable ICHPROG_CACHE."
         ) from error
     return files
+
+
+class RegionSource(NamedTuple):
+    """The source of the true regions of one patient.
+
+    Attributes:
+        scan: Path of the scan.
+        mask: Path of the mask in the space of the scan, or None.
+        slices: Numbers of the slices that hold a region, in the order of the scan file; None if they are unknown.
+    """
+
+    scan: Path
+    mask: Path | None
+    slices: tuple[int, ...] | None
+
+
+def prepare_regions(
+    sources: Sequence[RegionSource], contract: InputSpec, regions: int, *, folder: Path, workers: int = 1
+) -> list[Path]:
+    """Return cached regions of patients, preparing those that are missing.
+
+    Args:
+        sources: The source of each patient.
+        contract: Input contract of the model.
+        regions: Number of regions.
+        folder: Cache folder. Each file is a .npy file with float16 fractions that broadcast to `(R, D, H, W)`, NaN if
+            unknown, and -1 in a slice that is known to hold a region in unknown cells.
+        workers: Number of processes.
+
+    Returns:
+        One file for each patient.
+
+    Raises:
+        CohortError: A scan or a mask cannot be used, or a slice number does not exist; the message names each.
+    """
+    settings = json.dumps([_CACHE_VERSION, regions, asdict(replace(contract, expected_ranges={}))])
+    folder.mkdir(parents=True, exist_ok=True)
+    files = []
+    for source in sources:
+        mask = _cache_key(source.mask, settings) if source.mask else ""
+        key = hashlib.sha256(json.dumps([_cache_key(source.scan, settings), mask, source.slices]).encode())
+        files.append(folder / f"regions-{key.hexdigest()}.npy")
+    missing = {file: source for file, source in zip(files, sources, strict=True) if not file.is_file()}
+    prepare_one = partial(_prepare_regions_of, contract=contract, regions=regions)
+    problems = list(filter(None, parallel_map(prepare_one, list(missing.items()), workers=workers)))
+    if problems:
+        raise CohortError("\n  ".join([f"The regions of {len(problems)} patients cannot be used:", *problems]))
+    return files
+
+
+def _prepare_regions_of(item: tuple[Path, RegionSource], *, contract: InputSpec, regions: int) -> str | None:
+    """Prepare the regions of one patient, or return the problem of its scan, mask or slices."""
+    file, source = item
+    try:
+        fractions = _region_fractions(source, contract, regions)
+    except ScanError as error:
+        return str(error)
+    with atomic_write(file) as part, part.open("wb") as opened:
+        np.save(opened, fractions.astype(np.float16))
+    return None
+
+
+def _region_fractions(source: RegionSource, contract: InputSpec, regions: int) -> np.ndarray:
+    """Return the fractions of regions, an array that broadcasts to `(R, D, H, W)`."""
+    if source.mask is None and source.slices is None:
+        return np.full((regions, 1, 1, 1), np.nan)
+    if source.mask is None and not source.slices:
+        return np.zeros((regions, 1, 1, 1))
+    scan = scan_package.read(source.scan)
+    if source.mask is not None:
+        mask = scan_package.load_regions(source.mask, scan)
+        if mask.max() > regions:
+            raise ScanError(
+                f"{source.mask}: the mask has region {mask.max()}; the task has regions 1 to {regions}.",
+                code="unknown-region",
+            )
+        return preprocessing.prepare_regions(mask, regions, contract)
+    count = scan.hu.shape[2]
+    wrong = [number for number in source.slices or () if not 0 <= number < count]
+    if wrong:
+        raise ScanError(f"{source.scan}: slice {wrong[0]} does not exist; there are {count}.", code="unknown-slice")
+    holds = np.zeros(count, np.float32)
+    holds[list(source.slices or ())] = 1
+    in_scan = np.broadcast_to(scan_package.source_slices(holds, scan.source_affine), (1, 1, count))
+    column = replace(contract, shape=(contract.shape[0], 1, 1))
+    fractions = preprocessing.prepare_regions(in_scan, 1, column)[0]  # of each slice of the grid
+    return np.where(np.broadcast_to(fractions, (regions, *fractions.shape)) > 0, -1.0, 0.0)
 
 
 def _prepare_missing(

@@ -77,21 +77,33 @@ class Objective(nn.Module):
         super().__init__()
         self.network, self.weights = network, dict(weights)
         self.fixed = {task.name: task.loss_weight for task in spec.tasks}
+        self.dense_weights = {task.name: task.mask.loss_weight for task in spec.tasks if task.mask}
         learned = protocol.loss_weighting == "uncertainty"
         self.log_variance = nn.Parameter(torch.zeros(len(spec.tasks))) if learned else None
 
     def forward(
-        self, grids: Tensor, targets: Mapping[str, Tensor], shares: Mapping[str, float]
+        self,
+        grids: Tensor,
+        targets: Mapping[str, Tensor],
+        shares: Mapping[str, float],
+        regions: Mapping[str, Tensor],
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return a batch's contribution to the loss of its step, and the loss of each task.
+
+        The loss of a dense task is that of its label plus the weighted loss over its voxels and slices.
 
         Args:
             grids: `(B, 1, D, H, W)`.
             targets: `(B,)` label indices for each task, -1 if unknown.
             shares: Share of this batch in the step's known labels, for each task.
+            regions: `(B, R, D, H, W)` fractions for each dense task, as in the contract of heads.
         """
-        logits = {task: values.float() for task, values in self.network(grids).items()}
+        outputs, dense = self.network.forward_dense(grids)
+        logits = {task: values.float() for task, values in outputs.items()}
         losses = {t: mean_loss(self.network.heads[t], logits[t], targets[t], self.weights[t]) for t in logits}
+        for task, weight in self.dense_weights.items():
+            dense_loss = self.network.heads[task].dense_loss(dense[task], regions[task])  # type: ignore[operator]
+            losses[task] = losses[task] + weight * dense_loss
         terms = [shares[task] * term for task, term in zip(losses, self.weighted_terms(losses), strict=True)]
         return torch.stack(terms).sum(), losses
 

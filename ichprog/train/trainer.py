@@ -21,7 +21,7 @@ from ichprog.io import atomic_write
 from ichprog.networks import Network
 from ichprog.spec import Task
 from ichprog.train import mixed_precision
-from ichprog.train.augmentation import augment
+from ichprog.train.augmentation import augment, augment_regions
 from ichprog.train.callbacks import Callback
 from ichprog.train.distributed import DistributedContext
 from ichprog.train.fold_job import FoldJob, FoldResult, LogRow
@@ -188,13 +188,17 @@ def _train_batch(
     with torch.no_grad():
         seeds = [(protocol.seed, job.fold, epoch, int(position)) for position in positions]
         grids = augment(grids, protocol, job.spec.input, seeds)
+        regions = {
+            task: augment_regions(values, protocol, job.spec.input, seeds)
+            for task, values in job.load_regions(patients, context.device).items()
+        }
     weights = _label_weight_sums(state.objective, job, patients)
     shares = {
         task: context.num_processes * weights[task] / whole if whole else 0.0 for task, whole in step_weights.items()
     }
     with state.autocast():
         grids = grids.contiguous(memory_format=torch.channels_last_3d)  # a third faster on CPUs
-        loss, losses = state.module(grids, targets, shares)
+        loss, losses = state.module(grids, targets, shares, regions)
     total, *values = torch.stack([loss.detach(), *(one.detach() for one in losses.values())]).tolist()
     task_losses = dict(zip(losses, values, strict=True))
     if not math.isfinite(total):
@@ -212,10 +216,11 @@ def _train_batch(
 def _validate(state: "TrainerState", job: FoldJob, context: DistributedContext) -> LogRow:
     """Return losses and each task's AUC on the validation part, and the first task's balanced accuracy."""
     part, objective = job.parts.validation, state.objective
-    logits = predict_logits(objective.network, part, job, context)
+    logits, dense_losses = predict_part(objective.network, part, job, context)
     targets = job.targets(part)
     losses = {
         task: float(mean_loss(objective.network.heads[task], logits[task].to(context.device), targets[task], weights))
+        + dense_losses.get(task, 0.0) * objective.dense_weights.get(task, 0.0)
         for task, weights in objective.weights.items()
     }
     with torch.no_grad():
@@ -238,29 +243,47 @@ def _validate(state: "TrainerState", job: FoldJob, context: DistributedContext) 
 
 
 def predict_logits(network: Network, part: np.ndarray, job: FoldJob, context: DistributedContext) -> dict[str, Tensor]:
-    """Return each task's logits `(n, K)` of patients on the CPU, in every process.
+    """Return each task's logits `(n, K)` of patients on the CPU, in every process, as `predict_part` does."""
+    return predict_part(network, part, job, context)[0]
+
+
+def predict_part(
+    network: Network, part: np.ndarray, job: FoldJob, context: DistributedContext
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Return each task's logits of patients, and the mean loss over voxels and slices of each dense task.
 
     Args:
         network: The network.
         part: Positions of the patients.
         job: The fold.
         context: The processes that share the work.
+
+    Returns:
+        `(n, K)` on the CPU for each task, and a number for each dense task, in every process.
     """
     training = network.training
     network.eval()
     context.broadcast_buffers(network)
     entries: list[tuple[int, dict[str, np.ndarray]]] = []
+    dense_losses: list[tuple[int, dict[str, float]]] = []
     positions, size = np.arange(len(part))[context.process_index :: context.num_processes], job.protocol.batch_size
     exact = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
     with torch.no_grad(), exact, mixed_precision.autocast(context.device, is_bfloat16=False):
         for start in range(0, len(positions), size):
             batch = positions[start : start + size]
-            outputs = network(job.load_grids(part[batch], context.device))
+            outputs, dense = network.forward_dense(job.load_grids(part[batch], context.device))
             logits = {task: values.float().cpu().numpy() for task, values in outputs.items()}
             entries += [(int(p), {task: values[i] for task, values in logits.items()}) for i, p in enumerate(batch)]
+            regions = job.load_regions(part[batch], context.device)
+            losses = {t: float(network.heads[t].dense_loss(dense[t], regions[t])) for t in regions}  # type: ignore[operator]
+            dense_losses.append((len(batch), losses))
     network.train(training)
     ordered = [values for _, values in sorted(context.gather(entries), key=lambda entry: entry[0])]
-    return {task: torch.from_numpy(np.stack([values[task] for values in ordered])) for task in job.labels}
+    gathered = context.gather(dense_losses)
+    return (
+        {task: torch.from_numpy(np.stack([values[task] for values in ordered])) for task in job.labels},
+        {task: sum(n * losses[task] for n, losses in gathered) / sum(n for n, _ in gathered) for task in job.regions},
+    )
 
 
 def auc(task: Task, probabilities: np.ndarray, target: np.ndarray) -> float:

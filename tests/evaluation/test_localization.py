@@ -7,16 +7,10 @@ import scipy.stats
 
 import ichprog
 from ichprog import ScanError, UnknownNameError, registry
-from ichprog.cohort import Cohort
+from ichprog.cohort import Cohort, find_masks
 from ichprog.errors import CohortError
-from ichprog.evaluation.localization import (
-    MapMetrics,
-    compare_maps,
-    find_masks,
-    load_mask,
-    measure_maps,
-    summarise_maps,
-)
+from ichprog.evaluation.localization import MapMetrics, compare_maps, measure_maps, summarise_maps
+from ichprog.scan import load_regions
 
 from support.lesions import LEFT, SHAPE, masked_cohort_in
 from support.models import fill_heads, local_model, mean_backbone, torch_model
@@ -63,12 +57,12 @@ def test_a_mask_may_differ_in_voxel_order_but_not_in_position(masked_cohort):
     expected = np.asarray(image.dataobj) > 0
     turned = nib.as_closest_canonical(image)  # RAS
     assert turned.affine[0, 0] > 0
-    assert np.array_equal(load_mask(turned, scan), expected)
+    assert np.array_equal(load_regions(turned, scan) > 0, expected)
     moved = image.affine.copy()
     moved[:3, 3] += 20
     for other in (nib.Nifti1Image(expected.astype(np.uint8), moved), image.slicer[:, :, :-1]):
         with pytest.raises(ScanError) as error:
-            load_mask(other, scan)
+            load_regions(other, scan)
         assert error.value.code == "other-scan"
 
 

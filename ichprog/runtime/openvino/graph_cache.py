@@ -26,7 +26,7 @@ from ichprog.io import atomic_write, file_lock
 from ichprog.registry import Registry
 from ichprog.spec import ModelSpec
 
-CACHE_VERSION = 5  # increase when the same network compiles to another graph or the metadata change
+CACHE_VERSION = 6  # increase when the same network compiles to another graph or the metadata change
 _CHECKSUM_BYTES = 8
 
 _logger = logging.getLogger(__name__)
@@ -53,7 +53,11 @@ class GraphCache:
             "cache_version": CACHE_VERSION,
             "weights": file.sha256,
             "backbone": [spec.backbone.name, dict(spec.backbone.options)],
-            "tasks": [[task.name, list(task.labels), task.head.name, dict(task.head.options)] for task in spec.tasks],
+            "tasks": [
+                [task.name, list(task.labels), task.head.name, dict(task.head.options)]
+                + ([list(task.mask.regions)] if task.mask else [])
+                for task in spec.tasks
+            ],
             "plugins": owners,
             "openvino": version("openvino"),
             "processor": processor,

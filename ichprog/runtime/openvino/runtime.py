@@ -5,6 +5,7 @@ import logging
 import threading
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,10 +72,8 @@ class OpenVinoRuntime:
         with graph.lock:
             self.release_memory()
             batches = [[output.copy() for output in graph.infer([grid[None, None]])] for grid in grids]
-        outputs = [np.concatenate(batch) for batch in zip(*batches, strict=True)]
-        names = [task.name for task in self.spec.tasks]
-        logits, probabilities = outputs[: len(names)], outputs[len(names) :]
-        return {name: TaskOutput(*pair) for name, *pair in zip(names, logits, probabilities, strict=True)}
+        outputs = iter([np.concatenate(batch) for batch in zip(*batches, strict=True)])
+        return {task.name: TaskOutput(*islice(outputs, 4 if task.mask else 2)) for task in self.spec.tasks}
 
     def release_memory(self) -> None:
         """Release the working memory of all graphs that are not running."""
@@ -183,17 +182,23 @@ class OpenVinoRuntime:
         return graphs[name]
 
     def _build_predict(self, network: "Network", shape: Shape) -> "dict[str, _CompiledGraph]":
-        """Compile the graph from a grid to the logits of all tasks, then the probabilities of all tasks."""
+        """Compile the graph from a grid to the outputs of all tasks."""
         import torch
 
-        module = _with_probabilities(network)
+        module = _with_outputs(network)
         graph = self._compile(self._convert(module, shape))
         grid = np.random.default_rng(0).random((1, 1, *shape), np.float32)
         with torch.inference_mode():
-            expected = [values.numpy() for values in module(torch.from_numpy(grid))]
-        half = len(expected) // 2
-        pairs = list(zip(graph.infer([grid]), expected, strict=True))[half:]
-        difference = max(float(np.abs(actual - reference).max()) for actual, reference in pairs)
+            expected = network.outputs(torch.from_numpy(grid))
+        actual = iter(graph.infer([grid]))
+        difference = max(
+            float(np.abs(own - reference.numpy()).max())
+            for references in expected.values()
+            for position, (own, reference) in enumerate(
+                zip(list(islice(actual, len(references))), references, strict=True)
+            )
+            if position > 0  # logits have no natural scale
+        )
         if not difference <= _TOLERANCE[self.precision]:
             raise CompilationError(
                 f"{self.spec.name}: OpenVINO's probabilities differ by {difference:.2g} from torch's"
@@ -273,17 +278,16 @@ class _CompiledGraph:
         return [self._request.get_output_tensor(i).data for i in range(len(self.compiled.outputs))]
 
 
-def _with_probabilities(network: "Network") -> "nn.Module":
-    """Return a module that outputs the logits of all tasks, then the probabilities of all tasks."""
+def _with_outputs(network: "Network") -> "nn.Module":
+    """Return a module that outputs everything in `Network.outputs`, task by task."""
     from torch import Tensor, nn
 
-    class WithProbabilities(nn.Module):
+    class WithOutputs(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.network = network
 
         def forward(self, grid: Tensor) -> tuple[Tensor, ...]:
-            logits = self.network(grid)
-            return (*logits.values(), *self.network.probabilities(logits).values())
+            return tuple(chain.from_iterable(self.network.outputs(grid).values()))
 
-    return WithProbabilities().eval()
+    return WithOutputs().eval()
