@@ -123,6 +123,8 @@ def check_head(name: str, *, labels: Sequence[str] = ("low", "middle", "high"), 
     - The loss is a finite scalar, the mean over the batch, and minimising it makes the true label the most probable.
     - The state of one head fits another.
     - The method `rescale_(scale, shift)`, if there is one, maps the logits to scale x logits + shift.
+    - A dense head pools the logits of voxels and slices to the logits of the labels, and minimising its `dense_loss`
+      makes the true region of a voxel the most probable. Unknown cells do not change the loss.
 
     Args:
         name: Name of the head.
@@ -139,10 +141,11 @@ def check_head(name: str, *, labels: Sequence[str] = ("low", "middle", "high"), 
     """
     broken = _broken(registry.heads, name)
     channels, count = 8, len(labels)
+    other = {key: value for key, value in options.items() if key != "regions"}  # regions come from a spec's mask
 
     def build(seed: int) -> Any:
         torch.manual_seed(seed)
-        return networks.build_head(PluginRef(name, options), channels, labels).eval()
+        return networks.build_head(PluginRef(name, other), channels, labels, options.get("regions")).eval()
 
     with _seeded():
         features = torch.rand(2 * count, channels, 2, 3, 4)
@@ -153,6 +156,8 @@ def check_head(name: str, *, labels: Sequence[str] = ("low", "middle", "high"), 
         head = _trained(build(1), separable, target)
         _check_trained(broken, head, separable, target, labels)
         _check_copies(broken, head, build(2), separable)
+        if callable(getattr(head, "dense", None)):
+            _check_dense(broken, build(1), channels)
 
 
 def _check_outputs(broken: Broken, head: Any, features: Tensor, target: Tensor) -> None:
@@ -213,6 +218,37 @@ def _check_copies(broken: Broken, head: Any, other: Any, features: Tensor) -> No
             other.rescale_(scale, shift)
             if not _is_close(other(features), scale * before + shift):
                 raise broken("after rescale_(scale, shift), logits must be scale x logits + shift")
+
+
+def _check_dense(broken: Broken, head: Any, channels: int) -> None:
+    """Check the logits of voxels and slices, and what minimising the dense loss leads to."""
+    region = (
+        torch.arange(2 * 4 * 4 * 4).view(2, 4, 4, 4) % (head.dense(torch.rand(1, channels, 1, 2, 2)).voxels.shape[1])
+    )
+    count = int(region.max())
+    features = 0.1 * torch.rand(2, channels, 4, 4, 4)
+    features[:, : count + 1] += nn.functional.one_hot(region, count + 1).permute(0, 4, 1, 2, 3)
+    target = nn.functional.one_hot(region, count + 1).permute(0, 4, 1, 2, 3)[:, 1:].float()
+    with torch.no_grad():
+        dense = _attempt(broken, lambda: head.dense(features))
+        _check_values(broken, dense.voxels, "the logits of voxels", (2, count + 1, None, None, None))
+        _check_values(broken, dense.slices, "the logits of slices", (2, dense.voxels.shape[2]))
+        if not _is_close(_attempt(broken, lambda: head.pool(dense)), head(features)):
+            raise broken("pool(dense(features)) must equal the logits of the labels")
+        half = target.clone()
+        half[1] = torch.nan
+        other = head.dense(torch.cat([features[:1], features[1:] + 1]))
+        if not _is_close(head.dense_loss(other, half), head.dense_loss(dense, half)):
+            raise broken("the dense_loss must not depend on unknown cells")
+    optimizer = torch.optim.Adam(head.parameters(), lr=0.1)
+    for _ in range(200):
+        optimizer.zero_grad()
+        head.dense_loss(head.dense(features), target).backward()
+        optimizer.step()
+    with torch.no_grad():
+        voxels = nn.functional.interpolate(head.dense(features).voxels, target.shape[2:])
+    if not torch.equal(voxels.argmax(1), region):
+        raise broken("minimising its dense_loss must make the true region the most probable")
 
 
 def check_saliency(name: str, **options: Any) -> None:
