@@ -1,5 +1,10 @@
 """Fixtures shared by several packages: a Hub on the loopback with the published layout, scans, and a small model."""
 
+import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers with as many threads as cores would slow each other down
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import nibabel as nib
 import numpy as np
 import pytest
