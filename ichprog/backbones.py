@@ -8,9 +8,10 @@ the name of the submodule whose output is used for class activation maps.
 from collections.abc import Sequence
 from itertools import pairwise
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from ichprog.errors import InvalidValueError
 
 
 class Backbone(nn.Module):
@@ -87,58 +88,86 @@ def perez2023(*, dropout: float = 0.5) -> Backbone:
     return Backbone(features, out_channels=128, cam_layer="features.12")
 
 
-class _UNet(nn.Module):
-    """Add a decoder to the layers of `compact`, which brings the features back to the resolution of the first layer.
+def compact(*, width: int = 16, dropout: float = 0.0) -> Backbone:
+    """Build a small convolutional network for a small grid. C is 4 x `width`.
 
-    Args:
-        encoder: Three layers that halve the resolution, and the layers at the lowest resolution.
-        width: Channels of the first layer.
-    """
-
-    def __init__(self, encoder: Sequence[nn.Module], width: int) -> None:
-        super().__init__()
-        self.encoder = nn.ModuleList(encoder)
-        self.decoder = nn.ModuleList([_conv(6 * width, 2 * width, (1, 1, 1)), _conv(3 * width, 2 * width, (1, 1, 1))])
-
-    def forward(self, grid: Tensor) -> Tensor:
-        """Return features `(B, 2 width, D, H / 2, W / 2)` for a grid `(B, 1, D, H, W)`."""
-        fine = self.encoder[0](grid)
-        middle = self.encoder[1](fine)
-        features: Tensor = self.encoder[2](middle)
-        for layer, skipped in zip(self.decoder, (middle, fine), strict=True):
-            enlarged = functional.interpolate(features, skipped.shape[2:], mode="nearest")
-            features = layer(torch.cat([enlarged, skipped], dim=1))
-        return features
-
-
-def compact(*, width: int = 16, dropout: float = 0.0, decoder: bool = False) -> Backbone:
-    """Build a small convolutional network for a small grid. C is 4 x `width`, or 2 x `width` with a decoder.
-
-    A grid of 24 x 112 x 112 becomes features of 6 x 14 x 14, or of 24 x 56 x 56 with a decoder. 0.14 M parameters at a
-    width of 16, 0.20 M with a decoder.
+    A grid of 24 x 112 x 112 becomes features of 6 x 14 x 14. 0.14 M parameters at a width of 16.
 
     Args:
         width: Channels of the first layer; the other layers have two, three and four times as many.
         dropout: Rate at which whole channels of the features are dropped during training.
-        decoder: Whether a U-Net decoder brings the features back to the resolution of the first layer, for heads that
-            answer voxel by voxel.
 
     Example:
         >>> compact(width=8).out_channels
         32
 
-    Source: this project; the decoder follows Ronneberger et al., MICCAI 2015 (arXiv 1505.04597).
+    Source: this project.
     """
     channels = [1, width, 2 * width, 3 * width, 4 * width]
     strides = [(1, 2, 2), (2, 2, 2), (2, 2, 2), (1, 1, 1)]
-    blocks = [_conv(*pair, stride) for pair, stride in zip(pairwise(channels), strides, strict=True)]
-    if decoder:
-        lowest = nn.Sequential(blocks[2], blocks[3])
-        features = nn.Sequential(_UNet([blocks[0], blocks[1], lowest], width), nn.Dropout3d(dropout))
-        return Backbone(features, out_channels=2 * width, cam_layer="features.0.decoder.1")
-    layers = [layer for block in blocks for layer in block]
-    return Backbone(nn.Sequential(*layers, nn.Dropout3d(dropout)), channels[-1], f"features.{len(layers) - 2}")
+    layers: list[nn.Module] = []
+    for before, after, stride in zip(channels, channels[1:], strides, strict=False):
+        layers += [nn.Conv3d(before, after, 3, stride, 1, bias=False), nn.BatchNorm3d(after), nn.ReLU()]
+    features = nn.Sequential(*layers, nn.Dropout3d(dropout))
+    return Backbone(features, out_channels=channels[-1], cam_layer=f"features.{len(layers) - 2}")
 
 
-def _conv(before: int, after: int, stride: tuple[int, int, int]) -> nn.Sequential:
-    return nn.Sequential(nn.Conv3d(before, after, 3, stride, 1, bias=False), nn.BatchNorm3d(after), nn.ReLU())
+class _UNet(nn.Module):
+    """Hold the layers of `unet`; the resolution changes within slices only."""
+
+    def __init__(self, widths: Sequence[int]) -> None:
+        super().__init__()
+        fine, middle, coarse, coarsest = widths
+        self.encoder = nn.ModuleList(
+            [
+                nn.Sequential(_conv(1, fine, (1, 5, 5), 2), _conv(fine, fine, (1, 3, 3))),
+                nn.Sequential(_conv(fine, middle, (1, 3, 3), 2), _conv(middle, middle, (3, 3, 3))),
+                nn.Sequential(_conv(middle, coarse, (1, 3, 3), 2), _conv(coarse, coarse, (3, 3, 3))),
+                nn.Sequential(_conv(coarse, coarsest, (3, 3, 3), 2), _conv(coarsest, coarsest, (3, 3, 3))),
+            ]
+        )
+        steps = list(pairwise(reversed(widths)))
+        self.lateral = nn.ModuleList(nn.Conv3d(before, after, 1) for before, after in steps)
+        self.decoder = nn.ModuleList(_conv(after, after, (1, 3, 3)) for _, after in steps)
+
+    def forward(self, grid: Tensor) -> Tensor:
+        """Return features at half the resolution within slices for a grid `(B, 1, D, H, W)`."""
+        levels = [self.encoder[0](grid)]
+        for layer in self.encoder[1:]:
+            levels.append(layer(levels[-1]))
+        features: Tensor = levels.pop()
+        for lateral, layer in zip(self.lateral, self.decoder, strict=True):
+            skipped = levels.pop()
+            features = layer(skipped + functional.interpolate(lateral(features), skipped.shape[2:], mode="nearest"))
+        return features
+
+
+def unet(*, widths: Sequence[int] = (16, 24, 40, 64), dropout: float = 0.0) -> Backbone:
+    """Build a small U-Net for heads that answer voxel by voxel. C is the first of `widths`.
+
+    A grid of 40 x 160 x 160 becomes features of 40 x 80 x 80: slices keep their number. 0.25 M parameters.
+
+    Args:
+        widths: Channels at half, a quarter, an eighth and a sixteenth of the resolution within slices.
+        dropout: Rate at which whole channels of the features are dropped during training.
+
+    Raises:
+        InvalidValueError: There are not four widths.
+
+    Example:
+        >>> unet(widths=(8, 8, 16, 16)).out_channels
+        8
+
+    Source: this project, after Ronneberger et al., MICCAI 2015 (arXiv 1505.04597), with sums instead of concatenation.
+    """
+    if len(widths) != 4:
+        raise InvalidValueError("widths", list(widths), "four whole numbers")
+    features = nn.Sequential(_UNet(widths), nn.Dropout3d(dropout))
+    return Backbone(features, out_channels=widths[0], cam_layer="features.0.decoder.2")
+
+
+def _conv(before: int, after: int, kernel: tuple[int, int, int], stride: int = 1) -> nn.Sequential:
+    """Return a convolution with batch normalisation and ReLU, whose stride applies within slices."""
+    padding = tuple(size // 2 for size in kernel)
+    convolution = nn.Conv3d(before, after, kernel, (1, stride, stride), padding, bias=False)
+    return nn.Sequential(convolution, nn.BatchNorm3d(after), nn.ReLU())

@@ -112,10 +112,10 @@ class Ordinal(_Ordered, _PooledLinear):
 
 
 class Segmentation(_Ordered):
-    """Predict regions voxel by voxel, and ordered labels from the slice with the most evidence of a region.
+    """Predict regions voxel by voxel, and ordered labels from the slices with the most evidence of a region.
 
     The evidence of a voxel is the log odds that the voxel lies in any region. A slice has the mean of its highest
-    evidence, and a scan has the highest value of its slices. Each of the two is scaled and shifted.
+    evidence, and a scan has the mean of its two highest slices. Each of the two is scaled and shifted.
     """
 
     _PRIOR_LOG_ODDS = 5.0  # of a cell in no region, before training; regions are rare
@@ -141,7 +141,8 @@ class Segmentation(_Ordered):
 
     def pool(self, dense: DenseLogits) -> Tensor:
         """Return the logits `(B, K)` of the labels."""
-        return self.scale * dense.slices.amax(1, keepdim=True) + self.shift
+        highest = dense.slices.topk(min(2, dense.slices.shape[1]), dim=1).values
+        return self.scale * highest.mean(1, keepdim=True) + self.shift
 
     def forward(self, features: Tensor) -> Tensor:
         """Return the logits `(B, K)` of the labels for features `(B, C, d, h, w)`."""
@@ -338,11 +339,11 @@ def ordinal(in_channels: int, labels: Sequence[str], *, pool: Pool = "average", 
 
 
 def segmentation(
-    in_channels: int, labels: Sequence[str], *, regions: Sequence[str] = ("region",), top_share: float = 0.002
+    in_channels: int, labels: Sequence[str], *, regions: Sequence[str] = ("region",), top_share: float = 0.00125
 ) -> Segmentation:
     """Build a dense head: regions voxel by voxel, and ordered labels of the scan.
 
-    The features need the resolution at which regions are wanted, such as those of `compact` with `decoder`.
+    The features need the resolution at which regions are wanted, such as those of `unet`.
 
     Args:
         in_channels: C of the features.
