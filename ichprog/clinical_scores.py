@@ -12,7 +12,8 @@ Sources. ICH score: Hemphill et al., Stroke 2001;32:891-897 (doi 10.1161/01.STR.
 Rost et al., Stroke 2008;39:2304-2309 (doi 10.1161/STROKEAHA.107.512202), 629 patients.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -111,6 +112,38 @@ def func_score(
     by_age = np.where(years < 70, 2, np.where(years < 80, 1, 0))
     points = by_volume + by_age + np.where(coma >= 9, 2, 0) + (impaired == 0)
     return _score(points + np.nan_to_num(site).astype(np.int64), coma, years, volume, site, impaired)
+
+
+def score_range(score: Callable[..., Any], **values: Any) -> tuple[int, int]:
+    """Return the lowest and the highest score of one patient if variables are unknown or uncertain.
+
+    Args:
+        score: `ich_score` or `func_score`.
+        >>> score_range(ich_score, gcs=9, age=71, volume_ml=(25, 40), intraventricular=0, infratentorial=None)
+            that is known as an interval.
+
+    Raises:
+        InvalidValueError: A value is impossible.
+        UnknownNameError: No location has this name.
+
+    Example:
+        >>> score_range(ich_score, gcs=9, age=71, volume_ml=(25, 40), intraventricular=None, infratentorial=False)
+        (1, 3)
+    """
+    choices = [[(name, choice) for choice in _possible(name, value)] for name, value in values.items()]
+    scores = [score(**dict(chosen)) for chosen in product(*choices)]
+    return min(scores), max(scores)
+
+
+def _possible(name: str, value: Any) -> Sequence[Any]:
+    """Return values of a variable that reach every number of points that is possible."""
+    steps = {"age": (0.0, 70.0, 80.0), "volume_ml": (0.0, 30.0, 60.0, 61.0), "gcs": range(3, 16)}
+    if isinstance(value, tuple):
+        low, high = value
+        return [low, high, *(step for step in steps.get(name, ()) if low < step < high)]
+    if value is None or value == "" or value != value:  # NaN differs from itself
+        return list(FUNC_LOCATIONS) if name == "location" else steps.get(name, (0, 1))
+    return [value]
 
 
 def _score(points: np.ndarray, *inputs: np.ndarray) -> Any:

@@ -39,6 +39,25 @@ def test_points_add_up_as_published(score, table):
         assert isinstance(one, int)
 
 
+@pytest.mark.parametrize(("score", "table"), SCORES)
+def test_unknown_variables_give_the_range_of_scores_that_the_table_allows(score, table):
+    random = np.random.default_rng(0)
+    for _ in range(60):
+        known = {name: random.choice(list(points)) for name, points in table.items() if random.random() < 0.5}
+        choices = [[table[name][known[name]]] if name in known else table[name].values() for name in table]
+        possible = [sum(points) for points in product(*choices)]
+        values = {name: known[name].item() if name in known else None for name in table}
+        assert clinical_scores.score_range(score, **values) == (min(possible), max(possible))
+
+
+def test_an_interval_gives_the_range_of_scores_within_it():
+    known = {"gcs": 15, "age": 60, "location": "lobar", "impaired_before": False}
+    for volume, expected in (((5, 29), (11, 11)), ((20, 40), (9, 11)), ((20, 90), (7, 11)), ((30, 60), (9, 9))):
+        assert clinical_scores.score_range(clinical_scores.func_score, volume_ml=volume, **known) == expected
+    with pytest.raises(IchprogError, match="age"):
+        clinical_scores.score_range(clinical_scores.func_score, volume_ml=5, **known | {"age": 200})
+
+
 def test_the_lowest_and_highest_scores_have_their_published_outcomes():
     best = {"gcs": 15, "age": 50, "volume_ml": 5}
     worst = {"gcs": 3, "age": 85, "volume_ml": 90}
