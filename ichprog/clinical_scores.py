@@ -119,8 +119,8 @@ def score_range(score: Callable[..., Any], **values: Any) -> tuple[int, int]:
 
     Args:
         score: `ich_score` or `func_score`.
-        >>> score_range(ich_score, gcs=9, age=71, volume_ml=(25, 40), intraventricular=0, infratentorial=None)
-            that is known as an interval.
+        **values: The arguments of the score: a value, None if unknown, or (lowest, highest) for an age or a volume that
+            is known as an interval.
 
     Raises:
         InvalidValueError: A value is impossible.
