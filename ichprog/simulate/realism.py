@@ -32,6 +32,7 @@ class Realism:
             haemorrhage occur.
         fill_mm: How much closer the surface of the brain is to the skull, in mm.
         grey_hu: Range of the density of grey matter, in HU.
+        white_hu: Range of the density of white matter before it gets paler with age, in HU.
         sharp_tissue: Whether grey and white matter are told apart more sharply than in the template.
         gyri_mm: Amplitude of the warps that change the pattern of gyri, in mm.
         sinus_hu: Range of the density of venous sinuses, or None for the density of fluid.
@@ -55,6 +56,7 @@ class Realism:
     all_kinds: bool = False
     fill_mm: float = 0.0
     grey_hu: Range = (40.0, 40.0)
+    white_hu: Range = (31.0, 31.0)
     sharp_tissue: bool = False
     gyri_mm: float = 0.0
     sinus_hu: Range | None = None
@@ -77,7 +79,7 @@ class Realism:
         for name in ("fill_mm", "gyri_mm", "hardening_hu", "calibration_hu", "tilt_deg"):
             if (value := getattr(self, name)) < 0:
                 raise InvalidValueError(name, value, "a number of at least 0")
-        for name in ("grey_hu", "sinus_hu", "noise_hu"):
+        for name in ("grey_hu", "white_hu", "sinus_hu", "noise_hu"):
             if (value := getattr(self, name)) is not None and not 0 <= value[0] <= value[1]:
                 raise InvalidValueError(name, value, "a range: two numbers of at least 0, the lower one first")
 
@@ -98,15 +100,16 @@ PRESETS = {
         small_bleeds=True,
         adult_ages=True,
         all_kinds=True,
-        fill_mm=2.5,
-        grey_hu=(42.0, 46.0),
+        fill_mm=2.2,
+        grey_hu=(41.0, 45.0),
+        white_hu=(28.0, 31.0),
         sharp_tissue=True,
         gyri_mm=3.0,
         sinus_hu=(42.0, 68.0),
         dura=True,
         calcification=True,
         arteries=True,
-        hardening_hu=20.0,
+        hardening_hu=24.0,
         calibration_hu=2.0,
         tilt_deg=9.0,
         kernels=True,

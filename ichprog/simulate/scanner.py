@@ -20,7 +20,7 @@ from ichprog.simulate.structures import add_beam_hardening, add_structures
 _PIXELS = 512
 _FINE_MM, _LATTICE_MM = 1.0, 4.0
 _POINTS_PER_SLICE = 2
-_FLUID, _WHITE, _CALCIUM, _DURA = 7.0, 31.0, 260.0, 55.0
+_FLUID, _CALCIUM, _DURA = 7.0, 260.0, 55.0
 _BONE, _MARROW, _FAT, _SKIN, _AIR = 1250.0, 700.0, -95.0, 45.0, -1000.0
 _MOST_TILT_DEG = 25.0
 _SPACINGS_MM = (2.5, 3.0, 4.0, 5.0, 5.0, 5.0, 6.0, 7.5)
@@ -209,7 +209,8 @@ def _tissue(
     if realism.sharp_tissue:
         grey_share = np.clip(1.8 * grey_share - 0.4, 0, 1)
     pale = individual.pallor_hu * np.exp(-np.maximum(ventricle, 0) / 13)
-    solid = of_tissue.uniform(*realism.grey_hu) * grey_share + (_WHITE - pale) * (1 - grey_share)
+    solid_grey, solid_white = of_tissue.uniform(*realism.grey_hu), of_tissue.uniform(*realism.white_hu)
+    solid = solid_grey * grey_share + (solid_white - pale) * (1 - grey_share)
     hu = _FLUID * fluid + solid * (1 - fluid)
     falx = np.exp(-((source[0] / 0.9) ** 2)) * (ventricle > 8) * (source[2] > 4) * np.clip(fluid + 0.2, 0, 1)
     hu += falx * (_DURA - hu) * 0.6

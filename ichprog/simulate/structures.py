@@ -73,17 +73,17 @@ def add_beam_hardening(
         largest_hu: Largest brightening, in HU.
         random: Random generator.
     """
-    rim, decay_mm = random.uniform(0.2, 1) * largest_hu, random.uniform(3, 8)
+    rim, decay_mm = random.uniform(0.2, 0.8) * largest_hu, random.uniform(3, 8)
     shell = np.flatnonzero(depth < 4 * decay_mm)
     near = points[:, shell]
     uneven = np.ones(len(shell), np.float32)
     for _ in range(3):
         wave = random.normal(0, 1, 3).astype(np.float32) * np.float32(2 * np.pi / 90)
-        uneven += np.float32(0.25) * np.sin(wave @ near + np.float32(random.uniform(0, 2 * np.pi)))
-    hu[shell] += np.float32(rim) * uneven * np.exp(-np.maximum(depth[shell], 0) / np.float32(decay_mm))
+        uneven += np.float32(0.35) * np.sin(wave @ near + np.float32(random.uniform(0, 2 * np.pi)))
+    hu[shell] += np.float32(rim) * np.maximum(uneven, 0) * np.exp(-np.maximum(depth[shell], 0) / np.float32(decay_mm))
     low = np.flatnonzero((points[2] < -8) & (points[1] < 5))
     mirrored = np.stack([np.abs(points[0, low]), points[1, low], points[2, low]])
-    behind = np.float32(random.uniform(0, 0.7 * largest_hu)) * np.exp(
+    behind = np.float32(random.uniform(0, largest_hu)) * np.exp(
         -_distance_to_path(mirrored, _PETROUS) / np.float32(random.uniform(6, 14))
     )
     hu[low] += behind
@@ -94,9 +94,9 @@ def _add_sinuses(
 ) -> None:
     """Add the superior sagittal, straight, transverse and sigmoid sinuses and the torcula."""
     density = random.uniform(*sinus_hu)
-    radius, aside = random.uniform(2.5, 4.5), random.uniform(-2, 2)
+    radius, aside = random.uniform(2.5, 5.0), random.uniform(-2, 2)
     right = random.uniform(0.3, 0.75)  # one transverse sinus is often the larger
-    side_radius = 6.0 * np.array([1 - right, right])
+    side_radius = 7.0 * np.array([1 - right, right])
     straight_radius = random.uniform(1.2, 2.4)
 
     shell = np.flatnonzero((depth < 10) & (np.abs(points[0]) < 9))
