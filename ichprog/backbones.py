@@ -168,6 +168,6 @@ def unet(*, widths: Sequence[int] = (16, 24, 40, 64), dropout: float = 0.0) -> B
 
 def _conv(before: int, after: int, kernel: tuple[int, int, int], stride: int = 1) -> nn.Sequential:
     """Return a convolution with batch normalisation and ReLU, whose stride applies within slices."""
-    padding = tuple(size // 2 for size in kernel)
+    padding = (kernel[0] // 2, kernel[1] // 2, kernel[2] // 2)
     convolution = nn.Conv3d(before, after, kernel, (1, stride, stride), padding, bias=False)
     return nn.Sequential(convolution, nn.BatchNorm3d(after), nn.ReLU())
