@@ -86,7 +86,7 @@ class Objective(nn.Module):
         grids: Tensor,
         targets: Mapping[str, Tensor],
         shares: Mapping[str, float],
-        regions: Mapping[str, Tensor],
+        regions: Mapping[str, Tensor] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return a batch's contribution to the loss of its step, and the loss of each task.
 
@@ -101,9 +101,9 @@ class Objective(nn.Module):
         outputs, dense = self.network.forward_dense(grids)
         logits = {task: values.float() for task, values in outputs.items()}
         losses = {t: mean_loss(self.network.heads[t], logits[t], targets[t], self.weights[t]) for t in logits}
-        for task, weight in self.dense_weights.items():
-            dense_loss = self.network.heads[task].dense_loss(dense[task], regions[task])  # type: ignore[operator]
-            losses[task] = losses[task] + weight * dense_loss
+        for task, target in (regions or {}).items():
+            dense_loss = self.network.heads[task].dense_loss(dense[task], target)  # type: ignore[operator]
+            losses[task] = losses[task] + self.dense_weights[task] * dense_loss
         terms = [shares[task] * term for task, term in zip(losses, self.weighted_terms(losses), strict=True)]
         return torch.stack(terms).sum(), losses
 
