@@ -40,10 +40,10 @@ _OFFSET_HU = (1000.0, 1130.0)  # soft tissue in a scan that is stored without it
 _OFFSET_ML = 300.0  # more than a skull has in one such band
 _CAP_FIT_MM = 10.0
 _SIDES = {  # axis, whether the side is the end of the axis, and curvature of the cross-section as a number
-    "top": (2, True, 3.8),
-    "bottom": (2, False, 3.8),
-    "right side": (0, False, 3.8),
-    "left side": (0, True, 3.8),
+    "top": (2, True, 3.9),
+    "bottom": (2, False, 3.9),
+    "right side": (0, False, 3.9),
+    "left side": (0, True, 3.9),
     "front": (1, False, 2.8),
     "back": (1, True, 2.8),
 }
@@ -353,7 +353,7 @@ def missing_brain_ml(mask: np.ndarray, spacing_mm: Spacing, side: str) -> float:
         >>> x, y = np.ogrid[-90:90, -90:90]
         >>> brain = (x[..., None] / 70) ** 2 + (y[..., None] / 80) ** 2 + (z / 70) ** 2 <= 1
         >>> round(missing_brain_ml(brain, (1, 1, 5), "top"), -1)
-        230.0
+        220.0
     """
     axis, is_end, curvature = _SIDES[side]
     step, width, length = (float(mm) for mm in (spacing_mm[axis], *np.delete(spacing_mm, axis)))
