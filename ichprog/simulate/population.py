@@ -79,7 +79,7 @@ _SMALL_ML = {  # medians; parenchymal ones near 8 mL together
     "putamen": 10, "thalamus": 6, "lobar": 9, "cerebellum": 6, "pons": 2.5,
     "subdural": 14, "subarachnoid": 8, "epidural": 12, "convexity": 4,
 }  # fmt: skip
-_SMALL_SD, _SMALL_LEAST_ML = 1.1, 0.3
+_SMALL_SD, _SMALL_LEAST_ML = 1.25, 0.3
 AGE = (73.0, 15.0)  # mean and standard deviation, years
 AGE_RANGE = (20.0, 98.0)
 ADULT_AGES = (18.0, 98.0)

@@ -19,13 +19,14 @@ from ichprog.simulate.scanner import acquire
 from support.cohorts import read_table
 
 QUIET = Realism(noise_hu=(0.0, 0.0))  # without noise, the difference of two scans is the option
+MARKS = {"atrophy": 0.0, "white_matter": 0.0, "calcification": 4.0}  # so that everything calcifies
 
 
 def scan(realism=QUIET, *, seed=3, skull=False, **changes):
     """Acquire one head with options, all else equal."""
     person = dataclasses.replace(
         Patient(seed, 0, "plain").person,
-        **{"site": "putamen", "side": 1, "volume_ml": 4.0, "ventricular": 0.0, **changes},
+        **{"site": "putamen", "side": 1, "volume_ml": 4.0, "ventricular": 0.0, "marks": MARKS, **changes},
     )
     random = np.random.default_rng(seed)
     individual = Individual(person.marks, random, realism.fill_mm)
@@ -129,7 +130,7 @@ def test_a_realistic_patient_is_the_same_each_time():
 
 
 def test_people_have_small_bleeds_of_all_kinds_at_any_age():
-    people = [draw_person(np.random.default_rng([8, n]), PRESETS["realistic"]) for n in range(2000)]
+    people = [draw_person(np.random.default_rng([8, n]), PRESETS["realistic"]) for n in range(1500)]
     assert np.mean([not p.bleeds for p in people]) == pytest.approx(0.3, abs=0.04)
     assert min(p.age for p in people) == 18
     assert np.mean([p.age < 40 for p in people]) == pytest.approx(22 / 81, abs=0.04)
@@ -138,8 +139,8 @@ def test_people_have_small_bleeds_of_all_kinds_at_any_age():
     volumes = [p.volume_ml for p in bleeding if p.kind == "parenchymal"]
     assert 5 < np.median(volumes) < 10  # the two public data sets: medians 6 and 10, 95th percentiles 46 and 52
     assert 40 < np.percentile(volumes, 95) < 60
-    old = np.array([p.truth()["seen_age_80"] for p in people[:600]])
-    assert np.mean([p.age >= 80 for p in people[:600]]) == pytest.approx(old.mean(), abs=0.04)
+    old = np.array([p.truth()["seen_age_80"] for p in people[:400]])
+    assert np.mean([p.age >= 80 for p in people[:400]]) == pytest.approx(old.mean(), abs=0.05)
     assert not next(p for p in people if not p.bleeds).infratentorial
 
 
@@ -179,11 +180,7 @@ def test_beam_hardening_brightens_what_lies_under_bone(plain):
 
 @pytest.mark.parametrize("option", ["dura", "calcification", "arteries"])
 def test_dense_structures_are_added(plain, option):
-    marks = {"atrophy": 0.0, "white_matter": 0.0, "calcification": 4.0}  # so that everything calcifies
-    with_structure, without = (
-        scan(realism, marks=marks) for realism in (dataclasses.replace(QUIET, **{option: True}), QUIET)
-    )
-    change = with_structure.hu.astype(int) - without.hu
+    change = changed(plain, **{option: True})
     assert 0.05 < ml(change > 5, plain.affine) < 250
     assert np.median(change[plain.inside]) == 0
 
@@ -204,7 +201,7 @@ def test_quantised_scans_have_the_steps_of_two_windows():
 
 
 def test_slices_may_be_thick_and_the_head_turned():
-    heads = [scan(dataclasses.replace(QUIET, thick_slices=True, tilt_deg=25.0), seed=seed) for seed in range(3, 7)]
+    heads = [scan(dataclasses.replace(QUIET, thick_slices=True, tilt_deg=25.0), seed=seed) for seed in range(3, 6)]
     spacings = {float(head.affine[2, 2]) for head in heads}
     assert spacings <= {2.5, 3.0, 4.0, 5.0, 6.0, 7.5}
     assert len(spacings) > 1
