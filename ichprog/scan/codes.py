@@ -48,6 +48,7 @@ ERRORS = (
     Code("extractor-failed", "a brain-extractor plugin that failed on this scan"),
     Code("mask-geometry", "a brain mask whose shape or affine differs from the scan's", "voxels or mm"),
     Code("mask-values", "a brain mask with more than two values", "values"),
+    Code("other-scan", "a mask of a haemorrhage whose shape or position differs from the scan's", "voxels, and mm"),
     Code("no-dicom", "a folder or .zip without DICOM files", "DICOM files"),
     Code("no-ct", "DICOM, but no axial CT of the head"),
     Code("contrast", "DICOM, but contrast medium was given"),
