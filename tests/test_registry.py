@@ -39,8 +39,8 @@ def test_built_in_plugins_use_entry_points():
     for kind in (registry.backbones, registry.heads, registry.saliency):
         mine = {point.name for point in entry_points(group=kind.group) if point.dist.name == "ichprog"}
         assert {entry.name for entry in kind.entries()} == mine
-    assert registry.backbones.names() == ["compact", "densenet121", "perez2023"]
-    assert registry.heads.names() == ["interval_regression", "ordinal", "proportional_odds", "softmax"]
+    assert registry.backbones.names() == ["compact", "densenet121", "perez2023", "unet"]
+    assert registry.heads.names() == ["interval_regression", "ordinal", "proportional_odds", "segmentation", "softmax"]
     assert registry.saliency.names() == ["grad_cam", "guided_backprop", "guided_grad_cam"]
 
 

@@ -33,7 +33,7 @@ class Realism:
         fill_mm: How much closer the surface of the brain is to the skull, in mm.
         grey_hu: Range of the density of grey matter, in HU.
         white_hu: Range of the density of white matter before it gets paler with age, in HU.
-        sharp_tissue: Whether grey and white matter are told apart more sharply than in the template.
+        sharp_tissue: Whether the boundary between grey and white matter is sharper than in the template.
         gyri_mm: Amplitude of the warps that change the pattern of gyri, in mm.
         sinus_hu: Range of the density of venous sinuses, or None for the density of fluid.
         dura: Whether dura lines the skull, and the density and thickness of falx and tentorium vary.

@@ -328,6 +328,7 @@ def test_the_report_contains_every_section_table_and_figure(smoke):
     assert {path.suffix for path in (out / "figures").glob("prognosis-auroc.*")} == {".svg", ".png"}
 
 
+@pytest.mark.slow
 def test_a_second_report_trains_and_measures_nothing(smoke):
     toml, out, _ = smoke
     before = {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("*.safetensors")}
@@ -359,6 +360,7 @@ def test_one_command_draws_the_published_figure(smoke, tmp_path):
     assert "Unknown patient that can be explained 'nobody'" in wrong.output
 
 
+@pytest.mark.slow
 def test_variants_with_a_missing_fold_are_not_explained(smoke, tmp_path):
     toml, out, _ = smoke
     study, copy = Study.read(toml), tmp_path / "out"

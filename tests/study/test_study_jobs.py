@@ -339,6 +339,7 @@ def test_a_job_that_kills_every_process_fails_alone():
     assert ended == {0: None, 1: None, 3: "wrong", 4: None}
 
 
+@pytest.mark.slow
 def test_dask_workers_give_the_same_files_if_a_worker_is_killed(finished_study, patients_folder, make_study, tmp_path):
     from distributed import LocalCluster
 
