@@ -79,7 +79,7 @@ def add_haemorrhage(
 
     Raises:
         UnknownNameError: There is no such kind.
-        InvalidValueError: The volume is not above 0, or exceeds what fits into the head, such as into narrow ventricles.
+        InvalidValueError: The volume is not above 0, or exceeds what fits, such as into narrow ventricles.
         ScanError: The scan cannot be read, or no brain is found.
         IchprogError: nilearn, which provides the template, is not installed.
 
