@@ -9,7 +9,7 @@ A spec carries the `schema_version` of its format. `ModelSpec.from_dict` upgrade
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.resources.abc import Traversable
 from typing import Any, Literal
 
@@ -78,12 +78,32 @@ class MaskTarget:
         slices: Column of the cohort with the numbers of the slices that hold a region, separated by spaces. They count
             from 0 in the order of the scan file. null for no such column.
         loss_weight: Weight of the loss over voxels and slices relative to the loss of the label.
+        volume_intervals: Lowest and highest ratio (true + 1 mL) / (measured + 1 mL) of a volume, for "total" and for
+            regions. In 90 % of patients outside the training data the ratio lies between both numbers.
+
+    Example:
+        >>> mask = MaskTarget("mask", ("parenchymal",), None, 1.0, {"total": (0.8, 1.25)})
+        >>> mask.volume_interval_ml("total", 19.0)
+        (15.0, 24.0)
     """
 
     column: str
     regions: tuple[str, ...]
     slices: str | None
     loss_weight: float
+    volume_intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+
+    def volume_interval_ml(self, part: str, measured_ml: float) -> tuple[float, float] | None:
+        """Return the interval of the true volume in mL, which covers 90 % of patients; None if it is not known.
+
+        Args:
+            part: "total" or the name of a region.
+            measured_ml: The measured volume in mL.
+        """
+        if part not in self.volume_intervals:
+            return None
+        low, high = self.volume_intervals[part]
+        return max(0.0, (measured_ml + 1) * low - 1), max(0.0, (measured_ml + 1) * high - 1)
 
 
 @dataclass(frozen=True)
@@ -452,5 +472,15 @@ def _check_task(task: Task) -> None:
     regions = list(task.mask.regions)
     if not regions or len(set(regions)) != len(regions):
         raise SpecError(f"Invalid {path}.mask.regions {regions}. Expected one or more different names.")
+    if "total" in regions:
+        raise SpecError(f"Invalid {path}.mask.regions {regions}. 'total' is the name of all regions together.")
     if not task.mask.loss_weight > 0:
         raise SpecError(f"Invalid {path}.mask.loss_weight {task.mask.loss_weight}. Expected a positive number.")
+    for part, (low, high) in task.mask.volume_intervals.items():
+        if part not in ("total", *regions):
+            known = UnknownNameError("part", part, ["total", *regions])
+            raise SpecError(f"{path}.mask.volume_intervals: {known}")
+        if not 0 < low <= high:
+            raise SpecError(
+                f"Invalid {path}.mask.volume_intervals.{part} {[low, high]}. Expected [lowest, highest], both above 0."
+            )

@@ -197,8 +197,21 @@ def test_a_spec_with_a_mask_is_read_as_it_was_written_and_checked(spec):
     assert zoo.find("perez2023.prognosis").tasks[0].mask is None
     with pytest.raises(SpecError, match=r"tasks.lesion.mask.regions \['a', 'a'\]"):
         replace(spec, tasks=(replace(TASK, mask=replace(MASK, regions=("a", "a"))),))
+    intervals = replace(MASK, volume_intervals={"total": (0.5, 1.5), "denser": (0.25, 4.0)})
+    with_intervals = replace(spec, tasks=(replace(TASK, mask=intervals),))
+    assert ModelSpec.from_dict(json.loads(json.dumps(with_intervals.to_dict()))) == with_intervals
+    for wrong, message in [({"other": (1, 2)}, "Unknown part 'other'"), ({"total": (2, 1)}, r"total \[2, 1\]")]:
+        with pytest.raises(SpecError, match=f"tasks.lesion.mask.volume_intervals.*{message}"):
+            replace(spec, tasks=(replace(TASK, mask=replace(MASK, volume_intervals=wrong)),))
     with pytest.raises(SpecError, match="head 'ordinal' does not answer voxel by voxel"):
         networks.build(replace(spec, tasks=(replace(TASK, head=PluginRef("ordinal", {})),)))
+
+
+def test_the_interval_of_a_volume_follows_from_ratios():
+    mask = replace(MASK, volume_intervals={"total": (0.5, 1.5)})
+    assert mask.volume_interval_ml("total", 9.0) == (4.0, 14.0)
+    assert mask.volume_interval_ml("total", 0.0) == (0.0, 0.5)
+    assert mask.volume_interval_ml("dense", 9.0) is None
 
 
 @pytest.fixture
