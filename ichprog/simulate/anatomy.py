@@ -8,11 +8,13 @@ Source of the template: Fonov et al., NeuroImage 2011 (ICBM 152 nonlinear symmet
 
 import functools
 from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ichprog.errors import missing_extra
+from ichprog.errors import IchprogError, missing_extra
 
 _COARSE_MM = 2.0
 _MARGIN = 16  # coarse voxels around the template, space for bone and scalp
@@ -71,16 +73,8 @@ def template() -> Template:
     """
     from scipy import ndimage
 
-    try:
-        from nilearn.datasets import load_mni152_gm_template, load_mni152_template, load_mni152_wm_template
-    except ImportError as error:
-        raise missing_extra("simulate", "nilearn", "Simulating patients") from error
-    image = load_mni152_template(resolution=1)
-    t1, grey, white = (
-        np.asarray(each.dataobj, np.float32)
-        for each in (image, load_mni152_gm_template(resolution=1), load_mni152_wm_template(resolution=1))
-    )
-    fine = image.affine[:3, 3]
+    (t1, affine), (grey, _), (white, _) = (_read_template(kind) for kind in ("t1", "gm", "wm"))
+    fine = affine[:3, 3]
     brain = _downsample(t1) > 0.15
     csf = 1 - _downsample(grey) - _downsample(white)
     coarse = fine + 0.5 - _COARSE_MM * _MARGIN
@@ -193,6 +187,31 @@ def gyri_displacement(
     moved[0] *= 1 - np.exp(-((points[0] / 12) ** 2))
     result: np.ndarray = (moved * np.clip((depth + 2) / 8, 0, 1)).astype(np.float32)
     return result
+
+
+def _read_template(kind: str) -> tuple[np.ndarray, np.ndarray]:
+    """Read one image of the template from the files of nilearn, which is slow to import.
+
+    Args:
+        kind: "t1", "gm" (grey matter) or "wm" (white matter).
+
+    Returns:
+        The values with a maximum of 1, and the affine.
+
+    Raises:
+        IchprogError: nilearn is not installed, or has no such file.
+    """
+    import nibabel as nib
+
+    package = find_spec("nilearn")
+    if package is None or package.origin is None:
+        raise missing_extra("simulate", "nilearn", "Simulating patients")
+    path = Path(package.origin).parent / "datasets" / "data" / f"mni_icbm152_{kind}_tal_nlin_sym_09a_converted.nii.gz"
+    if not path.exists():
+        raise IchprogError(f"{path}: missing in this version of nilearn. Install another: pip install 'nilearn>=0.12'.")
+    image: Any = nib.load(path)
+    values = np.asarray(image.dataobj).astype(np.float32)
+    return values / values.max(), image.affine
 
 
 def _downsample(values: np.ndarray) -> np.ndarray:

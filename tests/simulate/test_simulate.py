@@ -123,9 +123,17 @@ def test_the_table_is_a_cohort_with_true_probabilities(cohort):
 
 def test_a_missing_template_names_the_extra(tmp_path, monkeypatch):
     anatomy.template.cache_clear()
-    monkeypatch.setitem(sys.modules, "nilearn.datasets", None)
+    monkeypatch.setitem(sys.modules, "nilearn", None)
     with pytest.raises(IchprogError, match=r"needs nilearn. Install it with: pip install 'ichprog\[simulate\]'\."):
         simulate(tmp_path, patients=1)
+
+
+def test_the_template_is_that_of_nilearn():
+    from nilearn import datasets
+
+    image = datasets.load_mni152_gm_template(resolution=1)
+    assert np.array_equal(anatomy.template().grey, image.get_fdata(dtype=np.float32))
+    assert np.array_equal(anatomy.template().fine, image.affine[:3, 3])
 
 
 def test_the_command_simulates(tmp_path):
