@@ -16,7 +16,7 @@ of the R regions, and its module provides in addition:
 
 - `dense(features)`: features to `DenseLogits`.
 - `pool(dense)`: `DenseLogits` to the logits `(B, K)`. `forward(features)` equals `pool(dense(features))`.
-- `dense_loss(dense, target)`: the loss over voxels and slices, a scalar. `target` `(B, R, D, H, W)` holds the fraction
+- `dense_loss(dense, target)`: the loss over voxels, slices and regions, a scalar. `target` `(B, R, D, H, W)` holds the fraction
   of each cell of the grid that lies in each region. NaN is an unknown cell. -1 is an unknown cell of a slice that is
   known to hold a region.
 """
@@ -42,10 +42,12 @@ class DenseLogits(NamedTuple):
         voxels: `(B, R + 1, d, h, w)` over the extent of the grid, at any resolution. Their softmax over the second axis
             gives the probability of no region, then of each region.
         slices: `(B, d)`, the log odds that a slice holds a region.
+        regions: `(B, R)`, the log odds that the scan holds each region.
     """
 
     voxels: Tensor
     slices: Tensor
+    regions: Tensor
 
 
 class _Pooled(nn.Module):
@@ -115,7 +117,8 @@ class Segmentation(_Ordered):
     """Predict regions voxel by voxel, and ordered labels from the slices with the most evidence of a region.
 
     The evidence of a voxel is the log odds that the voxel lies in any region. A slice has the mean of its highest
-    evidence, and a scan has the mean of its two highest slices. Each of the two is scaled and shifted.
+    evidence, and a scan has the mean of its two highest slices. The evidence of one region is the log odds that the
+    voxel lies in this region, averaged in the same way. Each of the three means is scaled and shifted.
     """
 
     _PRIOR_LOG_ODDS = 5.0  # of a cell in no region, before training; regions are rare
@@ -129,20 +132,31 @@ class Segmentation(_Ordered):
             self.voxels.bias[0] += self._PRIOR_LOG_ODDS  # type: ignore[index]
         self.slice_scale = nn.Parameter(torch.ones(()))
         self.slice_shift = nn.Parameter(torch.zeros(()))
+        self.region_scale = nn.Parameter(torch.ones(regions))
+        self.region_shift = nn.Parameter(torch.zeros(regions))
         self.scale = nn.Parameter(torch.ones(()))
         self.shift = nn.Parameter(torch.zeros(labels - 1))
 
     def dense(self, features: Tensor) -> DenseLogits:
-        """Return the logits of voxels and slices for features `(B, C, d, h, w)`."""
+        """Return the logits of voxels, slices and regions for features `(B, C, d, h, w)`."""
         voxels = self.voxels(features)
-        evidence = (voxels[:, 1:].logsumexp(1) - voxels[:, 0]).flatten(2)
-        highest = evidence.topk(max(1, round(self.top_share * evidence.shape[2])), dim=2).values
-        return DenseLogits(voxels, self.slice_scale * highest.mean(2) + self.slice_shift)
+        slices = self._highest_in_slices(voxels[:, 1:].logsumexp(1) - voxels[:, 0])
+        number = voxels.shape[1]
+        others = [[k for k in range(number) if k != region] for region in range(1, number)]
+        evidence = [voxels[:, k] - voxels[:, others[k - 1]].logsumexp(1) for k in range(1, number)]
+        regions = torch.stack([_two_highest(self._highest_in_slices(each)) for each in evidence], dim=1)
+        return DenseLogits(
+            voxels, self.slice_scale * slices + self.slice_shift, self.region_scale * regions + self.region_shift
+        )
+
+    def _highest_in_slices(self, evidence: Tensor) -> Tensor:
+        """Return the mean of the highest evidence `(B, d)` in each slice of `(B, d, h, w)`."""
+        flat = evidence.flatten(2)
+        return flat.topk(max(1, round(self.top_share * flat.shape[2])), dim=2).values.mean(2)
 
     def pool(self, dense: DenseLogits) -> Tensor:
         """Return the logits `(B, K)` of the labels."""
-        highest = dense.slices.topk(min(2, dense.slices.shape[1]), dim=1).values
-        return self.scale * highest.mean(1, keepdim=True) + self.shift
+        return self.scale * _two_highest(dense.slices)[:, None] + self.shift
 
     def forward(self, features: Tensor) -> Tensor:
         """Return the logits `(B, K)` of the labels for features `(B, C, d, h, w)`."""
@@ -160,11 +174,12 @@ class Segmentation(_Ordered):
         self.shift.mul_(scale).add_(shift)
 
     def dense_loss(self, dense: DenseLogits, target: Tensor) -> Tensor:
-        """Return the loss over voxels and slices.
+        """Return the loss over voxels, slices and regions.
 
-        The loss is the sum of the mean cross-entropy over known cells, one minus the mean soft Dice coefficient of the
-        regions, and the mean binary cross-entropy over known slices. A slice holds a region if the regions fill at
-        least half of one of its cells, and holds none if they fill at most a twentieth of each.
+        The loss is the sum of four terms: the mean cross-entropy over known cells, one minus the mean soft Dice
+        coefficient of the regions, and the mean binary cross-entropies over known slices and over the regions of known
+        grids. A slice holds a region if the regions fill at least half of one of its cells, and holds none if they fill
+        at most a twentieth of each. The same rule applies to one region and a grid.
 
         Args:
             dense: The logits.
@@ -181,7 +196,8 @@ class Segmentation(_Ordered):
         probabilities = log_probabilities[:, 1:].exp() * known[:, None]
         overlap, size = (values.sum((0, 2, 3, 4)) for values in (probabilities * inside, probabilities + inside))
         dice = (2 * overlap + self._EMPTY_DICE) / (size + self._EMPTY_DICE)
-        return entropy + (1 - dice.mean()) * known.any() + self._slice_loss(dense.slices.float(), target, known)
+        found = self._slice_loss(dense.slices.float(), target, known) + _region_loss(dense.regions.float(), target)
+        return entropy + (1 - dice.mean()) * known.any() + found
 
     def _slice_loss(self, slices: Tensor, target: Tensor, known: Tensor) -> Tensor:
         """Return the mean binary cross-entropy over slices that are known to hold a region or to hold none."""
@@ -190,9 +206,26 @@ class Segmentation(_Ordered):
         filled = torch.where(known, target.clamp(min=0).sum(1), 0).amax((2, 3))
         holds = (filled >= 0.5) | ((target[:, 0] == -1).float().mean((2, 3)) > 0.8)
         holds_none = known.all(3).all(2) & (filled <= 0.05)
-        chosen = holds | holds_none
-        loss = functional.binary_cross_entropy_with_logits(slices, holds.to(slices), reduction="none")
-        return (loss * chosen).sum() / chosen.sum().clamp(min=1)
+        return _known_cross_entropy(slices, holds, holds | holds_none)
+
+
+def _region_loss(regions: Tensor, target: Tensor) -> Tensor:
+    """Return the mean binary cross-entropy over regions that a wholly known grid is known to hold or to lack."""
+    filled = target.amax((2, 3, 4))
+    holds, holds_none = filled >= 0.5, filled <= 0.05
+    known = (target >= 0).flatten(1).all(1)[:, None]
+    return _known_cross_entropy(regions, holds, known & (holds | holds_none))
+
+
+def _known_cross_entropy(logits: Tensor, truth: Tensor, known: Tensor) -> Tensor:
+    """Return the mean binary cross-entropy over what is known, 0 if nothing is."""
+    loss = functional.binary_cross_entropy_with_logits(logits, truth.to(logits), reduction="none")
+    return (loss * known).sum() / known.sum().clamp(min=1)
+
+
+def _two_highest(slices: Tensor) -> Tensor:
+    """Return the mean of the two highest values `(B,)` of `(B, d)`."""
+    return slices.topk(min(2, slices.shape[1]), dim=1).values.mean(1)
 
 
 class Softmax(_PooledLinear):

@@ -586,11 +586,13 @@ def _mean_over_folds(
     if task.mask is not None:
         voxels = np.mean([output.voxels[0] for output in outputs], axis=0)  # type: ignore[index]
         slices = np.mean([output.slices[0] for output in outputs], axis=0)  # type: ignore[index]
+        present = np.mean([output.regions[0] for output in outputs], axis=0)  # type: ignore[index]
         in_scan = preprocessing.slices_to_scan(slices, geometry[0][2], contract)
         segmentation = Segmentation(
             task.mask.regions,
             voxels,
             tuple(scan_package.source_slices(in_scan, geometry[2]).tolist()),
+            dict(zip(task.mask.regions, present.tolist(), strict=True)),
             functools.partial(_mask_image, *geometry, contract),
         )
     return TaskPrediction(task.decide(means), means, tuple(logits.tolist()), std, segmentation)

@@ -46,7 +46,7 @@ class Network(nn.Module):
         return {task: head(features) for task, head in self.heads.items()}
 
     def forward_dense(self, grid: Tensor) -> tuple[dict[str, Tensor], dict[str, DenseLogits]]:
-        """Return what `forward` returns, and the logits of voxels and slices of each dense task."""
+        """Return what `forward` returns, and the logits of voxels, slices and regions of each dense task."""
         features = self.backbone(grid)
         dense = {task: self.heads[task].dense(features) for task in self.dense_tasks}  # type: ignore[operator]
         logits = {
@@ -58,16 +58,16 @@ class Network(nn.Module):
     def outputs(self, grid: Tensor) -> dict[str, tuple[Tensor, ...]]:
         """Return the logits `(B, K)` and the label probabilities `(B, labels)` of each task.
 
-        A dense task has two more entries: the probabilities `(B, R + 1, d, h, w)` of the voxels and the probability
-        `(B, d)` that a slice holds a region.
+        A dense task has three more entries: the probabilities `(B, R + 1, d, h, w)` of the voxels, the probability
+        `(B, d)` that a slice holds a region, and the probability `(B, R)` that the scan holds each region.
         """
         logits, dense = self.forward_dense(grid)
         logits = {task: values.float() for task, values in logits.items()}
         result: dict[str, tuple[Tensor, ...]] = {
             task: (logits[task], values) for task, values in self.probabilities(logits).items()
         }
-        for task, (voxels, slices) in dense.items():
-            result[task] += (voxels.float().softmax(1), slices.float().sigmoid())
+        for task, (voxels, slices, regions) in dense.items():
+            result[task] += (voxels.float().softmax(1), slices.float().sigmoid(), regions.float().sigmoid())
         return result
 
     def probabilities(self, logits: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -31,12 +31,14 @@ class Segmentation:
         probabilities: `(R + 1, d, h, w)` probability of no region, then of each region, the mean over folds. The grid
             is that of the network, at its resolution or a lower one.
         slice_probabilities: Probability that a slice holds a region, for each slice in the order of the scan file.
+        region_probabilities: Probability that the scan holds each region, the mean over folds.
         to_image: Resamples the probabilities to the voxels of the scan and returns the mask.
     """
 
     regions: tuple[str, ...]
     probabilities: np.ndarray = field(repr=False)
     slice_probabilities: tuple[float, ...] = field(repr=False)
+    region_probabilities: Mapping[str, float]
     to_image: Callable[[np.ndarray], "nib.Nifti1Image"] = field(repr=False)
 
     @functools.cached_property
@@ -53,8 +55,12 @@ class Segmentation:
         return {"total": sum(volumes.values()), **volumes}
 
     def to_dict(self) -> dict[str, Any]:
-        """Return volumes and slice probabilities as plain data, ready for JSON."""
-        return {"volume_ml": dict(self.volume_ml), "slice_probabilities": list(self.slice_probabilities)}
+        """Return volumes and probabilities of slices and regions as plain data, ready for JSON."""
+        return {
+            "volume_ml": dict(self.volume_ml),
+            "slice_probabilities": list(self.slice_probabilities),
+            "region_probabilities": dict(self.region_probabilities),
+        }
 
 
 @dataclass(frozen=True)

@@ -221,7 +221,7 @@ def _check_copies(broken: Broken, head: Any, other: Any, features: Tensor) -> No
 
 
 def _check_dense(broken: Broken, head: Any, channels: int) -> None:
-    """Check the logits of voxels and slices, and what minimising the dense loss leads to."""
+    """Check the logits of voxels, slices and regions, and what minimising the dense loss leads to."""
     region = (
         torch.arange(2 * 4 * 4 * 4).view(2, 4, 4, 4) % (head.dense(torch.rand(1, channels, 1, 2, 2)).voxels.shape[1])
     )
@@ -233,6 +233,7 @@ def _check_dense(broken: Broken, head: Any, channels: int) -> None:
         dense = _attempt(broken, lambda: head.dense(features))
         _check_values(broken, dense.voxels, "the logits of voxels", (2, count + 1, None, None, None))
         _check_values(broken, dense.slices, "the logits of slices", (2, dense.voxels.shape[2]))
+        _check_values(broken, dense.regions, "the logits of regions", (2, count))
         if not _is_close(_attempt(broken, lambda: head.pool(dense)), head(features)):
             raise broken("pool(dense(features)) must equal the logits of the labels")
         half = target.clone()

@@ -119,6 +119,7 @@ def test_regions_are_found_in_the_space_of_the_scan_and_measured(threshold_model
         assert result.segmentation.volume_ml[name] == pytest.approx((mask == region).sum() * voxel_ml, rel=0.2)
     assert result.segmentation.volume_ml["total"] == pytest.approx((mask > 0).sum() * voxel_ml, rel=0.15)
     assert result.label == "present"
+    assert min(result.segmentation.region_probabilities.values()) > 0.4  # the head was not trained to find them
     present = np.array(result.segmentation.slice_probabilities) > 0.5
     assert np.array_equal(np.flatnonzero(present), np.flatnonzero(mask.any((0, 1))))
 
@@ -140,6 +141,7 @@ def test_a_scan_without_a_region_has_no_volume(threshold_model, tmp_path):
     prediction = ichprog.predict(model, image(brain_with_boxes()[0]))
     assert prediction["lesion"].label == "absent"
     assert prediction["lesion"].segmentation.volume_ml == {"total": 0, "dense": 0, "denser": 0}
+    assert max(prediction["lesion"].segmentation.region_probabilities.values()) < 0.1
     with results_file(tmp_path / "results.csv", model.spec) as add:
         add(prediction)
     (row,) = csv.DictReader((tmp_path / "results.csv").read_text().splitlines())
@@ -190,6 +192,27 @@ def test_unknown_cells_have_no_influence_and_a_positive_slice_raises_its_evidenc
     dense = head.dense(features)
     assert (dense.slices[0].sigmoid() > 0.5).tolist() == [False, True, False]
     assert int(dense.voxels.softmax(1)[0, 1, 1].argmax()) == 2 * 4 + 2  # the cell that explains the slice
+
+
+def test_a_region_is_found_in_a_scan_that_holds_it():
+    torch.manual_seed(0)
+    head = heads.segmentation(2, ["absent", "present"], regions=REGIONS, top_share=0.1)
+    features, target = torch.rand(3, 2, 3, 4, 4), torch.zeros(3, 2, 3, 4, 4)
+    for region in (0, 1):  # the third scan holds none
+        features[region, region, :2, 1:3, 1:3] = 5.0
+        target[region, region, :2, 1:3, 1:3] = 1.0
+    optimizer = torch.optim.Adam(head.parameters(), lr=0.1)
+    for _ in range(100):
+        optimizer.zero_grad()
+        head.dense_loss(head.dense(features), target).backward()
+        optimizer.step()
+    found = head.dense(features).regions.sigmoid() > 0.5
+    assert found.tolist() == [[True, False], [False, True], [False, False]]
+    partly_known = target.clone()
+    partly_known[:, :, 0] = torch.nan  # what lies there might be either region
+    head.zero_grad()
+    head.dense_loss(head.dense(features), partly_known).backward()
+    assert head.region_shift.grad.abs().max() == 0
 
 
 def test_a_spec_with_a_mask_is_read_as_it_was_written_and_checked(spec):

@@ -39,12 +39,14 @@ class TaskOutput(NamedTuple):
         probabilities: `(B, labels)`.
         voxels: `(B, R + 1, d, h, w)` probabilities of no region and of each region, for a dense task.
         slices: `(B, d)` probability that a slice holds a region, for a dense task.
+        regions: `(B, R)` probability that the scan holds each region, for a dense task.
     """
 
     logits: np.ndarray
     probabilities: np.ndarray
     voxels: np.ndarray | None = None
     slices: np.ndarray | None = None
+    regions: np.ndarray | None = None
 
 
 class Runtime(Protocol):

@@ -26,7 +26,7 @@ from ichprog.io import atomic_write, file_lock
 from ichprog.registry import Registry
 from ichprog.spec import ModelSpec
 
-CACHE_VERSION = 6  # increase when the same network compiles to another graph or the metadata change
+CACHE_VERSION = 7  # increase when the same network compiles to another graph or the metadata change
 _CHECKSUM_BYTES = 8
 
 _logger = logging.getLogger(__name__)

@@ -77,7 +77,7 @@ class OpenVinoRuntime:
     def _by_task(self, outputs: Sequence[np.ndarray]) -> dict[str, TaskOutput]:
         """Return the outputs of the graph, which are in the order of the tasks, by task."""
         remaining = iter(outputs)
-        return {task.name: TaskOutput(*islice(remaining, 4 if task.mask else 2)) for task in self.spec.tasks}
+        return {task.name: TaskOutput(*islice(remaining, 5 if task.mask else 2)) for task in self.spec.tasks}
 
     def release_memory(self) -> None:
         """Release the working memory of all graphs that are not running."""
