@@ -318,17 +318,18 @@ class Cohort:
         return np.array([-1 if np.isnan(value) else task.target.index(value) for value in values], dtype=np.int64)
 
 
-def find_masks(cohort: Cohort, column: str = "mask") -> dict[str, Path]:
+def find_masks(cohort: Cohort, column: str | None = None) -> dict[str, Path]:
     """Return the path of the lesion mask by name of the patient, for patients with a mask.
 
-    The column has paths relative to the table, blank without a mask. Without this column, masks are
-    `masks/<patient>.nii.gz` next to the folder of the scans, where `ichprog simulate` writes masks.
+    The column has paths relative to the table, blank without a mask.
 
     Args:
         cohort: The patients.
-        column: Name of the column.
+        column: Name of the column, which must exist. By default the column `mask`. If there is none, masks are
+            `masks/<patient>.nii.gz` next to the folder of the scans.
 
     Raises:
+        UnknownNameError: The named column does not exist.
         CohortError: A mask in the column does not exist.
 
     Example:
@@ -336,9 +337,11 @@ def find_masks(cohort: Cohort, column: str = "mask") -> dict[str, Path]:
         find_masks(Cohort.read("patients/cohort.csv"))  # {"p0001": Path("patients/masks/p0001.nii.gz"), ...}
         ```
     """
+    if column is not None and not cohort.has_column(column):
+        raise UnknownNameError(f"column of {cohort.source}", column, cohort.columns)
     masks = {}
     for patient in cohort.patients:
-        cell = patient.columns.get(column)
+        cell = patient.columns.get(column or "mask", None if column is None else "")
         scan = patient.scan.name.removesuffix(".gz").removesuffix(".nii")  # joined cohorts have renamed patients
         names = [f"masks/{name}.nii.gz" for name in (patient.name, scan)] if cell is None else [cell]
         folders = [*patient.scan.parents[:2]] if cell is None else [Path(cohort.source).parent, *patient.scan.parents]

@@ -15,7 +15,7 @@ import ichprog
 from ichprog import heads, networks, preprocessing, registry, testing, zoo
 from ichprog.backbones import Backbone
 from ichprog.cohort import Cohort
-from ichprog.errors import CohortError, PluginError, SpecError
+from ichprog.errors import CohortError, PluginError, RunError, SpecError, UnknownNameError
 from ichprog.results import results_file
 from ichprog.spec import MaskTarget, ModelSpec, PluginRef, Target, Task, Weights
 from ichprog.train import PRESETS, TrainOptions, train
@@ -268,6 +268,37 @@ def test_training_uses_masks_slices_and_labels(cohort_folder, spec):
     assert sum(bool((each == 0).all()) for each in kinds) == 6  # no lesion
     result = ichprog.predict(ichprog.load_model(f"local-dir:{run}", runtime="torch"), cohort_folder / "1.nii.gz")
     assert set(result["lesion"].segmentation.volume_ml) == {"total", *REGIONS}
+
+
+def test_a_run_with_other_masks_or_slices_is_not_resumed(cohort_folder, spec):
+    settings = {
+        "folds": 2, "only_folds": [0], "protocol": PROTOCOL.replace(epochs=1, warmup_epochs=0),
+        "options": TrainOptions(cache_dir=cohort_folder / "cache"),
+    }  # fmt: skip
+    arguments = (cohort_folder / "cohort.csv", spec, cohort_folder / "run")
+    run = train(*arguments, **settings)
+    assert train(*arguments, **settings, resume=True) == run
+    first, second = (cohort_folder / f"mask{number}.nii.gz" for number in (1, 3))
+    content = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    with pytest.raises(RunError, match=r"holds another run: regions\.lesion was"):
+        train(*arguments, **settings, resume=True)
+    first.write_bytes(content)
+    table = (cohort_folder / "cohort.csv").read_text()
+    (cohort_folder / "cohort.csv").write_text(table.replace("8 9 10 11", "8 9 10"))
+    with pytest.raises(RunError, match=r"holds another run: regions\.lesion was"):
+        train(*arguments, **settings, resume=True)
+    (cohort_folder / "cohort.csv").write_text(table)
+    train(*arguments, **settings, resume=True)
+
+
+def test_a_named_column_of_masks_must_exist(cohort_folder, spec):
+    table = (cohort_folder / "cohort.csv").read_text()
+    (cohort_folder / "cohort.csv").write_text(table.replace("lesion,mask,", "lesion,outline,"))
+    (cohort_folder / "masks").mkdir()
+    (cohort_folder / "mask1.nii.gz").rename(cohort_folder / "masks" / "p1.nii.gz")
+    with pytest.raises(UnknownNameError, match=r"Unknown column of .*cohort\.csv 'mask'"):
+        train(cohort_folder / "cohort.csv", spec, cohort_folder / "run", folds=2, protocol=PROTOCOL)
 
 
 def test_slice_numbers_and_regions_that_do_not_exist_are_refused(cohort_folder, spec):

@@ -175,7 +175,7 @@ def simulate(
 ) -> Path:
     """Simulate a cohort into a folder. Existing patients are reused, so an interrupted run can be resumed.
 
-    The folder receives `cohort.csv` (patient, scan, labels and clinical columns), `truth.csv` (causes, true
+    The folder receives `cohort.csv` (patient, scan, labels, clinical columns and mask), `truth.csv` (causes, true
     probabilities of the labels, and the volume of each kind of blood in the mask), `scans/`, and `masks/` with the
     values of `MASK_VALUES`: 1 parenchymal, 2 ventricular, 3 subarachnoid, 4 subdural or epidural haemorrhage.
 
@@ -223,8 +223,11 @@ def simulate(
     volumes = parallel_map(_read_volumes, masks, workers=workers)
     truths = [{"patient": p.name, **p.truth(), **ml} for p, ml in zip(everyone, volumes, strict=True)]
     write_csv(folder / "truth.csv", list(truths[0]), truths)
-    scans = (p.paths(Path(), dicom=dicom)[0].as_posix() for p in everyone)
-    rows = [{"patient": e.name, "scan": scan, **e.columns()} for e, scan in zip(everyone, scans, strict=True)]
+    relative = ([path.as_posix() for path in p.paths(Path(), dicom=dicom)] for p in everyone)
+    rows = [
+        {"patient": p.name, "scan": scan, **p.columns(), "mask": mask}
+        for p, (scan, mask) in zip(everyone, relative, strict=True)
+    ]
     write_csv(folder / "cohort.csv", list(rows[0]), rows)
     return folder / "cohort.csv"
 

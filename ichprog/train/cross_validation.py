@@ -35,9 +35,10 @@ class CrossValidation:
     Attributes:
         folds: The folds.
         labels: `(N,)` label indices for each task, -1 if unknown.
+        region_sources: The source of the true regions of each patient, for each dense task.
 
     Raises:
-        CohortError: The patients or the folds cannot be trained on.
+        CohortError: The patients, their masks or the folds cannot be trained on.
         UnknownNameError: The cohort has no column of a task.
     """
 
@@ -47,6 +48,7 @@ class CrossValidation:
         self.cohort, self.spec, self.protocol, self.options = cohort, spec, protocol, options
         self.names = [patient.name for patient in cohort.patients]
         self.labels = {task.name: cohort.labels(task) for task in spec.tasks}
+        self.region_sources = {task.name: self._find_regions(task) for task in spec.tasks if task.mask}
         self.has_given_folds = not isinstance(folds, int)
         fraction = protocol.validation_fraction
         if isinstance(folds, int):
@@ -140,6 +142,7 @@ class CrossValidation:
             len(self.folds),
             brain_key(resolve_brain(self.options.brain)),
             membership if self.has_given_folds else None,
+            self.region_sources,
         )
         details = {
             "source": self.cohort.source,
@@ -171,7 +174,7 @@ class CrossValidation:
         """Return the regions of every patient for each dense task."""
         return {
             task.name: grid_cache.prepare_regions(
-                self._region_sources(task),
+                self.region_sources[task.name],
                 self.spec.input,
                 len(task.mask.regions),
                 folder=hub.cache_folder(self.options.cache_dir) / "grids",
@@ -181,7 +184,7 @@ class CrossValidation:
             if task.mask
         }
 
-    def _region_sources(self, task: Task) -> list[RegionSource]:
+    def _find_regions(self, task: Task) -> list[RegionSource]:
         """Return where the regions of each patient come from: the mask, the slice numbers, or the label alone."""
         assert task.mask is not None  # noqa: S101
         masks = find_masks(self.cohort, task.mask.column)

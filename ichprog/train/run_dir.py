@@ -40,6 +40,7 @@ from ichprog.networks import Network
 from ichprog.spec import GoldenOutput, ModelSpec, Weights
 from ichprog.train.fold_job import FoldJob, FoldResult
 from ichprog.train.folds import Fold
+from ichprog.train.grid_cache import RegionSource
 from ichprog.train.protocol import Protocol
 
 _FORMAT = 1
@@ -53,6 +54,7 @@ def run_identity(
     folds: int,
     brain: str,
     membership: Mapping[str, Any] | None,
+    regions: Mapping[str, Sequence[RegionSource]],
 ) -> dict[str, Any]:
     """Return what identifies a run: two runs with the same identity give the same result.
 
@@ -64,6 +66,10 @@ def run_identity(
         folds: Number of folds.
         brain: Brain extraction mode.
         membership: Patients of each part of each fold, or None if the other arguments determine them.
+        regions: The source of the true regions of each patient, for each dense task.
+
+    Raises:
+        RunError: A mask cannot be read.
     """
     patients = [[p.name for p in cohort.patients], {task: values.tolist() for task, values in labels.items()}]
     return {
@@ -73,6 +79,7 @@ def run_identity(
         "folds": folds,
         "brain": brain,
         "parts": None if membership is None else digest(membership),
+        "regions": {task: digest(list(map(_region_identity, sources))) for task, sources in regions.items()} or None,
     }
 
 
@@ -321,6 +328,18 @@ def differences(key: str, existing: Any, requested: Any) -> Iterator[str]:
                 yield f"{key}.{name} was {before!r}, is {now!r}" if is_plain else f"{key}.{name} differs"
         return
     yield f"{key} was {existing!r}, is {requested!r}"
+
+
+def _region_identity(source: RegionSource) -> list[Any]:
+    """Return what identifies the regions of a patient: the content of the mask, and the slice numbers."""
+    content = None
+    if source.mask is not None:
+        try:
+            with source.mask.open("rb") as opened:
+                content = hashlib.file_digest(opened, "sha256").hexdigest()
+        except OSError as error:
+            raise RunError(f"{source.mask} cannot be read: {error}. Repair it, or leave its cell blank.") from error
+    return [content, source.slices]
 
 
 def _golden_logits(spec: ModelSpec, network: Network) -> dict[str, list[float]]:
