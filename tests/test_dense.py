@@ -1,6 +1,7 @@
 """Dense tasks: regions found voxel by voxel, in the scan's own space, and learned from masks, slices and labels."""
 
 import csv
+import errno
 import json
 from dataclasses import replace
 
@@ -18,7 +19,8 @@ from ichprog.cohort import Cohort
 from ichprog.errors import CohortError, PluginError, RunError, SpecError, UnknownNameError
 from ichprog.results import results_file
 from ichprog.spec import MaskTarget, ModelSpec, PluginRef, Target, Task, Weights
-from ichprog.train import PRESETS, TrainOptions, train
+from ichprog.train import PRESETS, TrainOptions, grid_cache, train
+from ichprog.train.grid_cache import RegionSource
 
 SHAPE = (12, 32, 32)
 VOXEL_MM = (1.5, 1.5, 5.0)
@@ -290,6 +292,19 @@ def test_a_run_with_other_masks_or_slices_is_not_resumed(cohort_folder, spec):
         train(*arguments, **settings, resume=True)
     (cohort_folder / "cohort.csv").write_text(table)
     train(*arguments, **settings, resume=True)
+
+
+def test_a_full_disk_is_reported_while_regions_are_cached(cohort_folder, spec, monkeypatch):
+    def full(file, fractions):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    scan = cohort_folder / "1.nii.gz"
+    monkeypatch.setattr(grid_cache.np, "save", full)
+    with pytest.raises(RunError, match=r"cannot be cached in .*grids: .*No space left on device\. Free some space"):
+        grid_cache.prepare_regions(
+            [RegionSource(scan, cohort_folder / "mask1.nii.gz", None)], spec.input, 2, folder=cohort_folder / "grids"
+        )
+    assert not list((cohort_folder / "grids").glob("*.npy"))
 
 
 def test_a_named_column_of_masks_must_exist(cohort_folder, spec):

@@ -5,7 +5,8 @@ import hashlib
 import json
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -62,7 +63,7 @@ def prepare(
     scan_package.validate_brain_mode(brain)
     unchecked = {k: v for k, v in asdict(contract).items() if k != "expected_ranges"}
     settings = json.dumps([_CACHE_VERSION, scan_package.brain_key(brain), unchecked])
-    try:
+    with _explain_os_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         files = [folder / f"{_cache_key(scan, settings)}.npy" for scan in scans]
         if all(file.is_file() for file in files):  # a shared cache may be read-only
@@ -72,12 +73,6 @@ def prepare(
             missing = {file: scan for file, scan in zip(files, scans, strict=True) if not file.is_file()}
             if missing:
                 _prepare_missing(missing, contract, brain, folder, workers, progress)
-    except OSError as error:
-        remedy = "Free some space" if error.errno == errno.ENOSPC else "Grant write permission"
-        raise RunError(
-            f"Prepared grids cannot be cached in {folder}: {error}. {remedy}, or choose another folder with "
-            "`cache_dir` or the environment variable ICHPROG_CACHE."
-        ) from error
     return files
 
 
@@ -113,20 +108,35 @@ def prepare_regions(
 
     Raises:
         CohortError: A scan or a mask cannot be used, or a slice number does not exist; the message names each.
+        RunError: The disk is full or the folder cannot be written.
     """
     settings = json.dumps([_CACHE_VERSION, regions, asdict(replace(contract, expected_ranges={}))])
-    folder.mkdir(parents=True, exist_ok=True)
     files = []
-    for source in sources:
-        mask = _cache_key(source.mask, settings) if source.mask else ""
-        key = hashlib.sha256(json.dumps([_cache_key(source.scan, settings), mask, source.slices]).encode())
-        files.append(folder / f"regions-{key.hexdigest()}.npy")
-    missing = {file: source for file, source in zip(files, sources, strict=True) if not file.is_file()}
-    prepare_one = partial(_prepare_regions_of, contract=contract, regions=regions)
-    problems = list(filter(None, parallel_map(prepare_one, list(missing.items()), workers=workers)))
+    with _explain_os_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for source in sources:
+            mask = _cache_key(source.mask, settings) if source.mask else ""
+            key = hashlib.sha256(json.dumps([_cache_key(source.scan, settings), mask, source.slices]).encode())
+            files.append(folder / f"regions-{key.hexdigest()}.npy")
+        missing = {file: source for file, source in zip(files, sources, strict=True) if not file.is_file()}
+        prepare_one = partial(_prepare_regions_of, contract=contract, regions=regions)
+        problems = list(filter(None, parallel_map(prepare_one, list(missing.items()), workers=workers)))
     if problems:
         raise CohortError("\n  ".join([f"The regions of {len(problems)} patients cannot be used:", *problems]))
     return files
+
+
+@contextmanager
+def _explain_os_errors(folder: Path) -> Iterator[None]:
+    """Convert errors of the file system within a context to a RunError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        remedy = "Free some space" if error.errno == errno.ENOSPC else "Grant write permission"
+        raise RunError(
+            f"Prepared grids cannot be cached in {folder}: {error}. {remedy}, or choose another folder with "
+            "`cache_dir` or the environment variable ICHPROG_CACHE."
+        ) from error
 
 
 def _prepare_regions_of(item: tuple[Path, RegionSource], *, contract: InputSpec, regions: int) -> str | None:

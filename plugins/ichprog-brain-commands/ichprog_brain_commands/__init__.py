@@ -21,9 +21,10 @@ _LAST_LINES = 5  # of a command's output in an error message
 
 
 def synthstrip(hu: np.ndarray, spacing_mm: tuple[float, float, float]) -> np.ndarray:
-    """Extract the brain with SynthStrip: `mri_synthstrip`, or its container `synthstrip-docker`.
+    """Extract the brain with the command `mri_synthstrip` or, without it, `synthstrip-docker`.
 
-    Source: Hoopes et al., NeuroImage 2022;260:119474.
+    SynthStrip marks everything inside the skull, including the fluid. Source: Hoopes et al., NeuroImage
+    2022;260:119474.
 
     Args:
         hu: `(i, j, k)` HU of a whole head in LPS order.
@@ -33,14 +34,14 @@ def synthstrip(hu: np.ndarray, spacing_mm: tuple[float, float, float]) -> np.nda
         `(i, j, k)` bool brain mask.
 
     Raises:
-        ScanError: `extractor-failed`: there is no such command, it failed, or its mask does not fit the scan.
+        ScanError: `extractor-failed`: neither command is on the PATH, or the command failed as in `run_command`.
     """
     command = _find(["mri_synthstrip", "synthstrip-docker"], "Install FreeSurfer 7.3 or later, or synthstrip-docker")
     return run_command([command, "-i", "scan.nii.gz", "-m", "mask.nii.gz"], "mask.nii.gz", hu, spacing_mm)
 
 
 def totalsegmentator(hu: np.ndarray, spacing_mm: tuple[float, float, float]) -> np.ndarray:
-    """Extract the brain with TotalSegmentator, its class `brain`.
+    """Extract the brain with the command `TotalSegmentator`, which writes only the class `brain`.
 
     Source: Wasserthal et al., Radiology: Artificial Intelligence 2023;5(5):e230024.
 
@@ -52,7 +53,7 @@ def totalsegmentator(hu: np.ndarray, spacing_mm: tuple[float, float, float]) -> 
         `(i, j, k)` bool brain mask.
 
     Raises:
-        ScanError: `extractor-failed`: there is no such command, it failed, or its mask does not fit the scan.
+        ScanError: `extractor-failed`: the command is not on the PATH, or failed as in `run_command`.
     """
     command = _find(["TotalSegmentator"], "Install it with: pip install TotalSegmentator")
     arguments = [command, "-i", "scan.nii.gz", "-o", "parts", "--roi_subset", "brain"]
