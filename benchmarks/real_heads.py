@@ -30,7 +30,8 @@ from ichprog.metrics.bootstrap import percentile_interval, resample_counts, wils
 from ichprog.metrics.comparisons import correlations
 from ichprog.scan import CHECKS, read
 from ichprog.scan.brain import run_extractor
-from ichprog.scan.checks import check_scan, measure_dense_blood, missing_brain_ml, validate_ct
+from ichprog.scan.checks import check_scan, measure_dense_blood, missing_brain_ml
+from ichprog.scan.validation import validate_ct
 
 PAGE = Path(__file__).parents[1] / "docs" / "real-heads.md"
 MODEL = "compact.prognosis_gcs3_age"

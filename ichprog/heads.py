@@ -16,9 +16,9 @@ of the R regions, and its module provides in addition:
 
 - `dense(features)`: features to `DenseLogits`.
 - `pool(dense)`: `DenseLogits` to the logits `(B, K)`. `forward(features)` equals `pool(dense(features))`.
-- `dense_loss(dense, target)`: the loss over voxels, slices and regions, a scalar. `target` `(B, R, D, H, W)` holds the fraction
-  of each cell of the grid that lies in each region. NaN is an unknown cell. -1 is an unknown cell of a slice that is
-  known to hold a region.
+- `dense_loss(dense, target)`: the loss over voxels, slices and regions, a scalar. `target` `(B, R, D, H, W)` holds the
+  fraction of each cell of the grid that lies in each region. NaN is an unknown cell. -1 is an unknown cell of a slice
+  that is known to hold a region.
 """
 
 import math

@@ -1,8 +1,8 @@
 """Head CTs on disk: reading, brain isolation and checks, with a `Scan` as the result.
 
 `volume` holds `Scan` and reads NIfTI. `series` selects a DICOM series and `dicom` reads it as a volume. `brain`
-isolates the brain. `checks` refuses impossible scans and warns about unusual ones. This package knows no networks and
-no registry.
+isolates the brain. `validation` refuses impossible scans, and `checks` warns about unusual ones. Both use
+`measurements`. This package knows no networks and no registry.
 """
 
 import dataclasses
@@ -27,9 +27,8 @@ from ichprog.scan.checks import (
     format_range,
     register_check,
     resolve_ranges,
-    validate_ct,
-    validate_geometry,
 )
+from ichprog.scan.validation import validate_ct, validate_geometry
 from ichprog.scan.volume import Scan, load_regions, read, source_image, source_slices
 from ichprog.spec import ExpectedRanges
 

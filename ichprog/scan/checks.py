@@ -1,9 +1,6 @@
-"""Checks of a scan: refuse what cannot be a head CT in HU, and warn about what is unusual, in units.
+"""Checks of a scan whose brain mask is known: warn about what is unusual, in units.
 
 `CHECKS` is the table of checks. A new check is one function with its row, which `register_check` adds to the table.
-
-`validate_ct` runs before the brain is extracted, so that an image without HU or a clipped image is named as such.
-`check_scan` runs when the brain mask is known.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -13,31 +10,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ichprog.errors import ScanError, ScanWarning, SpecError, UnknownNameError
-from ichprog.scan.brain import MIN_BRAIN_ML, MIN_SKULL_ML, find_skull, has_skull
-from ichprog.scan.morphology import (
-    Box,
-    bounding_box,
-    cut_bands,
-    dilate_mm,
-    fill_holes,
-    largest_component,
-    resample_slices,
-    triangle_weights,
-)
-from ichprog.scan.volume import AIR_HU, Scan, Spacing
+from ichprog.scan.brain import MIN_BRAIN_ML, has_skull
+from ichprog.scan.measurements import extent_mm, masked_values, resample_box, volume_ml
+from ichprog.scan.morphology import bounding_box, dilate_mm, fill_holes, largest_component
+from ichprog.scan.validation import CLIPPED_HU
+from ichprog.scan.volume import Scan, Spacing
 from ichprog.spec import ExpectedRanges
 
 Range = tuple[float | None, float | None]
 
-_MIN_SLICES = 8
-_VOXEL_MM = (0.1, 15.0)
-_EXTENT_MM = (40.0, 1000.0)
-_TISSUE_HU = (0.0, 90.0)  # the median of a head without its air; muscle and bone raise it
-_BRAIN_HU = (10.0, 60.0)  # the median of a brain alone
-_CLIPPED_HU = 200.0  # a lower maximum does not separate bone from what lies next to it
-_FAT_HU = -30.0  # a whole head with lower values is not clipped in soft tissue
-_OFFSET_HU = (1000.0, 1130.0)  # soft tissue in a scan that is stored without its offset of 1000 or 1024
-_OFFSET_ML = 300.0  # more than a skull has in one such band
 _CAP_FIT_MM = 10.0
 _SIDES = {  # axis, whether the side is the end of the axis, and curvature of the cross-section as a number
     "top": (2, True, 3.9),
@@ -189,7 +170,7 @@ def check_scan(scan: Scan, mask: np.ndarray, expected_ranges: ExpectedRanges, *,
         SpecError: `expected_ranges` names an unknown check.
     """
     ranges = resolve_ranges(expected_ranges)
-    brain_ml = _volume_ml(mask, scan)
+    brain_ml = volume_ml(mask, scan)
     if brain_ml < MIN_BRAIN_ML:
         raise ScanError(
             f"{scan.name}: holds {brain_ml:.0f} mL of brain; at least {MIN_BRAIN_ML:g} mL is needed.",
@@ -275,7 +256,7 @@ def _check_slice_spacing(case: CheckInput) -> list[Finding]:
     expected=(100.0, 220.0),
 )
 def _check_coverage(case: CheckInput) -> list[Finding]:
-    return out_of_range([_extent_mm(case.scan)[2]], case.expected, "the extent from foot to head", "mm")
+    return out_of_range([extent_mm(case.scan)[2]], case.expected, "the extent from foot to head", "mm")
 
 
 @register_check(
@@ -286,7 +267,7 @@ def _check_coverage(case: CheckInput) -> list[Finding]:
     expected=(150.0, 350.0),
 )
 def _check_field_of_view(case: CheckInput) -> list[Finding]:
-    return out_of_range(_extent_mm(case.scan)[:2], case.expected, "the extent of a slice", "mm")
+    return out_of_range(extent_mm(case.scan)[:2], case.expected, "the extent of a slice", "mm")
 
 
 @register_check(
@@ -309,7 +290,7 @@ def _check_obliquity(case: CheckInput) -> list[Finding]:
     expected=(700.0, 2000.0),
 )
 def _check_brain_volume(case: CheckInput) -> list[Finding]:
-    return out_of_range([_volume_ml(case.mask, case.scan)], case.expected, "the volume of the brain", "mL")
+    return out_of_range([volume_ml(case.mask, case.scan)], case.expected, "the volume of the brain", "mL")
 
 
 @register_check(
@@ -321,7 +302,7 @@ def _check_brain_volume(case: CheckInput) -> list[Finding]:
 )
 def _check_cropping(case: CheckInput) -> list[Finding]:
     findings = []
-    brain_ml = _volume_ml(case.mask, case.scan)
+    brain_ml = volume_ml(case.mask, case.scan)
     for side in _SIDES:
         missing_ml = missing_brain_ml(case.mask, case.scan.spacing, side)
         share = 100 * missing_ml / (brain_ml + missing_ml)
@@ -412,8 +393,8 @@ def measure_dense_blood(scan: Scan, mask: np.ndarray) -> tuple[float, np.ndarray
     low, high = np.float32(_BLOOD_HU[0] - 20), np.float32(1.2 * _BLOOD_HU[1])
     slices = zip(np.moveaxis(scan.hu[box], 2, 0), np.moveaxis(mask[box], 2, 0), strict=True)
     above = ((np.minimum(hu, high) - low) * inside for hu, inside in slices)
-    lowres = _resample_box(above, box, scan) + low
-    brain = _resample_box(np.moveaxis(mask[box], 2, 0), box, scan) > 0.5
+    lowres = resample_box(above, box, scan) + low
+    brain = resample_box(np.moveaxis(mask[box], 2, 0), box, scan) > 0.5
     near = tuple(slice(max(0, at.start - 1), at.stop + 1) for at in bounding_box(brain))  # the brain ends inside it
     lowres, outside = lowres[near], ~brain[near]
     dense = (lowres > _BLOOD_HU[0]) & (lowres < _BLOOD_HU[1])
@@ -483,7 +464,7 @@ def _vault(case: CheckInput) -> _Vault | None:
         return None
     box = bounding_box(mask)
     _, spacing = scan.lowres_geometry
-    brain = _resample_box(np.moveaxis(mask[box], 2, 0), box, scan) > 0.5
+    brain = resample_box(np.moveaxis(mask[box], 2, 0), box, scan) > 0.5
     i, j, k = bounding_box(brain)
     margin = [int(_SKULL_MM / mm) + 1 for mm in spacing]
     upper = (
@@ -507,7 +488,7 @@ def _check_metal(case: CheckInput) -> list[Finding]:
     if case.scan.hu_range[1] < _METAL_HU:
         return []
     planes = bounding_box(case.mask)[2]
-    metal_ml = _volume_ml(case.scan.hu[:, :, planes] >= _METAL_HU, case.scan)
+    metal_ml = volume_ml(case.scan.hu[:, :, planes] >= _METAL_HU, case.scan)
     return out_of_range([metal_ml], case.expected, f"the volume of at least {_METAL_HU:g} HU", "mL")
 
 
@@ -522,171 +503,10 @@ def _check_skull(case: CheckInput) -> list[Finding]:
 @register_check("windowed", "a brain alone that seems clipped to a window", unit="HU", only_if_given=True)
 def _check_clipping(case: CheckInput) -> list[Finding]:
     """Find a brain in which far more voxels have the highest value than have the values just below it."""
-    values = _masked_values(case.scan, case.mask)
+    values = masked_values(case.scan, case.mask)
     high = float(values.max())
     at, below = np.count_nonzero(values == high), np.count_nonzero((values < high) & (values >= high - 3))
-    if high >= _CLIPPED_HU or at < 20 or at < below:
+    if high >= CLIPPED_HU or at < 20 or at < below:
         return []
     message = f"{at} voxels have exactly the highest value, {high:g} HU: the scan seems clipped to a window."
-    return [Finding(message, measured=high, expected=f">= {_CLIPPED_HU:g}")]
-
-
-def validate_ct(scan: Scan) -> None:
-    """Refuse what cannot be a head CT in HU.
-
-    A value that is merely unusual passes; `check_scan` warns about it.
-
-    Args:
-        scan: The scan as it was read.
-
-    Raises:
-        ScanError: `spacing`: voxels or extent in mm that no head has. `too-few-slices`: under 8. `empty`: one value
-            everywhere. `windowed`: a whole head clipped so low that bone and soft tissue have the same value.
-            `eight-bit`: an image of 0 to 255. `not-hu`: other values that are not HU, including HU with an offset
-            of 1024.
-    """
-    validate_geometry(scan)
-    low, high = scan.hu_range
-    if low == high:
-        raise ScanError(f"{scan.name}: every voxel is {low:g}; the scan is empty.", code="empty", measured=low)
-    if high - low < 20:
-        raise _not_hu_error(
-            scan, "not-hu", f"all values lie between {low:g} and {high:g}, rescaled or normalised", _rounded(scan), "HU"
-        )
-    _refuse_offset(scan)
-    if high < _CLIPPED_HU and _is_clipped_skull(scan, high - 1e-3 * (high - low)):
-        found = f"as many voxels as a skull has are {high:g}, the highest value: clipped to a window without bone"
-        raise _not_hu_error(scan, "windowed", found, _rounded(scan), f"a highest value of at least {_CLIPPED_HU:g}")
-    _refuse_other_values(scan)
-
-
-def _refuse_offset(scan: Scan) -> None:
-    """Refuse HU that are stored with an offset of about 1024."""
-    if scan.hu_range[1] <= _OFFSET_HU[0]:
-        return
-    in_band = (scan.hu > _OFFSET_HU[0]) & (scan.hu < _OFFSET_HU[1])
-    shifted = _masked_values(scan, in_band & scan.foreground)
-    if _volume_ml(in_band, scan) > _OFFSET_ML and shifted.size:
-        median = round(_median(shifted))
-        found = f"soft tissue has values near {median}: an offset of about 1024 was not subtracted (RescaleIntercept)"
-        raise _not_hu_error(scan, "not-hu", found, median, "20 to 45 in brain")
-
-
-def _refuse_other_values(scan: Scan) -> None:
-    """Refuse values that are those of neither a whole head nor a brain alone."""
-    low, high = scan.hu_range
-    background, share = scan.background
-    tissue = _masked_values(scan, scan.foreground)
-    median = _median(tissue) if tissue.size else background
-    has_bone = has_skull(scan)
-    in_hu = _TISSUE_HU[0] <= median <= _TISSUE_HU[1]
-    if has_bone and in_hu and low < _FAT_HU:
-        return
-    # the background of a brain alone is one value: usually 0, sometimes -1024 or similar
-    mixed = 0 if low > AIR_HU else np.count_nonzero((scan.hu <= AIR_HU) & (np.abs(scan.hu - background) > 0.5))
-    if not has_bone and share > 0.5 and mixed < 0.1 * tissue.size and _BRAIN_HU[0] <= median <= _BRAIN_HU[1]:
-        return
-    if low >= 0 and 100 < high <= 255 and bool((scan.hu == np.round(scan.hu)).all()):
-        found = f"integers from {low:g} to {high:g} with a median of {median:g}: an 8-bit image, its HU are lost"
-        raise _not_hu_error(scan, "eight-bit", found, _rounded(scan), "-1000 to 3000")
-    if has_bone and in_hu:
-        found = f"a whole head without a value below {low:.4g}: clipped to a window, or no CT"
-        raise _not_hu_error(scan, "windowed", found, _rounded(scan), f"a lowest value under {_FAT_HU:g}")
-    found = f"values range from {low:.4g} to {high:.4g}, with a median of {median:.4g} above air: not HU (an MR image?)"
-    raise _not_hu_error(scan, "not-hu", found, round(median, 1), f"a median of {_TISSUE_HU[0]:g} to {_TISSUE_HU[1]:g}")
-
-
-def _not_hu_error(scan: Scan, code: str, found: str, measured: Any, expected: str) -> ScanError:
-    message = f"{scan.name}: {found}. A head CT in HU is needed: air -1000, water 0, brain 20 to 45, bone above 300."
-    return ScanError(message, code=code, measured=measured, expected=expected, unit="HU")
-
-
-def _rounded(scan: Scan) -> list[float]:
-    return [round(value, 3) for value in scan.hu_range]
-
-
-def validate_geometry(scan: Scan) -> None:
-    """Refuse a scan with voxels, slices or an extent that no head CT has.
-
-    Args:
-        scan: The scan as it was read.
-
-    Raises:
-        ScanError: `spacing` or `too-few-slices`, as in `validate_ct`.
-    """
-    extent = [round(mm, 2) for mm in _extent_mm(scan)]
-    measured: list[float]
-    if min(scan.spacing) < _VOXEL_MM[0] or max(scan.spacing) > _VOXEL_MM[1]:
-        quantity, limits = "voxels of", _VOXEL_MM
-        measured = [float(f"{mm:.3g}") for mm in scan.spacing]
-    elif scan.hu.shape[2] < _MIN_SLICES:
-        raise ScanError(
-            f"{scan.name}: has {scan.hu.shape[2]} slices; a head CT of at least {_MIN_SLICES} is needed.",
-            code="too-few-slices",
-            measured=scan.hu.shape[2],
-            expected=f">= {_MIN_SLICES}",
-            unit="slices",
-        )
-    elif min(extent) < _EXTENT_MM[0] or max(extent) > _EXTENT_MM[1]:
-        quantity, measured, limits = "an extent of", extent, _EXTENT_MM
-    else:
-        return
-    raise ScanError(
-        f"{scan.name}: {quantity} {' x '.join(f'{mm:g}' for mm in measured)} mm; a head CT has {limits[0]:g} to "
-        f"{limits[1]:g} mm. Check the units and the affine.",
-        code="spacing",
-        measured=measured,
-        expected=list(limits),
-        unit="mm",
-    )
-
-
-def _is_clipped_skull(scan: Scan, value: float) -> bool:
-    """Return whether the voxels of at least a value form a skull."""
-    top = scan.hu >= value
-    if _volume_ml(top, scan) < MIN_SKULL_ML / 8:  # too little for a skull, however averaging spreads it
-        return False
-    box = bounding_box(top)
-    lowres = _resample_box(np.moveaxis(top[box], 2, 0), box, scan)
-    return find_skull(lowres > 0.5, scan.lowres_geometry[1]) is not None
-
-
-def _resample_box(slices: Iterable[np.ndarray], box: Box, scan: Scan) -> np.ndarray:
-    """Resample a box of a scan, with zeros around it, to the low-resolution grid.
-
-    Args:
-        slices: Values in the box, `(i, j)` for each k.
-        box: Where the box lies in the scan.
-        scan: The scan.
-    """
-    shape, _ = scan.lowres_geometry
-    return resample_slices(
-        slices, [cut_bands(triangle_weights(n, m)[:, at]) for n, m, at in zip(scan.hu.shape, shape, box, strict=True)]
-    )
-
-
-def _masked_values(scan: Scan, mask: np.ndarray) -> np.ndarray:
-    """Return the HU in a mask, in memory order."""
-    values: np.ndarray = scan.hu.T[mask.T]
-    return values
-
-
-def _median(values: np.ndarray) -> float:
-    """Return the median, by counting if all values are integers."""
-    integers = values.astype(np.int16)
-    if not np.array_equal(integers, values):
-        return float(np.median(values))
-    lowest = int(integers.min())
-    counts = np.zeros(int(integers.max()) - lowest + 1, int)
-    for part in np.array_split(integers, integers.size // 2**16 + 1):  # numpy counts in integers of four times the size
-        counts += np.bincount(part.astype(int) - lowest, minlength=counts.size)
-    middle = np.searchsorted(np.cumsum(counts), [(integers.size - 1) // 2, integers.size // 2], "right") + lowest
-    return float(middle.mean())
-
-
-def _extent_mm(scan: Scan) -> list[float]:
-    return [n * mm for n, mm in zip(scan.hu.shape, scan.spacing, strict=True)]
-
-
-def _volume_ml(mask: np.ndarray, scan: Scan) -> float:
-    return float(np.count_nonzero(mask) * np.prod(scan.spacing) / 1000)
+    return [Finding(message, measured=high, expected=f">= {CLIPPED_HU:g}")]

@@ -10,7 +10,8 @@ import pytest
 from ichprog.errors import ScanError, SpecError
 from ichprog.scan import checks, read
 from ichprog.scan.brain import isolate_brain
-from ichprog.scan.checks import check_scan, missing_brain_ml, out_of_range, register_check, resolve_ranges, validate_ct
+from ichprog.scan.checks import check_scan, missing_brain_ml, out_of_range, register_check, resolve_ranges
+from ichprog.scan.validation import validate_ct
 
 from support import phantoms
 
