@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ichprog.model import Model as Model
     from ichprog.model import brain_mask as brain_mask
     from ichprog.model import explain as explain
+    from ichprog.model import haemorrhage as haemorrhage
     from ichprog.model import load_model as load_model
     from ichprog.model import predict as predict
     from ichprog.registry import register_backbone as register_backbone
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from ichprog.registry import register_head as register_head
     from ichprog.registry import register_saliency as register_saliency
     from ichprog.reporting.overlay import plot as plot
+    from ichprog.results import Haemorrhage as Haemorrhage
     from ichprog.results import Prediction as Prediction
     from ichprog.results import Saliency as Saliency
     from ichprog.results import to_frame as to_frame
@@ -43,6 +45,7 @@ _MODULE_OF = {
     "load_model": "model",
     "predict": "model",
     "explain": "model",
+    "haemorrhage": "model",
     "brain_mask": "model",
     "plot": "reporting.overlay",
     "register_backbone": "registry",
@@ -53,6 +56,7 @@ _MODULE_OF = {
     "Cohort": "cohort",
     "Model": "model",
     "ModelSpec": "spec",
+    "Haemorrhage": "results",
     "Prediction": "results",
     "Saliency": "results",
     "to_frame": "results",

@@ -1,5 +1,6 @@
-"""Load a model, predict with it and explain its predictions."""
+"""Load a model, predict with it, explain its predictions, and find haemorrhages."""
 
+import dataclasses
 import functools
 import inspect
 import itertools
@@ -12,11 +13,11 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, cast, get_a
 
 import numpy as np
 
-from ichprog import hub, preprocessing, registry, sources, zoo
+from ichprog import detection, hub, preprocessing, registry, sources, zoo
 from ichprog import scan as scan_package
 from ichprog.errors import InvalidValueError, PluginError, ScanError, UnknownNameError
 from ichprog.hub import WeightFile
-from ichprog.results import Prediction, Saliency, Segmentation, TaskPrediction
+from ichprog.results import Haemorrhage, Prediction, Saliency, Segmentation, TaskPrediction
 from ichprog.runtime import Runtime, RuntimeConfig, TaskOutput, build_runtimes, resolve_runtime
 from ichprog.scan import BrainExtractor, BrainMode, Scan
 from ichprog.spec import InputSpec, ModelSpec, Task
@@ -156,7 +157,7 @@ class Model:
         return [runtime.run(np.ascontiguousarray(grids, np.float32)) for runtime in self.fold_runtimes]
 
     def predict_iter(
-        self, scans: "Iterable[ScanSource]", *, brain: "Brain" = "auto"
+        self, scans: "Iterable[ScanSource]", *, brain: "Brain" = "auto", detector: "Model | None" = None
     ) -> "Iterator[tuple[Prediction, Scan | ScanError]]":
         """Yield a prediction for each scan, with the checked scan or the error of the scan.
 
@@ -165,26 +166,69 @@ class Model:
         Args:
             scans: Sources of one scan each, as `sources.find_scans` returns them.
             brain: As in `predict`.
+            detector: A model that finds the haemorrhage of each prediction; it may be this model.
+
+        Raises:
+            InvalidValueError: The detector finds no haemorrhages, or its input differs in `brain_only`.
         """
         resolved = resolve_brain(brain) if self.spec.input.brain_only else "given"
+        if detector is not None:
+            _check_detector(detector.spec, self.spec)
+        load = functools.partial(self._load_grids, brain=resolved, detector=detector)
         with ThreadPoolExecutor(1, thread_name_prefix="ichprog-run") as executor:
-            for source, loaded in _prefetch(functools.partial(self._load_grid, brain=resolved), scans):
+            for source, loaded in _prefetch(load, scans):
                 if isinstance(loaded, ScanError):
                     yield self.error_prediction(source, loaded), loaded
                     continue
-                grid, finish = loaded
-                first = executor.submit(self.fold_runtimes[0].run, grid[None])
+                grids, finish = loaded
+                first = executor.submit(self.fold_runtimes[0].run, grids[0][None])
                 try:  # the remaining checks do not change the grid
                     scan = finish()
                     provenance = self.provenance(scan)
                 except ScanError as error:
                     yield self.error_prediction(source, error), error
                     continue
-                outputs = [first.result()]
-                for previous, runtime in itertools.pairwise(self.fold_runtimes):
-                    previous.release_memory()  # so that many folds need no more memory than one
-                    outputs.append(runtime.run(grid[None]))
-                yield self._prediction(source, scan, outputs, provenance), scan
+                prediction = self._prediction(source, scan, self._run_folds(grids[0], first.result()), provenance)
+                if detector is not None:
+                    found = prediction if detector is self else detector._predict_grid(source, scan, grids[-1])
+                    prediction = self._with_haemorrhage(prediction, detection.describe(found, detector.spec, scan))
+                yield prediction, scan
+
+    def haemorrhage_iter(
+        self, scans: "Iterable[ScanSource]", *, brain: "Brain" = "auto"
+    ) -> "Iterator[tuple[Haemorrhage, Scan | ScanError]]":
+        """Yield the haemorrhage of each scan, with the checked scan or the error of the scan.
+
+        Args:
+            scans: As in `predict_iter`.
+            brain: As in `predict`.
+
+        Raises:
+            InvalidValueError: The model finds no haemorrhages.
+        """
+        detection.find_task(self.spec)
+        for prediction, scan in self.predict_iter(scans, brain=brain, detector=self):
+            yield prediction.haemorrhage or detection.describe(prediction, self.spec, None), scan
+
+    def _run_folds(self, grid: np.ndarray, first: dict[str, TaskOutput]) -> list[dict[str, TaskOutput]]:
+        """Run every fold but the first on one grid, and return the outputs of all."""
+        outputs = [first]
+        for previous, runtime in itertools.pairwise(self.fold_runtimes):
+            previous.release_memory()  # so that many folds need no more memory than one
+            outputs.append(runtime.run(grid[None]))
+        return outputs
+
+    def _predict_grid(self, source: "ScanSource", scan: Scan, grid: np.ndarray) -> Prediction:
+        """Return the prediction of a checked scan with its grid."""
+        outputs = self._run_folds(grid, self.fold_runtimes[0].run(grid[None]))
+        return self._prediction(source, scan, outputs, self.provenance(scan))
+
+    def _with_haemorrhage(self, prediction: Prediction, haemorrhage: Haemorrhage) -> Prediction:
+        """Return a prediction with its haemorrhage, and with a warning if this model expects blood that is absent."""
+        lowest_ml, _ = scan_package.resolve_ranges(self.spec.input.expected_ranges)[detection.BLOOD_CHECK]
+        missing = detection.find_missing_blood(haemorrhage, lowest_ml)
+        warnings = prediction.warnings if missing is None else (*prediction.warnings, missing)
+        return dataclasses.replace(prediction, haemorrhage=haemorrhage, warnings=warnings)
 
     def _prediction(
         self, source: "ScanSource", scan: Scan, outputs: Sequence[dict[str, TaskOutput]], provenance: dict[str, Any]
@@ -198,14 +242,25 @@ class Model:
         patient = sources.patient_of(source)
         return Prediction(scan.name, self.spec.name, tasks, scan.warnings, provenance, patient=patient)
 
-    def _load_grid(self, source: "ScanSource", *, brain: "Brain") -> tuple[np.ndarray, Callable[[], Scan]] | ScanError:
-        """Return the grid of a scan and the function that runs the remaining checks, or the error of the scan."""
+    def _load_grids(
+        self, source: "ScanSource", *, brain: "Brain", detector: "Model | None"
+    ) -> tuple[list[np.ndarray], Callable[[], Scan]] | ScanError:
+        """Return the grids of a scan and the function that runs the remaining checks, or the error of the scan.
+
+        The first grid is that of this model, the last one that of the detector.
+        """
         contract, scan = self.spec.input, sources.scan_of(source)
+        ranges = (
+            contract.expected_ranges if detector is None else detection.without_blood_check(contract.expected_ranges)
+        )
         try:
-            hu, finish = scan_package.load_deferred(scan, expected_ranges=contract.expected_ranges, brain=brain)
+            hu, finish = scan_package.load_deferred(scan, expected_ranges=ranges, brain=brain)
         except ScanError as error:
             return error
-        return preprocessing.prepare(hu, contract), finish
+        grids = [preprocessing.prepare(hu, contract)]
+        if detector is not None and detector is not self:
+            grids.append(preprocessing.prepare(hu, detector.spec.input))
+        return grids, finish
 
     def error_prediction(self, source: "ScanSource", error: ScanError) -> Prediction:
         """Return a prediction without tasks that records the error of a scan."""
@@ -306,11 +361,21 @@ def load_model(
 # a table in a list is typed exactly: `predict(model, ["scans"])` is a `list[Prediction]`.
 @overload
 def predict(  # type: ignore[overload-overlap]  # a pair (array, affine) is a tuple, too, but one scan is meant
-    model: Model | str, scans: "SingleScan", *, brain: "Brain" = ..., on_error: OnError = ...
+    model: Model | str,
+    scans: "SingleScan",
+    *,
+    brain: "Brain" = ...,
+    on_error: OnError = ...,
+    haemorrhage: bool | str | Model = ...,
 ) -> Prediction: ...
 @overload
 def predict(
-    model: Model | str, scans: str | Path, *, brain: "Brain" = ..., on_error: OnError = ...
+    model: Model | str,
+    scans: str | Path,
+    *,
+    brain: "Brain" = ...,
+    on_error: OnError = ...,
+    haemorrhage: bool | str | Model = ...,
 ) -> Prediction | Any: ...
 @overload
 def predict(  # type: ignore[overload-overlap]
@@ -319,10 +384,16 @@ def predict(  # type: ignore[overload-overlap]
     *,
     brain: "Brain" = ...,
     on_error: OnError = ...,
+    haemorrhage: bool | str | Model = ...,
 ) -> list[Prediction]: ...
 @overload
 def predict(
-    model: Model | str, scans: "Iterable[Any]", *, brain: "Brain" = ..., on_error: OnError = ...
+    model: Model | str,
+    scans: "Iterable[Any]",
+    *,
+    brain: "Brain" = ...,
+    on_error: OnError = ...,
+    haemorrhage: bool | str | Model = ...,
 ) -> Iterator[Prediction]: ...
 def predict(
     model: Model | str,
@@ -330,6 +401,7 @@ def predict(
     *,
     brain: "Brain" = "auto",
     on_error: OnError = "raise",
+    haemorrhage: bool | str | Model = False,
 ) -> Prediction | list[Prediction] | Iterator[Prediction]:
     """Predict every task of a model for one scan or several.
 
@@ -343,6 +415,8 @@ def predict(
             of the scan; 0 outside the brain) is applied to every scan.
         on_error: "raise" raises the error of a scan; "record" records the error in the scan's Prediction and continues
             with the next scan.
+        haemorrhage: Whether each Prediction has the haemorrhage of its scan, or the model that finds haemorrhages. The
+            check `no-blood` then uses the answer of this model.
 
     Returns:
         A Prediction for one scan. A list for a list, a tuple, a folder of scans, a table or a Cohort. An iterator for
@@ -361,14 +435,67 @@ def predict(
         print(prediction["prognosis"].probabilities)
         ```
     """
-    brain = resolve_brain(brain)
-    if on_error not in ("raise", "record"):
-        raise InvalidValueError("on_error", on_error, "'raise' or 'record'")
-    found, is_single = sources.resolve(scans)
-    predictions = _predictions(load_model(model) if isinstance(model, str) else model, found, brain, on_error)
-    if is_single:
-        return next(predictions)
-    return list(predictions) if isinstance(found, list) else predictions
+    brain, found, is_single = _resolve_inputs(scans, brain, on_error)
+    loaded = load_model(model) if isinstance(model, str) else model
+    detector = _load_detector(haemorrhage, loaded.spec)
+    results = loaded.predict_iter(found, brain=brain, detector=detector)
+    return _collect(_raise_or_keep(results, on_error), found, is_single)
+
+
+@overload
+def haemorrhage(  # type: ignore[overload-overlap]
+    scan: "SingleScan", *, model: Model | str = ..., brain: "Brain" = ..., on_error: OnError = ...
+) -> Haemorrhage: ...
+@overload
+def haemorrhage(
+    scan: str | Path, *, model: Model | str = ..., brain: "Brain" = ..., on_error: OnError = ...
+) -> Haemorrhage | Any: ...
+@overload
+def haemorrhage(  # type: ignore[overload-overlap]
+    scan: "list[Any] | tuple[Any, ...] | Cohort",
+    *,
+    model: Model | str = ...,
+    brain: "Brain" = ...,
+    on_error: OnError = ...,
+) -> list[Haemorrhage]: ...
+@overload
+def haemorrhage(
+    scan: "Iterable[Any]", *, model: Model | str = ..., brain: "Brain" = ..., on_error: OnError = ...
+) -> Iterator[Haemorrhage]: ...
+def haemorrhage(
+    scan: "ScanSource | Cohort | Iterable[Any]",
+    *,
+    model: Model | str = zoo.DETECTOR,
+    brain: "Brain" = "auto",
+    on_error: OnError = "raise",
+) -> Haemorrhage | list[Haemorrhage] | Iterator[Haemorrhage]:
+    """Find the haemorrhage in one scan or several: mask, volumes with intervals, kind and place.
+
+    Args:
+        scan: One scan or several, as in `predict`.
+        model: A model with a task that has a mask, or its name as in `load_model`.
+        brain: As in `predict`.
+        on_error: As in `predict`; "record" records the error in the scan's Haemorrhage.
+
+    Returns:
+        A Haemorrhage for one scan. A list or an iterator for several scans, as in `predict`.
+
+    Raises:
+        InvalidValueError: The model finds no haemorrhages, or as in `predict`.
+        UnknownNameError: There is no such model, brain mode or brain extractor.
+        ScanError: A scan cannot be read, or the model cannot process it.
+        CohortError: A table of patients cannot be read.
+
+    Example:
+        ```python
+        blood = ichprog.haemorrhage("scan.nii.gz")
+        print(blood.is_present, blood.volume_ml["total"], blood.intervals_ml["total"])
+        ```
+    """
+    brain, found, is_single = _resolve_inputs(scan, brain, on_error)
+    loaded = load_model(model) if isinstance(model, str) else model
+    detection.find_task(loaded.spec)
+    return _collect(_raise_or_keep(loaded.haemorrhage_iter(found, brain=brain), on_error), found, is_single)
 
 
 @overload
@@ -534,13 +661,51 @@ def _to_image(
     return scan_package.source_image(preprocessing.to_scan(grid_map, shape, contract), source_shape, source_affine)
 
 
-def _predictions(
-    model: Model, sources: "Iterable[ScanSource]", brain: "Brain", on_error: OnError
-) -> Iterator[Prediction]:
-    for prediction, scan in model.predict_iter(sources, brain=brain):
+def _resolve_inputs(
+    scans: Any, brain: "Brain", on_error: OnError
+) -> "tuple[Brain, list[ScanSource] | Iterator[ScanSource], bool]":
+    """Return the resolved brain option, the scans, and whether they are one scan by their kind."""
+    resolved = resolve_brain(brain)
+    if on_error not in ("raise", "record"):
+        raise InvalidValueError("on_error", on_error, "'raise' or 'record'")
+    return resolved, *sources.resolve(scans)
+
+
+def _load_detector(haemorrhage: bool | str | Model, spec: ModelSpec) -> Model | None:
+    """Return the model that finds haemorrhages, or None if none is requested."""
+    if haemorrhage is False:
+        return None
+    name = zoo.DETECTOR if haemorrhage is True else haemorrhage
+    detector = load_model(name) if isinstance(name, str) else name
+    _check_detector(detector.spec, spec)
+    return detector
+
+
+def _check_detector(detector: ModelSpec, spec: ModelSpec) -> None:
+    """Refuse a model that finds no haemorrhages, or that needs another scan than the outcome model."""
+    detection.find_task(detector)
+    needed = spec.input.brain_only
+    if detector.input.brain_only != needed:
+        expected = f"a model with input.brain_only {str(needed).lower()}, as that of {spec.name}"
+        hint = "Run ichprog.haemorrhage on its own."
+        raise InvalidValueError("model for haemorrhages", detector.name, expected, hint)
+
+
+def _raise_or_keep(results: "Iterator[tuple[_Result, Scan | ScanError]]", on_error: OnError) -> Iterator[_Result]:
+    """Yield each result, or raise the error of its scan."""
+    for result, scan in results:
         if isinstance(scan, ScanError) and on_error == "raise":
             raise scan
-        yield prediction
+        yield result
+
+
+def _collect(
+    results: Iterator[_Result], found: "list[ScanSource] | Iterator[ScanSource]", is_single: bool
+) -> _Result | list[_Result] | Iterator[_Result]:
+    """Return the only result, a list for a list of scans, or an iterator."""
+    if is_single:
+        return next(results)
+    return list(results) if isinstance(found, list) else results
 
 
 def _prefetch(work: Callable[[_Item], _Result], items: Iterable[_Item]) -> Iterator[tuple[_Item, _Result]]:

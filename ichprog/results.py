@@ -1,4 +1,4 @@
-"""The results: a `Prediction` of a scan, its `Segmentation`, and a `Saliency` of a scan, a task and a method."""
+"""The results: a `Prediction` of a scan, its `Segmentation`, a `Haemorrhage`, and a `Saliency`."""
 
 import csv
 import functools
@@ -7,17 +7,19 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar, cast
 
 import numpy as np
 
 from ichprog.errors import InvalidValueError, ScanError, ScanWarning, UnknownNameError, missing_extra
 from ichprog.io import atomic_write
-from ichprog.spec import ModelSpec
+from ichprog.spec import MaskTarget, ModelSpec, Task
 
 if TYPE_CHECKING:
     import nibabel as nib
     import pandas as pd
+
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,6 +106,7 @@ class Prediction(Mapping[str, TaskPrediction]):
         provenance: Everything that determines the prediction, as plain data.
         error: The error of the scan, with `code` and `message`; None if there is a prediction.
         patient: Name of the patient in the cohort; None if the scan does not come from a cohort.
+        haemorrhage: The haemorrhage in the scan, found by another model; None if it was not requested.
 
     Example:
         ```python
@@ -120,6 +123,7 @@ class Prediction(Mapping[str, TaskPrediction]):
     provenance: Mapping[str, Any]
     error: Mapping[str, Any] | None = None
     patient: str | None = None
+    haemorrhage: "Haemorrhage | None" = None
 
     def __getitem__(self, task: str) -> TaskPrediction:
         """Return the prediction of one task.
@@ -156,7 +160,158 @@ class Prediction(Mapping[str, TaskPrediction]):
             "tasks": {name: task.to_dict() for name, task in self.tasks.items()},
             "warnings": [warning.to_dict() for warning in self.warnings],
             "provenance": dict(self.provenance),
+            **({} if self.haemorrhage is None else {"haemorrhage": self.haemorrhage.to_dict()}),
             **({} if self.error is None else {"error": dict(self.error)}),
+        }
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Haemorrhage:
+    """The haemorrhage in a scan: whether there is one, its mask, volumes and place.
+
+    Every attribute that depends on the scan raises the ScanError of a scan that has an error. Volumes come with
+    `limits`, which state how far they can be relied on.
+
+    Attributes:
+        prediction: The prediction of the model that finds haemorrhages.
+        task: The task of the model that is answered voxel by voxel.
+        limits: Known limits of the model.
+        intraventricular: Probability that there is blood in the ventricles; None if the model does not tell.
+        infratentorial: Probability that the haemorrhage lies below the tentorium; None without a haemorrhage.
+        side: "left", "right", "both" or "midline"; None without a haemorrhage.
+        location: "lobar", "deep" or "infratentorial", or the kind of a haemorrhage outside the brain tissue; None
+            without a haemorrhage.
+        midline_shift_mm: Displacement of the midline in mm; None if it cannot be measured.
+        midline_shift_interval_mm: Interval of the displacement in mm; None if it is not known.
+
+    Example:
+        ```python
+        blood = ichprog.haemorrhage("scan.nii.gz")
+        print(blood.is_present, blood.probability, blood.volume_ml, blood.intervals_ml)
+        blood.mask.to_filename("blood.nii.gz")
+        ```
+    """
+
+    prediction: Prediction
+    task: Task
+    limits: tuple[str, ...]
+    intraventricular: float | None = None
+    infratentorial: float | None = None
+    side: str | None = None
+    location: str | None = None
+    midline_shift_mm: float | None = None
+    midline_shift_interval_mm: tuple[float, float] | None = None
+
+    def __repr__(self) -> str:
+        if self.error is not None:
+            return f"<Haemorrhage {self.scan}: no result, {self.error['code']}>"
+        found = "present" if self.is_present else "absent"
+        return f"<Haemorrhage {self.scan}: {found}, probability {self.probability:.3f}>"
+
+    @property
+    def scan(self) -> str:
+        """Return the name of the scan."""
+        return self.prediction.scan
+
+    @property
+    def model(self) -> str:
+        """Return the name of the model."""
+        return self.prediction.model
+
+    @property
+    def patient(self) -> str | None:
+        """Return the name of the patient in the cohort; None if the scan does not come from a cohort."""
+        return self.prediction.patient
+
+    @property
+    def error(self) -> Mapping[str, Any] | None:
+        """Return the error of the scan, with `code` and `message`; None if there is a result."""
+        return self.prediction.error
+
+    @property
+    def warnings(self) -> tuple[ScanWarning, ...]:
+        """Return the warnings about the scan."""
+        return self.prediction.warnings
+
+    @property
+    def provenance(self) -> Mapping[str, Any]:
+        """Return everything that determines the result, as plain data."""
+        return self.prediction.provenance
+
+    @property
+    def probability(self) -> float:
+        """Return the probability that the scan holds any haemorrhage."""
+        return 1 - self._answer.probabilities[self.task.labels[0]]
+
+    @property
+    def threshold(self) -> float:
+        """Return the probability above which a haemorrhage is called present."""
+        return self.task.decision_threshold
+
+    @property
+    def is_present(self) -> bool:
+        """Return whether the model finds a haemorrhage: whether the probability exceeds the threshold."""
+        return self.probability > self.threshold
+
+    @property
+    def regions(self) -> dict[str, int]:
+        """Return the kinds of haemorrhage with their voxel values in the mask."""
+        return {name: value for value, name in enumerate(self._segmentation.regions, start=1)}
+
+    @property
+    def mask(self) -> "nib.Nifti1Image":
+        """Return the mask in the space of the scan: 0 outside a haemorrhage, otherwise a value of `regions`."""
+        return self._segmentation.mask
+
+    @property
+    def slice_probabilities(self) -> tuple[float, ...]:
+        """Return the probability that a slice holds a haemorrhage, for each slice in the order of the scan file."""
+        return self._segmentation.slice_probabilities
+
+    @property
+    def volume_ml(self) -> dict[str, float]:
+        """Return the volume of the mask, `"total"`, and of each kind in it, in mL."""
+        return self._segmentation.volume_ml
+
+    @property
+    def intervals_ml(self) -> dict[str, tuple[float, float] | None]:
+        """Return the interval of each volume in mL, which holds 90 % of true volumes; None if it is not known."""
+        mask = cast("MaskTarget", self.task.mask)
+        return {part: mask.volume_interval_ml(part, volume) for part, volume in self.volume_ml.items()}
+
+    @property
+    def _answer(self) -> TaskPrediction:
+        return self.prediction[self.task.name]
+
+    @property
+    def _segmentation(self) -> Segmentation:
+        return cast("Segmentation", self._answer.segmentation)  # the task has a mask
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything except the mask itself as plain data, ready for JSON."""
+        own = {} if self.patient is None else {"patient": self.patient}
+        own |= {"scan": self.scan, "model": self.model}
+        if self.error is not None:
+            return own | {"limits": list(self.limits), "provenance": dict(self.provenance), "error": dict(self.error)}
+        intervals, shift = self.intervals_ml, self.midline_shift_interval_mm
+        return {
+            **own,
+            "probability": self.probability,
+            "threshold": self.threshold,
+            "is_present": self.is_present,
+            "regions": self.regions,
+            "volume_ml": dict(self.volume_ml),
+            "intervals_ml": {part: interval and list(interval) for part, interval in intervals.items()},
+            "slice_probabilities": list(self.slice_probabilities),
+            "intraventricular": self.intraventricular,
+            "infratentorial": self.infratentorial,
+            "side": self.side,
+            "location": self.location,
+            "midline_shift_mm": self.midline_shift_mm,
+            "midline_shift_interval_mm": shift and list(shift),
+            "limits": list(self.limits),
+            "warnings": [warning.to_dict() for warning in self.warnings],
+            "provenance": dict(self.provenance),
         }
 
 
@@ -232,7 +387,7 @@ class Saliency:
 
 @contextmanager
 def results_file(
-    target: Path, spec: ModelSpec, *, with_patients: bool = False
+    target: Path, spec: ModelSpec, *, with_patients: bool = False, detector: ModelSpec | None = None
 ) -> Iterator[Callable[[Prediction], None]]:
     """Open a file of predictions, which appears whole when the block ends without an error.
 
@@ -241,6 +396,7 @@ def results_file(
             is created if missing.
         spec: The model that predicts.
         with_patients: Whether a .csv has the column `patient`, for scans of a cohort.
+        detector: The model that finds haemorrhages, if the predictions have them.
 
     Yields:
         A function that adds one prediction.
@@ -249,23 +405,65 @@ def results_file(
         UnknownNameError: The path has another suffix.
         OSError: The file cannot be written.
     """
+    columns = []
+    for task in spec.tasks:
+        columns += [f"{task.name}_label", *(f"{task.name}_{label}" for label in task.labels), f"{task.name}_std"]
+        if task.mask is not None:
+            columns += [f"{task.name}_{part}_ml" for part in ("total", *task.mask.regions)]
+    notice = spec.notice
+    if detector is not None:
+        columns += [f"{_BLOOD}{column}" for column in _haemorrhage_columns(detector)]
+        notice = _with_limits(notice, detector)
+    with _open_results(target, _all_columns(columns, with_patients), _row, notice) as add:
+        yield add
+
+
+@contextmanager
+def haemorrhage_file(
+    target: Path, spec: ModelSpec, *, with_patients: bool = False
+) -> Iterator[Callable[[Haemorrhage], None]]:
+    """Open a file of haemorrhages, which appears whole when the block ends without an error.
+
+    Args:
+        target: As in `results_file`.
+        spec: The model that finds haemorrhages.
+        with_patients: As in `results_file`.
+
+    Yields:
+        A function that adds one haemorrhage.
+
+    Raises:
+        UnknownNameError: The path has another suffix.
+        OSError: The file cannot be written.
+    """
+    columns = _all_columns(_haemorrhage_columns(spec), with_patients)
+    with _open_results(target, columns, _haemorrhage_row, _with_limits(spec.notice, spec)) as add:
+        yield add
+
+
+@contextmanager
+def _open_results(
+    target: Path, columns: list[str], to_row: Callable[[_Result], dict[str, Any]], notice: str
+) -> Iterator[Callable[[_Result], None]]:
+    """Open a file of results of one kind, which appears whole when the block ends without an error."""
     if target.suffix not in _WRITERS:
         raise UnknownNameError("format of results", target.suffix or target.name, _WRITERS)
     target.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(target) as partial, partial.open("w", encoding="utf-8", newline="") as file:
-        with _WRITERS[target.suffix](file, spec, with_patients) as add:
+        with _WRITERS[target.suffix](file, columns, to_row, notice) as add:
             yield add
         file.flush()
 
 
-def to_frame(predictions: "Prediction | Iterable[Prediction]") -> "pd.DataFrame":
-    """Return predictions as a pandas table with one row per scan. This function needs pandas.
+def to_frame(results: "Prediction | Haemorrhage | Iterable[Prediction | Haemorrhage]") -> "pd.DataFrame":
+    """Return predictions or haemorrhages as a pandas table with one row per scan. This function needs pandas.
 
     The columns are those of a results file: `scan`, `model`, `status`, then for each task the predicted label, the
-    probability of each label and the standard deviation of the predicted label's probability between folds.
+    probability of each label and the standard deviation of the predicted label's probability between folds. A
+    haemorrhage has its volumes in mL with their intervals, and its place.
 
     Args:
-        predictions: One prediction or several.
+        results: One result or several.
 
     Raises:
         IchprogError: pandas is not installed.
@@ -280,42 +478,96 @@ def to_frame(predictions: "Prediction | Iterable[Prediction]") -> "pd.DataFrame"
         import pandas as pd
     except ImportError as error:
         raise missing_extra("pandas", "pandas", "A table of predictions") from error
-    several = [predictions] if isinstance(predictions, Prediction) else predictions
-    return pd.DataFrame([_row(prediction) for prediction in several])
+    several = [results] if isinstance(results, Prediction | Haemorrhage) else results
+    rows = [_row(each) if isinstance(each, Prediction) else _haemorrhage_row(each) for each in several]
+    return pd.DataFrame(rows)
+
+
+_BLOOD = "blood_"  # of the columns of a haemorrhage among the columns of tasks
+
+
+def _all_columns(columns: list[str], with_patients: bool) -> list[str]:
+    first = [*(["patient"] if with_patients else []), "scan", "model", "status"]
+    return [*first, *columns, "warnings", "error_code", "error_message", "notice"]
+
+
+def _with_limits(notice: str, spec: ModelSpec) -> str:
+    """Return the notice of a table, followed by the first limit of a model that measures volumes."""
+    return " ".join([notice, *spec.limits[:1]])
 
 
 def _row(prediction: Prediction) -> dict[str, Any]:
     """Return a prediction as one row of a table."""
+    columns: dict[str, Any] = {}
+    for name, task in prediction.tasks.items():
+        columns[f"{name}_label"] = task.label
+        columns |= {f"{name}_{label}": value for label, value in task.probabilities.items()}
+        columns[f"{name}_std"] = None if task.std is None else task.std[task.label]
+        if task.segmentation is not None:
+            columns |= {f"{name}_{part}_ml": value for part, value in task.segmentation.volume_ml.items()}
+    if prediction.haemorrhage is not None:
+        found = _haemorrhage_values(prediction.haemorrhage)
+        columns |= {f"{_BLOOD}{column}": value for column, value in found.items()}
+    return _row_of(prediction, columns)
+
+
+def _haemorrhage_row(haemorrhage: Haemorrhage) -> dict[str, Any]:
+    """Return a haemorrhage as one row of a table."""
+    values = {} if haemorrhage.error is not None else _haemorrhage_values(haemorrhage)
+    return _row_of(haemorrhage.prediction, values)
+
+
+def _row_of(prediction: Prediction, columns: dict[str, Any]) -> dict[str, Any]:
+    """Return one row with the columns of a result between those of its scan."""
     row: dict[str, Any] = {} if prediction.patient is None else {"patient": prediction.patient}
     row |= {"scan": prediction.scan, "model": prediction.model}
     row["status"] = "ok" if prediction.error is None else "failed"
-    for name, task in prediction.tasks.items():
-        row[f"{name}_label"] = task.label
-        row |= {f"{name}_{label}": value for label, value in task.probabilities.items()}
-        row[f"{name}_std"] = None if task.std is None else task.std[task.label]
-        if task.segmentation is not None:
-            row |= {f"{name}_{part}_ml": value for part, value in task.segmentation.volume_ml.items()}
+    row |= columns
     row["warnings"] = " | ".join(f"{warning.code}: {warning.message}" for warning in prediction.warnings)
     if prediction.error is not None:
         row |= {"error_code": prediction.error["code"], "error_message": prediction.error["message"]}
     return row
 
 
+def _haemorrhage_columns(spec: ModelSpec) -> list[str]:
+    """Return the columns of `_haemorrhage_values`."""
+    task = spec.dense_task
+    parts = ("total", *task.mask.regions) if task is not None and task.mask is not None else ()
+    volumes = [f"{part}_{kind}" for part in parts for kind in ("ml", "low_ml", "high_ml")]
+    place = ["intraventricular", "infratentorial", "side", "location"]
+    shift = ["midline_shift_mm", "midline_shift_low_mm", "midline_shift_high_mm"]
+    return ["present", "probability", "threshold", *volumes, *place, *shift]
+
+
+def _haemorrhage_values(haemorrhage: Haemorrhage) -> dict[str, Any]:
+    """Return the values of a haemorrhage by column; a volume is followed by its interval."""
+    values: dict[str, Any] = {"present": "yes" if haemorrhage.is_present else "no"}
+    values |= {"probability": haemorrhage.probability, "threshold": haemorrhage.threshold}
+    for part, interval in haemorrhage.intervals_ml.items():
+        low, high = interval or (None, None)
+        values |= {f"{part}_ml": haemorrhage.volume_ml[part], f"{part}_low_ml": low, f"{part}_high_ml": high}
+    low, high = haemorrhage.midline_shift_interval_mm or (None, None)
+    return values | {
+        "intraventricular": haemorrhage.intraventricular,
+        "infratentorial": haemorrhage.infratentorial,
+        "side": haemorrhage.side,
+        "location": haemorrhage.location,
+        "midline_shift_mm": haemorrhage.midline_shift_mm,
+        "midline_shift_low_mm": low,
+        "midline_shift_high_mm": high,
+    }
+
+
 @contextmanager
-def _csv(file: TextIO, spec: ModelSpec, with_patients: bool) -> Iterator[Callable[[Prediction], None]]:
-    columns = [*(["patient"] if with_patients else []), "scan", "model", "status"]
-    for task in spec.tasks:
-        columns += [f"{task.name}_label", *(f"{task.name}_{label}" for label in task.labels), f"{task.name}_std"]
-        if task.mask is not None:
-            columns += [f"{task.name}_{part}_ml" for part in ("total", *task.mask.regions)]
-    columns += ["warnings", "error_code", "error_message", "notice"]
+def _csv(
+    file: TextIO, columns: list[str], to_row: Callable[[Any], dict[str, Any]], notice: str
+) -> Iterator[Callable[[Any], None]]:
     table = csv.DictWriter(file, columns, extrasaction="ignore")
     table.writeheader()
-    notice = spec.notice
 
-    def add(prediction: Prediction) -> None:
+    def add(result: Any) -> None:
         nonlocal notice
-        row = _row(prediction) | {"notice": notice}
+        row = to_row(result) | {"notice": notice}
         table.writerow({key: f"{value:.4f}" if isinstance(value, float) else value for key, value in row.items()})
         notice = ""  # the first row states the notice for the whole table
 
@@ -323,12 +575,12 @@ def _csv(file: TextIO, spec: ModelSpec, with_patients: bool) -> Iterator[Callabl
 
 
 @contextmanager
-def _json(file: TextIO, *_: Any) -> Iterator[Callable[[Prediction], None]]:
+def _json(file: TextIO, *_: Any) -> Iterator[Callable[[Any], None]]:
     between = "[\n"
 
-    def add(prediction: Prediction) -> None:
+    def add(result: Any) -> None:
         nonlocal between
-        file.write(between + json.dumps(prediction.to_dict(), ensure_ascii=False))
+        file.write(between + json.dumps(result.to_dict(), ensure_ascii=False))
         between = ",\n"
 
     yield add
@@ -336,8 +588,8 @@ def _json(file: TextIO, *_: Any) -> Iterator[Callable[[Prediction], None]]:
 
 
 @contextmanager
-def _jsonl(file: TextIO, *_: Any) -> Iterator[Callable[[Prediction], None]]:
-    yield lambda prediction: print(json.dumps(prediction.to_dict(), ensure_ascii=False), file=file)
+def _jsonl(file: TextIO, *_: Any) -> Iterator[Callable[[Any], None]]:
+    yield lambda result: print(json.dumps(result.to_dict(), ensure_ascii=False), file=file)
 
 
 _WRITERS = {".csv": _csv, ".json": _json, ".jsonl": _jsonl}

@@ -326,6 +326,11 @@ class ModelSpec:
                 return task
         raise UnknownNameError(f"task of {self.name}", name, [task.name for task in self.tasks])
 
+    @property
+    def dense_task(self) -> Task | None:
+        """Return the first task that is answered voxel by voxel, or None if there is none."""
+        return next((task for task in self.tasks if task.mask is not None), None)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the spec as plain data with its schema version; `from_dict` reads it."""
         return {"schema_version": SCHEMA_VERSION, "requires": REQUIRES, **schema.to_plain(self)}

@@ -14,13 +14,14 @@ from torch.nn import functional
 
 import ichprog
 from ichprog import heads, networks, preprocessing, registry, testing, zoo
-from ichprog.backbones import Backbone
 from ichprog.cohort import Cohort
 from ichprog.errors import CohortError, PluginError, RunError, SpecError, UnknownNameError
 from ichprog.results import results_file
 from ichprog.spec import MaskTarget, ModelSpec, PluginRef, Target, Task, Weights
 from ichprog.train import PRESETS, TrainOptions, grid_cache, train
 from ichprog.train.grid_cache import RegionSource
+
+from support.models import intensity_backbone
 
 SHAPE = (12, 32, 32)
 VOXEL_MM = (1.5, 1.5, 5.0)
@@ -35,13 +36,6 @@ TASK = Task(
 PROTOCOL = PRESETS["default"].replace(
     epochs=8, warmup_epochs=1, batch_size=4, learning_rate=0.05, validation_fraction=0.3, rotation_prob=0.0
 )
-
-
-def intensity_backbone():
-    """Build a backbone whose feature is the grid itself."""
-    convolution = torch.nn.Conv3d(1, 1, 1, bias=False)
-    torch.nn.init.ones_(convolution.weight)
-    return Backbone(torch.nn.Sequential(convolution, torch.nn.ReLU()), 1, "features.1")
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -15,6 +15,7 @@ from ichprog.registry import SESSION, Entry
 from ichprog.spec import ModelSpec
 
 DEFAULT = "densenet121.prognosis_gcs3_age"
+DETECTOR = "compact.haemorrhage"  # finds haemorrhages by default
 
 _registered: dict[str, Entry] = {}
 

@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 import ichprog
 from ichprog import networks, zoo
 from ichprog.backbones import Backbone
-from ichprog.spec import PluginRef
+from ichprog.simulate import MASK_VALUES
+from ichprog.spec import MaskTarget, PluginRef, Target, Task, Weights
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 REPOSITORY = zoo.find(zoo.DEFAULT).weights
@@ -67,3 +68,41 @@ def fill_heads(state, weight, bias):
             if key.endswith(suffix):
                 values.fill_(value)
     return state
+
+
+def intensity_backbone():
+    """Build a backbone whose feature is the grid itself."""
+    convolution = torch.nn.Conv3d(1, 1, 1, bias=False)
+    torch.nn.init.ones_(convolution.weight)
+    return Backbone(torch.nn.Sequential(convolution, torch.nn.ReLU()), 1, "features.1")
+
+
+BLEEDING = Task(
+    "bleeding", "Whether there is blood.", ("absent", "present"), Target("bleeding", (1.0,), "high"),
+    PluginRef("segmentation", {"top_share": 0.002}), 0.4, 1.0,
+    MaskTarget("mask", tuple(MASK_VALUES), None, 1.0, {"total": (0.8, 1.5), "parenchymal": (0.5, 2.0)}),
+)  # fmt: skip
+
+
+def local_detector(folder, *, shape=(30, 96, 96), folds=1):
+    """Write a model that finds blood by its density, and return its name. The backbone "intensity" must be registered.
+
+    Cells above 45 HU are parenchymal and cells above 75 HU ventricular.
+    """
+    base = zoo.find("compact.prognosis_gcs3_age")
+    window = dataclasses.replace(base.input.window, low=0.0, high=100.0, above="one")
+    spec = dataclasses.replace(
+        base, name="intensity.bleeding", backbone=PluginRef("intensity", {}), tasks=(BLEEDING,), golden_output=None,
+        input=dataclasses.replace(base.input, shape=shape, window=window, pad_slices=False),
+        weights=Weights(None, None, "", "safetensors", {}, {}),
+        limits=("Density alone decides.", "Old blood is missed."),
+    )  # fmt: skip
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(spec.to_dict()))
+    state = networks.build(spec).state_dict()
+    # logits: none 0, the first region 40 (x - 0.45), the second 80 (x - 0.6), which passes the first at 0.75
+    state["heads.bleeding.voxels.weight"] = torch.tensor([0.0, 40.0, 80.0, 0.0, 0.0]).view(5, 1, 1, 1, 1)
+    state["heads.bleeding.voxels.bias"] = torch.tensor([0.0, -18.0, -48.0, -20.0, -20.0])
+    for fold in range(folds):
+        save_file(state, folder / f"fold{fold}.safetensors")
+    return f"local-dir:{folder}"
