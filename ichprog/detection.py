@@ -1,11 +1,15 @@
 """Describe the haemorrhage in a scan by the answer of a model whose task is answered voxel by voxel."""
 
+import dataclasses
 from typing import cast
 
-from ichprog import zoo
+import numpy as np
+
+from ichprog import location, zoo
 from ichprog.errors import InvalidValueError, ScanWarning
 from ichprog.results import Haemorrhage, Prediction, Segmentation
 from ichprog.scan import Scan
+from ichprog.scan.volume import to_lps
 from ichprog.spec import ExpectedRanges, ModelSpec, Task
 
 BLOOD_CHECK = "no-blood"  # the scan check of blood by its density, which the answer of a model replaces
@@ -42,8 +46,35 @@ def describe(prediction: Prediction, spec: ModelSpec, scan: Scan | None) -> Haem
     if scan is None:
         return Haemorrhage(prediction, task, spec.limits)
     segmentation = cast("Segmentation", prediction[task.name].segmentation)  # the task has a mask
-    intraventricular = segmentation.region_probabilities.get(_VENTRICULAR)
-    return Haemorrhage(prediction, task, spec.limits, intraventricular)
+    result = Haemorrhage(
+        prediction, task, spec.limits, intraventricular=segmentation.region_probabilities.get(_VENTRICULAR)
+    )
+    place = _locate(result, scan)
+    if place is None:
+        return result
+    return dataclasses.replace(
+        result,
+        infratentorial=place.infratentorial if place.location is not None else None,
+        side=place.side,
+        location=place.location,
+        shares=place.shares,
+        midline_shift_mm=place.midline_shift_mm,
+        midline_shift_interval_mm=place.midline_shift_interval_mm,
+    )
+
+
+def _locate(haemorrhage: Haemorrhage, scan: Scan) -> location.Location | None:
+    """Return the place of a haemorrhage, or None if the model finds no kinds of haemorrhage that have a place."""
+    known = {name: value for value, name in enumerate(location.KINDS, start=1)}
+    if scan.brain is None or not known.keys() & haemorrhage.regions.keys():
+        return None
+    values = np.zeros(256, np.uint8)  # of the kinds in an atlas, by the value of the mask
+    if haemorrhage.is_present:
+        for name, value in haemorrhage.regions.items():
+            values[value] = known.get(name, 0)
+    image = haemorrhage.mask
+    mask, _ = to_lps(np.asarray(image.dataobj).reshape(image.shape[:3]), scan.source_affine)
+    return location.locate(values[mask], scan.brain, scan.hu, scan.spacing)
 
 
 def without_blood_check(ranges: ExpectedRanges) -> ExpectedRanges:

@@ -181,6 +181,7 @@ class Haemorrhage:
         side: "left", "right", "both" or "midline"; None without a haemorrhage.
         location: "lobar", "deep" or "infratentorial", or the kind of a haemorrhage outside the brain tissue; None
             without a haemorrhage.
+        shares: Share of all blood in each region of the atlas; empty if the model finds other regions.
         midline_shift_mm: Displacement of the midline in mm; None if it cannot be measured.
         midline_shift_interval_mm: Interval of the displacement in mm; None if it is not known.
 
@@ -199,6 +200,7 @@ class Haemorrhage:
     infratentorial: float | None = None
     side: str | None = None
     location: str | None = None
+    shares: Mapping[str, float] = field(default_factory=dict)
     midline_shift_mm: float | None = None
     midline_shift_interval_mm: tuple[float, float] | None = None
 
@@ -307,6 +309,7 @@ class Haemorrhage:
             "infratentorial": self.infratentorial,
             "side": self.side,
             "location": self.location,
+            "shares": dict(self.shares),
             "midline_shift_mm": self.midline_shift_mm,
             "midline_shift_interval_mm": shift and list(shift),
             "limits": list(self.limits),

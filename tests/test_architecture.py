@@ -34,6 +34,7 @@ SIDEWAYS = {
     ("io", "errors"),
     ("parallel", "errors"),
     ("parallel", "io"),
+    ("clinical_scores", "results"),  # a haemorrhage has variables of the scores
     ("reporting", "metrics"),  # labels of metrics in tables
     ("evaluation", "train"),  # leakage control reads the folds and the run directory
 }

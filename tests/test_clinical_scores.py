@@ -5,10 +5,13 @@ import subprocess
 import sys
 from itertools import product
 
+import nibabel as nib
 import numpy as np
 import pytest
 
-from ichprog import IchprogError, clinical_scores
+from ichprog import Haemorrhage, IchprogError, Prediction, clinical_scores
+from ichprog.results import Segmentation, TaskPrediction
+from ichprog.spec import MaskTarget, PluginRef, Target, Task
 
 ICH = {
     "gcs": {3: 2, 4: 2, 5: 1, 12: 1, 13: 0, 15: 0},
@@ -124,3 +127,92 @@ def test_the_scores_import_only_numpy():
     code = "import sys, ichprog.clinical_scores; "
     code += "print({m.split('.')[0] for m in sys.modules} & {'scipy', 'torch', 'sklearn'})"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+
+
+def haemorrhage_of(volume_ml=20, *, ratios=(1.0, 1.0), probability=0.99, **findings):
+    """Return a haemorrhage in the brain tissue with a volume in whole mL, its interval as ratios, and findings."""
+    mask = MaskTarget("mask", ("parenchymal", "ventricular"), None, 1.0, {"parenchymal": ratios} if ratios else {})
+    target = Target("blood", (1.0,), "high")
+    task = Task("blood", "Blood.", ("absent", "present"), target, PluginRef("segmentation", {}), 0.5, 1.0, mask)
+    voxels = np.zeros((4, 10, 10), np.uint8)  # of 1 mL
+    voxels.flat[:volume_ml] = 1
+    voxels[3] = 2
+    image = nib.Nifti1Image(voxels, np.diag([10.0, 10.0, 10.0, 1.0]))
+    regions = Segmentation(mask.regions, np.zeros(0), (), {}, lambda _: image)
+    labels = {"absent": 1 - probability, "present": probability}
+    tasks = {"blood": TaskPrediction("present", labels, (0.0,), None, regions)}
+    certain = {"intraventricular": 0.99, "infratentorial": 0.01, "location": "deep"}
+    return Haemorrhage(Prediction("scan", "model", tasks, (), {}), task, (), **(certain | findings))
+
+
+def ranges(haemorrhage, **clinical):
+    scores = clinical_scores.from_haemorrhage(haemorrhage, clinical)
+    return (scores.ich.low, scores.ich.high), (scores.func.low, scores.func.high)
+
+
+def test_scores_of_a_ct_equal_those_of_its_variables():
+    clinical = {"age": 71, "gcs": 9, "impaired_before": False}
+    scores = clinical_scores.from_haemorrhage(haemorrhage_of(20), clinical)
+    ich = clinical_scores.ich_score(gcs=9, age=71, volume_ml=20, intraventricular=True, infratentorial=False)
+    func = clinical_scores.func_score(volume_ml=20, age=71, location="deep", gcs=9, impaired_before=False)
+    assert (scores.ich.low, scores.ich.high) == (ich, ich) == (2, 2)
+    assert (scores.func.low, scores.func.high) == (func, func) == (9, 9)
+    assert (scores.ich.share_low, scores.ich.outcome) == (clinical_scores.ICH_MORTALITY[2], "death within 30 days")
+    assert scores.func.share_high == clinical_scores.FUNC_INDEPENDENCE[9]
+    sources = {variable.name: variable.source for variable in (*scores.ich.variables, *scores.func.variables)}
+    assert {name for name, source in sources.items() if source == "given"} == set(clinical)
+    assert sources["volume_ml"] == sources["intraventricular"] == sources["location"] == "CT"
+    assert list(scores.to_row().values()) == [2, 2, 0.26, 0.26, 9, 9, 0.66, 0.66]
+
+
+def test_the_interval_of_a_volume_gives_a_range():
+    known = {"age": 71, "gcs": 9, "impaired_before": False}
+    assert ranges(haemorrhage_of(28, ratios=(0.9, 1.0)), **known) == ((2, 2), (9, 9))
+    assert ranges(haemorrhage_of(28, ratios=(0.9, 1.3)), **known) == ((2, 3), (7, 9))
+    assert ranges(haemorrhage_of(28, ratios=(0.9, 1.3)), volume_ml=35, **known) == ((3, 3), (7, 7))
+
+
+def test_an_uncertain_or_unknown_variable_gives_a_range():
+    known = {"age": 71, "gcs": 9, "impaired_before": False}
+    assert ranges(haemorrhage_of(infratentorial=0.4), **known) == ((2, 3), (8, 9))
+    assert ranges(haemorrhage_of(infratentorial=0.4), infratentorial=True, **known) == ((3, 3), (8, 8))
+    assert ranges(haemorrhage_of(infratentorial=0.6, location="infratentorial"), **known) == ((2, 3), (8, 10))
+    assert ranges(haemorrhage_of(intraventricular=0.5), **known) == ((1, 2), (9, 9))
+    assert ranges(haemorrhage_of(intraventricular=None), **known) == ((1, 2), (9, 9))
+    assert ranges(haemorrhage_of(), age=71, gcs=9) == ((2, 2), (8, 9))
+    assert ranges(haemorrhage_of(), gcs=9) == ((2, 3), (7, 10))
+    assert ranges(haemorrhage_of()) == ((1, 4), (5, 10))
+    assert ranges(haemorrhage_of(), location="lobar", **known) == ((2, 2), (10, 10))
+
+
+def test_scores_are_not_given_for_patients_to_whom_they_do_not_apply():
+    scores = clinical_scores.from_haemorrhage(haemorrhage_of(probability=0.2), {"age": 71})
+    assert (scores.ich, scores.func) == (None, None)
+    assert scores.notes == ("No scores: no haemorrhage was found, at a probability of 0.200.",)
+    assert set(scores.to_row().values()) == {None}
+    scores = clinical_scores.from_haemorrhage(haemorrhage_of(location="subarachnoid"))
+    assert "outside the brain tissue (subarachnoid)" in scores.notes[0]
+    scores = clinical_scores.from_haemorrhage(haemorrhage_of(ratios=None), {"age": 71})
+    assert "The model states no interval of the volume" in scores.notes[1]
+
+
+def test_clinical_values_may_be_text_and_blank_ones_are_unknown():
+    found = clinical_scores.check_clinical({"age": "71", "gcs": "9", "impaired_before": "Yes", "volume_ml": ""})
+    assert found == {"age": 71, "gcs": 9, "impaired_before": True}
+    assert clinical_scores.check_clinical({"infratentorial": 0, "location": "Lobar"})["location"] == "lobar"
+
+
+@pytest.mark.parametrize(
+    ("clinical", "message"),
+    [
+        ({"gcs": 99}, "Invalid gcs 99.0. Expected whole numbers from 3 to 15"),
+        ({"age": "old"}, "Invalid age 'old'. Expected numbers from 0 to 130 years"),
+        ({"impaired_before": "maybe"}, "Invalid impaired_before 'maybe'. Expected true or false"),
+        ({"location": "left"}, "Unknown location 'left'. Expected one of: lobar, deep, infratentorial"),
+        ({"agee": 71}, "Unknown clinical value 'agee'. Did you mean age"),
+        ({"infratentorial": True, "location": "deep"}, "Invalid infratentorial True. Expected a value that agrees"),
+    ],
+)
+def test_an_impossible_clinical_value_is_refused_by_name(clinical, message):
+    with pytest.raises(IchprogError, match=message.replace("(", r"\(")):
+        clinical_scores.from_haemorrhage(haemorrhage_of(), clinical)

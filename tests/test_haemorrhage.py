@@ -91,6 +91,19 @@ def test_a_scan_without_blood_has_none(detector, healthy):
     assert "no-blood" not in {warning.code for warning in found.warnings}  # absence is a result here
 
 
+@pytest.mark.parametrize(
+    ("blood", "side", "place"),
+    [("deep", "left", "deep"), ("occipital", "right", "lobar"), ("cerebellar", "left", "infratentorial")],
+)
+def test_a_haemorrhage_has_its_place_in_any_voxel_order(detector, blood, side, place):
+    image = image_of(brain_with_blood(blood))
+    for each in (image, image.slicer[::-1, :, ::-1]):
+        found = ichprog.haemorrhage(each, model=detector)
+        assert (found.side, found.location) == (side, place)
+        assert (found.infratentorial > 0.5) == (place == "infratentorial")
+        assert sum(found.shares.values()) == pytest.approx(1)
+
+
 def test_a_haemorrhage_as_plain_data_has_the_names_of_its_attributes(detector, bleeding):
     found = ichprog.haemorrhage(bleeding, model=detector)
     data = json.loads(json.dumps(found.to_dict()))

@@ -4,6 +4,6 @@
 infratentorial haemorrhage, and the share of the blood in each region. The layer needs NumPy alone.
 """
 
-from ichprog.location.locate import Location, locate
+from ichprog.location.locate import KINDS, Location, locate
 
-__all__ = ["Location", "locate"]
+__all__ = ["KINDS", "Location", "locate"]
