@@ -40,6 +40,9 @@ FUNC_INDEPENDENCE_OF_SURVIVORS = (*[0.0] * 5, *[0.29] * 3, 0.48, *[0.75] * 2, 0.
 FUNC_LOCATIONS = {"lobar": 2, "deep": 1, "infratentorial": 0}
 """Points of the FUNC score by location of the haemorrhage."""
 
+CLINICAL_COLUMNS = ("age", "gcs", "impaired_before")
+"""Columns of a cohort with clinical values that no CT shows."""
+
 SCORE_COLUMNS = tuple(
     f"{quantity}_{end}"
     for quantity in ("ich_score", "ich_mortality", "func_score", "func_independence")

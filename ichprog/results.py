@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Protocol, TextIO, cast
 
 import numpy as np
 
@@ -19,7 +19,15 @@ if TYPE_CHECKING:
     import nibabel as nib
     import pandas as pd
 
-_Result = TypeVar("_Result")
+
+class Scores(Protocol):
+    """The clinical scores of a patient, as `clinical_scores.ClinicalScores` has them."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the scores as plain data."""
+
+    def to_row(self) -> dict[str, Any]:
+        """Return the scores as one row of a table."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -390,8 +398,13 @@ class Saliency:
 
 @contextmanager
 def results_file(
-    target: Path, spec: ModelSpec, *, with_patients: bool = False, detector: ModelSpec | None = None
-) -> Iterator[Callable[[Prediction], None]]:
+    target: Path,
+    spec: ModelSpec,
+    *,
+    with_patients: bool = False,
+    detector: ModelSpec | None = None,
+    score_columns: Iterable[str] = (),
+) -> Iterator[Callable[..., None]]:
     """Open a file of predictions, which appears whole when the block ends without an error.
 
     Args:
@@ -400,9 +413,10 @@ def results_file(
         spec: The model that predicts.
         with_patients: Whether a .csv has the column `patient`, for scans of a cohort.
         detector: The model that finds haemorrhages, if the predictions have them.
+        score_columns: Columns of clinical scores in a .csv, if they are added.
 
     Yields:
-        A function that adds one prediction.
+        A function `add(prediction, scores=None)` that adds one prediction, with clinical scores or without.
 
     Raises:
         UnknownNameError: The path has another suffix.
@@ -417,37 +431,38 @@ def results_file(
     if detector is not None:
         columns += [f"{_BLOOD}{column}" for column in _haemorrhage_columns(detector)]
         notice = _with_limits(notice, detector)
-    with _open_results(target, _all_columns(columns, with_patients), _row, notice) as add:
+    with _open_results(target, _all_columns([*columns, *score_columns], with_patients), _row, notice) as add:
         yield add
 
 
 @contextmanager
 def haemorrhage_file(
-    target: Path, spec: ModelSpec, *, with_patients: bool = False
-) -> Iterator[Callable[[Haemorrhage], None]]:
+    target: Path, spec: ModelSpec, *, with_patients: bool = False, score_columns: Iterable[str] = ()
+) -> Iterator[Callable[..., None]]:
     """Open a file of haemorrhages, which appears whole when the block ends without an error.
 
     Args:
         target: As in `results_file`.
         spec: The model that finds haemorrhages.
         with_patients: As in `results_file`.
+        score_columns: As in `results_file`.
 
     Yields:
-        A function that adds one haemorrhage.
+        A function `add(haemorrhage, scores=None)` that adds one haemorrhage, with clinical scores or without.
 
     Raises:
         UnknownNameError: The path has another suffix.
         OSError: The file cannot be written.
     """
-    columns = _all_columns(_haemorrhage_columns(spec), with_patients)
+    columns = _all_columns([*_haemorrhage_columns(spec), *score_columns], with_patients)
     with _open_results(target, columns, _haemorrhage_row, _with_limits(spec.notice, spec)) as add:
         yield add
 
 
 @contextmanager
 def _open_results(
-    target: Path, columns: list[str], to_row: Callable[[_Result], dict[str, Any]], notice: str
-) -> Iterator[Callable[[_Result], None]]:
+    target: Path, columns: list[str], to_row: Callable[[Any], dict[str, Any]], notice: str
+) -> Iterator[Callable[..., None]]:
     """Open a file of results of one kind, which appears whole when the block ends without an error."""
     if target.suffix not in _WRITERS:
         raise UnknownNameError("format of results", target.suffix or target.name, _WRITERS)
@@ -561,16 +576,26 @@ def _haemorrhage_values(haemorrhage: Haemorrhage) -> dict[str, Any]:
     }
 
 
+def with_scores(result: Prediction | Haemorrhage, scores: Scores | None) -> dict[str, Any]:
+    """Return a result with its clinical scores as plain data, ready for JSON.
+
+    Args:
+        result: The result of a scan.
+        scores: The scores of the patient, or None.
+    """
+    return result.to_dict() | ({} if scores is None else {"scores": scores.to_dict()})
+
+
 @contextmanager
 def _csv(
     file: TextIO, columns: list[str], to_row: Callable[[Any], dict[str, Any]], notice: str
-) -> Iterator[Callable[[Any], None]]:
+) -> Iterator[Callable[..., None]]:
     table = csv.DictWriter(file, columns, extrasaction="ignore")
     table.writeheader()
 
-    def add(result: Any) -> None:
+    def add(result: Any, scores: Scores | None = None) -> None:
         nonlocal notice
-        row = to_row(result) | {"notice": notice}
+        row = to_row(result) | ({} if scores is None else scores.to_row()) | {"notice": notice}
         table.writerow({key: f"{value:.4f}" if isinstance(value, float) else value for key, value in row.items()})
         notice = ""  # the first row states the notice for the whole table
 
@@ -578,12 +603,12 @@ def _csv(
 
 
 @contextmanager
-def _json(file: TextIO, *_: Any) -> Iterator[Callable[[Any], None]]:
+def _json(file: TextIO, *_: Any) -> Iterator[Callable[..., None]]:
     between = "[\n"
 
-    def add(result: Any) -> None:
+    def add(result: Any, scores: Scores | None = None) -> None:
         nonlocal between
-        file.write(between + json.dumps(result.to_dict(), ensure_ascii=False))
+        file.write(between + json.dumps(with_scores(result, scores), ensure_ascii=False))
         between = ",\n"
 
     yield add
@@ -591,8 +616,11 @@ def _json(file: TextIO, *_: Any) -> Iterator[Callable[[Any], None]]:
 
 
 @contextmanager
-def _jsonl(file: TextIO, *_: Any) -> Iterator[Callable[[Any], None]]:
-    yield lambda result: print(json.dumps(result.to_dict(), ensure_ascii=False), file=file)
+def _jsonl(file: TextIO, *_: Any) -> Iterator[Callable[..., None]]:
+    def add(result: Any, scores: Scores | None = None) -> None:
+        print(json.dumps(with_scores(result, scores), ensure_ascii=False), file=file)
+
+    yield add
 
 
 _WRITERS = {".csv": _csv, ".json": _json, ".jsonl": _jsonl}

@@ -237,4 +237,4 @@ def test_a_mask_of_another_scan_is_refused(detector, bleeding):
     other = nib.Nifti1Image(np.ones((50, 60, 20), np.uint8), bleeding.affine)
     with pytest.raises(ScanError, match="50, 60, 20") as raised:
         ichprog.haemorrhage(bleeding, model=detector, brain=other)
-    assert raised.value.code
+    assert (raised.value.code, raised.value.unit) == ("mask-geometry", "voxels")

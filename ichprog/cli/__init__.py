@@ -11,6 +11,7 @@ from ichprog.cli import (
     demo,
     evaluate,
     export,
+    haemorrhage,
     models,
     plugins,
     predict,
@@ -79,7 +80,7 @@ def _log_to_stderr(ctx: click.Context, level: int) -> None:
 
 for command in (
     models.models, spec.spec, plugins.plugins, models.fetch, models.doctor, predict.predict, predict.explain,
-    cohorts.cohort, demo.demo, simulate.simulate, train.train, study.study, evaluate.evaluate,
+    haemorrhage.haemorrhage, cohorts.cohort, demo.demo, simulate.simulate, train.train, study.study, evaluate.evaluate,
     export.export, export.publish,
 ):  # fmt: skip
     main.add_command(command)

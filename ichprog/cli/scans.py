@@ -1,0 +1,219 @@
+"""What the commands share that run a model on scans: sources, progress, files, warnings and clinical scores."""
+
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+import ichprog
+from ichprog.cli import process
+from ichprog.cli.options import parse_assignments
+from ichprog.errors import CohortError, InvalidValueError
+
+if TYPE_CHECKING:
+    import nibabel as nib
+
+    from ichprog.clinical_scores import ClinicalScores, ScoreRange, ScoreVariable
+    from ichprog.errors import ScanWarning
+    from ichprog.model import Model
+    from ichprog.results import Haemorrhage
+    from ichprog.sources import ScanSource
+
+_Result = TypeVar("_Result")
+_CLINICAL_EXAMPLE = "age=71"
+
+scans_argument = click.argument("scans", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="SCAN...")
+output = click.option("-o", "--output", type=click.Path(path_type=Path), help="File of results: .csv, .json or .jsonl.")
+score_options = [
+    click.option("--scores", is_flag=True, help="Compute the ICH and FUNC scores of each patient."),
+    click.option(
+        "--clinical", multiple=True, metavar="NAME=VALUE",
+        help=f"Clinical value of the patient for --scores; repeatable. Example: {_CLINICAL_EXAMPLE}.",
+    ),
+]  # fmt: skip
+
+
+def load_model(name: str, brain: str, loading: dict[str, Any]) -> "Model":
+    """Check the brain option, load a model, and import what reads scans."""
+    from ichprog.model import resolve_brain
+
+    resolve_brain(brain)
+    model = ichprog.load_model(name, **loading)
+    process.import_nibabel()
+    return model
+
+
+def find_scans(paths: tuple[Path, ...]) -> "list[ScanSource]":
+    """Return every scan behind the paths once, as `predict` resolves them."""
+    from ichprog.sources import name_of, resolve
+
+    resolved, _ = resolve(paths)
+    return list({name_of(source): source for source in resolved}.values())
+
+
+class ScoreComputer:
+    """Computes the clinical scores of each patient.
+
+    Args:
+        sources: The scans.
+        assignments: Clinical values NAME=VALUE of the only scan. The rows of a table have their own.
+        is_requested: Whether scores are computed at all.
+
+    Raises:
+        click.UsageError: Clinical values are given for several scans or without need, or one is not NAME=VALUE.
+        IchprogError: A clinical value is unknown or impossible.
+    """
+
+    def __init__(self, sources: "list[ScanSource]", assignments: tuple[str, ...], *, is_requested: bool) -> None:
+        from ichprog.clinical_scores import check_clinical
+
+        self._is_requested = is_requested
+        if assignments and not is_requested:
+            raise click.UsageError("--clinical needs --scores.")
+        self._given = check_clinical(parse_assignments("--clinical", assignments, _CLINICAL_EXAMPLE))
+        if self._given and len(sources) > 1:
+            raise click.UsageError(
+                f"--clinical describes one patient, and there are {len(sources)} scans. Give a table of patients "
+                "(.csv) with the columns age and gcs."
+            )
+        for source in sources if is_requested else ():
+            self._values(source)  # refuses wrong values before a scan is read
+
+    def scores(self, source: "ScanSource", haemorrhage: "Haemorrhage | None") -> "ClinicalScores | None":
+        """Return the scores of a patient; None if none are requested or the scan has an error."""
+        from ichprog.clinical_scores import from_haemorrhage
+
+        if not self._is_requested or haemorrhage is None or haemorrhage.error is not None:
+            return None
+        return from_haemorrhage(haemorrhage, self._values(source))
+
+    def _values(self, source: "ScanSource") -> Mapping[str, Any]:
+        from ichprog.clinical_scores import CLINICAL_COLUMNS, check_clinical
+        from ichprog.cohort import Patient
+
+        if not isinstance(source, Patient):
+            return self._given
+        columns = source.columns
+        try:
+            own = check_clinical({name: columns[name] for name in CLINICAL_COLUMNS if name in columns})
+        except InvalidValueError as error:
+            raise CohortError(f"Patient {source.name}: {error}") from None
+        return own | self._given
+
+
+def with_progress(
+    sources: "list[ScanSource]", results: Iterable[_Result]
+) -> "Iterator[tuple[ScanSource, str, _Result]]":
+    """Yield each scan with a stem for its files and its result, and show a progress bar on a terminal."""
+    is_shown = sys.stderr.isatty() and len(sources) > 1
+    with _progress_bar(len(sources)) if is_shown else nullcontext() as bar:
+        for source, stem, result in zip(sources, stems(sources), results, strict=True):
+            if bar is not None:
+                bar.clear()  # frees the line for the output of this scan
+            yield source, stem, result
+            if bar is not None:
+                bar.update()
+
+
+def _progress_bar(total: int) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(total=total, unit="scan", mininterval=0, file=sys.stderr)
+
+
+def stems(sources: "list[ScanSource]") -> list[str]:
+    """Return a stem for the files of each scan: its name, with as many folder names as make the stems unique."""
+    from ichprog.sources import name_of
+
+    paths = [Path(name_of(source)) for source in sources]
+    parts = [[*path.resolve().parts[:-1], path.resolve().name] for path in paths]
+    for names in parts:
+        for suffix in (".nii.gz", ".nii", ".zip", ".dcm"):
+            names[-1] = names[-1].removesuffix(suffix)
+    for depth in range(1, max((len(names) for names in parts), default=1) + 1):
+        unique = ["_".join(names[-depth:]) for names in parts]
+        if len(set(unique)) == len(unique):
+            return unique
+    raise click.UsageError("Two scans differ only in their suffix, so their files would overwrite each other.")
+
+
+def save_image(image: "nib.Nifti1Image", path: Path) -> None:
+    """Write an image atomically, in a folder that is created if missing."""
+    import nibabel as nib
+
+    from ichprog.io import atomic_write
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as partial:
+        nib.save(image, partial)
+
+
+def format_haemorrhage(haemorrhage: "Haemorrhage") -> str:
+    """Return one line: whether a haemorrhage is present, its volumes with intervals, and its place."""
+    parts = [f"haemorrhage {'present' if haemorrhage.is_present else 'absent'} {haemorrhage.probability:.3f}"]
+    for part, volume in haemorrhage.volume_ml.items():
+        if part == "total" or volume > 0:
+            parts.append(f"{part} {volume:.1f} mL{_format_interval(haemorrhage.intervals_ml[part])}")
+    if haemorrhage.is_present:
+        parts += filter(None, [haemorrhage.side, haemorrhage.location])
+        for name in ("intraventricular", "infratentorial"):
+            if (probability := getattr(haemorrhage, name)) is not None:
+                parts.append(f"{name} {probability:.3f}")
+    if haemorrhage.midline_shift_mm is not None:
+        shift = _format_interval(haemorrhage.midline_shift_interval_mm)
+        parts.append(f"midline shift {haemorrhage.midline_shift_mm:.1f} mm{shift}")
+    return "  ".join(parts)
+
+
+def format_scores(scores: "ClinicalScores") -> str:
+    """Return the scores with their published outcome and the source of each variable, one line for each."""
+    lines = [_format_score(score) for score in (scores.ich, scores.func) if score is not None]
+    return "\n".join(f"  {line}" for line in (*lines, *scores.notes))
+
+
+def _format_score(score: "ScoreRange") -> str:
+    number = f"{score.low}" if score.low == score.high else f"{score.low} to {score.high}"
+    shares = sorted({score.share_low, score.share_high})
+    share = " to ".join(f"{value:.0%}" for value in shares)
+    variables = ", ".join(map(_format_variable, score.variables))
+    return f"{score.name} score {number}: {score.outcome} {share} ({score.source}); {variables}"
+
+
+def _format_variable(variable: "ScoreVariable") -> str:
+    source: str = variable.source
+    if variable.probability is not None:
+        source += f", probability {variable.probability:.2f}"
+    if variable.value is None:
+        possible = " or ".join(map(str, variable.choices))
+        text = possible or ("unknown" if variable.source == "unknown" else "uncertain")
+        return f"{variable.name} {text}" if text == "unknown" else f"{variable.name} {text} ({source})"
+    if isinstance(variable.value, bool):
+        return f"{variable.name} {'yes' if variable.value else 'no'} ({source})"
+    value = f"{variable.value:.4g}" if isinstance(variable.value, float) else variable.value
+    return f"{variable.name} {value}{_format_interval(variable.interval)} ({source})"
+
+
+def _format_interval(interval: tuple[float, float] | None) -> str:
+    return "" if interval is None else f" ({interval[0]:.1f} to {interval[1]:.1f})"
+
+
+def print_limits(model: "Model") -> None:
+    """Print the first limit of a model that measures volumes."""
+    for limit in model.spec.limits[:1]:
+        click.echo(f"Limits: {limit}")
+
+
+def print_warnings(name: str, warnings: "Iterable[ScanWarning]") -> None:
+    """Print the warnings about a scan with its name, to standard error."""
+    for warning in warnings:
+        click.echo(f"{name}: {warning.code}: {warning.message}", err=True)
+
+
+def print_notice(model: "Model") -> None:
+    """Print the notice of a model and why it does not run as requested, to standard error."""
+    if model.fallback_reason is not None:
+        click.echo(f"Run by {model.runtime} in {model.precision}: {model.fallback_reason}.", err=True)
+    click.echo(model.spec.notice, err=True)
