@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ichprog.sources import ScanSource
 
 _Result = TypeVar("_Result")
-_CLINICAL_EXAMPLE = "age=71"
+_CLINICAL_EXAMPLE = "location=lobar"
 
 scans_argument = click.argument("scans", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="SCAN...")
 output = click.option("-o", "--output", type=click.Path(path_type=Path), help="File of results: .csv, .json or .jsonl.")
@@ -68,7 +68,7 @@ class ScoreComputer:
     """
 
     def __init__(self, sources: "list[ScanSource]", assignments: tuple[str, ...], *, is_requested: bool) -> None:
-        from ichprog.clinical_scores import check_clinical
+        from ichprog.clinical_scores import CLINICAL_COLUMNS, check_clinical
 
         self._is_requested = is_requested
         if assignments and not is_requested:
@@ -77,7 +77,7 @@ class ScoreComputer:
         if self._given and len(sources) > 1:
             raise click.UsageError(
                 f"--clinical describes one patient, and there are {len(sources)} scans. Give a table of patients "
-                "(.csv) with the columns age and gcs."
+                f"(.csv) with the columns {', '.join(CLINICAL_COLUMNS)}."
             )
         for source in sources if is_requested else ():
             self._values(source)  # refuses wrong values before a scan is read

@@ -138,7 +138,7 @@ def test_the_rows_of_a_table_have_their_own_clinical_values(run, detector, scan,
     [
         (["--scores", "--clinical", "gcs=99"], "Invalid gcs 99.0. Expected whole numbers from 3 to 15"),
         (["--scores", "--clinical", "agee=7"], "Unknown clinical value 'agee'. Did you mean age"),
-        (["--scores", "--clinical", "age"], "Expected NAME=VALUE, such as age=71"),
+        (["--scores", "--clinical", "age"], "Expected NAME=VALUE, such as location=lobar"),
         (["--clinical", "age=71"], "--clinical needs --scores"),
         (["another.nii.gz", "--scores", "--clinical", "age=71"], "there are 2 scans"),
     ],
