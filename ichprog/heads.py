@@ -122,7 +122,8 @@ class Segmentation(_Ordered):
     """
 
     _PRIOR_LOG_ODDS = 5.0  # of a cell in no region, before training; regions are rare
-    _EMPTY_DICE = 10.0  # cells; a region that is absent from a batch must not dominate the loss
+    _LOSS_WEIGHTS = (2.0, 0.5, 0.5, 0.7, 0.3)  # cells, Dice, kinds of regions, slices, regions
+    _EMPTY_DICE = 10.0  # cells; a batch without regions must not dominate the loss
 
     def __init__(self, in_channels: int, labels: int, regions: int, top_share: float) -> None:
         super().__init__()
@@ -176,10 +177,11 @@ class Segmentation(_Ordered):
     def dense_loss(self, dense: DenseLogits, target: Tensor) -> Tensor:
         """Return the loss over voxels, slices and regions.
 
-        The loss is the sum of four terms: the mean cross-entropy over known cells, one minus the mean soft Dice
-        coefficient of the regions, and the mean binary cross-entropies over known slices and over the regions of known
-        grids. A slice holds a region if the regions fill at least half of one of its cells, and holds none if they fill
-        at most a twentieth of each. The same rule applies to one region and a grid.
+        The loss is a weighted sum of five terms. Over known cells: the mean binary cross-entropy of any region, one
+        minus the soft Dice coefficient of all regions together, and the mean cross-entropy between the regions where
+        there is one. Then the mean binary cross-entropies over known slices, and over the regions of known grids. A
+        slice holds a region if the regions fill at least half of one of its cells, and holds none if they fill at most
+        a twentieth of each. The same rule applies to one region and a grid.
 
         Args:
             dense: The logits.
@@ -190,14 +192,17 @@ class Segmentation(_Ordered):
             voxels = functional.interpolate(voxels, target.shape[2:], mode="trilinear")
         known = (target >= 0).all(1)  # false for NaN
         inside = torch.where(known[:, None], target, 0)
-        fractions = torch.cat([1 - inside.sum(1, keepdim=True), inside], dim=1)
-        log_probabilities = voxels.log_softmax(1)
-        entropy = -(fractions * log_probabilities).sum(1)[known].sum() / known.sum().clamp(min=1)
-        probabilities = log_probabilities[:, 1:].exp() * known[:, None]
-        overlap, size = (values.sum((0, 2, 3, 4)) for values in (probabilities * inside, probabilities + inside))
+        filled = inside.sum(1)
+        # Whether there is a region is learned apart from which one it is: small regions then give a clear gradient.
+        evidence = voxels[:, 1:].logsumexp(1) - voxels[:, 0]
+        entropy = _known_cross_entropy(evidence, filled, known)
+        probability = evidence.sigmoid() * known
+        overlap, size = (probability * filled).sum(), (probability + filled).sum()
         dice = (2 * overlap + self._EMPTY_DICE) / (size + self._EMPTY_DICE)
-        found = self._slice_loss(dense.slices.float(), target, known) + _region_loss(dense.regions.float(), target)
-        return entropy + (1 - dice.mean()) * known.any() + found
+        kinds = -(inside * voxels[:, 1:].log_softmax(1)).sum() / filled.sum().clamp(min=1)
+        slices, regions = self._slice_loss(dense.slices.float(), target, known), _region_loss(dense.regions, target)
+        terms = (entropy, (1 - dice) * known.any(), kinds, slices, regions)
+        return torch.stack([weight * term for weight, term in zip(self._LOSS_WEIGHTS, terms, strict=True)]).sum()
 
     def _slice_loss(self, slices: Tensor, target: Tensor, known: Tensor) -> Tensor:
         """Return the mean binary cross-entropy over slices that are known to hold a region or to hold none."""
@@ -214,7 +219,7 @@ def _region_loss(regions: Tensor, target: Tensor) -> Tensor:
     filled = target.amax((2, 3, 4))
     holds, holds_none = filled >= 0.5, filled <= 0.05
     known = (target >= 0).flatten(1).all(1)[:, None]
-    return _known_cross_entropy(regions, holds, known & (holds | holds_none))
+    return _known_cross_entropy(regions.float(), holds, known & (holds | holds_none))
 
 
 def _known_cross_entropy(logits: Tensor, truth: Tensor, known: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import nibabel as nib
 import numpy as np
+import openvino
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -16,6 +17,7 @@ import ichprog
 from ichprog import heads, networks, preprocessing, registry, testing, zoo
 from ichprog.cohort import Cohort
 from ichprog.errors import CohortError, PluginError, RunError, SpecError, UnknownNameError
+from ichprog.export import export
 from ichprog.results import results_file
 from ichprog.spec import MaskTarget, ModelSpec, PluginRef, Target, Task, Weights
 from ichprog.train import PRESETS, TrainOptions, grid_cache, train
@@ -151,6 +153,25 @@ def test_a_label_of_a_dense_task_is_explained(threshold_model, tmp_path):
     saliency = ichprog.explain(model, image(hu), method="guided_backprop")
     values = np.asarray(saliency.image.dataobj)
     assert values[mask > 0].sum() > 0.6 * values.clip(min=0).sum() > 0  # cells reach beyond the lesion
+
+
+@pytest.mark.parametrize("format", ["onnx", "openvino"])
+def test_an_exported_network_has_the_regions(threshold_model, format, tmp_path):  # noqa: A002
+    model = ichprog.load_model(threshold_model, runtime="torch")
+    path = export(model, tmp_path / "out", format=format)
+    grids = np.random.default_rng(0).random((2, *SHAPE), np.float32)
+    (expected,) = (fold["lesion"] for fold in model.predict_grids(grids))
+    compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    found = compiled(grids[:, None])
+    names = {
+        "lesion": "probabilities",
+        "lesion_voxels": "voxels",
+        "lesion_slices": "slices",
+        "lesion_regions": "regions",
+    }
+    assert [output.get_any_name() for output in compiled.outputs] == list(names)
+    for name, attribute in names.items():
+        assert np.allclose(found[name], getattr(expected, attribute), atol=1e-5)
 
 
 def test_a_dense_head_keeps_its_contract():

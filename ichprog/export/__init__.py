@@ -29,8 +29,10 @@ _REQUIRED_PACKAGES = ("onnx", "onnxscript")
 def export(model: Model | str, out: str | Path, *, format: str = "onnx") -> Path:  # noqa: A002  # the usual word
     """Export a model as one network from a grid `(B, 1, D, H, W)` to label probabilities, averaged over its folds.
 
-    The input is named "grid" and each output has the name of its task. The file `config.json` in the same folder
-    describes the preprocessing and the order of the labels. The files appear when all are complete.
+    The input is named "grid" and each output has the name of its task. A task that is answered voxel by voxel has
+    three more outputs: `<task>_voxels` `(B, R + 1, d, h, w)`, `<task>_slices` `(B, d)` and `<task>_regions` `(B, R)`.
+    The file `config.json` in the same folder describes the preprocessing and the order of the labels and regions. The
+    files appear when all are complete.
 
     Args:
         model: A model, or a name that `load_model` takes.

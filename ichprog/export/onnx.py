@@ -40,16 +40,26 @@ def save(spec: ModelSpec, files: Sequence[WeightFile], folder: Path) -> Path:
 
 
 class _FoldEnsemble(nn.Module):
-    """Average the label probabilities of all folds."""
+    """Average the probabilities of all folds."""
 
     def __init__(self, spec: ModelSpec, files: Sequence[WeightFile]) -> None:
         super().__init__()
         self.folds = nn.ModuleList(networks.load(spec, file.path) for file in files)
 
     def forward(self, grid: Tensor) -> tuple[Tensor, ...]:
-        """Return the label probabilities `(B, labels)` of each task, in the order of the tasks."""
-        outputs = [fold.probabilities(fold(grid)) for fold in cast("Iterable[Network]", self.folds)]
-        return tuple(torch.stack([output[task] for output in outputs]).mean(0) for task in outputs[0])
+        """Return the probabilities of each task, in the order of `_output_names`."""
+        outputs = [fold.outputs(grid) for fold in cast("Iterable[Network]", self.folds)]
+        return tuple(
+            torch.stack(values).mean(0)
+            for task in outputs[0]
+            for values in zip(*(output[task][1:] for output in outputs), strict=True)  # the first entry is the logits
+        )
+
+
+def _output_names(spec: ModelSpec) -> list[str]:
+    """Return the name of each output: that of the task, with a suffix for the further outputs of a dense task."""
+    suffixes = ("", "_voxels", "_slices", "_regions")
+    return [task.name + suffix for task in spec.tasks for suffix in suffixes[: None if task.mask else 1]]
 
 
 class _HeadProbabilities(nn.Module):
@@ -67,7 +77,7 @@ def _convert_model(spec: ModelSpec, files: Sequence[WeightFile]) -> Any:
     """Return the folds of a model as an ONNX program; an error names the plugin that cannot be converted."""
     ensemble, grids = _FoldEnsemble(spec, files).eval(), torch.zeros(2, 1, *spec.input.shape)
     try:
-        return _convert_module(ensemble, grids, [task.name for task in spec.tasks])
+        return _convert_module(ensemble, grids, _output_names(spec))
     except Exception as error:  # a plugin may fail in any way
         plugin = _find_unsupported_plugin(spec, cast("Network", ensemble.folds[0]), grids)
         detail = " ".join(str(error.__cause__ or error).split())[:300]
