@@ -123,10 +123,12 @@ def test_scores_are_printed_with_their_outcome_and_sources(run, bright_model, de
 def test_the_rows_of_a_table_have_their_own_clinical_values(run, detector, scan, tmp_path):
     table = tmp_path / "patients.csv"
     shutil.copy(scan, tmp_path / "other.nii.gz")
-    table.write_text(f"patient,scan,age,gcs\nA,{scan},85,3\nB,other.nii.gz,,15\n")
+    table.write_text(f"patient,scan,age,gcs,cognitive_impairment\nA,{scan},85,3,1\nB,other.nii.gz,,15,0\n")
     lines = run(*torch_only("haemorrhage", table, "-m", detector, "--scores", "--json")).stdout.splitlines()
-    first, second = ({v["name"]: v for v in json.loads(line)["scores"]["ich"]["variables"]} for line in lines)
+    scores = [json.loads(line)["scores"] for line in lines]
+    first, second = ({v["name"]: v for v in (*s["ich"]["variables"], *s["func"]["variables"])} for s in scores)
     assert (first["age"]["value"], first["gcs"]["value"]) == (85, 3)
+    assert (first["impaired_before"]["value"], second["impaired_before"]["value"]) == (True, False)
     assert (second["age"]["source"], second["gcs"]["source"]) == ("unknown", "given")
     table.write_text(f"patient,scan,age,gcs\nA,{scan},85,99\n")
     result = run(*torch_only("haemorrhage", table, "-m", detector, "--scores"), code=2)
