@@ -40,8 +40,8 @@ FUNC_INDEPENDENCE_OF_SURVIVORS = (*[0.0] * 5, *[0.29] * 3, 0.48, *[0.75] * 2, 0.
 FUNC_LOCATIONS = {"lobar": 2, "deep": 1, "infratentorial": 0}
 """Points of the FUNC score by location of the haemorrhage."""
 
-CLINICAL_COLUMNS = ("age", "gcs", "impaired_before")
-"""Columns of a cohort with clinical values that no CT shows."""
+CLINICAL_COLUMNS = {"age": "age", "gcs": "gcs", "cognitive_impairment": "impaired_before"}
+"""Columns of a cohort with clinical values that no CT shows, and the names of these values."""
 
 SCORE_COLUMNS = tuple(
     f"{quantity}_{end}"

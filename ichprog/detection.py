@@ -9,10 +9,13 @@ from ichprog import location, zoo
 from ichprog.errors import InvalidValueError, ScanWarning
 from ichprog.results import Haemorrhage, Prediction, Segmentation
 from ichprog.scan import Scan
+from ichprog.scan.measurements import volume_ml as volume_of
 from ichprog.scan.volume import to_lps
 from ichprog.spec import ExpectedRanges, ModelSpec, Task
 
 BLOOD_CHECK = "no-blood"  # the scan check of blood by its density, which the answer of a model replaces
+_SKULL_CHECK = "skull-present"  # the scan check of a scan that is wrongly given as the brain alone
+_BRAIN_ONLY = "brain-only"
 _VENTRICULAR = "ventricular"  # the region of blood in the ventricles
 
 
@@ -46,6 +49,8 @@ def describe(prediction: Prediction, spec: ModelSpec, scan: Scan | None) -> Haem
     if scan is None:
         return Haemorrhage(prediction, task, spec.limits)
     segmentation = cast("Segmentation", prediction[task.name].segmentation)  # the task has a mask
+    if scan.record.get("brain") == "given" and not {warning.code for warning in scan.warnings} & {_SKULL_CHECK}:
+        prediction = dataclasses.replace(prediction, warnings=(*prediction.warnings, _brain_only_warning(scan)))
     result = Haemorrhage(
         prediction, task, spec.limits, intraventricular=segmentation.region_probabilities.get(_VENTRICULAR)
     )
@@ -61,6 +66,15 @@ def describe(prediction: Prediction, spec: ModelSpec, scan: Scan | None) -> Haem
         midline_shift_mm=place.midline_shift_mm,
         midline_shift_interval_mm=place.midline_shift_interval_mm,
     )
+
+
+def _brain_only_warning(scan: Scan) -> ScanWarning:
+    volume_ml = volume_of(scan.brain, scan) if scan.brain is not None else 0.0
+    message = (
+        f"the scan holds {volume_ml:.0f} mL of brain without a skull: blood between brain and skull may have been "
+        "removed with the skull, so volumes may be too small. Give the whole head."
+    )
+    return ScanWarning(_BRAIN_ONLY, message, round(volume_ml, 1), "a whole head", "mL")
 
 
 def _locate(haemorrhage: Haemorrhage, scan: Scan) -> location.Location | None:

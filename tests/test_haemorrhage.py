@@ -11,9 +11,10 @@ import ichprog
 from ichprog import registry
 from ichprog.errors import InvalidValueError, ScanError
 from ichprog.results import haemorrhage_file, results_file
+from ichprog.scan.morphology import dilate_mm
 from ichprog.simulate import MASK_VALUES
 
-from support import phantoms
+from support import dicom_series, phantoms
 from support.models import intensity_backbone, local_detector, torch_model
 
 SPACING = (1.5, 1.5, 5.0)
@@ -229,8 +230,30 @@ def test_doubtful_heads_give_warnings_in_units(detector):
     operated = phantoms.head(SPACING, blood="deep", defect=((60, 0, 40), 40))
     assert warning_of(ichprog.haemorrhage(image_of(operated.scan), model=detector), "skull-gap").unit == "cm2"
     whole = phantoms.head(SPACING, blood="deep")
+    bone = whole.scan.hu > 300
+    thick = bone & dilate_mm(~bone & ~whole.brain & (whole.scan.hu > -50), 6.0, SPACING)  # all but 1 mm inside
+    infant = np.where(thick, phantoms.MUSCLE, whole.scan.hu)
+    thin = ichprog.haemorrhage((infant, whole.scan.affine), model=detector)
+    assert warning_of(thin, "thin-skull").unit == "mm"
     given = ichprog.haemorrhage(image_of(whole.scan), model=detector, brain="given")
     assert "Use brain='extract'" in warning_of(given, "skull-present").message
+
+
+def test_a_brain_without_its_skull_gives_a_warning_with_its_volume(detector, bright_model, bleeding):
+    warning = warning_of(ichprog.haemorrhage(bleeding, model=detector), "brain-only")
+    brain_ml = phantoms.head(SPACING).brain.sum() * np.prod(SPACING) / 1000
+    assert (warning.measured, warning.unit) == (pytest.approx(brain_ml, rel=0.01), "mL")
+    assert "blood between brain and skull may have been removed" in warning.message
+    prediction = ichprog.predict(torch_model(bright_model), bleeding, haemorrhage=detector)
+    assert "brain-only" in {each.code for each in prediction.haemorrhage.warnings}
+    assert "brain-only" not in {each.code for each in prediction.warnings}  # outcome models were made for such scans
+
+
+def test_contrast_medium_is_refused(detector, tmp_path):
+    dicom_series.write(tmp_path, count=25, tags={"ContrastBolusAgent": "Omnipaque"})
+    with pytest.raises(ScanError, match="without contrast") as raised:
+        ichprog.haemorrhage(tmp_path, model=detector)
+    assert raised.value.code == "contrast"
 
 
 def test_a_mask_of_another_scan_is_refused(detector, bleeding):

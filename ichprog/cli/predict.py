@@ -117,7 +117,9 @@ def predict(
                 click.echo(_format_prediction(prediction))
                 if computed is not None:
                     click.echo(format_scores(computed))
-                print_warnings(prediction.scan, prediction.warnings)
+                found = prediction.haemorrhage
+                others = () if found is None else (each for each in found.warnings if each not in prediction.warnings)
+                print_warnings(prediction.scan, (*prediction.warnings, *others))
             if isinstance(examined, ScanError):
                 has_failed = True
                 continue

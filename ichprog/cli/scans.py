@@ -98,7 +98,9 @@ class ScoreComputer:
             return self._given
         columns = source.columns
         try:
-            own = check_clinical({name: columns[name] for name in CLINICAL_COLUMNS if name in columns})
+            own = check_clinical(
+                {CLINICAL_COLUMNS[each]: columns[each] for each in CLINICAL_COLUMNS if each in columns}
+            )
         except InvalidValueError as error:
             raise CohortError(f"Patient {source.name}: {error}") from None
         return own | self._given
