@@ -314,6 +314,7 @@ class Model:
             "fallback_reason": self.fallback_reason,
             "versions": dict(_versions()),
             "notice": self.spec.notice,
+            **({} if self.spec.dense_task is None else {"limits": list(self.spec.limits)}),  # of its volumes
         }
 
 

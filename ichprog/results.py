@@ -427,7 +427,7 @@ def results_file(
         columns += [f"{task.name}_label", *(f"{task.name}_{label}" for label in task.labels), f"{task.name}_std"]
         if task.mask is not None:
             columns += [f"{task.name}_{part}_ml" for part in ("total", *task.mask.regions)]
-    notice = spec.notice
+    notice = spec.notice if spec.dense_task is None else _with_limits(spec.notice, spec)
     if detector is not None:
         columns += [f"{_BLOOD}{column}" for column in _haemorrhage_columns(detector)]
         notice = _with_limits(notice, detector)

@@ -144,7 +144,10 @@ def test_a_scan_without_a_region_has_no_volume(threshold_model, tmp_path):
         add(prediction)
     (row,) = csv.DictReader((tmp_path / "results.csv").read_text().splitlines())
     assert row["lesion_total_ml"] == row["lesion_denser_ml"] == "0.0000"
-    assert json.loads(json.dumps(prediction.to_dict()))["tasks"]["lesion"]["volume_ml"]["total"] == 0
+    assert row["notice"].endswith(model.spec.limits[0])
+    data = json.loads(json.dumps(prediction.to_dict()))
+    assert data["tasks"]["lesion"]["volume_ml"]["total"] == 0
+    assert data["provenance"]["limits"] == list(model.spec.limits)
 
 
 def test_a_label_of_a_dense_task_is_explained(threshold_model, tmp_path):
