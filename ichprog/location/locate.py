@@ -19,8 +19,8 @@ _VENTRICULAR = KINDS.index("ventricular") + 1
 _LEAST_OUTSIDE = 0.1  # share of the blood that must lie outside the ventricles to be the source of the haemorrhage
 _BOTH_SIDES = 0.2  # smaller share on the other side: the haemorrhage has one side
 _MIDLINE_MM = 22.0  # blood on both sides that lies closer than this to the midsagittal plane is in the midline
-_DEEP_SHARE = 0.3  # chosen on simulated patients, see `benchmarks/location.py`
-_TENTORIUM_SHARE, _TENTORIUM_SLOPE = 0.5, 12.0  # of the logistic function, fitted to the same patients
+_DEEP_SHARE = 0.4  # of a deep haemorrhage; chosen on simulated patients, see `benchmarks/location.py`
+TENTORIUM_SHARE, TENTORIUM_SLOPE = 0.5, 8.0  # of the logistic function; the slope was fitted to the same patients
 _NO_SHIFT = "not measured"
 
 
@@ -158,7 +158,7 @@ def _side(x_mm: np.ndarray) -> str:
 def _infratentorial(shares: Mapping[str, float]) -> float:
     """Return the probability of an infratentorial haemorrhage by its share below the tentorium."""
     below = sum(shares[name] for name in INFRATENTORIAL)
-    return float(1 / (1 + np.exp(-_TENTORIUM_SLOPE * (below - _TENTORIUM_SHARE))))
+    return float(1 / (1 + np.exp(-TENTORIUM_SLOPE * (below - TENTORIUM_SHARE))))
 
 
 def _location(kind: int, infratentorial: float, shares: Mapping[str, float]) -> str:
