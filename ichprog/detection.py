@@ -65,6 +65,7 @@ def describe(prediction: Prediction, spec: ModelSpec, scan: Scan | None) -> Haem
         shares=place.shares,
         midline_shift_mm=place.midline_shift_mm,
         midline_shift_interval_mm=place.midline_shift_interval_mm,
+        midline_shift_reason=place.midline_shift_reason,
     )
 
 

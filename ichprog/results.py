@@ -192,6 +192,8 @@ class Haemorrhage:
         shares: Share of all blood in each region of the atlas; empty if the model finds other regions.
         midline_shift_mm: Displacement of the midline in mm; None if it cannot be measured.
         midline_shift_interval_mm: Interval of the displacement in mm; None if it is not known.
+        midline_shift_reason: Why the displacement was not measured; None if it was, or if the model finds no kinds
+            of haemorrhage that have a place.
 
     Example:
         ```python
@@ -211,6 +213,7 @@ class Haemorrhage:
     shares: Mapping[str, float] = field(default_factory=dict)
     midline_shift_mm: float | None = None
     midline_shift_interval_mm: tuple[float, float] | None = None
+    midline_shift_reason: str | None = None
 
     def __repr__(self) -> str:
         if self.error is not None:
@@ -320,6 +323,7 @@ class Haemorrhage:
             "shares": dict(self.shares),
             "midline_shift_mm": self.midline_shift_mm,
             "midline_shift_interval_mm": shift and list(shift),
+            "midline_shift_reason": self.midline_shift_reason,
             "limits": list(self.limits),
             "warnings": [warning.to_dict() for warning in self.warnings],
             "provenance": dict(self.provenance),
