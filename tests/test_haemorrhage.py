@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 
 import nibabel as nib
 import numpy as np
@@ -170,6 +171,20 @@ def test_a_prediction_has_the_haemorrhage_of_its_scan(detector, bright_model, bl
     assert json.loads(json.dumps(prediction.to_dict()))["haemorrhage"]["volume_ml"] == expected.volume_ml
 
 
+def test_a_model_with_further_tasks_finds_haemorrhages_in_the_same_run(detector, bleeding, monkeypatch):
+    runs = []
+    runtime, run = detector.fold_runtimes[0], detector.fold_runtimes[0].run
+
+    def counted(grids):
+        runs.append(grids)
+        return run(grids)
+
+    monkeypatch.setattr(runtime, "run", counted)
+    prediction = ichprog.predict(detector, bleeding, haemorrhage=detector)
+    assert len(runs) == 1
+    assert prediction.haemorrhage.volume_ml == prediction["bleeding"].segmentation.volume_ml
+
+
 def test_the_network_replaces_the_density_check_of_blood(detector, bright_model):
     outcome = torch_model(bright_model)
     thin = brain_with_blood(((35, 10, 30), 6))  # smaller than the least component that the check sees
@@ -223,10 +238,11 @@ def warning_of(found, code):
 
 
 def test_doubtful_heads_give_warnings_in_units(detector):
-    cropped = phantoms.head(SPACING, blood="deep", high=(95, 115, 45))
-    warning = warning_of(ichprog.haemorrhage(image_of(cropped.scan), model=detector), "cropped-brain")
-    assert warning.unit == "%"
-    assert "mL of brain are missing" in warning.message
+    for side, cut in [("top", {"high": (95, 115, 45)}), ("bottom", {"low": (-95, -120, -15)})]:
+        cropped = phantoms.head(SPACING, blood="deep", **cut)
+        warning = warning_of(ichprog.haemorrhage(image_of(cropped.scan), model=detector), "cropped-brain")
+        assert warning.unit == "%"
+        assert re.search(rf"inside the brain at the {side}: about \d+ mL of brain are missing", warning.message)
     operated = phantoms.head(SPACING, blood="deep", defect=((60, 0, 40), 40))
     assert warning_of(ichprog.haemorrhage(image_of(operated.scan), model=detector), "skull-gap").unit == "cm2"
     whole = phantoms.head(SPACING, blood="deep")
