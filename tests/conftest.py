@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import ichprog
-from ichprog import registry
+from ichprog import registry, zoo
 
 from support import reference_pipeline
 from support.hub_server import HubServer
@@ -39,10 +39,13 @@ def one_thread():
 
 @pytest.fixture(scope="session")
 def hub_root(tmp_path_factory):
-    """Return a folder as on the Hub: every published model with seeded weights, and one model with two folds."""
+    """Return a folder as on the Hub: the default model, and the model of Perez et al. with two folds.
+
+    A large network takes seconds, so a test that needs another one adds it with `reference_pipeline.publish`.
+    """
     root = tmp_path_factory.mktemp("hub")
-    for seed, name in enumerate(reference_pipeline.PUBLISHED):
-        reference_pipeline.save(name, root / REPOSITORY.repo, seed)
+    for name in (zoo.DEFAULT, "perez2023.prognosis"):
+        reference_pipeline.publish(name, root / REPOSITORY.repo)
     reference_pipeline.save("perez2023.prognosis", root / REPOSITORY.repo, seed=100, fold=1)
     return root
 

@@ -36,11 +36,12 @@ def each_runtime():
 
 
 @pytest.mark.parametrize(("name", "runtime"), list(each_runtime()))
-def test_equals_the_published_pipeline(name, runtime, hub_server, scan_path):
+def test_equals_the_published_pipeline(name, runtime, hub_root, hub_server, scan_path):
     """Compare the Hub client and the pipeline of ichprog with MONAI's pipeline and the published network."""
+    seed = reference_pipeline.publish(name, hub_root / REPOSITORY.repo)
     model = ichprog.load_model(name, fold=0, runtime=runtime)
     got = ichprog.predict(model, scan_path)
-    theirs = reference_pipeline.network(name, seed=list(reference_pipeline.PUBLISHED).index(name))
+    theirs = reference_pipeline.network(name, seed)
     with torch.no_grad():
         logits = theirs(reference_pipeline.grid(scan_path)[None])
     for task, expected in reference_pipeline.probabilities(name, logits).items():

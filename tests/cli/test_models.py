@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -11,6 +12,7 @@ import ichprog
 from ichprog import zoo
 
 from support import reference_pipeline
+from support.hub_server import HubServer
 from support.models import REPOSITORY
 
 
@@ -27,8 +29,21 @@ def test_models_refuses_a_pattern_that_matches_no_model(run):
     assert result.stdout == ""
 
 
-def test_fetch_all_continues_after_a_failure(run, hub_server):
-    hub_server.faults["/Baseline_DenseNet_PrognosisICH/"] = 500
+@pytest.fixture
+def hub_of_small_files(tmp_path, monkeypatch):
+    """Serve a file of a few numbers for every published model. To fetch it, no network is built."""
+    for name in reference_pipeline.PUBLISHED:
+        path = reference_pipeline.checkpoint(name, tmp_path / "hub" / REPOSITORY.repo)
+        path.parent.mkdir(parents=True)
+        keys = zoo.find(name).weights.keys or {"": ""}
+        torch.save({f"{prefix}weight": torch.ones(2) for prefix in keys}, path)
+    with HubServer(tmp_path / "hub", REPOSITORY.revision) as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        yield server
+
+
+def test_fetch_all_continues_after_a_failure(run, hub_of_small_files):
+    hub_of_small_files.faults["/Baseline_DenseNet_PrognosisICH/"] = 500
     result = run("fetch", "--all", "--json", code=1)
     fetched = {json.loads(line)["model"] for line in result.stdout.splitlines()}
     assert set(reference_pipeline.PUBLISHED) - fetched == {"densenet121.prognosis"}

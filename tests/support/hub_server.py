@@ -5,6 +5,7 @@ before the commit and referred to by checksum.
 """
 
 import base64
+import functools
 import hashlib
 import json
 import re
@@ -67,12 +68,19 @@ class HubServer:
     def files(self, repo: str) -> Iterator[dict[str, Any]]:
         """Yield the listing of each file."""
         for path in sorted(p for p in (self.root / repo).rglob("*") if p.is_file()):
-            content = path.read_bytes()
-            blob = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-            file = {"path": path.relative_to(self.root / repo).as_posix(), "size": len(content), "oid": blob}
+            state = path.stat()
+            blob, sha256 = _checksums(path, state.st_size, state.st_mtime_ns)
+            file = {"path": path.relative_to(self.root / repo).as_posix(), "size": state.st_size, "oid": blob}
             if path.suffix in self.lfs:
-                file["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}
+                file["lfs"] = {"oid": sha256, "size": state.st_size, "pointerSize": 134}
             yield file
+
+
+@functools.cache
+def _checksums(path: Path, size: int, modified_ns: int) -> tuple[str, str]:
+    """Return git's checksum and the SHA-256 of a file, once for each state of a file: large files take long."""
+    content = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % size + content).hexdigest(), hashlib.sha256(content).hexdigest()
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -121,11 +121,24 @@ def network(name: str, seed: int) -> nn.Module:
 
 def save(name: str, hub: Path, seed: int, fold: int = 0) -> Path:
     """Write a seeded checkpoint in the published layout to the folder `hub`, and return its path."""
-    folder, _, stem, _ = PUBLISHED[name]
-    path = hub / folder / f"{stem}_fold{fold}.pth"
+    path = checkpoint(name, hub, fold)
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(OrderedDict(network(name, seed).state_dict()), path)
     return path
+
+
+def checkpoint(name: str, hub: Path, fold: int = 0) -> Path:
+    """Return the path of a checkpoint in the published layout."""
+    folder, _, stem, _ = PUBLISHED[name]
+    return hub / folder / f"{stem}_fold{fold}.pth"
+
+
+def publish(name: str, hub: Path) -> int:
+    """Write the first fold of a model if it is missing, and return the seed of its weights."""
+    seed = list(PUBLISHED).index(name)
+    if not checkpoint(name, hub).exists():
+        save(name, hub, seed)
+    return seed
 
 
 def transforms(shape: tuple[int, int, int] = (40, 301, 301)):  # type: ignore[no-untyped-def]
