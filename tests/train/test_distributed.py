@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -36,16 +35,32 @@ def dying(work, at):
         return work(*given, **options)
     return step
 
-what, _, at = os.environ.get("DIE", "").partition(":")
-if what == "batch":
-    trainer.augment = dying(trainer.augment, int(at))
-if what == "file":
-    pathlib.Path.replace = dying(pathlib.Path.replace, int(at))
+def run():
+    train(table, spec, out, folds=4, only_folds=only, protocol=QUICK, resume=True, options=options)
+
+def run_and_die(death):
+    what, _, at = death.partition(":")
+    if what == "batch":
+        trainer.augment = dying(trainer.augment, int(at))
+    if what == "file":
+        pathlib.Path.replace = dying(pathlib.Path.replace, int(at))
+    run()
+
 ichprog.register_backbone("plain", plain_backbone)
 table, spec, out, cache = sys.argv[1:]
 options = TrainOptions(cache_dir=cache, device="cpu")
 only = [0] if "WORLD_SIZE" in os.environ else None
-train(table, spec, out, folds=4, only_folds=only, protocol=QUICK, resume=True, options=options)
+for death in os.environ.get("DEATHS", "").split():
+    process = os.fork()  # the child has the imported libraries
+    if process == 0:
+        try:
+            run_and_die(death)
+        finally:
+            os._exit(1)
+    status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    assert status == -signal.SIGKILL, (death, status)
+    assert not (pathlib.Path(out) / "config.json").exists(), death
+run()
 """
 
 
@@ -67,11 +82,7 @@ def drive(tmp_path, folder, spec, out, launcher=(sys.executable,), **environment
 def test_a_killed_run_resumes_to_the_same_files(trained, folder, spec, tmp_path):
     """Killed in the first pass, between two passes, while a fold is finished, and in a pass of a later fold."""
     out = tmp_path / "run"
-    for death in ("batch:2", "file:9", "file:26", "batch:70"):
-        killed = drive(tmp_path, folder, spec, out, DIE=death)
-        assert killed.returncode == -signal.SIGKILL, killed.stderr
-        assert not (out / "config.json").exists()
-    done = drive(tmp_path, folder, spec, out)
+    done = drive(tmp_path, folder, spec, out, DEATHS="batch:2 file:9 file:26 batch:70")
     assert done.returncode == 0, done.stderr
     assert run_checksums(out) == run_checksums(trained)
     assert not [path for path in out.rglob(".*-*") if path.is_file()], "nothing half-written is left"
