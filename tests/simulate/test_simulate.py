@@ -43,6 +43,11 @@ def people():
     return [draw_person(np.random.default_rng([9, number])) for number in range(4000)]
 
 
+@pytest.fixture(scope="module")
+def truths(people):
+    return [person.truth() for person in people]
+
+
 def drawn(seed=0, **changes):
     """One patient's scan, with changes to who they are and all chance the same."""
     patient = Patient(seed, 0, "plain")
@@ -289,17 +294,17 @@ def test_deaths_follow_the_ich_score(people):
         ("p_gcs_3_8", lambda p: p.gcs <= 8),
     ],
 )
-def test_events_occur_as_often_as_their_probabilities(people, probability, happened):
-    probabilities = np.array([p.truth()[probability] for p in people])
+def test_events_occur_as_often_as_their_probabilities(people, truths, probability, happened):
+    probabilities = np.array([truth[probability] for truth in truths])
     events = np.array([happened(p) for p in people])
     for part in np.array_split(np.argsort(probabilities), 5):
         error = np.sqrt(max(probabilities[part].mean() * (1 - probabilities[part].mean()), 1e-4) / len(part))
         assert abs(events[part].mean() - probabilities[part].mean()) < 4.5 * error + 0.01  # ages are whole years
 
 
-def test_the_image_does_not_show_the_whole_cause(people):
+def test_the_image_does_not_show_the_whole_cause(people, truths):
     from sklearn.metrics import roc_auc_score
 
     poor = [p.poor for p in people]
-    known, seen = ([p.truth()[name] for p in people] for name in ("p_poor", "seen_poor"))
+    known, seen = ([truth[name] for truth in truths] for name in ("p_poor", "seen_poor"))
     assert 0.7 < roc_auc_score(poor, seen) < roc_auc_score(poor, known) - 0.03 < 0.95
