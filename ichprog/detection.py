@@ -49,7 +49,7 @@ def describe(prediction: Prediction, spec: ModelSpec, scan: Scan | None) -> Haem
     if scan is None:
         return Haemorrhage(prediction, task, spec.limits)
     segmentation = cast("Segmentation", prediction[task.name].segmentation)  # the task has a mask
-    if scan.record.get("brain") == "given" and not {warning.code for warning in scan.warnings} & {_SKULL_CHECK}:
+    if scan.record.get("brain") == "given" and all(warning.code != _SKULL_CHECK for warning in scan.warnings):
         prediction = dataclasses.replace(prediction, warnings=(*prediction.warnings, _brain_only_warning(scan)))
     result = Haemorrhage(
         prediction, task, spec.limits, intraventricular=segmentation.region_probabilities.get(_VENTRICULAR)
@@ -70,6 +70,7 @@ def describe(prediction: Prediction, spec: ModelSpec, scan: Scan | None) -> Haem
 
 
 def _brain_only_warning(scan: Scan) -> ScanWarning:
+    """Return the warning that blood next to the skull may be missing."""
     volume_ml = volume_of(scan.brain, scan) if scan.brain is not None else 0.0
     message = (
         f"the scan holds {volume_ml:.0f} mL of brain without a skull: blood between brain and skull may have been "

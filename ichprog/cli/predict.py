@@ -29,6 +29,7 @@ from ichprog.cli.scans import (
 from ichprog.errors import ScanError
 
 if TYPE_CHECKING:
+    from ichprog.clinical_scores import ClinicalScores
     from ichprog.model import Model
     from ichprog.results import Prediction, Saliency
     from ichprog.scan import Scan
@@ -95,8 +96,6 @@ def predict(
 
     SCAN is a NIfTI file, a DICOM folder or a .zip of one, a folder of scans, or a table of patients (.csv).
     """
-    from ichprog.results import with_scores
-
     if bool(methods) != (maps is not None):
         raise click.UsageError("--explain and --maps need each other: a saliency method, and a folder for its maps.")
     chosen = parse_assignments("--option", options, _LAYER)
@@ -111,15 +110,7 @@ def predict(
         for source, stem, (prediction, examined) in with_progress(sources, results):
             computed = computer.scores(source, prediction.haemorrhage)
             add(prediction, computed)
-            if as_json:
-                click.echo(json.dumps(with_scores(prediction, computed)))
-            else:
-                click.echo(_format_prediction(prediction))
-                if computed is not None:
-                    click.echo(format_scores(computed))
-                found = prediction.haemorrhage
-                others = () if found is None else (each for each in found.warnings if each not in prediction.warnings)
-                print_warnings(prediction.scan, (*prediction.warnings, *others))
+            _print_prediction(prediction, computed, as_json=as_json)
             if isinstance(examined, ScanError):
                 has_failed = True
                 continue
@@ -236,6 +227,22 @@ def _save_maps(
         (saliency.save(folder / f"{stem}_{task}_{method}.nii.gz"), saliency)
         for (task, method), saliency in maps.items()
     ]
+
+
+def _print_prediction(prediction: "Prediction", scores: "ClinicalScores | None", *, as_json: bool) -> None:
+    """Print a prediction with its scores, and as text also its warnings and those of its haemorrhage."""
+    from ichprog.results import with_scores
+
+    if as_json:
+        click.echo(json.dumps(with_scores(prediction, scores)))
+        return
+    click.echo(_format_prediction(prediction))
+    if scores is not None:
+        click.echo(format_scores(scores))
+    print_warnings(prediction.scan, prediction.warnings)
+    if prediction.haemorrhage is not None:
+        others = [warning for warning in prediction.haemorrhage.warnings if warning not in prediction.warnings]
+        print_warnings(prediction.scan, others)
 
 
 def _format_prediction(prediction: "Prediction") -> str:
