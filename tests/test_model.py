@@ -466,7 +466,7 @@ import numpy as np
 from nibabel.spatialimages import SpatialImage
 
 import ichprog
-from ichprog import Prediction
+from ichprog import Haemorrhage, Prediction
 
 ichprog.explain("perez2023.prognosis", "scan.nii.gz").save("map.nii.gz")
 for key, saliency in ichprog.explain("perez2023.prognosis", "scan.nii.gz", method=["grad_cam"]).items():
@@ -478,11 +478,15 @@ model, zeros = ichprog.load_model("perez2023.prognosis"), np.zeros((2, 2, 2), np
 assert_type(ichprog.predict(model, (zeros, np.eye(4))), Prediction)
 def of_image(image: SpatialImage) -> None:
     assert_type(ichprog.predict(model, image), Prediction)
+    assert_type(ichprog.haemorrhage(image, model=model), Haemorrhage)
 assert_type(ichprog.predict(model, "scan.nii.gz"), Prediction | Any)
 assert_type(ichprog.predict(model, Path("scans")), Prediction | Any)
 assert_type(ichprog.predict(model, ["scans"]), list[Prediction])
 assert_type(ichprog.predict(model, Path().glob("*.nii")), Iterator[Prediction])
-ichprog.to_frame(ichprog.predict(model, "scans"))
+assert_type(ichprog.haemorrhage("scan.nii.gz"), Haemorrhage | Any)
+assert_type(ichprog.haemorrhage(["scans"]), list[Haemorrhage])
+assert_type(ichprog.haemorrhage(Path().glob("*.nii")), Iterator[Haemorrhage])
+ichprog.to_frame(ichprog.predict(model, "scans", haemorrhage=True))
 found = ichprog.predict(model, "scans")
 if isinstance(found, list):
     print(found[0].scan)
