@@ -1,6 +1,7 @@
 """`haemorrhage`, and predictions with a haemorrhage, by a model that finds blood by its density."""
 
 import csv
+import functools
 import json
 import re
 
@@ -33,6 +34,7 @@ def detector(tmp_path_factory):
     return torch_model(local_detector(tmp_path_factory.mktemp("models") / "detector"))
 
 
+@functools.cache
 def brain_with_blood(*pieces):
     """Return a brain without calcification, with spheres of blood in known places."""
     brain = phantoms.brain_only(phantoms.head(SPACING, blood=list(pieces), blood_hu=62.0, noise=1.0))
@@ -49,6 +51,12 @@ def bleeding():
 
 
 @pytest.fixture(scope="module")
+def found(detector, bleeding):
+    """Return the haemorrhage of the bleeding brain."""
+    return ichprog.haemorrhage(bleeding, model=detector)
+
+
+@pytest.fixture(scope="module")
 def healthy():
     return image_of(brain_with_blood())
 
@@ -58,8 +66,7 @@ def true_volume_ml():
     return blood.sum() * np.prod(SPACING) / 1000
 
 
-def test_a_haemorrhage_is_found_measured_and_shown_in_the_space_of_the_scan(detector, bleeding):
-    found = ichprog.haemorrhage(bleeding, model=detector)
+def test_a_haemorrhage_is_found_measured_and_shown_in_the_space_of_the_scan(found, bleeding):
     assert found.is_present
     assert found.probability > found.threshold == 0.4
     assert found.regions == MASK_VALUES
@@ -76,8 +83,7 @@ def test_a_haemorrhage_is_found_measured_and_shown_in_the_space_of_the_scan(dete
     assert found.intraventricular == found.prediction["bleeding"].segmentation.region_probabilities["ventricular"]
 
 
-def test_intervals_follow_from_the_spec_and_are_unknown_for_other_parts(detector, bleeding):
-    found = ichprog.haemorrhage(bleeding, model=detector)
+def test_intervals_follow_from_the_spec_and_are_unknown_for_other_parts(found):
     volume = found.volume_ml["total"]
     assert found.intervals_ml["total"] == pytest.approx(((volume + 1) * 0.8 - 1, (volume + 1) * 1.5 - 1))
     assert found.intervals_ml["ventricular"] is None
@@ -106,8 +112,7 @@ def test_a_haemorrhage_has_its_place_in_any_voxel_order(detector, blood, side, p
         assert sum(found.shares.values()) == pytest.approx(1)
 
 
-def test_a_haemorrhage_as_plain_data_has_the_names_of_its_attributes(detector, bleeding):
-    found = ichprog.haemorrhage(bleeding, model=detector)
+def test_a_haemorrhage_as_plain_data_has_the_names_of_its_attributes(found):
     data = json.loads(json.dumps(found.to_dict()))
     for name, value in data.items():
         own = getattr(found, name)
@@ -152,10 +157,9 @@ def test_a_model_that_finds_no_haemorrhage_is_refused(detector, bright_model, bl
         ichprog.predict(detector, bleeding, haemorrhage=torch_model(bright_model))
 
 
-def test_a_prediction_has_the_haemorrhage_of_its_scan(detector, bright_model, bleeding, monkeypatch):
+def test_a_prediction_has_the_haemorrhage_of_its_scan(found, detector, bright_model, bleeding, monkeypatch):
     outcome = torch_model(bright_model)
     alone = ichprog.predict(outcome, bleeding)
-    expected = ichprog.haemorrhage(bleeding, model=detector)
     calls = []
     load = ichprog.scan.load_deferred
     monkeypatch.setattr(
@@ -165,10 +169,10 @@ def test_a_prediction_has_the_haemorrhage_of_its_scan(detector, bright_model, bl
     assert len(calls) == 1  # one reading and one extraction for both networks
     assert alone.haemorrhage is None
     assert "haemorrhage" not in alone.to_dict()
-    assert prediction.haemorrhage.volume_ml == expected.volume_ml
-    assert prediction.haemorrhage.probability == expected.probability
+    assert prediction.haemorrhage.volume_ml == found.volume_ml
+    assert prediction.haemorrhage.probability == found.probability
     assert prediction["prognosis"] == alone["prognosis"]
-    assert json.loads(json.dumps(prediction.to_dict()))["haemorrhage"]["volume_ml"] == expected.volume_ml
+    assert json.loads(json.dumps(prediction.to_dict()))["haemorrhage"]["volume_ml"] == found.volume_ml
 
 
 def test_a_model_with_further_tasks_finds_haemorrhages_in_the_same_run(detector, bleeding, monkeypatch):
@@ -255,8 +259,8 @@ def test_doubtful_heads_give_warnings_in_units(detector):
     assert "Use brain='extract'" in warning_of(given, "skull-present").message
 
 
-def test_a_brain_without_its_skull_gives_a_warning_with_its_volume(detector, bright_model, bleeding):
-    warning = warning_of(ichprog.haemorrhage(bleeding, model=detector), "brain-only")
+def test_a_brain_without_its_skull_gives_a_warning_with_its_volume(found, detector, bright_model, bleeding):
+    warning = warning_of(found, "brain-only")
     brain_ml = phantoms.head(SPACING).brain.sum() * np.prod(SPACING) / 1000
     assert (warning.measured, warning.unit) == (pytest.approx(brain_ml, rel=0.01), "mL")
     assert "blood between brain and skull may have been removed" in warning.message
