@@ -6,6 +6,8 @@ constants of `ichprog.location` were chosen on the patients of one seed; the pag
 """
 
 import argparse
+import csv
+import dataclasses
 import re
 import time
 from collections import Counter
@@ -19,22 +21,24 @@ from ichprog.io import atomic_write
 from ichprog.location import Location, locate
 from ichprog.location.atlas import load_atlas
 from ichprog.location.locate import TENTORIUM_SHARE, TENTORIUM_SLOPE
+from ichprog.location.midline import measure_midline_shift
 from ichprog.location.registration import register
 from ichprog.metrics.bootstrap import wilson_interval
 from ichprog.scan import read
 from ichprog.scan.brain import extract_brain, run_extractor
 from ichprog.scan.morphology import bounding_box
-from ichprog.simulate import Patient
+from ichprog.simulate import PRESETS, Patient
 from ichprog.simulate.population import SITES
 
 PAGE = Path(__file__).parents[1] / "docs" / "location.md"
 CHOSEN, REPORTED = 31, 32
+LARGE_OF, LARGE_SHIFTS = 250, 22  # patients among whom large shifts are looked for, and how many are taken
 LATERAL_MM = 10.0  # the middle of a lateral haemorrhage is at least this far from the midline
 SCATTERED = {"subarachnoid", "convexity"}  # sites whose blood spreads through cisterns and sulci
 LOCATIONS = ("lobar", "deep", "infratentorial")
 AIR_HU = -1000
 FLUID_HU, SYMMETRIC = 18.0, (0.35, 0.65)
-PLAUSIBLE_MM, PLAUSIBLE_SCALE = 3.5, (0.85, 1.45)
+PLAUSIBLE_MM, PLAUSIBLE_SCALE, STRAIGHT_MM = 3.5, (0.85, 1.45), 3.0
 
 
 @dataclass(frozen=True)
@@ -88,10 +92,10 @@ def simulate(patient: Patient, folder: Path) -> dict[str, np.ndarray]:
     return arrays
 
 
-def measure(seed: int, count: int, folder: Path) -> list[Located]:
-    """Locate the haemorrhages of the first patients of a seed, by their true masks."""
+def measure(patients: Iterable[Patient], folder: Path) -> list[Located]:
+    """Locate the haemorrhages of patients by their true masks; patients without haemorrhage are left out."""
     located = []
-    for patient in (Patient(seed, number, "realistic") for number in range(count)):
+    for patient in patients:
         if not patient.person.bleeds:
             continue
         arrays = simulate(patient, folder)
@@ -99,6 +103,31 @@ def measure(seed: int, count: int, folder: Path) -> list[Located]:
         found = locate(arrays["blood"], arrays["brain"], arrays["hu"], tuple(arrays["mm"]))
         located.append(Located(patient, found, time.process_time() - start))
     return located
+
+
+def with_large_shifts(seed: int) -> list[Patient]:
+    """Return patients with larger haemorrhages: those with the largest midline shifts, and as many others."""
+    options = dataclasses.replace(PRESETS["realistic"], small_bleeds=False, without_blood=0.0)
+    patients = [Patient(seed, number, options) for number in range(LARGE_OF)]
+    by_shift = sorted(patients, key=lambda patient: -patient.shape.midline_shift_mm())
+    others = sorted(by_shift[LARGE_SHIFTS:], key=lambda patient: patient.number)[:LARGE_SHIFTS]
+    return [patient for pair in zip(by_shift[:LARGE_SHIFTS], others, strict=True) for patient in pair]
+
+
+def summarise_shifts(located: Sequence[Located]) -> list[tuple[str, str]]:
+    """Return the figures of the midline shift as rows of a table."""
+    measured = [one for one in located if one.found.midline_shift_mm is not None]
+    found = np.array([one.found.midline_shift_mm for one in measured], float)
+    true = np.array([one.patient.shape.midline_shift_mm() for one in measured])
+    error = np.abs(found - true)
+    low, high = np.array([one.found.midline_shift_interval_mm for one in measured], float).T
+    return [
+        ("patients, measured", f"{len(located)}, {len(measured)}"),
+        ("true shift: median, largest", f"{np.median(true):.1f} mm, {true.max():.1f} mm"),
+        ("error: median, 90 % quantile", f"{np.median(error):.1f} mm, {np.quantile(error, 0.9):.1f} mm"),
+        ("Pearson correlation", f"{np.corrcoef(found, true)[0, 1]:.2f}"),
+        ("true shift in the interval", _rate(int(((low <= true) & (true <= high)).sum()), len(measured))),
+    ]
 
 
 def fit_tentorium(shares: np.ndarray, infratentorial: np.ndarray) -> float:
@@ -153,39 +182,44 @@ def confusion(located: Iterable[Located]) -> list[str]:
     return lines + [f"| {true} | {' | '.join(str(counts[true, name]) for name in columns)} |" for true in LOCATIONS]
 
 
-def check_real_heads(folder: Path) -> list[tuple[str, str]]:
-    """Return counts of real heads whose registration is plausible."""
-    atlas = load_atlas()
-    ventricles, tissue = atlas.names.index("ventricles"), atlas.names.index("thalamus")
-    checks: list[tuple[bool, bool, bool, bool]] = []
-    for path in sorted(folder.glob("*.nii.gz")):
-        scan = read(path)
-        brain = run_extractor(scan)
-        registration = register(brain, scan.spacing, atlas)
-        voxels = np.stack(np.nonzero(brain))[:, ::5]
-        points = registration.to_atlas(voxels, scan.spacing)
-        regions, hu = atlas.regions_at(points), scan.hu[tuple(voxels)]
-        depth, _ = atlas.depth_at(points)
-        fluid = (regions == ventricles) & (hu < FLUID_HU)
-        right = float(np.mean(points[0, fluid] > 0))
-        scale = registration.scale
-        checks.append(
-            (
-                registration.residual_mm < PLAUSIBLE_MM,
-                bool((scale > PLAUSIBLE_SCALE[0]).all() and (scale < PLAUSIBLE_SCALE[1]).all()),
-                SYMMETRIC[0] < right < SYMMETRIC[1],
-                bool(np.median(hu[regions == ventricles]) < np.median(hu[(regions == tissue) & (depth > 0)])),
-            )
-        )
-    names = (
-        f"median distance of the surfaces below {PLAUSIBLE_MM:g} mm",
-        f"scales from {PLAUSIBLE_SCALE[0]:g} to {PLAUSIBLE_SCALE[1]:g}",
-        f"fluid of the ventricles: {100 * SYMMETRIC[0]:.0f} to {100 * SYMMETRIC[1]:.0f} % on the right",
-        "ventricles of the atlas less dense than its thalamus",
-    )
-    return [
-        (name, f"{sum(values)} of {len(values)}") for name, values in zip(names, zip(*checks, strict=True), strict=True)
+def check_real_heads(folder: Path) -> list[str]:
+    """Return a table of the number of real heads whose registration and midline are plausible."""
+    with (folder / "cohort.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    heads = [(row["haemorrhage"] == "1", check_real_head(folder / row["scan"])) for row in rows]
+    groups = [[checks for bleeds, checks in heads if bleeds == group] for group in (False, True)]
+    lines = [
+        f"| check | {len(groups[0])} heads without haemorrhage | {len(groups[1])} heads with haemorrhage |",
+        "| --- | --- | --- |",
     ]
+    counts = {name: [sum(checks[name] for checks in group) for group in groups] for name in heads[0][1]}
+    return lines + [f"| {name} | {without} | {bleeding} |" for name, (without, bleeding) in counts.items()]
+
+
+def check_real_head(path: Path) -> dict[str, bool]:
+    """Return which checks of the registration and the midline a real head passes."""
+    atlas, scan = load_atlas(), read(path)
+    brain = run_extractor(scan)
+    registration = register(brain, scan.spacing, atlas)
+    voxels = np.stack(np.nonzero(brain))[:, ::5]
+    points = registration.to_atlas(voxels, scan.spacing)
+    regions, hu = atlas.regions_at(points), scan.hu[tuple(voxels)]
+    ventricles, thalamus = (regions == atlas.names.index(name) for name in ("ventricles", "thalamus"))
+    right = float(np.mean(points[0, ventricles & (hu < FLUID_HU)] > 0))
+    shift = measure_midline_shift(scan.hu, np.zeros(brain.shape, np.uint8), registration, scan.spacing).mm
+    low, high = PLAUSIBLE_SCALE
+    return {
+        f"median distance of the surfaces below {PLAUSIBLE_MM:g} mm": registration.residual_mm < PLAUSIBLE_MM,
+        f"scales from {low:g} to {high:g}": bool(((registration.scale > low) & (registration.scale < high)).all()),
+        "ventricles of the atlas less dense than its thalamus": bool(
+            np.median(hu[ventricles]) < np.median(hu[thalamus])
+        ),
+        f"fluid of the ventricles: {100 * SYMMETRIC[0]:.0f} to {100 * SYMMETRIC[1]:.0f} % on the right": (
+            SYMMETRIC[0] < right < SYMMETRIC[1]
+        ),
+        "midline shift measured": shift is not None,
+        f"midline shift measured, below {STRAIGHT_MM:g} mm": shift is not None and shift < STRAIGHT_MM,
+    }
 
 
 def _rate(right: int, count: int) -> str:
@@ -211,10 +245,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
     parser.add_argument("--patients", type=int, default=95, help="patients of each seed, a third without blood")
+    parser.add_argument("--shifts", type=int, default=2 * LARGE_SHIFTS, help="patients with larger haemorrhages")
     parser.add_argument("--real", type=Path, help="folder of real heads")
     parser.add_argument("--page", action="store_true", help="write the page")
     options = parser.parse_args()
-    located = {seed: measure(seed, options.patients, options.output) for seed in (CHOSEN, REPORTED)}
+    located = {
+        seed: measure((Patient(seed, number, "realistic") for number in range(options.patients)), options.output)
+        for seed in (CHOSEN, REPORTED)
+    }
     chosen = located[CHOSEN]
     p = np.array([one.found.infratentorial for one in chosen])
     shares = TENTORIUM_SHARE + np.log(p / (1 - p)) / TENTORIUM_SLOPE
@@ -225,16 +263,18 @@ def main() -> None:
     lines += [f"| {name} | {tables[CHOSEN][name]} | {tables[REPORTED][name]} |" for name in tables[REPORTED]]
     lines += ["", f"Parenchymal haemorrhages of seed {REPORTED}:", "", *confusion(located[REPORTED])]
     print("\n".join(lines))
+    large = {s: measure(with_large_shifts(s)[: options.shifts], options.output / "large") for s in (CHOSEN, REPORTED)}
+    shifts = {seed: dict(summarise_shifts(patients)) for seed, patients in large.items()}
+    shift_lines = [f"| | seed {CHOSEN}, chosen on | seed {REPORTED}, reported |", "| --- | --- | --- |"]
+    shift_lines += [f"| {name} | {shifts[CHOSEN][name]} | {shifts[REPORTED][name]} |" for name in shifts[REPORTED]]
+    print("\n".join(shift_lines))
     real: list[str] = []
     if options.real:
-        real = [
-            "| check | heads |",
-            "| --- | --- |",
-            *(f"| {n} | {count} |" for n, count in check_real_heads(options.real)),
-        ]
+        real = check_real_heads(options.real)
         print("\n".join(real))
     if options.page:
         write_page("figures", lines)
+        write_page("midline shift", shift_lines)
         if real:
             write_page("real heads", real)
 

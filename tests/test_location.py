@@ -143,6 +143,47 @@ def test_the_result_is_plain_data_and_cannot_be_changed():
         found.shares["thalamus"] = 1.0
 
 
+def moved_ventricles(i_mm):
+    """Move the middle of a brain to the left, but not the skull."""
+    made = head()
+    hu = made.scan.hu.copy()
+    low = made.scan.affine[:3, 3] * (-1, -1, 1)
+    x, y, z = (lo + mm * np.arange(n) for lo, mm, n in zip(low, SPACING, hu.shape, strict=True))
+    box = np.ix_(np.abs(x) < 45, np.abs(y - 5) < 45, np.abs(z - 10) < 20)
+    hu[box] = np.roll(hu[box], round(i_mm / SPACING[0]), axis=0)
+    return hu
+
+
+@pytest.mark.parametrize("shift_mm", [0.0, 4.5, 9.0, -9.0])
+def test_a_shift_of_the_ventricles_is_measured(shift_mm):
+    made = head()
+    found = locate(np.zeros(made.brain.shape, np.uint8), made.brain, moved_ventricles(shift_mm), SPACING)
+    assert found.midline_shift_mm == pytest.approx(abs(shift_mm), abs=max(1.0, 0.2 * abs(shift_mm)))
+    low, high = found.midline_shift_interval_mm
+    assert 0 <= low <= found.midline_shift_mm <= high
+    assert found.midline_shift_reason is None
+
+
+def test_blood_in_the_ventricles_does_not_hide_the_shift():
+    made, hu = head(), moved_ventricles(9.0)
+    mask = ((hu < 20) & made.brain).astype(np.uint8) * np.uint8(VENTRICULAR)
+    clotted = np.where(mask > 0, 65, hu)
+    found = locate(mask, made.brain, clotted.astype(np.float32), SPACING)
+    assert found.midline_shift_mm == pytest.approx(9.0, abs=1.5)
+
+
+def test_a_shift_that_cannot_be_measured_has_a_reason():
+    made = head()
+    mask = np.zeros(made.brain.shape, np.uint8)
+    dense = np.full(made.brain.shape, 34, np.float32)
+    found = locate(mask, made.brain, dense, SPACING)
+    assert (found.midline_shift_mm, found.midline_shift_interval_mm) == (None, None)
+    assert "0.0 mL of fluid" in found.midline_shift_reason
+    top = np.flatnonzero(made.brain.any((0, 1)))[-1] - 9
+    upper = [a[:, :, top:] for a in (mask, made.brain, made.scan.hu)]
+    assert locate(*upper, SPACING).midline_shift_mm is None
+
+
 def test_the_same_head_gives_the_same_location():
     assert place("lobar") == place("lobar")
 

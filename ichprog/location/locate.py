@@ -9,6 +9,7 @@ import numpy as np
 
 from ichprog.errors import InvalidValueError, ScanError
 from ichprog.location.atlas import Atlas, load_atlas
+from ichprog.location.midline import measure_midline_shift
 from ichprog.location.registration import register
 from ichprog.scan.volume import Spacing
 
@@ -21,7 +22,6 @@ _BOTH_SIDES = 0.2  # smaller share on the other side: the haemorrhage has one si
 _MIDLINE_MM = 22.0  # blood on both sides that lies closer than this to the midsagittal plane is in the midline
 _DEEP_SHARE = 0.4  # of a deep haemorrhage; chosen on simulated patients, see `benchmarks/location.py`
 TENTORIUM_SHARE, TENTORIUM_SLOPE = 0.5, 8.0  # of the logistic function; the slope was fitted to the same patients
-_NO_SHIFT = "not measured"
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Location:
             "subarachnoid" or "subdural_epidural". None without blood.
         infratentorial: Probability that the haemorrhage lies below the tentorium, 0 without blood.
         shares: Share of all blood in each region of the atlas.
-        midline_shift_mm: Displacement of the septum from the midsagittal plane in mm, or None if it was not measured.
+        midline_shift_mm: Distance of the ventricles from the midsagittal plane in mm, or None if it was not measured.
         midline_shift_interval_mm: Interval that contains 90 % of the true values, or None.
         midline_shift_reason: Why the midline shift was not measured, or None.
     """
@@ -46,7 +46,7 @@ class Location:
     shares: Mapping[str, float]
     midline_shift_mm: float | None = None
     midline_shift_interval_mm: tuple[float, float] | None = None
-    midline_shift_reason: str | None = _NO_SHIFT
+    midline_shift_reason: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return all values as plain data.
@@ -97,9 +97,11 @@ def locate(mask: np.ndarray, brain: np.ndarray, hu: np.ndarray, spacing_mm: Spac
     _validate(mask, brain, hu, spacing_mm)
     atlas = load_atlas()
     registration = register(brain, spacing_mm, atlas)
+    shift = measure_midline_shift(hu, mask, registration, spacing_mm)
+    of_shift = (shift.mm, shift.interval_mm, shift.reason)
     blood = np.stack(np.nonzero(mask))
     if not blood.size:
-        return Location(None, None, 0.0, MappingProxyType(dict.fromkeys(atlas.names, 0.0)))
+        return Location(None, None, 0.0, MappingProxyType(dict.fromkeys(atlas.names, 0.0)), *of_shift)
     kinds = mask[tuple(blood)]
     points = registration.to_atlas(blood, spacing_mm)
     regions = atlas.regions_at(points)
@@ -112,6 +114,7 @@ def locate(mask: np.ndarray, brain: np.ndarray, hu: np.ndarray, spacing_mm: Spac
         _location(kind, infratentorial, of_kind),
         infratentorial,
         MappingProxyType(_shares(regions, atlas)),
+        *of_shift,
     )
 
 
