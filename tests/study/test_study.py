@@ -276,7 +276,14 @@ def smoke(tmp_path_factory):
         patch.setenv("OMP_NUM_THREADS", "1")
         assert command("study", "new", toml, "--preset", "smoke").exit_code == 0
         text = toml.read_text()
-        toml.write_text(text.replace("patients = 24", "patients = 16").replace("epochs = 6", "epochs = 2"))
+        for before, after in (
+            ("patients = 24", "patients = 16"),
+            ("epochs = 6", "epochs = 1"),
+            ("n_bootstrap = 200", "n_bootstrap = 50"),
+        ):
+            assert before in text
+            text = text.replace(before, after)
+        toml.write_text(text)
         done = command("study", "run", toml, "--output", out, "--saliency-patients", 2, "--cache-dir", folder / "cache")
         assert done.exit_code == 0, done.output
     return toml, out, done
