@@ -98,6 +98,8 @@ def predict(
     """
     if bool(methods) != (maps is not None):
         raise click.UsageError("--explain and --maps need each other: a saliency method, and a folder for its maps.")
+    if detector_name != zoo.DETECTOR and not (haemorrhage or scores):
+        raise click.UsageError("--haemorrhage-model needs --haemorrhage or --scores.")
     chosen = parse_assignments("--option", options, _LAYER)
     sources = find_scans(scans)
     computer = ScoreComputer(sources, clinical, is_requested=scores)

@@ -98,6 +98,11 @@ def test_predict_finds_the_haemorrhage_as_well(run, bright_model, detector, scan
     assert sorted(path.name for path in masks.iterdir()) == ["brain_brain.nii.gz", "brain_haemorrhage.nii.gz"]
 
 
+def test_a_model_for_haemorrhages_that_nothing_uses_is_wrong_use(run, detector):
+    result = run("predict", "none.nii.gz", "--haemorrhage-model", detector, code=2)
+    assert "--haemorrhage-model needs --haemorrhage or --scores" in result.output
+
+
 def test_scores_are_printed_with_their_outcome_and_sources(run, bright_model, detector, scan, tmp_path):
     clinical = ("--scores", "--clinical", "age=71", "--clinical", "gcs=9")
     arguments = ("predict", scan, "-m", bright_model, "--haemorrhage-model", detector, *clinical)
