@@ -110,6 +110,10 @@ def test_a_haemorrhage_has_its_place_in_any_voxel_order(detector, blood, side, p
         assert (found.side, found.location) == (side, place)
         assert (found.infratentorial > 0.5) == (place == "infratentorial")
         assert sum(found.shares.values()) == pytest.approx(1)
+        assert found.midline_shift_mm is not None or found.midline_shift_reason
+        low, high = found.midline_shift_interval_mm or (0, 0)
+        assert low <= (found.midline_shift_mm or 0) <= high  # the ventricles of these brains are in the middle
+        assert low < 3
 
 
 def test_a_haemorrhage_as_plain_data_has_the_names_of_its_attributes(found):
