@@ -4,12 +4,13 @@ FOLDER holds `slices.csv`, `patients.csv` and `build.py`, which builds NIfTI fil
 scans, one row for each head in `heads.csv`, one row for each slice in `slices.csv`, and `summary.json`. These files
 hold values of single patients and must not be published. The page has counts and summary figures only.
 
-A haemorrhage detector is one function from a scan to scores, registered in DETECTORS.
+A haemorrhage detector is one function from a head and its scan to scores, registered in DETECTORS.
 """
 
 import argparse
 import csv
 import dataclasses
+import functools
 import json
 import re
 import subprocess
@@ -35,6 +36,8 @@ from ichprog.scan.validation import validate_ct
 
 PAGE = Path(__file__).parents[1] / "docs" / "real-heads.md"
 MODEL = "compact.prognosis_gcs3_age"
+NETWORK = "compact.haemorrhage"
+FOLDS = 3
 AGE_GROUPS = {"under 18 years": (0, 18), "18 years or older": (18, 200)}
 SMALLEST_GROUP = 4  # figures of fewer bleeding or other heads would tell about single patients
 AT_END = 0.002  # a brain ends at a side if a smaller share is missing there
@@ -45,7 +48,7 @@ SIMULATED_SEED = 5
 
 
 class Scores(NamedTuple):
-    """Scores of a detector for one scan, each from 0 to 1; blood is called above 0.5.
+    """Scores of a detector for one scan, each from 0 to 1. Blood is called above 0.5, the threshold of the detector.
 
     Attributes:
         slices: `(k,)` score of each slice, as the file stores the slices.
@@ -56,14 +59,42 @@ class Scores(NamedTuple):
     patient: float
 
 
-def score_dense_blood(path: Path) -> Scores:
+def fold_of(name: str) -> int:
+    """Return the fold of the network that was not trained on a head, as in `docs/haemorrhage.py`."""
+    return int(re.sub(r"\D", "", name)) % FOLDS
+
+
+def score_dense_blood(head: "Head", path: Path) -> Scores:
     """Score a scan by the measurement of the check `no-blood`: 1 mL, and 1 cm2 in a slice, give 0.5."""
     scan = read(path)
     blood_ml, area_cm2 = measure_dense_blood(scan, run_extractor(scan))
     return Scores(area_cm2 / (area_cm2 + 1), blood_ml / (blood_ml + 1))
 
 
-DETECTORS: dict[str, Callable[[Path], Scores]] = {"the measurement of `no-blood`": score_dense_blood}
+def score_network(head: "Head", path: Path) -> Scores:
+    """Score a scan by the fold of the network that was not trained on it."""
+    model = _network(fold_of(head.name))
+    (task,) = model.spec.tasks
+    result = ichprog.predict(model, path)[task.name]
+    slices = np.array(result.segmentation.slice_probabilities)
+    return Scores(slices, _centre(result.probabilities[task.labels[-1]], task.decision_threshold))
+
+
+@functools.cache
+def _network(fold: int) -> ichprog.Model:
+    return ichprog.load_model(NETWORK, fold=fold)
+
+
+def _centre(probability: float, threshold: float) -> float:
+    """Return the probability at other prior odds, so that the threshold becomes 0.5."""
+    above, below = probability * (1 - threshold), (1 - probability) * threshold
+    return above / (above + below)
+
+
+DETECTORS: dict[str, Callable[["Head", Path], Scores]] = {
+    "the measurement of `no-blood`": score_dense_blood,
+    f"`{NETWORK}`": score_network,
+}
 
 
 @dataclass
@@ -134,7 +165,7 @@ def measure_head(head: Head, path: Path, model: ichprog.Model) -> None:
         head.missing = share if side == "top" else head.missing
         if share < AT_END:
             head.cropping[side] = take_slices_off(stack, scan.spacing)
-    head.scores = {name: score(path) for name, score in DETECTORS.items()}
+    head.scores = {name: score(head, path) for name, score in DETECTORS.items()}
     prediction = ichprog.predict(model, path)
     head.p_poor, head.p_old = (list(prediction[task].probabilities.values())[-1] for task in ("prognosis", "age"))
 
@@ -230,6 +261,32 @@ def detection_rows(heads: Sequence[Head], detector: str) -> list[dict[str, Any]]
     return rows
 
 
+def cross_fitted(heads: Sequence[Head], detector: str) -> dict[str, Any]:
+    """Return sensitivity and specificity by patient with a threshold that was chosen on the heads of the other folds.
+
+    The threshold has the highest sum of sensitivity and specificity. Bleeds in one slice only are left out.
+    """
+    used = [head for head in heads if not head.bleeds or head.slices.any(1).sum() >= 2]
+    truth = np.array([head.bleeds for head in used])
+    scores = np.array([head.scores[detector].patient for head in used])
+    folds = np.array([fold_of(head.name) for head in used])
+    called = np.zeros(len(used), bool)
+    for fold in range(FOLDS):
+        called[folds == fold] = scores[folds == fold] > best_threshold(truth[folds != fold], scores[folds != fold])
+    figures = {"bleeding": int(truth.sum()), "other": int((~truth).sum())}
+    for name, right in (("sensitivity", called[truth]), ("specificity", ~called[~truth])):
+        low, high = wilson_interval(int(right.sum()), len(right))
+        figures[name] = (float(right.mean()), float(low), float(high))
+    return figures
+
+
+def best_threshold(truth: np.ndarray, scores: np.ndarray) -> float:
+    """Return the threshold with the highest sum of sensitivity and specificity, halfway between two scores."""
+    ordered = np.unique(scores)
+    between = (ordered[1:] + ordered[:-1]) / 2
+    return float(max(between, key=lambda at: (scores[truth] > at).mean() + (scores[~truth] <= at).mean()))
+
+
 def summarise(heads: Sequence[Head], simulated: Sequence[list[tuple[float, float]]]) -> dict[str, Any]:
     """Return all summary figures. They contain no value of a single patient."""
     answered = [head for head in heads if np.isfinite(head.volume_ml)]
@@ -262,6 +319,7 @@ def summarise(heads: Sequence[Head], simulated: Sequence[list[tuple[float, float
         },
         "nearly_whole": sum(head.missing < 0.01 for head in answered),
         "detection": {name: detection_rows(answered, name) for name in DETECTORS},
+        "cross_fitted": {name: cross_fitted(answered, name) for name in DETECTORS},
         "age": correlations({"P(age >= 80)": [h.p_old for h in adults]}, [h.age for h in adults])[0],
         "poor": poor["auroc"],
     }
@@ -307,6 +365,7 @@ def _figures(summary: Mapping[str, Any]) -> str:
             f"### Haemorrhage by {name}",
             note,
             *(_detection_table(rows, level) for level in ("patient", "slice")),
+            _cross_fitted_text(summary["cross_fitted"][name]),
         ]
     age = summary["age"]
     parts += [
@@ -337,6 +396,14 @@ def _detection_table(rows: Sequence[Mapping[str, Any]], level: str) -> str:
         for row in rows
     ]
     return _table([f"by {level}", "bleeding heads", "other heads", "AUC", "sensitivity", "specificity"], cells)
+
+
+def _cross_fitted_text(figures: Mapping[str, Any]) -> str:
+    return (
+        f"With a threshold chosen on two folds and applied to the third, {figures['bleeding']} bleeds in two slices or "
+        f"more are found with a sensitivity of {_interval(figures['sensitivity'])} and a specificity of "
+        f"{_interval(figures['specificity'])}."
+    )
 
 
 def _interval(values: Sequence[float]) -> str:

@@ -113,6 +113,24 @@ class Ordinal(_Ordered, _PooledLinear):
     """Predict ordered labels. Logit k is the log odds of P(label > k); K is the number of labels minus 1."""
 
 
+class DenseLossWeights(NamedTuple):
+    """Weights of the terms of `Segmentation.dense_loss`.
+
+    Attributes:
+        cells: Mean cross-entropy over cells. It is small, because few cells lie in a region.
+        dice: One minus the soft Dice coefficient.
+        kinds: Cross-entropy between regions.
+        slices: Cross-entropy over slices.
+        regions: Cross-entropy over the regions of grids.
+    """
+
+    cells: float = 50.0
+    dice: float = 0.5
+    kinds: float = 0.1
+    slices: float = 0.7
+    regions: float = 0.2
+
+
 class Segmentation(_Ordered):
     """Predict regions voxel by voxel, and ordered labels from the slices with the most evidence of a region.
 
@@ -122,13 +140,14 @@ class Segmentation(_Ordered):
     """
 
     _PRIOR_LOG_ODDS = 5.0  # of a cell in no region, before training; regions are rare
-    _LOSS_WEIGHTS = (2.0, 0.5, 0.5, 0.7, 0.3)  # cells, Dice, kinds of regions, slices, regions
     _EMPTY_DICE = 10.0  # cells; a batch without regions must not dominate the loss
 
     def __init__(self, in_channels: int, labels: int, regions: int, top_share: float) -> None:
         super().__init__()
         self.top_share = top_share
+        self.loss_weights = DenseLossWeights()
         self.voxels = nn.Conv3d(in_channels, regions + 1, 1)
+        nn.init.zeros_(self.voxels.weight)  # random evidence could hide the cells that explain a slice
         with torch.no_grad():
             self.voxels.bias[0] += self._PRIOR_LOG_ODDS  # type: ignore[index]
         self.slice_scale = nn.Parameter(torch.ones(()))
@@ -177,11 +196,11 @@ class Segmentation(_Ordered):
     def dense_loss(self, dense: DenseLogits, target: Tensor) -> Tensor:
         """Return the loss over voxels, slices and regions.
 
-        The loss is a weighted sum of five terms. Over known cells: the mean binary cross-entropy of any region, one
-        minus the soft Dice coefficient of all regions together, and the mean cross-entropy between the regions where
-        there is one. Then the mean binary cross-entropies over known slices, and over the regions of known grids. A
-        slice holds a region if the regions fill at least half of one of its cells, and holds none if they fill at most
-        a twentieth of each. The same rule applies to one region and a grid.
+        The loss is the sum of five terms with `loss_weights`. Over known cells: the mean binary cross-entropy of any
+        region, one minus the soft Dice coefficient of all regions together, and the mean cross-entropy between the
+        regions where there is one. Then the mean binary cross-entropies over known slices, and over the regions of
+        known grids. A slice holds a region if the regions fill at least half of one of its cells, and holds none if
+        they fill at most a twentieth of each. The same rule applies to one region and a grid.
 
         Args:
             dense: The logits.
@@ -202,7 +221,7 @@ class Segmentation(_Ordered):
         kinds = -(inside * voxels[:, 1:].log_softmax(1)).sum() / filled.sum().clamp(min=1)
         slices, regions = self._slice_loss(dense.slices.float(), target, known), _region_loss(dense.regions, target)
         terms = (entropy, (1 - dice) * known.any(), kinds, slices, regions)
-        return torch.stack([weight * term for weight, term in zip(self._LOSS_WEIGHTS, terms, strict=True)]).sum()
+        return torch.stack([weight * term for weight, term in zip(self.loss_weights, terms, strict=True)]).sum()
 
     def _slice_loss(self, slices: Tensor, target: Tensor, known: Tensor) -> Tensor:
         """Return the mean binary cross-entropy over slices that are known to hold a region or to hold none."""

@@ -89,7 +89,7 @@ def test_the_demo_needs_no_network_and_no_cache(tmp_path):
     assert "simulated" in done.stdout
     assert "simulated" in done.stderr
     lines = done.stdout.splitlines()
-    assert [line.split()[0] for line in lines[1:4]] == ["prognosis", "gcs", "age"]
+    assert [line.split()[0] for line in lines[1:5]] == ["prognosis", "gcs", "age", "haemorrhage"]
     out = tmp_path / "out"
     with (out / "results.csv").open(newline="") as file:
         (row,) = csv.DictReader(file)

@@ -23,7 +23,7 @@ def heads():
         if number % 2:
             slices[3:5, number // 2 % 2] = True
         p = np.clip(random.uniform(0, 0.6, 10) + 0.4 * slices.any(1), 0, 1)
-        scores = {DETECTOR: BENCHMARK["Scores"](p, float(p.max()))}
+        scores = dict.fromkeys(BENCHMARK["DETECTORS"], BENCHMARK["Scores"](p, float(p.max())))
         made.append(BENCHMARK["Head"](
             f"h{number}", 5.0 + 6 * number, slices, 1500.0 + number, 0.5, ("no-blood",) * (number < 3),
             0.001, {"top": [(float(mm), 1.1 * mm) for mm in BENCHMARK["REMOVED_MM"]]}, scores,
@@ -50,6 +50,21 @@ def test_other_kinds_are_left_out_of_the_figures_of_a_kind(heads):
     assert (rows["all"]["bleeding"], rows["all"]["other"]) == (8, 8)
     assert (rows["intraventricular"]["bleeding"], rows["intraventricular"]["other"]) == (4, 8)
     assert rows["18 years or older"]["bleeding"] + rows["18 years or older"]["other"] == 13
+
+
+def test_a_threshold_is_applied_to_heads_that_did_not_choose_it(heads):
+    figures = BENCHMARK["cross_fitted"](heads, DETECTOR)
+    called = 0
+    for fold in range(3):
+        own, others = ([h for h in heads if (BENCHMARK["fold_of"](h.name) == fold) is own] for own in (True, False))
+        truth = np.array([head.bleeds for head in others])
+        scores = np.array([head.scores[DETECTOR].patient for head in others])
+        candidates = np.linspace(0, 1, 2001)
+        sums = [(scores[truth] > at).mean() + (scores[~truth] <= at).mean() for at in candidates]
+        threshold = BENCHMARK["best_threshold"](truth, scores)
+        assert (scores[truth] > threshold).mean() + (scores[~truth] <= threshold).mean() == pytest.approx(max(sums))
+        called += sum(h.scores[DETECTOR].patient > threshold for h in own if h.bleeds)
+    assert figures["sensitivity"][0] == pytest.approx(called / figures["bleeding"])
 
 
 def test_groups_of_few_patients_have_no_figures(heads):

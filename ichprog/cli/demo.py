@@ -5,7 +5,9 @@ from pathlib import Path
 import click
 
 import ichprog
+from ichprog import zoo
 from ichprog.cli.options import as_json, print_json
+from ichprog.cli.scans import format_haemorrhage
 
 _MODEL = "compact.prognosis_gcs3_age"
 _PATIENT = (2, 0)  # seed and number of a patient that the embedded model was not trained on
@@ -19,9 +21,7 @@ _METHOD = "grad_cam"
 )  # fmt: skip
 @as_json
 def demo(folder: Path, as_json: bool) -> None:
-    """Simulate a patient, predict and explain, with no data and no network."""
-    import nibabel as nib
-
+    """Simulate a patient, predict, explain and measure the haemorrhage, with no data and no network."""
     from ichprog.io import atomic_write
     from ichprog.reporting.overlay import plot
     from ichprog.results import results_file
@@ -29,10 +29,11 @@ def demo(folder: Path, as_json: bool) -> None:
 
     folder.mkdir(parents=True, exist_ok=True)
     patient = Patient(*_PATIENT, preset="plain")
-    scan_path, mask_path = patient.save(folder)
+    scan_path, _ = patient.save(folder)
     model = ichprog.load_model(_MODEL, runtime="torch")  # compiles nothing and leaves nothing in the cache
     scan = model.load_scan(scan_path)
     prediction = ichprog.predict(model, scan)
+    blood = ichprog.haemorrhage(scan_path, model=ichprog.load_model(zoo.DETECTOR, runtime="torch"))
     with results_file(folder / "results.csv", model.spec) as add:
         add(prediction)
     maps = ichprog.explain(model, scan, task=[task.name for task in model.spec.tasks], method=[_METHOD])
@@ -40,9 +41,10 @@ def demo(folder: Path, as_json: bool) -> None:
         saliency.save(folder / f"{patient.name}_{name}_{method}.nii.gz")
     picture = folder / "picture.png"
     with atomic_write(picture) as partial:
-        plot(maps, scan_path, prediction=prediction, outline=nib.load(mask_path)).savefig(partial, dpi=110)
+        plot(maps, scan_path, prediction=prediction, outline=blood.mask).savefig(partial, dpi=110)
     if as_json:
-        print_json({"prediction": prediction.to_dict(), "truth": patient.truth(), "folder": str(folder)})
+        results = {"prediction": prediction.to_dict(), "haemorrhage": blood.to_dict()}
+        print_json({**results, "truth": patient.truth(), "folder": str(folder)})
     else:
         columns = patient.columns()
         click.echo(f"{'task':12}{'prediction':12}{'probability':>12}   truth")
@@ -51,5 +53,8 @@ def demo(folder: Path, as_json: bool) -> None:
             truth = f"{task.labels[task.target.index(float(value))]} ({task.target.column} {value})"
             click.echo(f"{task.name:12}{answer.label:12}{answer.probabilities[answer.label]:12.2f}   {truth}")
         person = patient.person
-        click.echo(f"The patient is simulated: {person.site}, {person.volume_ml:.0f} mL. Picture: {picture}")
+        click.echo(
+            f"{format_haemorrhage(blood)}   truth {person.site}, {person.volume_ml:.0f} mL outside the ventricles"
+        )
+        click.echo(f"The patient is simulated. Picture, with the blood that was found outlined: {picture}")
     click.echo(model.spec.notice, err=True)
