@@ -147,7 +147,6 @@ class Segmentation(_Ordered):
         self.top_share = top_share
         self.loss_weights = DenseLossWeights()
         self.voxels = nn.Conv3d(in_channels, regions + 1, 1)
-        nn.init.zeros_(self.voxels.weight)  # random evidence could hide the cells that explain a slice
         with torch.no_grad():
             self.voxels.bias[0] += self._PRIOR_LOG_ODDS  # type: ignore[index]
         self.slice_scale = nn.Parameter(torch.ones(()))
