@@ -57,4 +57,5 @@ def demo(folder: Path, as_json: bool) -> None:
             f"{format_haemorrhage(blood)}   truth {person.site}, {person.volume_ml:.0f} mL outside the ventricles"
         )
         click.echo(f"The patient is simulated. Picture, with the blood that was found outlined: {picture}")
+    click.echo(blood.limits[0], err=True)
     click.echo(model.spec.notice, err=True)
