@@ -14,7 +14,7 @@ from ichprog import registry, zoo
 
 from support import reference_pipeline
 from support.hub_server import HubServer
-from support.models import REPOSITORY, bright_backbone, local_model
+from support.models import REPOSITORY, bright_backbone, intensity_backbone, local_model
 from support.phantoms import brain_hu
 
 
@@ -24,6 +24,14 @@ def empty_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("ICHPROG_CACHE", str(tmp_path_factory.mktemp("cache")))
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+
+
+@pytest.fixture(scope="module")
+def registered_intensity_backbone():
+    """Register a backbone whose feature is the grid itself, for the tests of dense tasks."""
+    registry.register_backbone("intensity", intensity_backbone)
+    yield
+    registry.backbones.unregister("intensity")
 
 
 @pytest.fixture(scope="module")

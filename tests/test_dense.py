@@ -23,7 +23,8 @@ from ichprog.spec import MaskTarget, ModelSpec, PluginRef, Target, Task, Weights
 from ichprog.train import PRESETS, TrainOptions, grid_cache, train
 from ichprog.train.grid_cache import RegionSource
 
-from support.models import intensity_backbone
+pytestmark = pytest.mark.usefixtures("registered_intensity_backbone")
+
 
 SHAPE = (12, 32, 32)
 VOXEL_MM = (1.5, 1.5, 5.0)
@@ -38,13 +39,6 @@ TASK = Task(
 PROTOCOL = PRESETS["default"].replace(
     epochs=8, warmup_epochs=1, batch_size=4, learning_rate=0.05, validation_fraction=0.3, rotation_prob=0.0
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def registered_intensity_backbone():
-    registry.register_backbone("intensity", intensity_backbone)
-    yield
-    registry.backbones.unregister("intensity")
 
 
 @pytest.fixture(scope="module")

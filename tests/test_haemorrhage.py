@@ -10,23 +10,17 @@ import numpy as np
 import pytest
 
 import ichprog
-from ichprog import registry
 from ichprog.errors import InvalidValueError, ScanError
 from ichprog.results import haemorrhage_file, results_file
 from ichprog.scan.morphology import dilate_mm
 from ichprog.simulate import MASK_VALUES
 
 from support import dicom_series, phantoms
-from support.models import intensity_backbone, local_detector, torch_model
+from support.models import local_detector, torch_model
+
+pytestmark = pytest.mark.usefixtures("registered_intensity_backbone")
 
 SPACING = (1.5, 1.5, 5.0)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def registered_intensity_backbone():
-    registry.register_backbone("intensity", intensity_backbone)
-    yield
-    registry.backbones.unregister("intensity")
 
 
 @pytest.fixture(scope="module")

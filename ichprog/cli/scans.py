@@ -1,4 +1,4 @@
-"""What the commands share that run a model on scans: sources, progress, files, warnings and clinical scores."""
+"""Share between commands how scans are found, and how progress, files, warnings and clinical scores are written."""
 
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -55,7 +55,7 @@ def find_scans(paths: tuple[Path, ...]) -> "list[ScanSource]":
 
 
 class ScoreComputer:
-    """Computes the clinical scores of each patient.
+    """Compute the clinical scores of each patient.
 
     Args:
         sources: The scans.

@@ -9,17 +9,12 @@ import numpy as np
 import pytest
 
 import ichprog
-from ichprog import clinical_scores, registry
+from ichprog import clinical_scores
 
 from support import phantoms
-from support.models import intensity_backbone, local_detector
+from support.models import local_detector
 
-
-@pytest.fixture(autouse=True, scope="module")
-def registered_intensity_backbone():
-    registry.register_backbone("intensity", intensity_backbone)
-    yield
-    registry.backbones.unregister("intensity")
+pytestmark = pytest.mark.usefixtures("registered_intensity_backbone")
 
 
 @pytest.fixture(scope="module")
