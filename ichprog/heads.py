@@ -195,11 +195,12 @@ class Segmentation(_Ordered):
     def dense_loss(self, dense: DenseLogits, target: Tensor) -> Tensor:
         """Return the loss over voxels, slices and regions.
 
-        The loss is the sum of five terms with `loss_weights`. Over known cells: the mean binary cross-entropy of any
-        region, one minus the soft Dice coefficient of all regions together, and the mean cross-entropy between the
-        regions where there is one. Then the mean binary cross-entropies over known slices, and over the regions of
-        known grids. A slice holds a region if the regions fill at least half of one of its cells, and holds none if
-        they fill at most a twentieth of each. The same rule applies to one region and a grid.
+        The loss is the sum of five terms with `loss_weights`. Three are over known cells: the mean binary cross-entropy
+        of any region, one minus the soft Dice coefficient of all regions together (mean over grids), and the
+        cross-entropy between the regions where there is one, in which each region has the same weight. The other two
+        are the mean binary cross-entropies over known slices, and over the regions of known grids. A slice holds a
+        region if the regions fill at least half of one of its cells, and holds none if they fill at most a twentieth
+        of each. The same rule applies to one region and a grid.
 
         Args:
             dense: The logits.
@@ -215,11 +216,11 @@ class Segmentation(_Ordered):
         evidence = voxels[:, 1:].logsumexp(1) - voxels[:, 0]
         entropy = _known_cross_entropy(evidence, filled, known)
         probability = evidence.sigmoid() * known
-        overlap, size = (probability * filled).sum(), (probability + filled).sum()
-        dice = (2 * overlap + self._EMPTY_DICE) / (size + self._EMPTY_DICE)
-        kinds = -(inside * voxels[:, 1:].log_softmax(1)).sum() / filled.sum().clamp(min=1)
+        overlap, size = (probability * filled).sum((1, 2, 3)), (probability + filled).sum((1, 2, 3))
+        dice = (2 * overlap + self._EMPTY_DICE) / (size + self._EMPTY_DICE)  # of each grid: small regions count too
+        kinds = _balanced_cross_entropy(voxels[:, 1:], inside)
         slices, regions = self._slice_loss(dense.slices.float(), target, known), _region_loss(dense.regions, target)
-        terms = (entropy, (1 - dice) * known.any(), kinds, slices, regions)
+        terms = (entropy, (1 - dice).mean(), kinds, slices, regions)
         return torch.stack([weight * term for weight, term in zip(self.loss_weights, terms, strict=True)]).sum()
 
     def _slice_loss(self, slices: Tensor, target: Tensor, known: Tensor) -> Tensor:
@@ -238,6 +239,14 @@ def _region_loss(regions: Tensor, target: Tensor) -> Tensor:
     holds, holds_none = filled >= 0.5, filled <= 0.05
     known = (target >= 0).flatten(1).all(1)[:, None]
     return _known_cross_entropy(regions.float(), holds, known & (holds | holds_none))
+
+
+def _balanced_cross_entropy(logits: Tensor, inside: Tensor) -> Tensor:
+    """Return the cross-entropy between regions inside them, averaged over each region and then over regions."""
+    size = inside.sum((0, 2, 3, 4))
+    weight = size / (size + 1)  # a region of a fraction of a cell must not count like the others
+    entropy = -(inside * logits.log_softmax(1)).sum((0, 2, 3, 4)) / (size + 1)
+    return entropy.sum() / weight.sum().clamp(min=1)
 
 
 def _known_cross_entropy(logits: Tensor, truth: Tensor, known: Tensor) -> Tensor:
