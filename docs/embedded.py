@@ -56,7 +56,9 @@ def main(folder: Path, *, only_measure: bool) -> None:
         weights.mkdir(exist_ok=True)
         for file in run.glob("fold*.safetensors"):
             shutil.copyfile(file, weights / file.name)
-        _write(dataclasses.replace(trained, weights=dataclasses.replace(trained.weights, folder=NAME)))
+        # texts of the new weights are those of the embedded model, not those that training generates
+        stored = dataclasses.replace(trained.weights, folder=NAME)
+        _write(dataclasses.replace(spec, weights=stored, golden_output=trained.golden_output))
     figures = measure(test, training)
     (Path(__file__).parent / "embedded.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     spec = ModelSpec.read(ZOO / f"{NAME}.json")

@@ -1,13 +1,18 @@
-"""Cohorts: tables with one row per patient, a scan, and optional labels and clinical columns."""
+"""Cohorts: tables with one row per patient, a scan, and optional labels and clinical columns.
+
+The simulation writes a record into the folder of its patients. `Cohort.origin` reads the record, and no other place
+decides whether patients are simulated.
+"""
 
 import csv
+import json
 import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -23,6 +28,9 @@ CHECKED: Mapping[str, tuple[Callable[[float], bool], str]] = {
 }  # allowed values of well-known columns; every other column may hold anything
 _DELIMITERS = ",;\t"
 _MAX_PROBLEMS = 10  # problems listed in one error message
+
+SIMULATION_RECORD = "simulation.json"
+"""Name of the record that the simulation writes into its folder, next to the folder of the scans."""
 
 CSIC_TABLE = "CLINICAL_DATA_ICH.csv"
 CSIC_IMAGES = "ICH_nii_StrippedSkull"
@@ -85,6 +93,39 @@ class Patient:
     def __post_init__(self) -> None:
         if not isinstance(self.columns, Columns):
             object.__setattr__(self, "columns", Columns(self.columns))
+
+
+@dataclass(frozen=True)
+class Origin:
+    """How many patients of a cohort are simulated.
+
+    Attributes:
+        patients: Number of patients.
+        simulated: Number of simulated patients.
+        records: The distinct records of the simulations, such as the seed and the preset.
+
+    Example:
+        >>> Origin(40, 12).sentence
+        '12 of 40 patients are simulated.'
+    """
+
+    patients: int
+    simulated: int
+    records: tuple[Mapping[str, Any], ...] = ()
+
+    @property
+    def kind(self) -> Literal["simulated", "mixed", "not simulated"]:
+        """Return whether all patients are simulated, some, or none."""
+        if not self.simulated:
+            return "not simulated"
+        return "simulated" if self.simulated == self.patients else "mixed"
+
+    @property
+    def sentence(self) -> str:
+        """Return a sentence about simulated patients, or "" if there are none."""
+        if self.kind == "mixed":
+            return f"{self.simulated} of {self.patients} patients are simulated."
+        return "These patients are simulated." if self.simulated else ""
 
 
 @dataclass(frozen=True, repr=False)
@@ -246,6 +287,29 @@ class Cohort:
     def columns(self) -> tuple[str, ...]:
         """Return the names of all columns except `patient` and `scan`, in the table's order."""
         return _distinct(column for patient in self.patients for column in patient.columns)
+
+    @property
+    def origin(self) -> Origin:
+        """Return how many patients are simulated, by the records of the simulation.
+
+        A patient is simulated if `simulation.json` lies in the folder of the scan, or one level above. The position of
+        the table does not matter.
+
+        Raises:
+            CohortError: A record cannot be read.
+        """
+        records: dict[Path, Mapping[str, Any] | None] = {}
+        for patient in self.patients:
+            for folder in _record_folders(patient):
+                if folder not in records:
+                    records[folder] = _read_simulation_record(folder / SIMULATION_RECORD)
+        found = [
+            next((record for folder in _record_folders(patient) if (record := records[folder]) is not None), None)
+            for patient in self.patients
+        ]
+        known = [record for record in found if record is not None]
+        distinct = {json.dumps(record, sort_keys=True): record for record in known}
+        return Origin(len(self), len(known), tuple(distinct.values()))
 
     def has_column(self, name: str) -> bool:
         """Return whether a column exists, regardless of case."""
@@ -529,6 +593,29 @@ def _letters(column: str) -> str:
 def _cell_of(cells: Mapping[str, str], *starts: str) -> str:
     """Return the first cell whose column begins with one of some texts, or ""."""
     return next((cell for column, cell in cells.items() if column.startswith(starts)), "")
+
+
+def _record_folders(patient: Patient) -> Sequence[Path]:
+    """Return the folders that may hold the record of the simulation of a patient. A scan may be a link."""
+    return list(dict.fromkeys([*patient.scan.absolute().parents[:2], *patient.scan.resolve().parents[:2]]))
+
+
+def _read_simulation_record(path: Path) -> Mapping[str, Any] | None:
+    """Return the record of a simulation, or None if there is none."""
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        record, reason = None, f" ({error})"
+    else:
+        reason = ""
+    if not isinstance(record, dict) or "simulation" not in record:
+        raise CohortError(
+            f"{path}: is not the record of a simulation{reason}. Whether the patients are simulated is unknown. "
+            "Simulate them again, or remove the file if they are not."
+        )
+    return record
 
 
 def _read_rows(path: Path, required: Sequence[str]) -> tuple[dict[int, Columns], list[tuple[int, str]]]:

@@ -8,7 +8,7 @@ A spec carries the `schema_version` of its format. `ModelSpec.from_dict` upgrade
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.resources.abc import Traversable
 from typing import Any, Literal
@@ -21,6 +21,10 @@ SCHEMA_VERSION = 1
 
 REQUIRES = "ichprog>=0.1"
 """The oldest version of this library that reads the format; written into each spec for the message of older ones."""
+
+
+TO_BE_WRITTEN = "To be written"
+"""Mark of a text that the authors of a model still have to write."""
 
 
 @dataclass(frozen=True)
@@ -331,6 +335,11 @@ class ModelSpec:
         """Return the first task that is answered voxel by voxel, or None if there is none."""
         return next((task for task in self.tasks if task.mask is not None), None)
 
+    @property
+    def unwritten(self) -> tuple[str, ...]:
+        """Return the fields of the JSON file whose texts are still to be written, such as "licence.data"."""
+        return tuple(_find_unwritten(self.to_dict(), ""))
+
     def to_dict(self) -> dict[str, Any]:
         """Return the spec as plain data with its schema version; `from_dict` reads it."""
         return {"schema_version": SCHEMA_VERSION, "requires": REQUIRES, **schema.to_plain(self)}
@@ -428,6 +437,19 @@ def _upgrade_0(fields: dict[str, Any]) -> dict[str, Any]:
             ranges["obliquity"] = [0, ranges["obliquity"]]
         fields["input"] = _renamed(fields["input"], {"plausible": "expected_ranges"}) | {"expected_ranges": ranges}
     return fields
+
+
+def _find_unwritten(value: Any, path: str) -> Iterator[str]:
+    """Yield the path of each text with the mark `TO_BE_WRITTEN`."""
+    if isinstance(value, str):
+        if TO_BE_WRITTEN.casefold() in value.casefold():
+            yield path
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _find_unwritten(item, f"{path}.{key}".lstrip("."))
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            yield from _find_unwritten(item, f"{path}[{index}]")
 
 
 def _renamed(fields: Any, names: Mapping[str, str]) -> Any:

@@ -365,6 +365,51 @@ def csic(folder, patients, where=None):
 PUBLISHED = [("30", "1", "84", "6"), ("7", "0", "55", "15"), ("213", "1", "60", "9"), ("9", "1", "79", "")]
 
 
+def write_simulated(folder, patients=2, **record):
+    """Write a table with the layout and the record of the simulation."""
+    (folder / "scans").mkdir(parents=True)
+    names = [f"{folder.name}{number}" for number in range(patients)]
+    for name in names:
+        (folder / "scans" / f"{name}.nii.gz").touch()
+    (folder / "simulation.json").write_text(json.dumps({"simulation": 2, **record}))
+    (folder / "cohort.csv").write_text("\n".join(["patient,scan", *(f"{n},scans/{n}.nii.gz" for n in names)]))
+    return Cohort.read(folder / "cohort.csv")
+
+
+def test_the_record_of_the_simulation_decides_whether_patients_are_simulated(write_table, tmp_path):
+    given = Cohort.read(write_table("patient,scan\n1,a.nii\n"), scans=False)
+    assert (given.origin.kind, given.origin.sentence, given.origin.records) == ("not simulated", "", ())
+    simulated = write_simulated(tmp_path / "sim", seed=3)
+    assert (simulated.origin.kind, simulated.origin.patients, simulated.origin.simulated) == ("simulated", 2, 2)
+    assert [record["seed"] for record in simulated.origin.records] == [3]
+    assert simulated.origin.sentence == "These patients are simulated."
+    mixed = Cohort.join([given, simulated, write_simulated(tmp_path / "other", 1, seed=4)])
+    assert (mixed.origin.kind, mixed.origin.sentence) == ("mixed", "3 of 4 patients are simulated.")
+    assert [record["seed"] for record in mixed.origin.records] == [3, 4]
+
+
+def test_a_table_elsewhere_and_links_do_not_hide_that_patients_are_simulated(tmp_path):
+    simulated = write_simulated(tmp_path / "sim")
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "x.nii.gz").symlink_to(tmp_path / "sim" / "scans" / "sim0.nii.gz")
+    (tmp_path / "links" / "real.nii.gz").touch()
+    (tmp_path / "far" / "away").mkdir(parents=True)
+    written = simulated.write(tmp_path / "far" / "away" / "table.csv")
+    assert Cohort.read(written).origin.kind == "simulated"
+    # a real patient in the table of the simulation stays real
+    rows = "patient,scan\nx,../links/x.nii.gz\nreal,../links/real.nii.gz\n"
+    (tmp_path / "sim" / "both.csv").write_text(rows)
+    assert Cohort.read(tmp_path / "sim" / "both.csv").origin.sentence == "1 of 2 patients are simulated."
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"preset": "plain"}'])
+def test_a_record_that_cannot_be_read_leaves_nothing_to_guess(tmp_path, text):
+    simulated = write_simulated(tmp_path / "sim")
+    (tmp_path / "sim" / "simulation.json").write_text(text)
+    with pytest.raises(CohortError, match=r"simulation\.json: is not the record of a simulation.*Simulate them again"):
+        _ = simulated.origin
+
+
 def test_the_published_data_set_becomes_a_table(tmp_path):
     folder = csic(tmp_path / "data", PUBLISHED)
     result = run("cohort", "csic", folder)

@@ -81,8 +81,8 @@ def _print_evaluation(evaluation: "Evaluation") -> None:
     excluded = ("left_out", "unlabelled", "failed")
     parts = [f"{counts['scored']} of {counts['patients']} patients scored"]
     parts += [f"{counts[key]} {key.replace('_', ' ')}" for key in excluded if counts[key]]
-    simulated = " These patients are simulated." if described["simulated"] else ""
-    click.echo(f"{evaluation.model.name} on {evaluation.cohort}: {', '.join(parts)}.{simulated}")
+    line = f"{evaluation.model.name} on {evaluation.cohort}: {', '.join(parts)}. {evaluation.origin.sentence}"
+    click.echo(line.rstrip())
     click.echo(evaluation.leakage.sentence)
     for task, metrics in evaluation.metrics.items():
         truth = ", ".join(f"{count} are {label}" for label, count in described["label_counts"][task].items())

@@ -50,11 +50,13 @@ def publish(run: Path, repo: str, private: bool, message: str | None, dry_run: b
     if dry_run:
         upload = export.prepare_upload(run, repo)
         if as_json:
-            print_json({"repo": repo, "files": upload.sizes(), "card": upload.card})
-            return
-        for file, size in upload.sizes().items():
-            click.echo(f"{size:>12,}  {file}")
-        click.echo(f"\n{upload.card}", nl=False)
+            unwritten = list(upload.spec.unwritten)
+            print_json({"repo": repo, "files": upload.sizes(), "unwritten": unwritten, "card": upload.card})
+        else:
+            for file, size in upload.sizes().items():
+                click.echo(f"{size:>12,}  {file}")
+            click.echo(f"\n{upload.card}", nl=False)
+        upload.require_written()
         return
     name = export.publish(run, repo, private=private, message=message, progress=sys.stderr.isatty())
     click.echo(json.dumps({"model": name}) if as_json else name)

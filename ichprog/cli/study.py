@@ -90,7 +90,7 @@ def run(
         )
     path = ichprog.study.report(plan, folder, saliency_patients=saliency_patients, cache_dir=cache_dir)
     print_path(path, as_json=as_json)
-    click.echo(ichprog.study.research_notice(folder), err=True)
+    click.echo(ichprog.study.research_notice(plan, folder), err=True)
     unfinished = sum(each.state != "done" for each in statuses)
     if unfinished:
         click.echo(f"{unfinished} of {len(statuses)} jobs are not done. Run the command again to run them.", err=True)
@@ -129,7 +129,7 @@ def report(study: Path, output: Path | None, cache_dir: Path | None, saliency_pa
     plan = ichprog.study.Study.read(study)
     path = ichprog.study.report(plan, folder, saliency_patients=saliency_patients, cache_dir=cache_dir)
     print_path(path, as_json=as_json)
-    click.echo(ichprog.study.research_notice(folder), err=True)
+    click.echo(ichprog.study.research_notice(plan, folder), err=True)
 
 
 @study.command()
@@ -160,8 +160,9 @@ def figure(
 
     folder = output or study.with_suffix("")
     target = target or folder / "figures" / f"{what}.png"
+    plan = ichprog.study.Study.read(study)
     drawn = ichprog.study.saliency_figure(
-        ichprog.study.Study.read(study),
+        plan,
         folder,
         [_parse_slice(patient) for patient in patients],
         task=task,
@@ -171,7 +172,7 @@ def figure(
     target.parent.mkdir(parents=True, exist_ok=True)
     drawn.savefig(target)
     print_path(target, as_json=as_json)
-    click.echo(ichprog.study.research_notice(folder), err=True)
+    click.echo(ichprog.study.research_notice(plan, folder), err=True)
 
 
 def _parse_slice(text: str) -> tuple[str, int | None]:

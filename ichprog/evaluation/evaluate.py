@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from ichprog import metrics as metrics_package
-from ichprog.cohort import Cohort, Patient
+from ichprog.cohort import Cohort, Origin
 from ichprog.errors import CohortError, ScanError, missing_extra
 from ichprog.evaluation.leakage import LeakageReport, check_leakage
 from ichprog.evaluation.predictions import Predictions, TaskPredictions
@@ -47,7 +47,7 @@ class Evaluation:
         unscored: Column of the labels by task, for tasks without any labelled patient.
         failed: The scans that could not be read, each with `patient`, `scan`, `code` and `message`.
         warnings: Warnings about scans by name of the patient.
-        is_simulated: Whether a patient is simulated.
+        origin: How many patients are simulated.
         intervals: How the intervals were computed, as a sentence without full stop.
         provenance: Provenance of the model, as plain data.
     """
@@ -63,7 +63,7 @@ class Evaluation:
     unscored: Mapping[str, str]
     failed: tuple[Mapping[str, Any], ...]
     warnings: Mapping[str, list[dict[str, Any]]]
-    is_simulated: bool
+    origin: Origin
     intervals: str
     provenance: Mapping[str, Any]
 
@@ -104,7 +104,7 @@ class Evaluation:
             "patients_without_labels": list(self.unlabelled),
             "scans_failed": [dict(each) for each in self.failed],
             "warnings": dict(self.warnings),
-            "simulated": self.is_simulated,
+            "simulated": self.origin.simulated,
             "intervals": self.intervals,
             "provenance": dict(self.provenance),
             "notice": self.model.notice,
@@ -243,7 +243,7 @@ def evaluate(
         unscored=unscored,
         failed=tuple(results.failed[index] for index in sorted(results.failed)),
         warnings={names[index]: results.warnings[index] for index in sorted(results.warnings)},
-        is_simulated=any(_is_simulated(patient) for patient in table.patients),
+        origin=table.origin,
         intervals=f"95 % intervals: {ci_method} bootstrap over patients, {n_bootstrap} samples, seed {seed}",
         provenance=provenance | {"weights": [each for each in provenance["weights"] if each["fold"] in used]},
     )
@@ -333,8 +333,3 @@ def _calibrate(task: Task, predictions: TaskPredictions) -> dict[str, dict[str, 
         for k, label in enumerate(labels)
         if k
     }
-
-
-def _is_simulated(patient: Patient) -> bool:
-    """Return whether the scan lies where `ichprog simulate` writes scans."""
-    return (patient.scan.parent.parent / "simulation.json").is_file()

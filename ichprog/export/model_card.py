@@ -122,8 +122,9 @@ def read_run_summary(folder: Path, weights: Sequence[WeightFile]) -> dict[str, A
         weights: Published weights; only the results of these weights are returned.
 
     Returns:
-        `protocol`, `versions`, number of `patients`, number of `folds` and `results`; None if the folder has no
-        readable record of a run.
+        `protocol`, `versions`, number of `patients`, number of `simulated` patients, number of `folds`, `results`,
+        `out_of_fold` AUCs, and the name of the `description` that was trained by. None if the folder has no readable
+        record of a run.
     """
     try:
         run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
@@ -134,6 +135,12 @@ def read_run_summary(folder: Path, weights: Sequence[WeightFile]) -> dict[str, A
             "patients": int(run["cohort"]["patients"]),
             "folds": int(run["folds"]),
             "results": [result for result in run["results"].values() if result["sha256"] in checksums],
+            "simulated": run.get("origin", {}).get("simulated"),
+            "description": run.get("description"),
+            # these figures hold for all folds of the run together
+            "out_of_fold": run.get("out_of_fold", [])
+            if all(result["sha256"] in checksums for result in run["results"].values())
+            else [],
         }
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
@@ -161,10 +168,18 @@ def _metadata(spec: ModelSpec, run: Mapping[str, Any] | None) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
     licence = spec.licence.weights.lower()
+    simulated = "simulated " if run and run["simulated"] == run["patients"] else ""
     results = [
         EvalResult(
+            task_type="image-classification", task_name=each["task"], dataset_type="out-of-fold",
+            dataset_name=f"{simulated}training patients, out of fold", metric_type="roc_auc",
+            metric_name="out-of-fold AUC", metric_value=round(each["auc"], 3),
+        )
+        for each in _out_of_fold(run) if each["auc"] is not None
+    ] or [
+        EvalResult(
             task_type="image-classification", task_name=task, dataset_type="validation",
-            dataset_name="validation parts of the training patients", metric_type="roc_auc",
+            dataset_name=f"validation parts of the {simulated}training patients", metric_type="roc_auc",
             metric_name="mean AUC over folds", metric_value=round(statistics.mean(values), 3),
         )
         for task, values in _validation_aucs(spec, run).items()
@@ -187,10 +202,25 @@ def _validation_aucs(spec: ModelSpec, run: Mapping[str, Any] | None) -> dict[str
     return {task: aucs for task, aucs in known.items() if aucs}
 
 
+def _out_of_fold(run: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """Return the out-of-fold AUC of each task, with its interval."""
+    return list(run["out_of_fold"]) if run else []
+
+
+def _format_out_of_fold(auc: Mapping[str, Any]) -> list[str]:
+    """Return the cells of a row of the table of out-of-fold AUCs."""
+    value = "undefined" if auc["auc"] is None else f"{auc['auc']:.3f}"
+    interval = "" if auc["low"] is None else f"{auc['low']:.3f} to {auc['high']:.3f}"
+    return [f"`{auc['task']}`", value, interval, str(auc["patients"]), str(auc["folds"])]
+
+
 def _training_section(spec: ModelSpec, run: Mapping[str, Any]) -> str:
     """Describe how weights were trained, with the results of the run."""
+    described, simulated = run["description"], run["simulated"]
+    about = f", {'all' if simulated == run['patients'] else f'{simulated} of them'} simulated" if simulated else ""
     rows = [
-        ["patients", str(run["patients"])],
+        ["patients", f"{run['patients']}{about}"],
+        *([["trained by the description", f"`{described}`, without its weights"]] if described else []),
         ["folds", f"{len(run['results'])} of {run['folds']} are published"],
         ["protocol", ", ".join(f"{name} {value}" for name, value in run["protocol"].items())],
         ["versions", ", ".join(f"{name} {number}" for name, number in run["versions"].items())],
@@ -200,6 +230,13 @@ def _training_section(spec: ModelSpec, run: Mapping[str, Any]) -> str:
         [f"`{task}`", f"{statistics.mean(values):.3f}", _format_sd(values), str(len(values))]
         for task, values in _validation_aucs(spec, run).items()
     ]
+    tested = [_format_out_of_fold(each) for each in _out_of_fold(run)]
+    if tested:
+        summary += f"""
+
+Out-of-fold AUC: each patient is predicted by the fold that was not trained on this patient.
+
+{markdown_table(["task", "AUC", "95 % interval", "patients", "folds"], tested)}"""
     if not results:
         return summary
     return f"""\

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import ichprog
 from ichprog import hub, networks
-from ichprog.errors import UnknownNameError, WeightsError
+from ichprog.errors import SpecError, UnknownNameError, WeightsError
 from ichprog.export.model_card import build_card, config_json, read_run_summary
 from ichprog.hub import WeightFile
 from ichprog.hub.client import HubUnreachableError, Repository
@@ -34,12 +34,14 @@ class HubUpload:
         spec: The model, with the checksum of every weight file.
         weights: Weight files.
         card: Model card in Markdown.
+        folder: Folder of the run.
     """
 
     repo: str
     spec: ModelSpec
     weights: tuple[WeightFile, ...]
     card: str
+    folder: Path
 
     @property
     def files(self) -> dict[str, bytes | Path]:
@@ -49,6 +51,20 @@ class HubUpload:
             "config.json": config_json(self.spec).encode(),
             **{file.path.name: file.path for file in self.weights},
         }
+
+    def require_written(self) -> None:
+        """Check that the authors have written every text that only they can write.
+
+        Raises:
+            SpecError: A text is still to be written; the message names the file and the fields.
+        """
+        fields = self.spec.unwritten
+        if fields:
+            raise SpecError(
+                f"{self.folder}: nothing was published, because {len(fields)} texts of the model are to be written: "
+                f"{', '.join(fields)}. Open {self.folder / 'config.json'} and replace the text of each of these keys. "
+                "The card is built from them; `ichprog publish --dry-run` shows it."
+            )
 
     def sizes(self) -> dict[str, int]:
         """Return the size of each published file in bytes."""
@@ -95,7 +111,7 @@ def prepare_upload(run: str | Path, repo: str) -> HubUpload:
     for file in weights:
         networks.load(spec, file.path)
     spec = replace(spec, weights=replace(spec.weights, folder="", sha256=checksums))
-    return HubUpload(repo, spec, tuple(weights), build_card(spec, repo, read_run_summary(folder, weights)))
+    return HubUpload(repo, spec, tuple(weights), build_card(spec, repo, read_run_summary(folder, weights)), folder)
 
 
 def publish(
@@ -122,7 +138,7 @@ def publish(
 
     Raises:
         UnknownNameError: The repository name is invalid.
-        SpecError: The folder contains no model.
+        SpecError: The folder contains no model, or a text of the model is still to be written.
         WeightsError: The weights are invalid, or the Hub refuses them.
         PluginError: A plugin of the model cannot be loaded.
 
@@ -136,6 +152,7 @@ def publish(
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, get_token
 
     upload, repository = prepare_upload(run, repo), Repository(repo, "main", "", repo, offline=False)
+    upload.require_written()
     try:
         repository.refuse_offline("publishing needs the network")
     except HubUnreachableError:

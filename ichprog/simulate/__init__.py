@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from ichprog.cohort import SIMULATION_RECORD
 from ichprog.errors import InvalidValueError, RunError
 from ichprog.io import atomic_write, file_lock, write_csv, write_json
 from ichprog.parallel import parallel_map
@@ -247,7 +248,7 @@ def _lock_folder(folder: Path, kind: dict[str, Any]) -> Iterator[None]:
     """Lock the folder for this cohort within a context, or refuse a folder with another cohort."""
     try:
         with file_lock(folder / ".lock", timeout_s=0):
-            stamp = folder / "simulation.json"
+            stamp = folder / SIMULATION_RECORD
             if not stamp.exists():
                 if (folder / "cohort.csv").exists():
                     raise RunError(f"{folder}: holds a cohort that was not simulated here. Choose another folder.")

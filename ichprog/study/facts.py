@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 
+from ichprog.cohort import Origin
 from ichprog.metrics import PRIMARY
 from ichprog.reporting.html import Table
 from ichprog.reporting.tables import format_value, readable_name
 from ichprog.spec import ModelSpec, Task
 from ichprog.study.config import Study
+from ichprog.train.description import describe_labels
 
 _BRAIN = {
     "auto": "extracted if a skull is present",
@@ -68,7 +70,7 @@ def tripod_facts(
     truth: Mapping[str, np.ndarray],
     metrics: Mapping[str, Mapping[str, Mapping[str, Any]]],
     *,
-    simulated: bool,
+    origin: Origin,
     metric: str = PRIMARY,
 ) -> dict[str, object]:
     """Return the facts that fill the TRIPOD+AI checklist.
@@ -77,7 +79,7 @@ def tripod_facts(
         study: Study.
         truth: By task, indices of the true labels of all patients `(N,)`, -1 if unknown.
         metrics: Intervals by variant, task and metric, as in `metrics.json`.
-        simulated: Whether the patients are simulated.
+        origin: How many patients are simulated.
         metric: Metric that is reported for every variant, for the task by which the folds are stratified.
     """
     main = study.stratify_by
@@ -90,11 +92,11 @@ def tripod_facts(
     columns = sorted({column for baseline in study.baselines for column in baseline.columns})
     counts = {name: _format_counts(study.task(name), labels) for name, labels in truth.items()}
     return {
-        "source": "Patients simulated by ichprog" if simulated else ", ".join(path.name for path in study.cohort),
+        "source": _format_source(study, origin),
         "patients": max((len(labels) for labels in truth.values()), default=None),
         "labels": "; ".join(f"{name} ({text})" for name, text in counts.items()) or None,
         "missing": ", ".join(f"{name} {int((labels < 0).sum())}" for name, labels in truth.items()) or None,
-        "outcome": " ".join(_format_outcome(study.task(name)) for name in truth) or None,
+        "outcome": " ".join(_format_outcome(study.task(name), origin) for name in truth) or None,
         "variants": ", ".join(variant.name for variant in study.variants),
         "baselines": ", ".join(baseline.name for baseline in study.baselines) or "no baselines",
         "columns": ", ".join(columns) or "no columns",
@@ -112,6 +114,13 @@ def tripod_facts(
     }
 
 
+def _format_source(study: Study, origin: Origin) -> str:
+    if origin.kind == "simulated":
+        return "Patients simulated by ichprog"
+    tables = ", ".join(path.name for path in study.cohort)
+    return f"{tables}. {origin.simulated} of {origin.patients} patients are simulated" if origin.simulated else tables
+
+
 def _format_brain(brain: str | Path) -> str:
     if isinstance(brain, Path):
         return f"the mask {brain.name}, for every scan"
@@ -122,10 +131,8 @@ def _format_counts(task: Task, labels: np.ndarray) -> str:
     return ", ".join(f"{label}: {int((labels == index).sum())}" for index, label in enumerate(task.labels))
 
 
-def _format_outcome(task: Task) -> str:
-    edges = ", ".join(f"{edge:g}" for edge in task.target.bin_edges)
-    labels = ", ".join(task.labels)
-    return f"{task.name}: {task.meaning.rstrip('.')}; labels {labels}, {task.target.column} cut at {edges}."
+def _format_outcome(task: Task, origin: Origin) -> str:
+    return f"{task.name}: {describe_labels(task, origin)}"
 
 
 def _format_backbone(spec: ModelSpec) -> str:

@@ -111,7 +111,7 @@ def build_manifest(study: Study, cohort: Cohort) -> dict[str, Any]:
             "validation": study.protocol.validation_fraction,
             "brain": brain_key(resolve_brain(study.brain)),
         },
-        "cohort": {"source": cohort.source, "simulated": _is_simulated(study), "columns": _columns(cohort)},
+        "cohort": {"source": cohort.source, "simulated": cohort.origin.simulated, "columns": _columns(cohort)},
         "variants": variants,
         "baselines": {
             baseline.name: _describe_baseline(baseline, study, cohort, variants)
@@ -193,22 +193,24 @@ def fold_of_patient(out: Path) -> dict[str, int]:
     return {patient: int(fold) for fold, part in parts.items() for patient in part["test"]}
 
 
-def research_notice(out: str | Path) -> str:
-    """Return the sentence that accompanies every output of a study.
+def research_notice(study: Study, out: str | Path) -> str:
+    """Return the sentences that accompany every output of a study.
 
     Args:
-        out: Folder of a study.
+        study: Study.
+        out: Folder of the study.
     """
-    simulated = read_manifest(Path(out))["cohort"]["simulated"]
-    return f"{'These patients are simulated. ' if simulated else ''}For research only, not for patient care."
+    return f"{load_cohort(study, out).origin.sentence} For research only, not for patient care.".lstrip()
 
 
 def _describe_variants(study: Study, cohort: Cohort) -> dict[str, Any]:
-    from ichprog.train.run_dir import digest, retrained_spec
+    from ichprog.train.description import describe_training
+    from ichprog.train.run_dir import digest
 
+    origin = cohort.origin
     return {
         name: {
-            "model": retrained_spec(run.variant.spec, name, len(cohort)).to_dict(),
+            "model": describe_training(run.variant.spec, name, origin, study.folds, run.variant.protocol).to_dict(),
             "protocol": run.variant.protocol.to_dict(),
             "labels": digest([cohort.labels(task).tolist() for task in run.variant.spec.tasks]),
             "size": run.size,
@@ -250,14 +252,8 @@ def _columns(cohort: Cohort) -> list[str]:
     return list(dict.fromkeys(column for patient in cohort.patients for column in patient.columns))
 
 
-def _is_simulated(study: Study) -> bool:
-    """Return whether patients are simulated for the study, or a table was written by `ichprog simulate`."""
-    records = (table.parent / "simulation.json" for table in study.cohort)
-    return study.simulated is not None or any(record.is_file() for record in records)
-
-
 def _refuse_changes(out: Path, previous: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
-    from ichprog.train.run_dir import differences
+    from ichprog.train.run_dir import differences, without_texts
 
     found = [
         text
@@ -267,7 +263,11 @@ def _refuse_changes(out: Path, previous: Mapping[str, Any], manifest: Mapping[st
     for name, variant in manifest["variants"].items():
         if name in previous["variants"] and (out / "runs" / name / "run.json").is_file():
             before = previous["variants"][name]
-            changes = (text for key in variant for text in differences(key, before[key], variant[key]))
+            changes = (
+                text
+                for key in variant
+                for text in differences(key, without_texts(before[key]), without_texts(variant[key]))
+            )
             found += [f"variant {name}: {text}" for text in changes]
     if found:
         raise RunError(

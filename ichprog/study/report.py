@@ -10,13 +10,16 @@ STUDY/metrics.json       intervals by run, task and metric: value, low, high
 from importlib.util import find_spec
 from pathlib import Path
 
+from ichprog.cohort import Origin
 from ichprog.errors import RunError, missing_extra
 from ichprog.evaluation.predictions import Predictions
 from ichprog.io import write_json
 from ichprog.reporting import tables, tripod
 from ichprog.reporting.html import Section, write_report
+from ichprog.spec import ModelSpec
 from ichprog.study import analysis, facts, manifest, sections
 from ichprog.study.config import Study
+from ichprog.train.description import is_unwritten
 
 _LIMITS = (
     "Intervals are percentiles of a bootstrap over patients at the size of the cohort. They treat the networks as "
@@ -72,21 +75,35 @@ def report(study: Study, out: str | Path, *, saliency_patients: int = 0, cache_d
     write_json(out / "metrics.json", results.metrics)
     record = manifest.read_manifest(out)
     context = sections.ReportContext(study, out, cohort, results, record, cache_dir)
-    simulated = record["cohort"]["simulated"]
-    checklist = tripod.fill_checklist(facts.tripod_facts(study, context.truth, results.metrics, simulated=simulated))
+    origin = cohort.origin
+    checklist = tripod.fill_checklist(facts.tripod_facts(study, context.truth, results.metrics, origin=origin))
     tables.write(checklist, tripod.COLUMNS, out / "tables", "tripod", "TRIPOD+AI")
     content = [
         *sections.build_sections(context, saliency_patients=saliency_patients),
-        Section("Limits", [*_LIMITS, *_model_limits(study)]),
+        Section("Limits", [*_LIMITS, *_model_limits(study, out)]),
         tripod.checklist_section(checklist),
     ]
-    return write_report(out / "report.html", study.name, content, notices=_notices(simulated))
+    return write_report(out / "report.html", study.name, content, notices=_notices(origin))
 
 
-def _model_limits(study: Study) -> list[str]:
-    return list(dict.fromkeys(limit for variant in study.variants for limit in variant.spec.limits))
+def _model_limits(study: Study, out: Path) -> list[str]:
+    """Return the limits of the trained variants without those to be written. A limit of all variants stands once."""
+    limits: dict[str, list[str]] = {}
+    for variant in study.variants:
+        config = out / "runs" / variant.name / "config.json"
+        for limit in ModelSpec.read(config).limits if config.is_file() else ():
+            if not is_unwritten(limit):
+                limits.setdefault(limit, []).append(variant.name)
+    return [
+        limit if len(names) == len(study.variants) else f"{', '.join(names)}: {limit}"
+        for limit, names in limits.items()
+    ]
 
 
-def _notices(simulated: bool) -> list[str]:
-    notice = "The patients of this study are simulated. The results say nothing about real patients."
-    return [*([notice] if simulated else []), "For research only, not for patient care."]
+def _notices(origin: Origin) -> list[str]:
+    about = {
+        "simulated": ["The patients of this study are simulated. The results say nothing about real patients."],
+        "mixed": [f"{origin.sentence} The results do not separate simulated patients from real ones."],
+        "not simulated": [],
+    }[origin.kind]
+    return [*about, "For research only, not for patient care."]

@@ -3,6 +3,7 @@
 `protocol` holds the settings, `folds` splits the cohort, `grid_cache` prepares scans, `augmentation` alters them,
 `losses` and `mixed_precision` define what is minimised and in which precision. `trainer` trains one fold (`fold_job`),
 `cross_validation` trains all, `distributed` coordinates processes, `callbacks` report, `run_dir` writes the results.
+`description` generates the texts of the trained model.
 """
 
 from collections.abc import Collection, Sequence
@@ -60,7 +61,7 @@ def train(
     Args:
         cohort: The patients, as a cohort or the path of a table. `Cohort.join` combines several.
         model: A model description, a zoo name, "local-dir:PATH", "hf-hub:REPO@REVISION" or a JSON file. Existing
-            weights of the model are not used.
+            weights of the model are not used, and its texts are not inherited.
         output: Directory of the run. Afterwards it is a model, "local-dir:OUTPUT".
         folds: Number of folds, stratified by the first task's label; or the folds themselves.
         only_folds: Folds to train now; all by default.
@@ -88,12 +89,14 @@ def train(
     """
     from ichprog.cohort import Cohort
     from ichprog.train.cross_validation import CrossValidation
-    from ichprog.train.run_dir import retrained_spec
+    from ichprog.train.description import describe_training
 
     if not isinstance(cohort, Cohort):
         cohort = Cohort.read(cohort)
-    spec = retrained_spec(resolve_spec(model), name, len(cohort))
-    validation = CrossValidation(cohort, spec, folds, protocol, options)
+    parent = resolve_spec(model)
+    count = folds if isinstance(folds, int) else len(folds)
+    spec = describe_training(parent, name, cohort.origin, count, protocol)
+    validation = CrossValidation(cohort, spec, folds, protocol, options, description=parent.name)
     validation.train(Path(output), only_folds, resume=resume)
     return Path(output)
 

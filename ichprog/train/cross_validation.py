@@ -1,6 +1,7 @@
 """Cross-validation: check a cohort, a model and a protocol together, then train the folds."""
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -31,6 +32,7 @@ class CrossValidation:
         folds: Number of folds, stratified by the first task's label; or the folds themselves.
         protocol: The protocol.
         options: Device, cache, workers, progress and trackers.
+        description: Name of the description by which the model is trained, for the record.
 
     Attributes:
         folds: The folds.
@@ -43,9 +45,17 @@ class CrossValidation:
     """
 
     def __init__(
-        self, cohort: Cohort, spec: ModelSpec, folds: int | Sequence[Fold], protocol: Protocol, options: TrainOptions
+        self,
+        cohort: Cohort,
+        spec: ModelSpec,
+        folds: int | Sequence[Fold],
+        protocol: Protocol,
+        options: TrainOptions,
+        *,
+        description: str | None = None,
     ) -> None:
         self.cohort, self.spec, self.protocol, self.options = cohort, spec, protocol, options
+        self.description = description or spec.name
         self.names = [patient.name for patient in cohort.patients]
         self.labels = {task.name: cohort.labels(task) for task in spec.tasks}
         self.region_sources = {task.name: self._find_regions(task) for task in spec.tasks if task.mask}
@@ -145,7 +155,9 @@ class CrossValidation:
             self.region_sources,
         )
         details = {
+            "description": self.description,
             "source": self.cohort.source,
+            "origin": asdict(self.cohort.origin),
             "quirks": self.protocol.quirks(),
             **environment(),
             "membership": membership,

@@ -13,7 +13,6 @@ Every file is written atomically. Each fold's files are written by the process t
 on several machines that share the directory.
 """
 
-import csv
 import errno
 import hashlib
 import json
@@ -22,7 +21,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from platform import python_version
@@ -37,11 +36,13 @@ from ichprog.errors import RunError
 from ichprog.io import atomic_write, file_lock, write_csv, write_json
 from ichprog.model import DEPENDENCIES
 from ichprog.networks import Network
-from ichprog.spec import GoldenOutput, ModelSpec, Weights
+from ichprog.spec import GoldenOutput, ModelSpec
+from ichprog.train.description import add_results, keep_written
 from ichprog.train.fold_job import FoldJob, FoldResult
 from ichprog.train.folds import Fold
 from ichprog.train.grid_cache import RegionSource
 from ichprog.train.protocol import Protocol
+from ichprog.train.summary import compute_aucs, read_csv
 
 _FORMAT = 1
 
@@ -241,19 +242,29 @@ class RunDir:
             rows = {
                 row["patient"]: row for fold in results for row in read_csv(self.fold_dir(fold) / "predictions.csv")
             }
-            write_csv(self.path / "out_of_fold.csv", _columns(spec), [rows[name] for name in names if name in rows])
+            tested = [rows[name] for name in names if name in rows]
+            write_csv(self.path / "out_of_fold.csv", _columns(spec), tested)
             logged = [row for fold in results for row in read_csv(self.fold_dir(fold) / "log.csv")]
             write_csv(self.path / "log.csv", list(logged[0]), logged)
             checksums = {f"fold{fold}.safetensors": result["sha256"] for fold, result in results.items()}
             logits = {str(fold): result["golden_output"] for fold, result in results.items()}
+            record = json.loads((self.path / "run.json").read_text("utf-8"))
+            aucs = list(compute_aucs(spec, tested))
             merged = replace(
-                spec,
+                self._with_written_texts(add_results(spec, aucs, folds), record),
                 weights=replace(spec.weights, sha256=checksums),
                 golden_output=GoldenOutput(seed=0, shape=spec.input.shape, logits=logits),
             )
-            record = json.loads((self.path / "run.json").read_text("utf-8"))
-            write_json(self.path / "run.json", record | {"results": {str(fold): r for fold, r in results.items()}})
+            record |= {"results": {str(fold): result for fold, result in results.items()}}
+            write_json(self.path / "run.json", record | {"out_of_fold": [asdict(auc) for auc in aucs]})
             write_json(self.path / "config.json", merged.to_dict())
+
+    def _with_written_texts(self, spec: ModelSpec, record: Mapping[str, Any]) -> ModelSpec:
+        """Return a description with the texts that the authors have written into `config.json`."""
+        path = self.path / "config.json"
+        if not path.is_file() or not ModelSpec.from_dict(record["model"]).unwritten:
+            return spec  # without marks, an earlier version has copied the texts of another model
+        return keep_written(spec, ModelSpec.read(path))
 
     def _validate_same_run(self, record: Path) -> None:
         try:
@@ -263,32 +274,15 @@ class RunDir:
         if existing.get("format") != _FORMAT:
             raise RunError(f"{record} was written by another version of ichprog. Choose another folder.")
         differing = [
-            text for key, value in self.identity.items() for text in differences(key, existing.get(key), value)
+            text
+            for key, value in self.identity.items()
+            for text in differences(key, without_texts(existing.get(key)), without_texts(value))
         ]
         if differing:
             raise RunError(
                 f"{self.path} holds another run: {'; '.join(differing)}. Choose another folder, or repeat the "
                 "settings of that run."
             )
-
-
-def retrained_spec(spec: ModelSpec, name: str | None, patients: int) -> ModelSpec:
-    """Return a model's description for newly trained weights.
-
-    Args:
-        spec: The description to train by.
-        name: Name of the new model; the description's own by default.
-        patients: Number of patients.
-    """
-    limits, licence = spec.limits, spec.licence
-    if spec.weights.repo is not None or spec.weights.sha256:  # limits and licence of other weights do not apply
-        sentence = (
-            f"These weights were newly trained, on {patients} patients. Statements here about training patients and "
-            f"results refer to the weights of {spec.name}, the model description used for this training."
-        )
-        limits, licence = (sentence, *limits), replace(licence, weights="not stated; the trainer may state it")
-    blank = Weights(None, None, "", "safetensors", {}, {})
-    return replace(spec, name=name or spec.name, weights=blank, limits=limits, licence=licence, golden_output=None)
 
 
 def environment() -> dict[str, Any]:
@@ -303,12 +297,6 @@ def required_bytes(network: Network, protocol: Protocol, folds: int) -> int:
     """Return the most bytes that a run writes: weights of every fold, and two checkpoints at once."""
     size: int = sum(value.numel() * value.element_size() for value in network.state_dict().values())
     return size * (folds + 2 * (5 if protocol.amsgrad else 4))
-
-
-def read_csv(path: Path) -> list[dict[str, str]]:
-    """Return the rows of a table of the run."""
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def differences(key: str, existing: Any, requested: Any) -> Iterator[str]:
@@ -328,6 +316,19 @@ def differences(key: str, existing: Any, requested: Any) -> Iterator[str]:
                 yield f"{key}.{name} was {before!r}, is {now!r}" if is_plain else f"{key}.{name} differs"
         return
     yield f"{key} was {existing!r}, is {requested!r}"
+
+
+def without_texts(model: Any) -> Any:
+    """Return the plain data of a model description without its texts, which do not change the training.
+
+    Args:
+        model: Plain data of a `ModelSpec`; other data is returned unchanged.
+    """
+    if not isinstance(model, dict) or "tasks" not in model:
+        return model
+    texts = ("summary", "licence", "citation", "intended_use", "limits", "notice")
+    tasks = [{key: value for key, value in task.items() if key != "meaning"} for task in model["tasks"]]
+    return {key: value for key, value in model.items() if key not in texts} | {"tasks": tasks}
 
 
 def _region_identity(source: RegionSource) -> list[Any]:

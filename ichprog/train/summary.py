@@ -1,12 +1,12 @@
 """Summary of a run: the out-of-fold AUC of each task with its confidence interval."""
 
-from collections.abc import Iterator
+import csv
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ichprog.metrics import compute_with_intervals
 from ichprog.spec import ModelSpec
-from ichprog.train.run_dir import read_csv
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,16 @@ def out_of_fold_aucs(run: Path) -> Iterator[OutOfFoldAuc]:
             print(auc)  # prognosis: out-of-fold AUC 0.806 (95 % CI 0.752 to 0.858), 261 patients, 10 folds
         ```
     """
-    spec = ModelSpec.read(run / "config.json")
-    rows = read_csv(run / "out_of_fold.csv")
+    yield from compute_aucs(ModelSpec.read(run / "config.json"), read_csv(run / "out_of_fold.csv"))
+
+
+def compute_aucs(spec: ModelSpec, rows: Sequence[Mapping[str, str]]) -> Iterator[OutOfFoldAuc]:
+    """Yield the out-of-fold AUC of each task.
+
+    Args:
+        spec: The model.
+        rows: Rows of `out_of_fold.csv`.
+    """
     folds = len({row["fold"] for row in rows})
     for task in spec.tasks:
         known = [row for row in rows if row[f"{task.name}_true"]]
@@ -61,3 +69,9 @@ def out_of_fold_aucs(run: Path) -> Iterator[OutOfFoldAuc]:
         probabilities = [[float(row[f"{task.name}_{label}"]) for label in task.labels] for row in known]
         auroc = compute_with_intervals(truth, probabilities, kind=task.kind)["auroc"]
         yield OutOfFoldAuc(task.name, auroc["value"], auroc["low"], auroc["high"], len(known), folds)
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a table of the run."""
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))

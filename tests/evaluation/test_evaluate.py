@@ -406,7 +406,7 @@ def test_the_command_writes_all_files_and_reports_failed_scans(run, folder, tmp_
     assert shown["patients_left_out"] == ["P05", "P17"]
     assert "trained on this table" in shown["leakage"]
     assert shown["leakage_source"] == "run"
-    assert shown["simulated"] is False
+    assert shown["simulated"] == 0
     assert shown["label_counts"]["prognosis"] == {"good": 7, "poor": 13}
     metrics = json.loads((tmp_path / "out/metrics.json").read_text())
     assert metrics == {"small.three": shown["metrics"]}

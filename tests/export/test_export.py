@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -10,15 +11,20 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
+from sklearn.metrics import roc_auc_score
 from torch import nn
 
 import ichprog
 from ichprog import export, networks, registry, zoo
 from ichprog.cli import main
+from ichprog.cohort import Origin
 from ichprog.errors import IchprogError, PluginError, SpecError, UnknownNameError, WeightsError
 from ichprog.spec import ModelSpec, PluginRef
+from ichprog.train import TrainOptions, train
+from ichprog.train.description import describe_training
 
 from support import reference_pipeline
+from support.cohorts import QUICK, SHAPE, read_table, write_cohort
 from support.hub_server import HubServer
 
 REPO = "org/bright"
@@ -350,6 +356,116 @@ def test_an_incomplete_model_is_not_published(hub, run):
     with pytest.raises(WeightsError, match="the format of another project"):
         export.publish(run, REPO)
     assert hub.requests == []
+
+
+# --- a model that was trained from the description of another
+
+
+@pytest.fixture(scope="module")
+def trained_by_others(tmp_path_factory):
+    """Return the embedded description in small, and runs that were trained from it on other patients."""
+    embedded = zoo.find("compact.prognosis_gcs3_age")
+    contract = dataclasses.replace(embedded.input, shape=SHAPE, expected_ranges={"no-blood": (None, None)})
+    parent = dataclasses.replace(embedded, backbone=PluginRef("compact", {"width": 2}), input=contract)
+    root = tmp_path_factory.mktemp("others")
+    table, runs = write_cohort(root), {}
+    for kind, record in (("given", None), ("simulated", {"simulation": 2, "seed": 3, "preset": "plain"})):
+        if record:
+            (root / "simulation.json").write_text(json.dumps(record))
+        runs[kind] = train(table, parent, root / kind, name=f"mine.{kind}", **TRAINING, options=options_in(root))
+    return parent, runs
+
+
+TRAINING = {"folds": 2, "protocol": QUICK.replace(epochs=1)}
+
+
+def options_in(root):
+    return TrainOptions(cache_dir=root / "cache")
+
+
+@pytest.fixture
+def given_run(trained_by_others, tmp_path):
+    """Return a copy of the run on patients that are not simulated."""
+    return shutil.copytree(trained_by_others[1]["given"], tmp_path / "run")
+
+
+def write_texts(run):
+    """Write the texts of a run that are to be written, as its authors would."""
+    path = run / "config.json"
+    path.write_text(path.read_text().replace("To be written", "Written by Ada"))
+
+
+@pytest.mark.parametrize("kind", ["given", "simulated"])
+def test_a_trained_model_inherits_no_claim_of_its_description(kind, trained_by_others):
+    parent, runs = trained_by_others
+    card = export.prepare_upload(runs[kind], REPO).card
+    claims = [parent.summary, parent.intended_use, parent.licence.weights, parent.citation.text, *parent.limits]
+    for claim in (*claims, *(task.meaning for task in parent.tasks), "600 simulated", "0.801 ("):
+        assert claim not in card
+    rows = read_table(runs[kind] / "out_of_fold.csv")
+    for task, last in (("prognosis", "poor"), ("age", ">=80")):
+        auc = roc_auc_score([r[f"{task}_true"] == last for r in rows], [float(r[f"{task}_{last}"]) for r in rows])
+        assert f"Out-of-fold AUC of {task}: {auc:.3f} (95 % interval " in card
+        assert f"| `{task}` | {auc:.3f} | " in card
+    assert "2 folds: 1 epochs at most" in card
+    assert ("simulated" in card) is (kind == "simulated")
+    assert ("Trained on 32 patients." in card) is (kind == "given")
+    simulated = "Trained on 32 simulated patients (seed 3, preset plain) only, and on no real patient."
+    assert (simulated in card) is (kind == "simulated")
+    assert ("without any patient data" in card) is (kind == "simulated")
+    assert ("Trained on simulated patients only. For research" in card) is (kind == "simulated")
+
+
+def test_a_model_is_not_published_until_its_authors_have_written_their_texts(hub, given_run):
+    fields = r"tasks\[0\]\.meaning, .*licence\.weights, licence\.data, citation\.text, intended_use, limits\[5\]"
+    with pytest.raises(SpecError, match=rf"8 texts .* to be written: {fields}\. Open .*config\.json and replace"):
+        export.publish(given_run, REPO)
+    assert hub.requests == []
+    shown = CliRunner().invoke(main, ["publish", str(given_run), REPO, "--dry-run"])
+    assert shown.exit_code != 0
+    assert "To be written: terms of use of the weights." in shown.stdout
+    assert "intended_use" in shown.stderr
+    write_texts(given_run)
+    export.publish(given_run, REPO)
+    card = (hub.root / REPO / "README.md").read_text()
+    assert "Written by Ada: intended users and uses" in card
+    assert "to be written" not in card.lower()
+
+
+def test_texts_of_the_authors_survive_a_resumed_run(given_run, trained_by_others):
+    parent, runs = trained_by_others
+    (record := runs["given"].parent / "simulation.json").unlink()
+    try:
+        write_texts(given_run)
+        before = ModelSpec.read(given_run / "config.json")
+        settings = {**TRAINING, "name": "mine.given", "options": options_in(record.parent), "resume": True}
+        train(record.parent / "cohort.csv", parent, given_run, **settings)
+        assert ModelSpec.read(given_run / "config.json") == before
+    finally:
+        record.write_text('{"simulation": 2, "seed": 3, "preset": "plain"}')
+
+
+def test_nothing_that_belongs_to_weights_is_inherited():
+    parent, origin = zoo.find("compact.haemorrhage"), Origin(9, 0)
+    spec = describe_training(parent, "mine", origin, 3, QUICK)
+    [before], [after] = parent.tasks, spec.tasks
+    assert before.threshold != 0.5
+    assert before.mask.volume_intervals
+    assert (after.threshold, after.mask.volume_intervals) == (0.5, {})
+    assert (spec.golden_output, spec.weights.sha256) == (None, {})
+    assert (after.labels, after.target, after.head, spec.input) == (
+        before.labels, before.target, before.head, parent.input,
+    )  # fmt: skip
+    bare = dataclasses.replace(parent, weights=spec.weights)
+    assert describe_training(bare, "mine", origin, 3, QUICK).tasks[0].threshold == before.threshold
+
+
+def test_patients_of_mixed_origin_are_counted_in_the_texts():
+    spec = describe_training(zoo.find("compact.prognosis_gcs3_age"), "mine", Origin(40, 12), 3, QUICK)
+    assert "Trained on 40 patients, 12 of them simulated." in spec.summary
+    assert spec.licence.data.startswith("12 of 40 patients are simulated. To be written")
+    assert spec.notice.startswith("Trained in part on simulated patients.")
+    assert "limits[2]" in spec.unwritten
 
 
 # --- the command line

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import json
 
 import nibabel as nib
 import numpy as np
@@ -105,7 +104,8 @@ def test_impossible_options_are_refused(options, message):
 
 def test_a_realistic_cohort_states_its_preset_and_the_volume_of_each_kind(tmp_path):
     table = simulate(tmp_path, patients=3, seed=4, skull=True)
-    assert json.loads((tmp_path / "simulation.json").read_text())["preset"] == "realistic"
+    [record] = Cohort.read(table).origin.records
+    assert (record["preset"], record["seed"]) == ("realistic", 4)
     truths = read_table(tmp_path / "truth.csv")
     assert {truth["haemorrhage"] for truth in truths} == {"0", "1"}
     for patient, truth in zip(Cohort.read(table).patients, truths, strict=True):

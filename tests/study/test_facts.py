@@ -7,6 +7,7 @@ from importlib.resources import files
 import numpy as np
 import pytest
 
+from ichprog.cohort import Origin
 from ichprog.reporting import tripod
 from ichprog.study import Study, facts, template
 
@@ -36,7 +37,7 @@ def test_patients_are_counted_by_label(study):
 
 def test_the_checklist_is_filled_with_the_facts_of_a_study(study):
     truth = {"prognosis": np.array([0, 1, 1, -1, 0, 1])}
-    known = facts.tripod_facts(study, truth, METRICS, simulated=True)
+    known = facts.tripod_facts(study, truth, METRICS, origin=Origin(6, 6))
     answers = {row["number"]: row["answer"] for row in tripod.fill_checklist(known)}
     assert answers["20a"].startswith("6 patients: prognosis (good: 2, poor: 3).")
     assert "prognosis 1" in answers["11"]
@@ -45,6 +46,8 @@ def test_the_checklist_is_filled_with_the_facts_of_a_study(study):
     assert "one_task 0.712 (0.662 to 0.762)" in answers["23a"]
     assert "<all>" not in answers["23a"], "its AUROC is undefined"
     assert "Patients simulated by ichprog" in answers["5a"]
+    mixed = tripod.fill_checklist(facts.tripod_facts(study, truth, METRICS, origin=Origin(6, 2)))
+    assert "2 of 6 patients are simulated" in next(row["answer"] for row in mixed if row["number"] == "5a")
     unknown = {row["number"]: row["answer"] for row in tripod.fill_checklist(known | {"patients": None})}
     assert unknown["20a"] == "To be written by the authors."
     assert unknown["12a"] == answers["12a"]
@@ -53,5 +56,5 @@ def test_the_checklist_is_filled_with_the_facts_of_a_study(study):
 def test_a_study_provides_exactly_the_facts_of_the_checklist(study):
     items = tomllib.loads((files("ichprog.reporting") / "tripod.toml").read_text(encoding="utf-8"))["item"]
     needed = {name for item in items for _, name, _, _ in string.Formatter().parse(item.get("answer", "")) if name}
-    provided = facts.tripod_facts(study, {"prognosis": np.array([0, 1])}, METRICS, simulated=False)
+    provided = facts.tripod_facts(study, {"prognosis": np.array([0, 1])}, METRICS, origin=Origin(2, 0))
     assert needed == set(provided)

@@ -75,7 +75,7 @@ def test_study_json_describes_the_study(finished_study, patients_folder):
         "patients": 28, "sha256": "", "folds": 2, "stratify_by": "prognosis", "split_seed": 1, "validation": 0.25,
         "brain": "given",
     }  # fmt: skip
-    assert predictions["cohort"]["simulated"] is False
+    assert predictions["cohort"]["simulated"] == 0
     assert set(predictions["variants"]) == {"one", "gcs", "all"}
     assert predictions["variants"]["all"]["model"]["name"] == "all"
     assert predictions["variants"]["all"]["protocol"]["recalibrate"] is False
@@ -381,4 +381,4 @@ def test_the_smoke_study_runs_on_simulated_patients(tmp_path):
     predictions = Predictions.read(tmp_path / "out/predictions.csv")
     assert len(predictions.entries["all", "prognosis", "test"]) == 24
     assert len(split_folds(study, cohort)) == 2
-    assert json.loads((tmp_path / "out/study.json").read_text())["cohort"]["simulated"] is True
+    assert json.loads((tmp_path / "out/study.json").read_text())["cohort"]["simulated"] == 24

@@ -71,7 +71,8 @@ def test_a_run_records_its_settings_and_results(trained, cohort):
     assert rates[-1] < 0.02 * max(rates)
     assert not list(trained.rglob("checkpoint.pt"))
     config = ichprog.ModelSpec.read(trained / "config.json")
-    assert config.limits[0].startswith("These weights were newly trained, on 32 patients.")
+    assert config.limits[0] == "Trained on 32 patients. Not tested on patients of another cohort."
+    assert (record["origin"]["simulated"], record["description"]) == (0, "small.three")
     assert set(config.weights.sha256) == {f"fold{fold}.safetensors" for fold in range(4)}
 
 

@@ -12,6 +12,7 @@ from ichprog.spec import Task
 from ichprog.study import baselines, manifest
 from ichprog.study.analysis import TaskAnalysis
 from ichprog.study.sections.context import ReportContext, join_interval
+from ichprog.train.description import describe_labels
 
 
 def results(context: ReportContext, task: Task) -> Iterator[Section]:
@@ -29,7 +30,12 @@ def results(context: ReportContext, task: Task) -> Iterator[Section]:
     title = f"{task.name} ({', '.join(task.labels)})" if ambiguous else task.name
     _write_fold_table(context, task, analyses, name, title)
     content = [*_metric_tables(context, task, analyses, name, title), *_comparison_table(context, task, name, title)]
-    yield Section(f"Results: {title}", [task.meaning], content, _task_figures(context, task, analyses, name, title))
+    yield Section(
+        f"Results: {title}",
+        [describe_labels(task, context.cohort.origin)],
+        content,
+        _task_figures(context, task, analyses, name, title),
+    )
 
 
 def _metric_tables(
