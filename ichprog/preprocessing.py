@@ -77,6 +77,32 @@ def to_scan(values: np.ndarray, shape: tuple[int, int, int], contract: InputSpec
     return result.transpose(2, 1, 0)
 
 
+def cells_to_scan(values: np.ndarray, shape: tuple[int, int, int], contract: InputSpec) -> np.ndarray:
+    """Return for each voxel of the scan the value of the cell with the voxel's centre, without interpolation.
+
+    Args:
+        values: As in `to_scan`.
+        shape: Shape `(i, j, k)` of the scan in LPS order.
+        contract: Input contract of the model.
+
+    Returns:
+        `(i, j, k)` of the type of the values.
+
+    Example:
+        >>> from ichprog import zoo
+        >>> contract = zoo.find("compact.prognosis_gcs3_age").input
+        >>> cells_to_scan(np.array([[[1, 2]]]), (4, 1, 1), contract)[:, 0, 0].tolist()
+        [1, 1, 2, 2]
+    """
+    indices = (
+        np.floor((np.arange(voxels) + before + 0.5) * (cells / padded)).astype(int).clip(0, cells - 1)
+        for voxels, cells, (_, before, padded) in zip(
+            shape[::-1], values.shape, _layout(shape[::-1], contract), strict=True
+        )
+    )
+    return values[np.ix_(*indices)].transpose(2, 1, 0)
+
+
 def prepare_regions(mask: np.ndarray, regions: int, contract: InputSpec) -> np.ndarray:
     """Return the fraction of each cell of the grid that lies in each region of a mask.
 

@@ -161,14 +161,21 @@ def _resample_to_grid(values: np.ndarray, contract: InputSpec) -> np.ndarray:
 
 @dataclass(frozen=True)
 class RandomisationStage:
-    """Similarity of the trained network's map to the map of a network with random weights in its last layers.
+    """Similarity of the trained network's map to the maps of networks with random weights in the last layers.
+
+    Each similarity is the mean over the seeds of the random weights for which it is defined, with the standard
+    deviation over these seeds.
 
     Attributes:
         down_to: The module with random weights that is nearest to the input.
         layers: Number of modules with random weights.
-        pearson: Pearson's correlation of the maps in the brain; None if a map is constant.
+        pearson: Pearson's correlation of the maps in the brain; None if a map is constant with every seed.
         spearman: Spearman's rank correlation of the maps.
         spearman_absolute: Spearman's rank correlation of the absolute values, which a change of sign leaves equal.
+        pearson_sd: Standard deviation of `pearson`; None if it is defined for fewer than two seeds.
+        spearman_sd: Standard deviation of `spearman`.
+        spearman_absolute_sd: Standard deviation of `spearman_absolute`.
+        seeds: Number of seeds for which the correlations are defined.
     """
 
     down_to: str
@@ -176,6 +183,10 @@ class RandomisationStage:
     pearson: float | None
     spearman: float | None
     spearman_absolute: float | None
+    pearson_sd: float | None = None
+    spearman_sd: float | None = None
+    spearman_absolute_sd: float | None = None
+    seeds: int = 1
 
 
 def parameter_randomisation(
@@ -187,7 +198,7 @@ def parameter_randomisation(
     method: str | Sequence[str] = "guided_backprop",
     stages: int = 5,
     brain: "Brain" = "auto",
-    seed: int = 0,
+    seeds: Sequence[int] = (0, 1, 2),
     **options: Any,
 ) -> dict[tuple[str, str], tuple[RandomisationStage, ...]]:
     """Test whether saliency maps depend on the network's weights.
@@ -206,13 +217,14 @@ def parameter_randomisation(
         method: As in `explain`.
         stages: Number of steps in which the backbone's layers become random, after the heads.
         brain: As in `explain`.
-        seed: Random seed of the weights.
+        seeds: Random seeds of the weights, each once.
         **options: Options of the methods.
 
     Returns:
         By (task, method) a stage for the heads and for each further step.
 
     Raises:
+        InvalidValueError: There is no seed, or a seed is given twice.
         UnknownNameError: No task, label, method or option has this name.
         ScanError: The scan cannot be read, or the model cannot process it.
         PluginError: A method does not apply to the network.
@@ -225,6 +237,8 @@ def parameter_randomisation(
     """
     import torch
 
+    if not seeds or len(set(seeds)) != len(seeds):
+        raise InvalidValueError("seeds", list(seeds), "one or more different numbers, such as 0, 1, 2")
     loaded = load_model(model) if isinstance(model, str) else model
     methods = [method] if isinstance(method, str) else list(method)
     config = resolve_runtime("torch", loaded.device, "float32")
@@ -238,17 +252,32 @@ def parameter_randomisation(
         maps = explain(copy, loaded_scan, task=task, label=label, method=methods, **options)
         return {key: _resample_to_grid(each.grid_map, copy.spec.input)[inside] for key, each in maps.items()}
 
-    trained = compute_maps()
-    random = torch.Generator().manual_seed(seed)
-    results: dict[tuple[str, str], list[RandomisationStage]] = {key: [] for key in trained}
-    layers = 0
-    for group in _cascade(network, stages):
-        for module in group:
-            _randomise(network.get_submodule(module), random)
-        layers += len(group)
-        for key, values in compute_maps().items():
-            results[key].append(RandomisationStage(group[-1], layers, *_similarity(trained[key], values)))
-    return {key: tuple(each) for key, each in results.items()}
+    trained, weights = compute_maps(), {name: values.clone() for name, values in network.state_dict().items()}
+    groups = _cascade(network, stages)
+    similarities: dict[tuple[str, str], list[list[_Similarity]]] = {key: [[] for _ in groups] for key in trained}
+    for seed in seeds:
+        network.load_state_dict(weights)
+        random = torch.Generator().manual_seed(seed)
+        for number, group in enumerate(groups):
+            for module in group:
+                _randomise(network.get_submodule(module), random)
+            for key, values in compute_maps().items():
+                similarities[key][number].append(_similarity(trained[key], values))
+    layers = np.cumsum([len(group) for group in groups]).tolist()
+    return {
+        key: tuple(map(_average_seeds, (group[-1] for group in groups), layers, each))
+        for key, each in similarities.items()
+    }
+
+
+def _average_seeds(down_to: str, layers: int, similarities: "Sequence[_Similarity]") -> RandomisationStage:
+    """Return the mean and the standard deviation over seeds of each correlation that is defined."""
+    columns = [[value for value in column if value is not None] for column in zip(*similarities, strict=True)]
+    means = [float(np.mean(column)) if column else None for column in columns]
+    spreads = [float(np.std(column, ddof=1)) if len(column) > 1 else None for column in columns]
+    return RandomisationStage(
+        down_to, layers, means[0], means[1], means[2], spreads[0], spreads[1], spreads[2], len(columns[0])
+    )
 
 
 def _cascade(network: "nn.Module", stages: int) -> list[list[str]]:
@@ -269,7 +298,10 @@ def _randomise(module: "nn.Module", random: Any) -> None:
             values.copy_(drawn * values.square().mean().sqrt())
 
 
-def _similarity(first: np.ndarray, second: np.ndarray) -> tuple[float | None, float | None, float | None]:
+_Similarity = tuple[float | None, float | None, float | None]
+
+
+def _similarity(first: np.ndarray, second: np.ndarray) -> _Similarity:
     """Return Pearson's and Spearman's correlation, and Spearman's of the absolute values."""
     from scipy.stats import rankdata
 

@@ -6,6 +6,11 @@ patients. `compare_maps` draws the maps of several models side by side. Whether 
 
 Maps and masks are `(i, j, k)` in LPS order. Positive values of a map speak for the label. A map without positive values
 is empty. An empty map counts as empty, not as wrong.
+
+A map is measured in the brain, at its true resolution: all voxels of a cell have the value of the cell. If the highest
+cell is larger than the lesion, the pointing game is therefore the lesion's share of the cell. Two baselines without a
+network are measured at the same resolution: the nearness of the centre of the brain, and the share of voxels from
+`DENSE_HU[0]` to `DENSE_HU[1]` HU.
 """
 
 import dataclasses
@@ -15,6 +20,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from ichprog import preprocessing
 from ichprog.cohort import Cohort, Patient, find_masks
 from ichprog.errors import CohortError, UnknownNameError
 from ichprog.evaluation.faithfulness import RANDOM, deletion_insertion
@@ -28,6 +34,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from ichprog.scan.brain import Brain
+
+DENSE_HU = (50.0, 100.0)
+"""Densities of the baseline by HU: acute blood, and denser than most of the brain."""
 
 Models = Mapping[str, str | Model | Callable[[int | None], Model]]  # by variant; a function takes a fold
 
@@ -46,12 +55,17 @@ class MapMetrics:
         empty: Whether the map has no positive value.
         pointing_game: Result of `pointing_game`.
         relevance_mass_accuracy: Result of `relevance_mass_accuracy`.
-        lesion_share: Share of the brain volume that is lesion, the relevance mass accuracy of a constant map.
+        lesion_share: Share of the brain volume that is lesion: both metrics of a constant map.
         hemisphere_correct: Result of `hemisphere_correct`.
         deletion: Area under the deletion curve; lower is better.
         insertion: Area under the insertion curve; higher is better.
         random_deletion: Area under the deletion curve of a random order.
         random_insertion: Area under the insertion curve of a random order.
+        cell_ml: Volume of a cell of the map.
+        centre_pointing_game: Pointing game of the centre of the brain.
+        centre_mass_accuracy: Relevance mass accuracy of the nearness of the centre of the brain.
+        dense_pointing_game: Pointing game of the densest cells, by the share of voxels in `DENSE_HU`.
+        dense_mass_accuracy: Relevance mass accuracy of the share of voxels in `DENSE_HU`.
     """
 
     variant: str
@@ -69,6 +83,11 @@ class MapMetrics:
     insertion: float | None = None
     random_deletion: float | None = None
     random_insertion: float | None = None
+    cell_ml: float | None = None
+    centre_pointing_game: float | None = None
+    centre_mass_accuracy: float | None = None
+    dense_pointing_game: float | None = None
+    dense_mass_accuracy: float | None = None
 
 
 _METRICS = tuple(field.name for field in dataclasses.fields(MapMetrics)[6:])
@@ -76,6 +95,10 @@ _GAINS = {  # name, better value and worse value: a difference above 0 is better
     "relevance_mass_gain": ("relevance_mass_accuracy", "lesion_share"),
     "deletion_gain": ("random_deletion", "deletion"),
     "insertion_gain": ("insertion", "random_insertion"),
+    "pointing_gain_over_centre": ("pointing_game", "centre_pointing_game"),
+    "pointing_gain_over_dense": ("pointing_game", "dense_pointing_game"),
+    "mass_gain_over_centre": ("relevance_mass_accuracy", "centre_mass_accuracy"),
+    "mass_gain_over_dense": ("relevance_mass_accuracy", "dense_mass_accuracy"),
 }
 
 
@@ -166,18 +189,23 @@ def _measure(
 ) -> Iterator[dict[str, Any]]:
     """Yield the metrics of each map of a patient."""
     brain = cast("np.ndarray", scan.brain)
+    inside = lesion & brain
     curves = deletion_insertion(model, scan, maps, steps=steps) if steps else {}
     for (task, method), saliency in maps.items():
-        values = read(saliency.image).hu
+        cells = _number_cells(saliency.grid_map.shape, model, scan)
+        values = np.where(brain, saliency.grid_map.ravel()[cells], 0)
+        baselines = _measure_baselines(scan, brain, inside, cells, tolerance_mm)
         metrics = {
             "task": task,
             "label": saliency.label,
             "method": method,
             "empty": not values.max() > 0,
-            "pointing_game": pointing_game(values, lesion, spacing=scan.spacing, tolerance_mm=tolerance_mm),
-            "relevance_mass_accuracy": relevance_mass_accuracy(values, lesion),
-            "lesion_share": float((lesion & brain).sum() / brain.sum()),
-            "hemisphere_correct": hemisphere_correct(values, lesion, brain | lesion),
+            "pointing_game": pointing_game(values, inside, spacing=scan.spacing, tolerance_mm=tolerance_mm),
+            "relevance_mass_accuracy": relevance_mass_accuracy(values, inside),
+            "lesion_share": float(inside.sum() / brain.sum()),
+            "hemisphere_correct": hemisphere_correct(values, inside, brain),
+            "cell_ml": scan.hu.size * float(np.prod(scan.spacing)) / 1000 / saliency.grid_map.size,
+            **baselines,
         }
         for prefix, key in (("", (task, method)), ("random_", (task, RANDOM))):
             if key in curves:
@@ -186,11 +214,41 @@ def _measure(
         yield metrics
 
 
+def _number_cells(shape: tuple[int, ...], model: Model, scan: Scan) -> np.ndarray:
+    """Return for each voxel `(i, j, k)` the number of its cell in a map of a shape."""
+    numbers = np.arange(np.prod(shape)).reshape(shape)
+    return preprocessing.cells_to_scan(numbers, cast("tuple[int, int, int]", scan.hu.shape), model.spec.input)
+
+
+def _measure_baselines(
+    scan: Scan, brain: np.ndarray, lesion: np.ndarray, cells: np.ndarray, tolerance_mm: float
+) -> dict[str, float | None]:
+    """Return the metrics of both baselines. Each cell has the mean over its voxels in the brain."""
+    places = np.argwhere(brain) * np.asarray(scan.spacing)
+    distance = np.linalg.norm(places - places.mean(0), axis=1)
+    hu = scan.hu[brain]
+    scores = {
+        "centre": 1 - distance / max(distance.max(), 1e-6),
+        "dense": ((hu >= DENSE_HU[0]) & (hu <= DENSE_HU[1])).astype(float),
+    }
+    own, n_cells = cells[brain], int(cells.max()) + 1
+    counts = np.bincount(own, minlength=n_cells)
+    metrics: dict[str, float | None] = {}
+    for name, score in scores.items():
+        means = np.bincount(own, score, minlength=n_cells) / counts.clip(min=1)
+        values = np.where(brain, means[cells], 0)
+        hit = pointing_game(values, lesion, spacing=scan.spacing, tolerance_mm=tolerance_mm)
+        metrics[f"{name}_pointing_game"] = hit
+        metrics[f"{name}_mass_accuracy"] = relevance_mass_accuracy(values, lesion)
+    return metrics
+
+
 def summarise_maps(rows: Iterable[MapMetrics], *, n_bootstrap: int = 1000, seed: int = 0) -> list[dict[str, Any]]:
     """Average each metric over the patients for whom the metric is defined, with 95 % intervals.
 
     Intervals are percentiles of the bootstrap over patients, with the same samples for all maps of the same patients.
-    `relevance_mass_gain`, `deletion_gain` and `insertion_gain` are the differences from chance; above 0 is better.
+    `relevance_mass_gain`, `deletion_gain` and `insertion_gain` are the differences from chance, and names with `over`
+    the differences from a baseline; above 0 is better.
 
     Args:
         rows: The result of `measure_maps`.

@@ -179,7 +179,8 @@ def randomise_parameters(
     for (task, method), stages in stages_by_map.items():
         for stage in stages:
             source = {"variant": variant, "task": task, "method": method, "layers": stage.layers}
-            yield source | {"down_to": stage.down_to, "likeness": stage.spearman}
+            similarity = {"likeness": stage.spearman, "likeness_sd": stage.spearman_sd, "seeds": stage.seeds}
+            yield source | {"down_to": stage.down_to, **similarity}
 
 
 def _is_complete(study: Study, out: Path, variant: str) -> bool:

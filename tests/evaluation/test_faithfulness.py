@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import itertools
 import math
+import statistics
 from pathlib import Path
 
 import numpy as np
@@ -124,9 +125,9 @@ def test_random_weights_change_a_gradient_map_but_not_an_edge_detector(compact_m
 
 
 def test_a_random_head_of_one_channel_scales_the_map_and_a_dead_network_has_no_correlation(bright_model, masked_cohort):
-    heads, whole = parameter_randomisation(torch_model(bright_model), masked_cohort.patients[0].scan, stages=1)[
-        "prognosis", "guided_backprop"
-    ]
+    path = masked_cohort.patients[0].scan
+    found = parameter_randomisation(torch_model(bright_model), path, stages=1, seeds=[0])
+    heads, whole = found["prognosis", "guided_backprop"]
     assert heads.down_to.startswith("heads.")
     assert heads.spearman_absolute == pytest.approx(1, abs=1e-6)
     assert (whole.down_to, whole.layers) == ("backbone.features.0", heads.layers + 1)
@@ -136,7 +137,7 @@ def test_a_random_head_of_one_channel_scales_the_map_and_a_dead_network_has_no_c
 def test_correlations_equal_those_of_scipy_in_the_brain(bright_model, masked_cohort, methods):
     path = masked_cohort.patients[0].scan
     model = torch_model(bright_model)
-    found = parameter_randomisation(model, path, method="fixed", stages=3)["prognosis", "fixed"]
+    found = parameter_randomisation(model, path, method="fixed", stages=3, seeds=[0])["prognosis", "fixed"]
     assert len(found) == 2  # the heads, and the only layer of the backbone
     inside = ichprog.preprocessing.prepare(model.load_scan(path).hu, model.spec.input) > 0
     first, *later = (values[inside].astype(np.float32) for values in methods[:3])
@@ -176,7 +177,26 @@ def test_the_model_is_not_changed(bright_model, masked_cohort):
 def test_equal_seeds_give_equal_random_weights(compact_model, masked_cohort):
     path = masked_cohort.patients[0].scan
     first, again, other = (
-        parameter_randomisation(torch_model(compact_model), path, stages=1, seed=seed) for seed in (1, 1, 2)
+        parameter_randomisation(torch_model(compact_model), path, stages=1, seeds=[seed]) for seed in (1, 1, 2)
     )
     assert first == again
     assert first != other
+
+
+def test_several_seeds_give_the_mean_and_the_spread(compact_model, masked_cohort):
+    model, path = torch_model(compact_model), masked_cohort.patients[0].scan
+    single = [parameter_randomisation(model, path, stages=1, seeds=[seed]) for seed in (4, 5, 6)]
+    [key] = single[0]
+    for number, stage in enumerate(parameter_randomisation(model, path, stages=1, seeds=[4, 5, 6])[key]):
+        for name in ("pearson", "spearman", "spearman_absolute"):
+            values = [getattr(each[key][number], name) for each in single]
+            assert getattr(stage, name) == pytest.approx(statistics.mean(values))
+            assert getattr(stage, f"{name}_sd") == pytest.approx(statistics.stdev(values))
+            assert getattr(single[0][key][number], f"{name}_sd") is None
+        assert stage.seeds == 3
+
+
+@pytest.mark.parametrize("seeds", [[], [1, 2, 1]])
+def test_no_seeds_and_repeated_seeds_are_refused(compact_model, seeds):
+    with pytest.raises(InvalidValueError, match="different numbers"):
+        parameter_randomisation(compact_model, "no-scan.nii.gz", seeds=seeds)

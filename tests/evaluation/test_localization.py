@@ -4,6 +4,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import scipy.stats
+import torch
 
 import ichprog
 from ichprog import ScanError, UnknownNameError, registry
@@ -80,6 +81,64 @@ def test_the_maps_of_a_network_that_detects_blood_lie_in_the_lesion(bright_model
         assert each.relevance_mass_accuracy > 3 * each.lesion_share > 0
     hu = brain_hu(SHAPE, LEFT, seed=0)
     assert rows[0].lesion_share == pytest.approx((hu == 68).sum() / (hu != 0).sum(), rel=0.01)
+
+
+def upsample(values, shape):
+    """Return for each voxel the value of its cell, voxel by voxel."""
+    result = np.zeros(shape)
+    for i, j, k in np.ndindex(*shape):
+        d, h, w = (int((at + 0.5) * n / size) for at, n, size in zip((k, j, i), values.shape, shape[::-1], strict=True))
+        result[i, j, k] = values[d, h, w]
+    return result
+
+
+def cell_means(values, brain, cells):
+    """Return the mean of the values over the brain in each voxel's cell."""
+    result = np.zeros(values.shape)
+    for cell in np.unique(cells[brain]):
+        here = (cells == cell) & brain
+        result[here] = values[here].mean()
+    return result
+
+
+def by_voxels(values, lesion):
+    """Return the pointing game and the relevance mass accuracy of a map that is 0 outside the brain."""
+    top = values == values.max()
+    return lesion[top].mean(), values.clip(min=0)[lesion].sum() / values.clip(min=0).sum()
+
+
+@pytest.fixture
+def coarse_method():
+    """Register a method whose map has 4 x 6 x 6 cells, and return the map."""
+    values = np.random.default_rng(8).standard_normal((4, 6, 6)).astype(np.float32)
+    values[2, 2, 3] = 5.0  # the cell with the lesion of patient p0
+    ichprog.register_saliency("coarse", lambda score, grid, network: torch.from_numpy(values))
+    yield values
+    registry.saliency.unregister("coarse")
+
+
+def test_a_map_is_measured_at_its_resolution_in_the_brain_with_two_baselines(coarse_method, mean_model, masked_cohort):
+    model, patient = torch_model(mean_model), masked_cohort.patients[0]
+    (found,) = measure_maps(
+        {"v": model}, Cohort((patient,), masked_cohort.source), folds=None, tasks=["gcs"], methods=["coarse"]
+    )
+    scan = model.load_scan(patient.scan)
+    lesion = np.asarray(nib.load(find_masks(masked_cohort)["p0"]).dataobj) > 0
+    brain = np.asarray(scan.brain)
+    expected = by_voxels(np.where(brain, upsample(coarse_method, SHAPE), 0), lesion & brain)
+    assert (found.pointing_game, found.relevance_mass_accuracy) == pytest.approx(expected, rel=1e-5)
+    assert 0 < found.pointing_game < 1, "the cell is larger than the lesion"
+    assert found.cell_ml == pytest.approx(np.prod(scan.spacing) * np.prod(SHAPE) / 1000 / (4 * 6 * 6))
+    cells = upsample(np.arange(4 * 6 * 6).reshape(4, 6, 6), SHAPE)
+    middle = np.argwhere(brain).mean(0)
+    distance = np.linalg.norm((np.moveaxis(np.indices(SHAPE), 0, -1) - middle) * scan.spacing, axis=-1)
+    near = by_voxels(cell_means(1 - distance / distance[brain].max(), brain, cells), lesion & brain)
+    assert (found.centre_pointing_game, found.centre_mass_accuracy) == pytest.approx(near, rel=1e-5)
+    dense = by_voxels(cell_means(((scan.hu >= 50) & (scan.hu <= 100)).astype(float), brain, cells), lesion & brain)
+    assert (found.dense_pointing_game, found.dense_mass_accuracy) == pytest.approx(dense, rel=1e-5)
+    (summary,) = summarise_maps([found])
+    assert summary["pointing_gain_over_centre"]["value"] == pytest.approx(expected[0] - near[0])
+    assert summary["mass_gain_over_dense"]["value"] == pytest.approx(expected[1] - dense[1])
 
 
 def test_mirrored_masks_reverse_the_metrics(bright_model, tmp_path):

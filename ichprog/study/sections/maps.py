@@ -62,17 +62,31 @@ def saliency(context: ReportContext, n_patients: int) -> Section:
         "hemisphere_correct": "correct hemisphere", "deletion_gain": "deletion minus random",
         "insertion_gain": "insertion minus random",
     }  # fmt: skip
-    content = [context.write_table("saliency", rows, columns, "Maps and lesion masks, with 95 % intervals.")]
+    caption = "Maps and lesion masks in the brain, at the resolution of the maps, with 95 % intervals."
+    content = [context.write_table("saliency", rows, columns, caption)]
+    columns = {"variant": "variant", "task": "task", "method": "method", "cell_ml": "mL in a cell"}
+    for title, metric, short in (("pointing game", "pointing_game", "pointing"), ("mass", "mass_accuracy", "mass")):
+        columns |= {f"centre_{metric}": f"{title} of the centre", f"dense_{metric}": f"{title} of dense voxels"}
+        columns |= {
+            f"{short}_gain_over_centre": f"{title} minus centre",
+            f"{short}_gain_over_dense": f"{title} minus dense",
+        }
+    low, high = localization.DENSE_HU
+    caption = (
+        "Baselines without a network, at the resolution of the maps: nearness of the centre of the brain, and the "
+        f"share of voxels of {low:g} to {high:g} HU. A map that does not exceed them shows no more than these."
+    )
+    content.append(context.write_table("saliency-baselines", rows, columns, caption))
     randomised = [
         row
         for variant in dict.fromkeys(each.variant for each in measured)
         for row in saliency_results.randomise_parameters(study, context.cohort, out, variant, context.cache_dir)
     ]
     columns = {"variant": "variant", "task": "task", "method": "method", "down_to": "random down to"}
-    columns |= {"likeness": "rank correlation"}
+    columns |= {"likeness": "rank correlation", "likeness_sd": "SD over seeds", "seeds": "seeds"}
     caption = (
         "Similarity of a map to the map of the same network with random weights, from the heads downward (first "
-        "patient with a mask)."
+        "patient with a mask). Mean over seeds of the random weights."
     )
     content.append(context.write_table("randomised", randomised, columns, caption))
     patients = list(dict.fromkeys(each.patient for each in measured))[:3]
