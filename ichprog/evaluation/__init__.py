@@ -1,23 +1,32 @@
 """Evaluation of a model on a cohort.
 
 `evaluate` predicts a cohort with leakage control and computes metrics. `check_leakage` finds the folds that may predict
-each patient. `predictions` reads and writes the table of predictions. `localization` compares saliency maps with lesion
-masks. `faithfulness` tests whether maps follow the network. The package knows no study.
+each patient. `validation` computes the figures of an external validation, and `report` writes them. `summary` reduces
+an evaluation to counts and sums, and `pooling` combines those of several hospitals. `predictions` reads and writes the
+table of predictions. `localization` compares saliency maps with lesion masks. `faithfulness` tests whether maps follow
+the network. The package knows no study.
 """
 
 from ichprog.evaluation.evaluate import SEVERAL_FOLDS, Evaluation, evaluate
 from ichprog.evaluation.faithfulness import deletion_insertion, parameter_randomisation
 from ichprog.evaluation.leakage import LeakageReport, check_leakage
 from ichprog.evaluation.localization import MapMetrics, measure_maps, summarise_maps
+from ichprog.evaluation.pooling import PooledEvaluation, PooledTask, pool_summaries
 from ichprog.evaluation.predictions import SPLITS, Predictions, TaskPredictions, align
+from ichprog.evaluation.validation import EventValidation, ModelComparison, Recalibration
 
 __all__ = [
     "SEVERAL_FOLDS",
     "SPLITS",
     "Evaluation",
+    "EventValidation",
     "LeakageReport",
     "MapMetrics",
+    "ModelComparison",
+    "PooledEvaluation",
+    "PooledTask",
     "Predictions",
+    "Recalibration",
     "TaskPredictions",
     "align",
     "check_leakage",
@@ -25,5 +34,6 @@ __all__ = [
     "evaluate",
     "measure_maps",
     "parameter_randomisation",
+    "pool_summaries",
     "summarise_maps",
 ]

@@ -1,8 +1,8 @@
 """Evaluate a model on a cohort with leakage control."""
 
 import sys
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -11,13 +11,14 @@ import numpy as np
 
 from ichprog import metrics as metrics_package
 from ichprog.cohort import Cohort, Origin
-from ichprog.errors import CohortError, ScanError, missing_extra
+from ichprog.errors import CohortError, InvalidValueError, ScanError, missing_extra
+from ichprog.evaluation import validation
 from ichprog.evaluation.leakage import LeakageReport, check_leakage
 from ichprog.evaluation.predictions import Predictions, TaskPredictions
+from ichprog.evaluation.validation import EventValidation, ModelComparison
 from ichprog.io import write_json
 from ichprog.metrics.calibration import calibration_curve
 from ichprog.model import Model, load_model, resolve_brain
-from ichprog.reporting import tables
 from ichprog.results import Prediction
 from ichprog.spec import ModelSpec, Task
 
@@ -41,9 +42,13 @@ class Evaluation:
             is `SEVERAL_FOLDS`.
         metrics: `value`, `low` and `high` by task and metric.
         calibration: By task and event the arrays of `calibration_curve`. An event is a label, or a label or later.
+        events: By task the figures of each event: local recalibration, decision curve and operating points.
+        subgroups: Rows: metrics of a group of patients, by task and column.
+        comparison: A second model on the same patients, or None.
         leakage: The folds that may predict each patient, and why.
         left_out: Names of the patients that no fold of the model may predict.
         unlabelled: Names of the patients without a label of any task.
+        missing_labels: Number of predicted patients without a label, by task.
         unscored: Column of the labels by task, for tasks without any labelled patient.
         failed: The scans that could not be read, each with `patient`, `scan`, `code` and `message`.
         warnings: Warnings about scans by name of the patient.
@@ -57,9 +62,13 @@ class Evaluation:
     predictions: Predictions
     metrics: Metrics
     calibration: Curves
+    events: Mapping[str, tuple[EventValidation, ...]]
+    subgroups: Sequence[Mapping[str, Any]]
+    comparison: ModelComparison | None
     leakage: LeakageReport
     left_out: tuple[str, ...]
     unlabelled: tuple[str, ...]
+    missing_labels: Mapping[str, int]
     unscored: Mapping[str, str]
     failed: tuple[Mapping[str, Any], ...]
     warnings: Mapping[str, list[dict[str, Any]]]
@@ -91,7 +100,8 @@ class Evaluation:
             "leakage": self.leakage.sentence,
             "leakage_source": self.leakage.source,
             "metrics": self.metrics,
-            "label_counts": {name: self._count_labels(self.model.task(name)) for name in self.metrics},
+            "label_counts": {name: self.count_labels(name) for name in self.metrics},
+            "labels_missing": dict(self.missing_labels),
             "thresholds": {name: self.model.task(name).threshold for name in self.metrics},
             "calibration": {
                 task: {
@@ -99,6 +109,9 @@ class Evaluation:
                 }
                 for task, curves in self.calibration.items()
             },
+            "events": {task: {each.event: each.to_dict() for each in events} for task, events in self.events.items()},
+            "subgroups": [dict(row) for row in self.subgroups],
+            "comparison": None if self.comparison is None else self.comparison.to_dict(),
             "tasks_not_scored": dict(self.unscored),
             "patients_left_out": list(self.left_out),
             "patients_without_labels": list(self.unlabelled),
@@ -110,11 +123,41 @@ class Evaluation:
             "notice": self.model.notice,
         }
 
+    def count_labels(self, task: str) -> dict[str, int]:
+        """Return the number of predicted patients with each label.
+
+        Args:
+            task: Name of the task.
+        """
+        labels = self.model.task(task).labels
+        counts = np.bincount(self.labelled(task).truth, minlength=len(labels))
+        return dict(zip(labels, counts.tolist(), strict=True))
+
+    def summary(self, *, min_count: int = 5) -> dict[str, Any]:
+        """Return counts and sums of many patients, which `pool_summaries` combines with those of other hospitals.
+
+        Args:
+            min_count: Smallest number of patients behind any number.
+
+        Raises:
+            InvalidValueError: The smallest number is below 3.
+        """
+        from ichprog.evaluation.summary import build_summary
+
+        return build_summary(
+            self.model,
+            self.provenance["weights"],
+            self.events,
+            simulated=self.origin.simulated > 0,
+            min_count=min_count,
+        )
+
     def write(self, folder: str | Path) -> Path:
         """Write the evaluation into a folder. An interruption leaves no partial file.
 
         `predictions.csv` and `metrics.json` have the format of a study. `evaluation.json` is `to_dict`. `tables` has
-        metrics and calibration curves as CSV, Markdown and LaTeX. `calibration.svg` and `.png` show the curves.
+        all tables as CSV, Markdown and LaTeX. `figures` has the figures as SVG and PNG. `report.html` has all of it in
+        one file, and `model_card_section.md` the section for a model card.
 
         Args:
             folder: The folder, created if missing.
@@ -123,41 +166,17 @@ class Evaluation:
             The folder.
 
         Raises:
-            IchprogError: matplotlib is not installed; only the figure is missing then.
+            IchprogError: matplotlib or Jinja2 is not installed; only figures and report are missing then.
         """
-        from ichprog.reporting import figures
+        from ichprog.evaluation import report
 
         out = Path(folder)
         out.mkdir(parents=True, exist_ok=True)
         self.predictions.write(out / "predictions.csv")
         write_json(out / "metrics.json", {self.model.name: self.metrics})
         write_json(out / "evaluation.json", self.to_dict())
-        caption = f"{self.model.name} on {self.counts['scored']} patients of {self.cohort}. {self.leakage.sentence}"
-        caption += f" {self.intervals}. {self.model.notice}"
-        columns = {"task": "task", "n": "patients", "metric": "metric", "value": "value"}
-        tables.write(self._metric_rows(), columns, out / "tables", "metrics", caption)
-        binned = ("task", "event", "predicted", "observed", "low", "high", "count")
-        tables.write(self._calibration_rows(), binned, out / "tables", "calibration", caption)
-        if self.calibration:
-            figures.save(figures.calibration(self.calibration), out, "calibration")
+        report.write(out, self.model, self.to_dict(), self.events)
         return out
-
-    def _count_labels(self, task: Task) -> dict[str, int]:
-        counts = np.bincount(self.labelled(task.name).truth, minlength=len(task.labels))
-        return dict(zip(task.labels, counts.tolist(), strict=True))
-
-    def _metric_rows(self) -> Iterator[dict[str, Any]]:
-        for task, values in self.metrics.items():
-            n = len(self.labelled(task))
-            for name, value in values.items():
-                yield {"task": task, "n": n, "metric": tables.readable_name(name), "value": value}
-
-    def _calibration_rows(self) -> Iterator[dict[str, Any]]:
-        for task, curves in self.calibration.items():
-            for event, curve in curves.items():
-                for values in zip(*curve.values(), strict=True):
-                    numbers = (value.item() for value in values)
-                    yield {"task": task, "event": event, **dict(zip(curve, numbers, strict=True))}
 
 
 def evaluate(
@@ -168,13 +187,17 @@ def evaluate(
     n_bootstrap: int = 1000,
     seed: int = 0,
     ci_method: Literal["percentile", "bca"] = "percentile",
+    subgroups: Sequence[str] = (),
+    at_sensitivity: Sequence[float] = (),
+    at_specificity: Sequence[float] = (),
+    compare: Model | str | None = None,
     progress: bool = False,
 ) -> Evaluation:
     """Evaluate a model on a cohort.
 
     A patient is predicted only by folds that were not trained on the patient, as `check_leakage` finds. Thresholds are
-    the model's own; no threshold uses patients of the cohort. A scan that cannot be read is recorded, and its patient
-    is in no metric.
+    the model's own, except those of `at_sensitivity` and `at_specificity`, which are chosen on the cohort and therefore
+    reported cross-fitted as well. A scan that cannot be read is recorded, and its patient is in no metric.
 
     Args:
         model: A model, or a name that `load_model` takes.
@@ -183,10 +206,18 @@ def evaluate(
         n_bootstrap: Number of bootstrap samples over patients for 95 % intervals.
         seed: Random seed.
         ci_method: "percentile" or "bca".
+        subgroups: Columns of the cohort that divide the patients into subgroups, by value or by terciles of numbers.
+        at_sensitivity: Sensitivities at which an operating point is reported, each above 0 and at most 1.
+        at_specificity: Specificities at which an operating point is reported, each above 0 and at most 1.
+        compare: Another model, which is compared on the patients that both may predict.
         progress: Whether to show a progress bar on standard error.
 
     Raises:
-        CohortError: The table is wrong, has the column of no task, or has no patient that the model may predict.
+        CohortError: The table is wrong, has the column of no task, has no patient that the model may predict, or has
+            patients of one label only.
+        InvalidValueError: A sensitivity or specificity is not above 0 and at most 1, or a model is compared with
+            itself.
+        SpecError: The models to compare share no task.
         RunError: The model's run.json cannot be read.
         UnknownNameError, SpecError, WeightsError, PluginError: As in `load_model`.
         IchprogError: The extra `study` is not installed.
@@ -203,24 +234,27 @@ def evaluate(
     if find_spec("scipy") is None:
         raise missing_extra("study", "scipy", "Evaluating a model")
     brain = resolve_brain(brain)
+    targets = validation.operating_targets(at_sensitivity, at_specificity)
     table = cohort if isinstance(cohort, Cohort) else Cohort.read(cohort, scans=False)
+    validation.check_subgroup_columns(table, subgroups)
     loaded = load_model(model) if isinstance(model, str) else model
+    other = load_model(compare) if isinstance(compare, str) else compare
     spec = loaded.spec
-    labels, unscored = _read_labels(spec, table)
-    leakage = check_leakage(spec, loaded.weights, table)
-    has_label = np.any([values >= 0 for values in labels.values()], axis=0)
-    left_out = [index for index, folds in enumerate(leakage.folds) if not folds]
-    unlabelled = [index for index, folds in enumerate(leakage.folds) if folds and not has_label[index]]
-    scored = [index for index, folds in enumerate(leakage.folds) if folds and has_label[index]]
-    if not scored:
-        raise CohortError(
-            f"{table.source}: no patient can be scored: {len(left_out)} may not be predicted, {len(unlabelled)} have "
-            f"no label of {spec.name}. {leakage.sentence}"
-        )
-    results = _predict(loaded, table, {index: leakage.folds[index] for index in scored}, brain, progress=progress)
-    predictions = {task: _task_predictions(spec.task(task), table, truth, results) for task, truth in labels.items()}
+    plan = _plan(loaded, table)
+    validation.check_two_labels(spec, table.source, plan.labels, plan.scored)
+    other_plan = None if other is None else _plan_comparison(loaded, other, table, plan)
+
+    results = _predict(loaded, table, plan, brain, progress=progress)
+    predictions = _tabulate(spec, table, plan, results)
     labelled = {task: each.labelled() for task, each in predictions.items()}
     labelled = {task: each for task, each in labelled.items() if len(each)}
+    entries = {(spec.name, task, "test"): each for task, each in predictions.items() if len(each)}
+    comparison = None
+    if other is not None and other_plan is not None:
+        others = _tabulate(other.spec, table, other_plan, _predict(other, table, other_plan, brain, progress=progress))
+        name = other.spec.name if other.spec.name != spec.name else f"{spec.name} (second)"
+        entries |= {(name, task, "test"): each for task, each in others.items() if len(each)}
+        comparison = _compare(loaded, other, name, predictions, others, other_plan, n_bootstrap=n_bootstrap, seed=seed)
     metrics = {
         task: metrics_package.compute_with_intervals(
             each.truth, each.probabilities, kind=spec.task(task).kind, thresholds=spec.task(task).decision_threshold,
@@ -229,24 +263,114 @@ def evaluate(
         for task, each in labelled.items()
     }  # fmt: skip
     names = [patient.name for patient in table.patients]
-    used = {fold for index in scored for fold in leakage.folds[index]}
+    used = {fold for index in plan.scored for fold in plan.leakage.folds[index]}
     provenance = loaded.provenance()
+    tasks = {task: (spec.task(task), each) for task, each in labelled.items()}
     return Evaluation(
         model=spec,
         cohort=table.source,
-        predictions=Predictions({(spec.name, task, "test"): each for task, each in predictions.items() if len(each)}),
+        predictions=Predictions(entries),
         metrics=metrics,
         calibration={task: _calibrate(spec.task(task), each) for task, each in labelled.items()},
-        leakage=leakage,
-        left_out=tuple(names[index] for index in left_out),
-        unlabelled=tuple(names[index] for index in unlabelled),
-        unscored=unscored,
+        events={
+            task: validation.validate_events(
+                spec.task(task), each, targets=targets, n_bootstrap=n_bootstrap, seed=seed, ci_method=ci_method
+            )
+            for task, each in labelled.items()
+        },
+        subgroups=validation.subgroup_rows(
+            subgroups, table, tasks, n_bootstrap=n_bootstrap, seed=seed, ci_method=ci_method
+        ),
+        comparison=comparison,
+        leakage=plan.leakage,
+        left_out=tuple(names[index] for index in plan.left_out),
+        unlabelled=tuple(names[index] for index in plan.unlabelled),
+        missing_labels={task: int((each.truth < 0).sum()) for task, each in predictions.items()},
+        unscored=plan.unscored,
         failed=tuple(results.failed[index] for index in sorted(results.failed)),
         warnings={names[index]: results.warnings[index] for index in sorted(results.warnings)},
         origin=table.origin,
         intervals=f"95 % intervals: {ci_method} bootstrap over patients, {n_bootstrap} samples, seed {seed}",
         provenance=provenance | {"weights": [each for each in provenance["weights"] if each["fold"] in used]},
     )
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Which patients of a cohort a model predicts, and with which folds.
+
+    Attributes:
+        labels: Indices of the true labels `(N,)` by task, -1 if unknown.
+        unscored: Column of the labels of each other task.
+        leakage: The folds that may predict each patient.
+        left_out: Indices of the patients that no fold may predict.
+        unlabelled: Indices of the other patients without a label.
+        scored: Indices of the patients to predict.
+    """
+
+    labels: dict[str, np.ndarray]
+    unscored: dict[str, str]
+    leakage: LeakageReport
+    left_out: list[int]
+    unlabelled: list[int]
+    scored: list[int]
+
+
+def _plan(model: Model, cohort: Cohort) -> _Plan:
+    labels, unscored = _read_labels(model.spec, cohort)
+    leakage = check_leakage(model.spec, model.weights, cohort)
+    has_label = np.any([values >= 0 for values in labels.values()], axis=0)
+    left_out = [index for index, folds in enumerate(leakage.folds) if not folds]
+    unlabelled = [index for index, folds in enumerate(leakage.folds) if folds and not has_label[index]]
+    scored = [index for index, folds in enumerate(leakage.folds) if folds and has_label[index]]
+    if not scored:
+        raise CohortError(
+            f"{cohort.source}: no patient can be scored: {len(left_out)} may not be predicted, {len(unlabelled)} have "
+            f"no label of {model.spec.name}. {leakage.sentence}"
+        )
+    return _Plan(labels, unscored, leakage, left_out, unlabelled, scored)
+
+
+def _plan_comparison(first: Model, second: Model, cohort: Cohort, plan: _Plan) -> _Plan:
+    """Return the plan of the second model, for patients and tasks that both models have."""
+    if _identity(first) == _identity(second):
+        raise InvalidValueError(
+            "model to compare", second.spec.name, f"another model than {first.spec.name}",
+            "Both have the same weights. Choose other weights, or leave the comparison out.",
+        )  # fmt: skip
+    shared = [task for task in validation.shared_tasks(first.spec, second.spec) if task in plan.labels]
+    other = _plan(second, cohort)
+    both = [index for index in other.scored if index in set(plan.scored)]
+    if not shared or not both:
+        raise CohortError(
+            f"{cohort.source}: {first.spec.name} and {second.spec.name} cannot be compared. No patient that both may "
+            "predict has a label of a task of both. Compare on other patients."
+        )
+    return replace(other, labels={task: other.labels[task] for task in shared}, scored=both)
+
+
+def _identity(model: Model) -> tuple[Any, ...]:
+    """Return what determines a model's predictions: networks, tasks, preprocessing and weights."""
+    files = tuple((file.fold, file.sha256) for file in model.weights)
+    return model.spec.backbone, model.spec.tasks, model.spec.input, files
+
+
+def _compare(
+    first: Model,
+    second: Model,
+    name: str,
+    predictions: Mapping[str, TaskPredictions],
+    others: Mapping[str, TaskPredictions],
+    plan: _Plan,
+    *,
+    n_bootstrap: int,
+    seed: int,
+) -> ModelComparison:
+    tasks = {
+        task: (first.spec.task(task), predictions[task], second.spec.task(task), each) for task, each in others.items()
+    }
+    left_out = [task.name for task in first.spec.tasks if task.name not in tasks]
+    return validation.compare_models(name, plan.leakage.sentence, tasks, left_out, n_bootstrap=n_bootstrap, seed=seed)
 
 
 def _read_labels(spec: ModelSpec, cohort: Cohort) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -272,22 +396,15 @@ class _ScanResults:
     warnings: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
 
 
-def _predict(
-    model: Model,
-    cohort: Cohort,
-    folds_of: Mapping[int, tuple[int, ...]],
-    brain: "Brain",
-    *,
-    progress: bool,
-) -> _ScanResults:
+def _predict(model: Model, cohort: Cohort, plan: _Plan, brain: "Brain", *, progress: bool) -> _ScanResults:
     """Predict each patient by one fold, or by the mean of all folds."""
     from tqdm import tqdm
 
     results = _ScanResults()
     groups: dict[tuple[int, ...], list[int]] = {}
-    for index, folds in folds_of.items():
-        groups.setdefault(folds, []).append(index)
-    with tqdm(total=len(folds_of), unit="scan", file=sys.stderr, disable=not progress) as bar:
+    for index in plan.scored:
+        groups.setdefault(plan.leakage.folds[index], []).append(index)
+    with tqdm(total=len(plan.scored), unit="scan", file=sys.stderr, disable=not progress) as bar:
         for folds, indices in groups.items():
             member = model.fold(folds[0]) if len(folds) == 1 else model
             scans = [cohort.patients[index].scan for index in indices]
@@ -304,6 +421,11 @@ def _predict(
             for runtime in member.fold_runtimes:
                 runtime.release_memory()
     return results
+
+
+def _tabulate(spec: ModelSpec, cohort: Cohort, plan: _Plan, results: _ScanResults) -> dict[str, TaskPredictions]:
+    """Return the predictions of each task with labels."""
+    return {task: _task_predictions(spec.task(task), cohort, truth, results) for task, truth in plan.labels.items()}
 
 
 def _task_predictions(task: Task, cohort: Cohort, truth: np.ndarray, results: _ScanResults) -> TaskPredictions:
@@ -323,13 +445,5 @@ def _task_predictions(task: Task, cohort: Cohort, truth: np.ndarray, results: _S
 
 def _calibrate(task: Task, predictions: TaskPredictions) -> dict[str, dict[str, np.ndarray]]:
     """Return a calibration curve for each event of a task."""
-    p, truth, labels = predictions.probabilities, predictions.truth, task.labels
-    if task.kind == "nominal":
-        return {label: calibration_curve(truth == k, p[:, k]) for k, label in enumerate(labels)}
-    return {
-        label if k == len(labels) - 1 else f"{label} or later": calibration_curve(
-            truth >= k, np.clip(p[:, k:].sum(axis=1), 0, 1)
-        )
-        for k, label in enumerate(labels)
-        if k
-    }
+    events = validation.task_events(task, predictions.truth, predictions.probabilities)
+    return {event: calibration_curve(truth, p) for event, (truth, p) in events.items()}

@@ -28,7 +28,17 @@ from ichprog.metrics.metric import (
 from ichprog.metrics import discrimination, ordinal, calibration  # the order of columns
 
 # isort: on
-from ichprog.metrics import agreement, bootstrap, comparisons, conformal, subgroups
+from ichprog.metrics import (
+    agreement,
+    binned,
+    bootstrap,
+    comparisons,
+    conformal,
+    local_recalibration,
+    meta_analysis,
+    operating_points,
+    subgroups,
+)
 from ichprog.metrics.comparisons import compare
 
 __all__ = [
@@ -41,6 +51,7 @@ __all__ = [
     "Metric",
     "WeightedPredictions",
     "agreement",
+    "binned",
     "bootstrap",
     "calibration",
     "compare",
@@ -51,7 +62,10 @@ __all__ = [
     "conformal",
     "discrimination",
     "label_of",
+    "local_recalibration",
+    "meta_analysis",
     "metric",
+    "operating_points",
     "ordinal",
     "ratio",
     "registered",

@@ -53,7 +53,7 @@ def calibration_slope(predictions: WeightedPredictions) -> np.ndarray:
     overlap = (highest[0] > lowest[1]) & (highest[1] > lowest[0])
     slope = np.full(len(weights), np.nan)
     if overlap.any():
-        slope[overlap] = _logistic_slopes(x, truth, weights[overlap])
+        slope[overlap] = _logistic_fits(x, truth, weights[overlap])[:, 1]
     return slope
 
 
@@ -77,8 +77,11 @@ def calibration_intercept(predictions: WeightedPredictions) -> np.ndarray:
     return np.where(both, (low + high) / 2, np.nan)
 
 
-def _logistic_slopes(x: np.ndarray, truth: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Return the slopes of logistic regressions by Newton's method with clipped steps; NaN without convergence."""
+def _logistic_fits(x: np.ndarray, truth: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Return intercepts and slopes `(D, 2)` of logistic regressions by Newton's method with clipped steps.
+
+    Both are NaN without convergence.
+    """
     scale = float(x.std())
     z = (x - x.mean()) / scale
     fit, active = np.zeros((len(weights), 2)), np.arange(len(weights))
@@ -94,7 +97,40 @@ def _logistic_slopes(x: np.ndarray, truth: np.ndarray, weights: np.ndarray) -> n
         if not len(active):
             break
     fit[active] = np.nan
-    return fit[:, 1] / scale
+    slopes = fit[:, 1] / scale
+    return np.stack([fit[:, 0] - slopes * x.mean(), slopes], axis=1)
+
+
+def calibration_estimates(truth: ArrayLike, p: ArrayLike) -> dict[str, tuple[float, float]]:
+    """Return the calibration slope and intercept with their standard errors.
+
+    Args:
+        truth: Outcomes `(N,)`, 0 or 1.
+        p: Probabilities of outcome 1 `(N,)`.
+
+    Returns:
+        `slope`, and `intercept` with a slope of 1, each with its standard error. NaN as in `calibration_slope` and
+        `calibration_intercept`.
+
+    Example:
+        >>> slope, error = calibration_estimates([0, 1, 0, 1], [0.2, 0.4, 0.6, 0.8])["slope"]
+        >>> round(slope, 3), error > 0
+        (0.675, True)
+    """
+    y, x = np.asarray(truth) == 1, log_odds(p)
+    predictions = WeightedPredictions(
+        "binary", y.astype(np.int64), np.stack([1 - np.asarray(p), np.asarray(p)], axis=1), np.full(len(y), 0.5),
+        np.ones((1, len(y))),
+    )  # fmt: skip
+    slope, intercept = float(calibration_slope(predictions)[0]), float(calibration_intercept(predictions)[0])
+    q = _expit(x + intercept)
+    found = {"slope": (slope, np.nan), "intercept": (intercept, float((q * (1 - q)).sum() ** -0.5))}
+    if np.isfinite(slope):
+        alpha = float(_logistic_fits(x, y, np.ones((1, len(y))))[0, 0])
+        q = _expit(slope * x + alpha)
+        design = np.stack([np.ones(len(x)), x], axis=1)
+        found["slope"] = slope, float(np.sqrt(np.linalg.inv(design.T @ (design * (q * (1 - q))[:, None]))[1, 1]))
+    return found
 
 
 def log_odds(p: ArrayLike) -> np.ndarray:
@@ -119,7 +155,7 @@ def _expit(x: np.ndarray) -> np.ndarray:
     return p
 
 
-def fit_recalibration(truth: ArrayLike, p: ArrayLike) -> tuple[float, float]:
+def fit_recalibration(truth: ArrayLike, p: ArrayLike, *, intercept_only: bool = False) -> tuple[float, float]:
     """Fit a logistic recalibration on validation patients: log-odds become slope * log-odds + intercept.
 
     A weak prior keeps the fit near no change if patients are few. The prior also keeps the slope positive, so that the
@@ -129,6 +165,7 @@ def fit_recalibration(truth: ArrayLike, p: ArrayLike) -> tuple[float, float]:
     Args:
         truth: Outcomes `(N,)`, 0 or 1.
         p: Probabilities of outcome 1 `(N,)`.
+        intercept_only: Whether the slope stays 1.
 
     Returns:
         Slope and intercept, for `recalibrate`. Without patients 1 and 0.
@@ -149,11 +186,49 @@ def fit_recalibration(truth: ArrayLike, p: ArrayLike) -> tuple[float, float]:
         value = np.logaddexp(0, -margin).sum() + log_slope**2 / 2 + intercept**2 / 8
         return float(value), np.array([(gradient * slope * x).sum() + log_slope, gradient.sum() + intercept / 4])
 
-    fit = minimize(loss, np.zeros(2), jac=True, method="L-BFGS-B", bounds=[(-4, 4), (-40, 40)], tol=1e-12).x
+    slopes = (0, 0) if intercept_only else (-4, 4)
+    fit = minimize(loss, np.zeros(2), jac=True, method="L-BFGS-B", bounds=[slopes, (-40, 40)], tol=1e-12).x
     return float(np.exp(fit[0])), float(fit[1])
 
 
-def recalibrate(p: ArrayLike, slope: float, intercept: float) -> np.ndarray:
+def fit_recalibrations(
+    truth: ArrayLike, p: ArrayLike, *, intercept_only: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """Fit `fit_recalibration` to D groups of patients at once, by Fisher scoring with clipped steps.
+
+    Args:
+        truth: Outcomes `(D, N)`, 0 or 1.
+        p: Probabilities of outcome 1 `(D, N)`.
+        intercept_only: Whether the slope stays 1.
+
+    Returns:
+        Slopes `(D,)` and intercepts `(D,)`.
+
+    Example:
+        >>> slopes, intercepts = fit_recalibrations([[0, 1, 1]], [[0.2, 0.6, 0.7]], intercept_only=True)
+        >>> slopes, bool(intercepts[0] > 0)
+        (array([1.]), True)
+    """
+    y, x = np.asarray(truth, np.float64), log_odds(p)
+    fit = np.zeros((len(y), 2))  # logarithm of the slope, and intercept
+    for _ in range(100):
+        scaled = np.exp(fit[:, :1]) * x  # the derivative of the log-odds by the slope's logarithm
+        q = _expit(scaled + fit[:, 1:])
+        weights = q * (1 - q)
+        a, b, c = (weights * scaled**2).sum(axis=1) + 1, (weights * scaled).sum(axis=1), weights.sum(axis=1) + 0.25
+        first = ((y - q) * scaled).sum(axis=1) - fit[:, 0]
+        second = (y - q).sum(axis=1) - fit[:, 1] / 4
+        if intercept_only:
+            step = np.stack([np.zeros(len(y)), second / c], axis=1)
+        else:
+            step = np.stack([c * first - b * second, a * second - b * first], axis=1) / (a * c - b * b)[:, None]
+        fit += np.clip(step, -1, 1)
+        if np.abs(step).max(initial=0) < 1e-9:
+            break
+    return np.exp(fit[:, 0]), fit[:, 1]
+
+
+def recalibrate(p: ArrayLike, slope: ArrayLike, intercept: ArrayLike) -> np.ndarray:
     """Apply a logistic recalibration to probabilities.
 
     Args:
@@ -165,7 +240,7 @@ def recalibrate(p: ArrayLike, slope: float, intercept: float) -> np.ndarray:
         >>> recalibrate([0.5], slope=1.0, intercept=0.0)
         array([0.5])
     """
-    return _expit(slope * log_odds(p) + intercept)
+    return _expit(np.asarray(slope) * log_odds(p) + np.asarray(intercept))
 
 
 def calibration_curve(

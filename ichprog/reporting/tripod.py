@@ -8,6 +8,7 @@ import string
 import tomllib
 from collections.abc import Mapping
 from importlib.resources import files
+from typing import Literal
 
 from ichprog.reporting.html import Section, Table
 
@@ -15,12 +16,15 @@ COLUMNS = {"number": "item", "topic": "topic", "content": "what a report should 
 _OPEN = "To be written by the authors"
 
 
-def fill_checklist(facts: Mapping[str, object]) -> list[dict[str, str]]:
+def fill_checklist(
+    facts: Mapping[str, object], *, kind: Literal["development", "evaluation"] = "development"
+) -> list[dict[str, str]]:
     """Return the TRIPOD+AI items with what a study can answer and what its authors must write.
 
     Args:
         facts: Facts by the names in braces in `tripod.toml`. An item with a fact that is missing or None is left to the
             authors.
+        kind: Whether the study develops models, or evaluates a model that was developed before.
 
     Returns:
         Rows with "number", "section", "topic", "applies", "content" and "answer".
@@ -32,7 +36,7 @@ def fill_checklist(facts: Mapping[str, object]) -> list[dict[str, str]]:
     items = tomllib.loads((files(__package__) / "tripod.toml").read_text(encoding="utf-8"))["item"]
     return [
         {key: item[key] for key in ("number", "section", "topic", "applies", "content")}
-        | {"answer": _answer(item, facts)}
+        | {"answer": _answer(item, facts, kind)}
         for item in items
     ]
 
@@ -50,8 +54,11 @@ def checklist_section(rows: list[dict[str, str]]) -> Section:
     return Section("TRIPOD+AI", [source], [Table(rows, COLUMNS)])
 
 
-def _answer(item: Mapping[str, str], facts: Mapping[str, object]) -> str:
-    answer, remaining = item.get("answer", ""), item.get("remaining", "")
+def _answer(item: Mapping[str, str], facts: Mapping[str, object], kind: str) -> str:
+    if kind == "evaluation" and kind not in item["applies"]:
+        return "Not applicable: the model was developed before."
+    prefix = "evaluation_" if kind == "evaluation" else ""
+    answer, remaining = item.get(f"{prefix}answer", ""), item.get(f"{prefix}remaining", "")
     needed = {name for _, name, _, _ in string.Formatter().parse(answer) if name}
     if not answer or any(facts.get(name) is None for name in needed):
         return f"{_OPEN}: {remaining}." if remaining and not answer else f"{_OPEN}."

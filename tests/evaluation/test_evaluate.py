@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -365,13 +366,17 @@ def test_every_event_has_a_calibration_curve(run, cohort):
 
 
 def test_unknown_labels_are_in_no_metric_and_unknown_columns_are_reported(run, cohort, folder):
-    others = renamed(Cohort.read(folder / "all.csv"), {"Q0": "Q0", "Q1": "Q1", "Q2": "Q2"})
-    columns = [{"poor_outcome": "1", "age": ""}, {"poor_outcome": "", "age": "81"}, {"poor_outcome": "", "age": ""}]
+    others = renamed(Cohort.read(folder / "all.csv"), {"P00": "P00", "Q0": "Q0", "Q1": "Q1", "Q2": "Q2"})
+    cells = ["0", ""], ["1", ""], ["", "81"], ["", ""]
+    columns = [{"poor_outcome": outcome, "age": age} for outcome, age in cells]
     people = [dataclasses.replace(p, columns=c) for p, c in zip(others.patients, columns, strict=True)]
     found = evaluate(f"local-dir:{run}", Cohort(tuple(people), "few.csv"))
     assert found.unlabelled == ("Q2",)
     assert found.unscored == {"gcs": "gcs"}
-    assert {task: found.labelled(task).patients for task in found.metrics} == {"prognosis": ("Q0",), "age": ("Q1",)}
+    labelled = {task: found.labelled(task).patients for task in found.metrics}
+    assert labelled == {"prognosis": ("P00", "Q0"), "age": ("Q1",)}
+    assert found.missing_labels == {"prognosis": 1, "age": 2}
+    assert [each.recalibrations for each in (*found.events["prognosis"], *found.events["age"])] == [(), ()]
     assert found.metrics["age"]["accuracy"]["value"] in (0, 1)
     assert found.metrics["age"]["auroc"] == {"value": None, "low": None, "high": None}
 
@@ -418,7 +423,15 @@ def test_the_command_writes_all_files_and_reports_failed_scans(run, folder, tmp_
     assert {row["task"] for row in rows} == {"prognosis", "gcs", "age"}
     auroc = next(row for row in rows if row["metric"] == "AUROC")
     assert float(auroc["value_low"]) == shown["metrics"]["prognosis"]["auroc"]["low"]
-    assert (tmp_path / "out/calibration.svg").is_file()
+    assert {path.name for path in (tmp_path / "out/figures").glob("*.svg")} == {
+        *(f"{kind}-{task}.svg" for kind in ("roc", "calibration") for task in ("prognosis", "gcs", "age")),
+        *(f"decision-{name}.svg" for name in ("prognosis", "gcs-1", "gcs-2", "age")),
+    }
+    report = (tmp_path / "out/report.html").read_text()
+    assert "Results: prognosis" in report
+    assert "TRIPOD+AI" in report
+    assert "{" not in (tmp_path / "out/tables/tripod.csv").read_text()
+    assert not set(PATIENTS) & set(re.findall(r"\bP\d\d\b", report))
 
 
 def test_a_cohort_without_label_columns_is_wrong_use(run, folder, tmp_path, run_command):
