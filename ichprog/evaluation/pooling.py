@@ -34,6 +34,17 @@ MEASURES = {
     "calibration_intercept": "calibration intercept",
     "calibration_slope": "calibration slope",
 }
+_TOGETHER = {
+    "patients": "patients",
+    "events": "patients with the event",
+    "expected_events": "expected events",
+    "observed_expected": "observed / expected events",
+    "brier": "Brier score",
+    "auroc": "AUROC",
+    "auroc_bound": "largest error of the AUROC from bins",
+    "score_chi2": "score test of calibration, chi-squared with two degrees of freedom",
+    "score_p": "p of the score test; small if not calibrated",
+}
 _Z = 1.959963984540054  # of 95 % intervals
 
 
@@ -154,7 +165,7 @@ def _tables(task: PooledTask) -> dict[str, Table]:
         "brier": "Brier score",
     }
     site |= {name: label for name, label in MEASURES.items() if name != "auroc"}
-    together = [{"measure": name.replace("_", " "), "value": value} for name, value in task.together.items()]
+    together = [{"measure": label, "value": task.together[name]} for name, label in _TOGETHER.items()]
     contents = {
         "sites": Table(task.sites, site, f"Event: {task.event}. Each site, with 95 % intervals."),
         "together": Table(together, ("measure", "value"), "All patients together."),
@@ -172,8 +183,7 @@ def _tables(task: PooledTask) -> dict[str, Table]:
 def _section(task: PooledTask, contents: Mapping[str, Table], out: Path) -> Section:
     text = [
         f"The AUROC of all patients together differs from that of unbinned scores by at most "
-        f"{task.together['auroc_bound']:.3f}. Sums are exact. The recalibration is the first step from slope 1 and "
-        "intercept 0.",
+        f"{task.together['auroc_bound']:.3f}. All other figures of all patients together are exact.",
         *([f"Withheld, as too few patients: {', '.join(task.withheld)}."] if task.withheld else []),
     ]
     pictures = []
@@ -335,14 +345,14 @@ def _together(scores: Sequence[BinnedScores], totals: Sequence[Mapping[str, floa
 def recalibration_step(sums: Mapping[str, float]) -> Row:
     """Return the first Newton step of a logistic recalibration from slope 1 and intercept 0, and the score test.
 
-    The step is near the maximum-likelihood estimate if the model is nearly calibrated. Source of the test: Cox,
-    Biometrika 1958;45:562-565.
+    The step is near the maximum-likelihood estimate only if the model is nearly calibrated. Otherwise use the slope of
+    the random-effects meta-analysis. Source of the test: Cox, Biometrika 1958;45:562-565.
 
     Args:
         sums: `patients`, `events` and the sums of a summary.
 
     Returns:
-        `recalibration_intercept` and `recalibration_slope` after the step, `score_chi2` with two degrees of freedom,
+        `first_step_intercept` and `first_step_slope` after the step, `score_chi2` with two degrees of freedom,
         and `score_p`, which is small if the probabilities are not calibrated.
     """
     from scipy.special import chdtrc
@@ -354,12 +364,12 @@ def recalibration_step(sums: Mapping[str, float]) -> Row:
     )
     determinant = float(np.linalg.det(information))
     if determinant <= 0:
-        return dict.fromkeys(("recalibration_intercept", "recalibration_slope", "score_chi2", "score_p"))
+        return dict.fromkeys(("first_step_intercept", "first_step_slope", "score_chi2", "score_p"))
     step = np.linalg.solve(information, gradient)
     chi2 = float(gradient @ step)
     return {
-        "recalibration_intercept": float(step[0]),
-        "recalibration_slope": 1 + float(step[1]),
+        "first_step_intercept": float(step[0]),
+        "first_step_slope": 1 + float(step[1]),
         "score_chi2": chi2,
         "score_p": float(chdtrc(2, chi2)),
     }

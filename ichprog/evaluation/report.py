@@ -239,7 +239,7 @@ def _calibration_curves(event: EventValidation) -> dict[str, Any]:
     from ichprog.metrics.calibration import calibration_curve
 
     curves = {"as predicted": calibration_curve(event.truth, event.probabilities)}
-    return curves | {f"{METHOD_NAMES[each.method]} recalibrated": each.calibration for each in event.recalibrations}
+    return curves | {f"{METHOD_NAMES[each.method]} fitted": each.calibration for each in event.recalibrations}
 
 
 def _sections(

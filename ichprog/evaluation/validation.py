@@ -4,7 +4,6 @@ An event is what a probability refers to: the last label of two, label k or a la
 without order against all others.
 """
 
-import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -394,16 +393,17 @@ def comparison_rows(comparison: ModelComparison) -> Iterator[Row]:
             yield {"task": task, "metric": metric, **row, "difference": difference}
 
 
-def best_thresholds(curve: Mapping[str, np.ndarray], name: str = "model") -> tuple[float, float] | None:
-    """Return the range of thresholds at which acting by the model is better than acting for all and for none.
+def better_thresholds(curve: Mapping[str, np.ndarray]) -> list[tuple[float, float]]:
+    """Return the ranges of thresholds at which acting by the model is better than acting for all and for none.
 
     Args:
         curve: Arrays of `net_benefit`.
-        name: Curve.
 
     Returns:
-        The lowest and the highest such threshold; None if there is none. Thresholds between both may be worse.
+        The first and the last threshold of each range, empty if there is none.
     """
-    better = curve[name] > np.maximum(curve["all"], 0) + 1e-12
-    chosen = curve["thresholds"][better]
-    return (float(chosen[0]), float(chosen[-1])) if len(chosen) and not math.isnan(chosen[0]) else None
+    better = curve["model"] > np.maximum(curve["all"], 0) + 1e-12
+    steps = np.diff(better.astype(np.int64), prepend=0, append=0)
+    starts, ends = np.flatnonzero(steps == 1), np.flatnonzero(steps == -1) - 1
+    thresholds = curve["thresholds"]
+    return [(float(thresholds[start]), float(thresholds[end])) for start, end in zip(starts, ends, strict=True)]

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
-from ichprog.evaluation.validation import RECALIBRATED_METRICS, EventValidation, Row, best_thresholds
+from ichprog.evaluation.validation import RECALIBRATED_METRICS, EventValidation, Row, better_thresholds
 
 METHOD_NAMES = {"intercept": "intercept", "intercept_and_slope": "intercept and slope"}
 
@@ -48,9 +48,10 @@ def decision_sentence(event: EventValidation) -> str:
     Args:
         event: Figures of an event.
     """
-    span = best_thresholds(event.decision_curve)
-    if span is None:
+    ranges = [
+        f"{first:g}" if first == last else f"{first:g} to {last:g}"
+        for first, last in better_thresholds(event.decision_curve)
+    ]
+    if not ranges:
         return "acting by the model is at no threshold better than acting for all patients and for none"
-    return (
-        f"acting by the model is better than acting for all and for none at thresholds from {span[0]:g} to {span[1]:g}"
-    )
+    return f"acting by the model is better than acting for all and for none at thresholds {', '.join(ranges)}"

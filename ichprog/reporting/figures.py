@@ -489,7 +489,9 @@ def _shared_legend(figure: Any, axes: Sequence[Any]) -> None:
     """Place one legend for all panels below them."""
     handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     if handles:
-        figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=len(handles))
+        entry_inches = 0.65 + 0.075 * max(map(len, handles))
+        columns = min(len(handles), max(int(figure.get_figwidth() / entry_inches), 1))
+        figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=columns)
 
 
 def _line_styles() -> Iterator[tuple[str, str, str]]:

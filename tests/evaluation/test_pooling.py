@@ -75,8 +75,8 @@ def test_additive_figures_equal_those_of_a_joint_table(hospitals, files):
     design = np.stack([np.ones(470), log_odds(p)], axis=1)
     gradient, information = design.T @ (truth - p), design.T @ (design * (p * (1 - p))[:, None])
     step = np.linalg.inv(information) @ gradient
-    assert found["recalibration_intercept"] == pytest.approx(step[0], abs=1e-9)
-    assert found["recalibration_slope"] == pytest.approx(1 + step[1], abs=1e-9)
+    assert found["first_step_intercept"] == pytest.approx(step[0], abs=1e-9)
+    assert found["first_step_slope"] == pytest.approx(1 + step[1], abs=1e-9)
     chi2 = gradient @ np.linalg.inv(information) @ gradient
     assert found["score_chi2"] == pytest.approx(chi2, rel=1e-9)
     assert found["score_p"] == pytest.approx(stats.chi2.sf(chi2, 2), rel=1e-8)
@@ -289,7 +289,7 @@ def test_files_that_are_no_summary_are_refused(tmp_path):
 
 def test_alike_probabilities_have_no_recalibration():
     sums = dict.fromkeys(SUMS, 0.0) | {"patients": 10.0, "events": 5.0, "p_with_event": 2.5, "p_without_event": 2.5}
-    assert recalibration_step(sums | {"p_squared": 2.5})["recalibration_slope"] is None
+    assert recalibration_step(sums | {"p_squared": 2.5})["first_step_slope"] is None
 
 
 # the command

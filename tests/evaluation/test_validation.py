@@ -70,9 +70,12 @@ def test_the_decision_curve_is_net_benefit_compared_with_all_and_none():
         t for t, own, everyone in zip(curve["thresholds"], curve["model"], curve["all"], strict=True)
         if own > max(everyone, 0) + 1e-12
     ]  # fmt: skip
-    assert validation.best_thresholds(curve) == (min(better), max(better))
+    ranges = validation.better_thresholds(curve)
+    assert {t for t in curve["thresholds"] if any(low <= t <= high for low, high in ranges)} == set(better)
+    gaps = np.diff([limit for span in ranges for limit in span])[1::2]
+    assert (gaps > 0.015).all(), "neighbouring ranges are one"
     useless = curve | {"model": np.minimum(curve["all"], 0)}
-    assert validation.best_thresholds(useless) is None
+    assert validation.better_thresholds(useless) == []
 
 
 def test_recalibration_repairs_a_shifted_model_on_patients_it_was_not_fitted_to():
