@@ -259,9 +259,10 @@ def test_patients_with_one_label_only_are_refused_at_once(folder, models, no_pre
         evaluate(load(models[0]), Cohort(alike, "alike.csv"))
 
 
-def test_the_command_prints_operating_points_subgroups_and_the_comparison(folder, models, monkeypatch):
+def test_the_command_prints_operating_points_subgroups_and_the_comparison(folder, models, tmp_path, monkeypatch):
     monkeypatch.setitem(main.commands, "evaluate", command)
     options = ["--runtime", "torch", "--brain", "given", "--n-bootstrap", "10", "--at-sensitivity", "0.9"]
+    options += ["--summary", str(tmp_path / "shared/north.json")]
     done = CliRunner().invoke(
         main, ["evaluate", models[0], str(folder / "cohort.csv"), *options, "--subgroup", "SEX", "--compare", models[1]]
     )
@@ -277,6 +278,10 @@ def test_the_command_prints_operating_points_subgroups_and_the_comparison(folder
         "difference",
     ):
         assert words in done.stdout, words
+    summary = json.loads((tmp_path / "shared/north.json").read_text())
+    assert summary["tasks"] == {}
+    assert set(summary["withheld"]) == {"prognosis", "gcs", "age"}, "14 patients are too few"
+    assert summary["weights"][0]["sha256"] == load(models[0]).weights[0].sha256
     wrong = CliRunner().invoke(main, ["evaluate", models[0], str(folder / "cohort.csv"), "--at-sensitivity", "95"])
     assert wrong.exit_code == 2
     assert "at most 1" in wrong.output
