@@ -363,13 +363,11 @@ class Answers(NamedTuple):
 
     Attributes:
         blood: `(N, d, h, w)` mean probability of blood over folds.
-        scans: `(F, N)` logits of any blood.
         regions: `(F, N, R)` logits of each region.
         filled: `(N, R)` volume of each region, in cells of the features.
     """
 
     blood: np.ndarray
-    scans: np.ndarray
     regions: np.ndarray
     filled: np.ndarray
 
@@ -385,14 +383,12 @@ def answer(spec: ModelSpec, run: Path, grids: Sequence[Path]) -> Answers:
         with np.load(path) as stored:
             grid, filled = torch.from_numpy(stored["grid"].astype(np.float32)), stored["regions"].astype(np.float32)
         with torch.no_grad():
-            answers = [fold.forward_dense(grid[None, None]) for fold in folds]
-        dense = [each[1][task] for each in answers]
+            dense = [fold.forward_dense(grid[None, None])[1][task] for fold in folds]
         blood = 1 - np.mean([each.voxels.softmax(1)[0, 0].numpy() for each in dense], axis=0)
-        scans = [float(each[0][task][0, 0]) for each in answers]
         regions = [each.regions[0].numpy() for each in dense]
-        rows.append((blood, scans, regions, filled.sum((1, 2, 3)) / 4))  # cells of the features are 4 times as large
-    blood, scans, regions, filled = (np.stack(each) for each in zip(*rows, strict=True))
-    return Answers(blood, scans.T, regions.swapaxes(0, 1), filled)
+        rows.append((blood, regions, filled.sum((1, 2, 3)) / 4))  # cells of the features are 4 times as large
+    blood, regions, filled = (np.stack(each) for each in zip(*rows, strict=True))
+    return Answers(blood, regions.swapaxes(0, 1), filled)
 
 
 def find_voxel_threshold(answers: Answers) -> float:
@@ -412,10 +408,7 @@ def find_voxel_threshold(answers: Answers) -> float:
 
 
 def calibrated(logits: np.ndarray, truth: np.ndarray) -> tuple[float, float]:
-    """Return scale and shift of the logits `(N,)` after which the probabilities are calibrated (Platt 1999).
-
-    The folds then agree about what a probability means, so that one threshold serves all of them.
-    """
+    """Return scale and shift of the logits `(N,)` after which the probabilities are calibrated (Platt 1999)."""
     from sklearn.linear_model import LogisticRegression
 
     fitted = LogisticRegression(C=10.0).fit(logits[:, None], truth)
@@ -426,7 +419,8 @@ def publish(spec: ModelSpec, run: Path, answers: Answers, voxel_threshold: float
     """Write the weights into the zoo, and the spec with their checksums.
 
     The log odds of voxels are shifted so that `voxel_threshold` becomes one half. Those of slices stay as they were.
-    Those of scans and of regions are calibrated on the calibration patients.
+    Those of the regions of a scan are calibrated on the calibration patients. Calibrated scans were tried: one
+    threshold then served the folds less well on real heads.
     """
     from safetensors.torch import load_file, save_file
 
@@ -436,9 +430,6 @@ def publish(spec: ModelSpec, run: Path, answers: Answers, voxel_threshold: float
     for fold in range(FOLDS):
         state = load_file(run / f"fold{fold}.safetensors")
         head = f"heads.{spec.tasks[0].name}."
-        scale, shift = calibrated(answers.scans[fold], answers.filled.sum(1) >= 1)
-        state[f"{head}scale"] *= scale
-        state[f"{head}shift"] = scale * state[f"{head}shift"] + shift
         for region, filled in enumerate(answers.filled.T):
             scale, shift = calibrated(answers.regions[fold, :, region], filled >= 1)
             state[f"{head}region_scale"][region] *= scale
