@@ -329,7 +329,7 @@ def test_the_report_contains_every_section_table_and_figure(smoke):
     assert all(source.startswith("data:image/") for source in page.pictures)
     assert len(page.pictures) >= 12
     assert "The patients of this study are simulated." in text
-    assert "Trained on 16 simulated patients (seed 0, preset " in text
+    assert "Trained on 16 simulated patients (seed 1, preset " in text
     assert "AUC for a simulated" not in text, "a result of the embedded weights"
     assert "Column poor_outcome of the training patients" in text
     auroc = json.loads((out / "metrics.json").read_text())["all"]["prognosis"]["auroc"]["value"]
