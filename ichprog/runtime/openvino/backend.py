@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 _Result = TypeVar("_Result")
 
-TESTED_VERSIONS = ("2025.3", "2026.4")  # first and last minor version of OpenVINO that is tested
+TESTED_VERSIONS = ("2026.4", "2026.4")  # first and last minor version of OpenVINO that is tested
 _HINTS = {"float32": "f32", "bfloat16": "bf16"}
 
 
