@@ -11,6 +11,7 @@ import openvino
 import pytest
 import torch
 from safetensors.torch import save_file
+from scipy import special
 from torch.nn import functional
 
 import ichprog
@@ -342,3 +343,25 @@ def test_slice_numbers_and_regions_that_do_not_exist_are_refused(cohort_folder, 
     fewer = replace(spec, tasks=(replace(TASK, mask=replace(MASK, regions=("dense",))),))
     with pytest.raises(CohortError, match="the mask has region 2; the task has regions 1 to 1"):
         train(cohort_folder / "cohort.csv", fewer, cohort_folder / "run", folds=2, protocol=PROTOCOL)
+
+
+def test_the_overlap_counts_every_grid_alike_and_the_kinds_count_every_region_alike():
+    torch.manual_seed(0)
+    head = heads.segmentation(2, ["absent", "present"], regions=REGIONS, top_share=0.1)
+    dense = head.dense(3 * torch.randn(2, 2, 6, 20, 20))
+    target = torch.zeros(2, 2, 6, 20, 20)
+    target[0, 0, :4] = 1  # a large region in the first grid, a small one of the other kind in the second
+    target[1, 1, 2, :10, :10] = 1
+    logits = dense.voxels.detach().double().numpy()
+    inside = target.numpy()
+
+    head.loss_weights = heads.DenseLossWeights(cells=0, dice=1, kinds=0, slices=0, regions=0)
+    blood, filled = 1 - special.softmax(logits, axis=1)[:, 0], inside.sum(1)
+    dice = [(2 * (p * f).sum() + 10) / (p.sum() + f.sum() + 10) for p, f in zip(blood, filled, strict=True)]
+    assert head.dense_loss(dense, target).item() == pytest.approx(1 - np.mean(dice), rel=1e-4)
+
+    head.loss_weights = heads.DenseLossWeights(cells=0, dice=0, kinds=1, slices=0, regions=0)
+    surprise = -special.log_softmax(logits[:, 1:], axis=1)
+    of_regions = [surprise[:, k][inside[:, k] == 1].mean() for k in range(2)]
+    assert abs(of_regions[0] - of_regions[1]) > 0.1  # so that a mean over cells differs
+    assert head.dense_loss(dense, target).item() == pytest.approx(np.mean(of_regions), rel=0.01)

@@ -196,7 +196,7 @@ def _print_comparison(comparison: "ModelComparison") -> None:
     from ichprog.reporting.tables import format_value, readable_name
 
     click.echo(f"\ncompared with {comparison.name}, on the same patients. {comparison.leakage}")
-    for row in comparison_rows(comparison):
+    for row in comparison_rows(comparison.rows):
         click.echo(
             f"  {row['task']}, {readable_name(row['metric'])}: {format_value(row['first'])} and "
             f"{format_value(row['second'])}, difference {format_value(row['difference'])}, p {format_value(row['p'])}, "

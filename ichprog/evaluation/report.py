@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ichprog.cohort import Origin
-from ichprog.evaluation.validation import EventValidation
+from ichprog.evaluation.validation import EventValidation, comparison_rows
 from ichprog.evaluation.validation_tables import METHOD_NAMES, operating_rows, recalibration_rows
 from ichprog.metrics import PRIMARY, label_of, registered
 from ichprog.reporting import figures, tables, tripod
@@ -194,16 +194,7 @@ def _subgroups_table(spec: ModelSpec, described: Described) -> Table:
 
 def _comparison_table(spec: ModelSpec, described: Described) -> Table:
     compared = described["comparison"] or {"differences": {}, "model": ""}
-    rows = [
-        {
-            "task": task,
-            "metric": readable_name(metric),
-            **row,
-            "difference": {"value": row["difference"], "low": row["low"], "high": row["high"]},
-        }
-        for task, metrics in compared["differences"].items()
-        for metric, row in metrics.items()
-    ]
+    rows = [row | {"metric": readable_name(row["metric"])} for row in comparison_rows(compared["differences"])]
     columns = {
         "task": "task", "metric": "metric", "first": spec.name, "second": compared["model"],
         "difference": "difference", "p": "p", "n": "patients", "method": "test",

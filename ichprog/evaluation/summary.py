@@ -104,7 +104,7 @@ def read_summary(path: Path) -> dict[str, Any]:
     try:
         for task in summary["tasks"].values():
             _check_task(task, summary["min_count"])
-        _ = summary["model"], summary["spec_sha256"], summary["weights"], summary["ichprog"], summary["simulated"]
+        _ = [summary[key] for key in ("model", "spec_sha256", "weights", "ichprog", "simulated", "notice")]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise RunError(f"{path}: the summary is damaged ({error}). {hint}") from error
     return summary

@@ -381,13 +381,13 @@ def compare_models(
     return ModelComparison(name, leakage, counts, rows, tuple(left_out_tasks))
 
 
-def comparison_rows(comparison: ModelComparison) -> Iterator[Row]:
+def comparison_rows(differences: Mapping[str, Mapping[str, Row]]) -> Iterator[Row]:
     """Yield the rows of a table of a comparison.
 
     Args:
-        comparison: Comparison of two models.
+        differences: Rows of a `ModelComparison` by task and metric, or `differences` of its plain data.
     """
-    for task, rows in comparison.rows.items():
+    for task, rows in differences.items():
         for metric, row in rows.items():
             difference = {"value": row["difference"], "low": row["low"], "high": row["high"]}
             yield {"task": task, "metric": metric, **row, "difference": difference}

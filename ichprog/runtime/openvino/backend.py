@@ -1,8 +1,8 @@
 """OpenVINO's Python API: import, CPU properties, conversion from torch, compilation.
 
 This is the only module that uses private names of OpenVINO (`_offline_transformations` and the decoder of its PyTorch
-front end). They are tested with the versions `TESTED_VERSIONS`. With another version, conversion either works, and the
-probabilities are compared with torch as always, or raises a CompilationError that names the tested versions.
+front end). They are tested with the version `TESTED_VERSION`. With another version, conversion either works, and the
+probabilities are compared with torch as always, or raises a CompilationError that names the tested version.
 """
 
 import functools
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 _Result = TypeVar("_Result")
 
-TESTED_VERSIONS = ("2026.4", "2026.4")  # first and last minor version of OpenVINO that is tested
+TESTED_VERSION = "2026.4"  # minor version of OpenVINO that is tested
 _HINTS = {"float32": "f32", "bfloat16": "bf16"}
 
 
@@ -141,10 +141,9 @@ def _private_api() -> tuple[Any, Any, Any]:
 
         TorchFXPythonDecoder.from_exported_program  # noqa: B018  # raises AttributeError if the version lacks it
     except (ImportError, AttributeError) as error:
-        first, last = TESTED_VERSIONS
         raise CompilationError(
-            f"OpenVINO {version('openvino')} cannot convert networks for ichprog ({error}). Tested versions are "
-            f"{first} to {last}. Install one of them: pip install 'openvino>={first},<={last}.99'"
+            f"OpenVINO {version('openvino')} cannot convert networks for ichprog ({error}). Version {TESTED_VERSION} "
+            f"is tested. Install it: pip install 'openvino~={TESTED_VERSION}.0'"
         ) from error
     return apply_moc_transformations, FrontEndManager, TorchFXPythonDecoder
 
