@@ -18,6 +18,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +32,7 @@ from ichprog.parallel import parallel_map
 from ichprog.scan import load, load_regions, source_slices
 from ichprog.simulate import MASK_VALUES, add_haemorrhage, simulate
 from ichprog.simulate.insertion import KINDS
-from ichprog.spec import GoldenOutput, ModelSpec
+from ichprog.spec import GoldenOutput, ModelSpec, VolumeInterval
 
 NAME = "compact.haemorrhage"
 ZOO = Path(ichprog.__file__).parent / "zoo"
@@ -48,6 +49,8 @@ WEIGHT_DECAY, AVERAGE = 1e-4, 0.985
 SAVE_EVERY = 100
 VOXEL_THRESHOLDS = (0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1, 0.07, 0.05)
 LEAST_CELLS = 40.0  # about 1 mL
+VOLUME_RANGES = (0.0, 1.0, 5.0, 20.0)  # lowest measured volume in mL of each range with an interval of its own
+LEAST_PATIENTS = 20  # in each range
 
 
 class Cycle(NamedTuple):
@@ -453,14 +456,15 @@ def publish(spec: ModelSpec, run: Path, answers: Answers, voxel_threshold: float
     return spec
 
 
-def volume_intervals(cohort: Path) -> dict[str, tuple[float, float]]:
-    """Return the interval of true volumes relative to measured ones, as `MaskTarget.volume_intervals` states it.
+def volume_intervals(cohort: Path) -> dict[str, tuple[VolumeInterval, ...]]:
+    """Return the intervals of true volumes, as `MaskTarget.volume_intervals` states them.
 
     The bounds are the 5th and the 95th percentile over simulated patients who served no other step. Patients who
-    neither have a kind of blood nor are measured to have it do not count for that kind.
+    neither have a kind of blood nor are measured to have it do not count for that kind. A range of measured volumes
+    with few patients is merged with the range before it.
     """
     model = ichprog.load_model(NAME)
-    ratios: dict[str, list[float]] = {}
+    volumes: dict[str, list[tuple[float, float]]] = {}
     for row in _rows(cohort.with_name("truth.csv")):
         true = {kind: float(row[f"{kind}_ml"]) for kind in MASK_VALUES}
         true["total"] = sum(true.values())
@@ -468,9 +472,23 @@ def volume_intervals(cohort: Path) -> dict[str, tuple[float, float]]:
         measured_ml: dict[str, float] = prediction[model.spec.tasks[0].name].segmentation.volume_ml  # type: ignore[union-attr]
         for kind, measured in measured_ml.items():
             if max(measured, true[kind]) > 0.1:
-                ratios.setdefault(kind, []).append((true[kind] + 1) / (measured + 1))
-    bounds = {kind: np.quantile(values, (0.05, 0.95)) for kind, values in ratios.items()}
-    return {kind: (round(float(low), 3), round(float(high), 3)) for kind, (low, high) in bounds.items()}
+                volumes.setdefault(kind, []).append((measured, true[kind]))
+    return {kind: _intervals_by_range(np.array(values)) for kind, values in volumes.items()}
+
+
+def _intervals_by_range(volumes: np.ndarray) -> tuple[VolumeInterval, ...]:
+    """Return the intervals for measured and true volumes `(N, 2)` in mL."""
+    measured, true = volumes.T
+    starts = [0.0]
+    for start in VOLUME_RANGES[1:]:
+        if min((measured[measured >= starts[-1]] < start).sum(), (measured >= start).sum()) >= LEAST_PATIENTS:
+            starts.append(start)
+    intervals = []
+    for start, end in pairwise([*starts, np.inf]):
+        within = (measured >= start) & (measured < end)
+        low, high = np.quantile((true[within] + 1) / (measured[within] + 1), (0.05, 0.95))
+        intervals.append(VolumeInterval(float(start), round(float(low), 3), round(float(high), 3)))
+    return tuple(intervals)
 
 
 def main() -> None:

@@ -69,6 +69,21 @@ class Target:
 
 
 @dataclass(frozen=True)
+class VolumeInterval:
+    """The interval of true volumes for a range of measured volumes.
+
+    Attributes:
+        from_ml: Lowest measured volume of the range in mL. The range ends where the next one begins.
+        low: Lowest ratio (true + 1 mL) / (measured + 1 mL).
+        high: Highest ratio.
+    """
+
+    from_ml: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
 class MaskTarget:
     """The source of the true regions of a task that is also answered voxel by voxel.
 
@@ -82,11 +97,14 @@ class MaskTarget:
         slices: Column of the cohort with the numbers of the slices that hold a region, separated by spaces. They count
             from 0 in the order of the scan file. null for no such column.
         loss_weight: Weight of the loss over voxels and slices relative to the loss of the label.
-        volume_intervals: Lowest and highest ratio (true + 1 mL) / (measured + 1 mL) of a volume, for "total" and for
-            regions. In 90 % of patients outside the training data the ratio lies between both numbers.
+        volume_intervals: Intervals of true volumes, for "total" and for regions. Each has one entry or more, for
+            increasing measured volumes from 0 mL. They hold in 90 % of patients outside the training data.
 
     Example:
-        >>> mask = MaskTarget("mask", ("parenchymal",), None, 1.0, {"total": (0.8, 1.25)})
+        >>> intervals = (VolumeInterval(0.0, 0.5, 4.0), VolumeInterval(5.0, 0.8, 1.25))
+        >>> mask = MaskTarget("mask", ("parenchymal",), None, 1.0, {"total": intervals})
+        >>> mask.volume_interval_ml("total", 3.0)
+        (1.0, 15.0)
         >>> mask.volume_interval_ml("total", 19.0)
         (15.0, 24.0)
     """
@@ -95,7 +113,7 @@ class MaskTarget:
     regions: tuple[str, ...]
     slices: str | None
     loss_weight: float
-    volume_intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    volume_intervals: Mapping[str, tuple[VolumeInterval, ...]] = field(default_factory=dict)
 
     def volume_interval_ml(self, part: str, measured_ml: float) -> tuple[float, float] | None:
         """Return the interval of the true volume in mL, which covers 90 % of patients; None if it is not known.
@@ -106,8 +124,8 @@ class MaskTarget:
         """
         if part not in self.volume_intervals:
             return None
-        low, high = self.volume_intervals[part]
-        return max(0.0, (measured_ml + 1) * low - 1), max(0.0, (measured_ml + 1) * high - 1)
+        interval = [each for each in self.volume_intervals[part] if each.from_ml <= measured_ml][-1]
+        return max(0.0, (measured_ml + 1) * interval.low - 1), max(0.0, (measured_ml + 1) * interval.high - 1)
 
 
 @dataclass(frozen=True)
@@ -503,11 +521,17 @@ def _check_task(task: Task) -> None:
         raise SpecError(f"Invalid {path}.mask.regions {regions}. 'total' is the name of all regions together.")
     if not task.mask.loss_weight > 0:
         raise SpecError(f"Invalid {path}.mask.loss_weight {task.mask.loss_weight}. Expected a positive number.")
-    for part, (low, high) in task.mask.volume_intervals.items():
-        if part not in ("total", *regions):
-            known = UnknownNameError("part", part, ["total", *regions])
-            raise SpecError(f"{path}.mask.volume_intervals: {known}")
-        if not 0 < low <= high:
-            raise SpecError(
-                f"Invalid {path}.mask.volume_intervals.{part} {[low, high]}. Expected [lowest, highest], both above 0."
-            )
+    _check_volume_intervals(task.mask, f"{path}.mask.volume_intervals")
+
+
+def _check_volume_intervals(mask: MaskTarget, path: str) -> None:
+    for part, intervals in mask.volume_intervals.items():
+        if part not in ("total", *mask.regions):
+            raise SpecError(f"{path}: {UnknownNameError('part', part, ['total', *mask.regions])}")
+        starts = [interval.from_ml for interval in intervals]
+        if not starts or starts[0] != 0 or starts != sorted(set(starts)):
+            raise SpecError(f"Invalid {path}.{part}: from_ml is {starts}. Expected increasing numbers from 0.")
+        for interval in intervals:
+            if not 0 < interval.low <= interval.high:
+                given = f"low {interval.low:g} and high {interval.high:g}"
+                raise SpecError(f"Invalid {path}.{part}: {given}. Expected two numbers above 0, low at most high.")

@@ -20,7 +20,7 @@ from ichprog.cohort import Cohort
 from ichprog.errors import CohortError, PluginError, RunError, SpecError, UnknownNameError
 from ichprog.export import export
 from ichprog.results import results_file
-from ichprog.spec import MaskTarget, ModelSpec, PluginRef, Target, Task, Weights
+from ichprog.spec import MaskTarget, ModelSpec, PluginRef, Target, Task, VolumeInterval, Weights
 from ichprog.train import PRESETS, TrainOptions, grid_cache, train
 from ichprog.train.grid_cache import RegionSource
 
@@ -236,10 +236,17 @@ def test_a_spec_with_a_mask_is_read_as_it_was_written_and_checked(spec):
     assert zoo.find("perez2023.prognosis").tasks[0].mask is None
     with pytest.raises(SpecError, match=r"tasks.lesion.mask.regions \['a', 'a'\]"):
         replace(spec, tasks=(replace(TASK, mask=replace(MASK, regions=("a", "a"))),))
-    intervals = replace(MASK, volume_intervals={"total": (0.5, 1.5), "denser": (0.25, 4.0)})
+    wide, narrow = VolumeInterval(0.0, 0.5, 1.5), VolumeInterval(5.0, 0.8, 1.25)
+    intervals = replace(MASK, volume_intervals={"total": (wide, narrow), "denser": (wide,)})
     with_intervals = replace(spec, tasks=(replace(TASK, mask=intervals),))
     assert ModelSpec.from_dict(json.loads(json.dumps(with_intervals.to_dict()))) == with_intervals
-    for wrong, message in [({"other": (1, 2)}, "Unknown part 'other'"), ({"total": (2, 1)}, r"total \[2, 1\]")]:
+    for wrong, message in [
+        ({"other": (wide,)}, "Unknown part 'other'"),
+        ({"total": (replace(wide, low=2.0),)}, "total: low 2 and high 1.5"),
+        ({"total": ()}, r"total: from_ml is \[\]"),
+        ({"total": (narrow,)}, r"total: from_ml is \[5.0\]"),
+        ({"total": (wide, narrow, narrow)}, r"total: from_ml is \[0.0, 5.0, 5.0\]"),
+    ]:
         with pytest.raises(SpecError, match=f"tasks.lesion.mask.volume_intervals.*{message}"):
             replace(spec, tasks=(replace(TASK, mask=replace(MASK, volume_intervals=wrong)),))
     with pytest.raises(SpecError, match="head 'ordinal' does not answer voxel by voxel"):
@@ -247,9 +254,12 @@ def test_a_spec_with_a_mask_is_read_as_it_was_written_and_checked(spec):
 
 
 def test_the_interval_of_a_volume_follows_from_ratios():
-    mask = replace(MASK, volume_intervals={"total": (0.5, 1.5)})
-    assert mask.volume_interval_ml("total", 9.0) == (4.0, 14.0)
+    intervals = (VolumeInterval(0.0, 0.5, 1.5), VolumeInterval(5.0, 0.8, 1.25))
+    mask = replace(MASK, volume_intervals={"total": intervals})
     assert mask.volume_interval_ml("total", 0.0) == (0.0, 0.5)
+    assert mask.volume_interval_ml("total", 3.0) == (1.0, 5.0)
+    assert mask.volume_interval_ml("total", 5.0) == pytest.approx((3.8, 6.5))
+    assert mask.volume_interval_ml("total", 19.0) == (15.0, 24.0)
     assert mask.volume_interval_ml("dense", 9.0) is None
 
 

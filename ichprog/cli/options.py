@@ -3,12 +3,15 @@
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ichprog.errors import CohortError, InvalidValueError, SpecError, UnknownNameError
 from ichprog.zoo import DEFAULT
+
+if TYPE_CHECKING:
+    from ichprog.spec import ModelSpec
 
 WRONG_USE = (UnknownNameError, InvalidValueError, SpecError, CohortError)  # errors that exit with 2
 
@@ -43,6 +46,17 @@ def with_options(options: Iterable[Callable[..., Any]]) -> Callable[[Callable[..
         return command
 
     return decorate
+
+
+def find_spec(name: str) -> "ModelSpec":
+    """Return the spec of a model, by its name in the zoo, hf-hub: or local-dir:.
+
+    Raises:
+        IchprogError: There is no such model, or it cannot be read.
+    """
+    from ichprog import hub, zoo
+
+    return hub.resolve(name)[0] if name.startswith(("hf-hub:", "local-dir:")) else zoo.find(name)
 
 
 def parse_assignments(option: str, values: Iterable[str], example: str) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from ichprog.cli.options import as_json, print_path
+from ichprog.cli.options import as_json, find_spec, print_path
 
 
 @click.command()
@@ -21,10 +21,24 @@ from ichprog.cli.options import as_json, print_path
 )
 @click.option("--skull", is_flag=True, help="Show whole heads instead of the brain alone.")
 @click.option("--dicom", is_flag=True, help="Write DICOM series instead of NIfTI files.")
+@click.option(
+    "--grid",
+    "grid_of",
+    metavar="MODEL",
+    help="Write scans with as many pixels as the grid of this model: about five times faster to simulate.",
+)
 @click.option("--workers", default=1, show_default=True, help="Number of processes.")
 @as_json
 def simulate(
-    output: Path, patients: int, seed: int, preset: str, skull: bool, dicom: bool, workers: int, as_json: bool
+    output: Path,
+    patients: int,
+    seed: int,
+    preset: str,
+    skull: bool,
+    dicom: bool,
+    grid_of: str | None,
+    workers: int,
+    as_json: bool,
 ) -> None:
     """Simulate a cohort into the folder OUTPUT: scans, masks of the blood, labels and true probabilities.
 
@@ -32,11 +46,14 @@ def simulate(
     """
     from tqdm import tqdm
 
+    from ichprog.simulate import MATRIX
     from ichprog.simulate import simulate as run
 
+    matrix = find_spec(grid_of).input.shape[2] if grid_of else MATRIX
     with tqdm(total=patients, unit="patient", file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
         table = run(
-            output, patients=patients, seed=seed, preset=preset, skull=skull, dicom=dicom, workers=workers,
+            output, patients=patients, seed=seed, preset=preset, skull=skull, dicom=dicom, matrix=matrix,
+            workers=workers,
             progress=lambda done: bar.update(done - bar.n),
         )  # fmt: skip
     print_path(table, as_json=as_json)

@@ -2,7 +2,7 @@
 
 import click
 
-from ichprog.cli.options import print_json
+from ichprog.cli.options import find_spec, print_json
 
 
 @click.command()
@@ -13,10 +13,7 @@ def spec(name: str | None, schema: str | None) -> None:
     if (name is None) == (schema is None):
         raise click.UsageError("Give the name of a model, or --schema model, or --schema study.")
     if name is not None:
-        from ichprog import hub, zoo
-
-        found = hub.resolve(name)[0] if name.startswith(("hf-hub:", "local-dir:")) else zoo.find(name)
-        print_json(found.to_dict())
+        print_json(find_spec(name).to_dict())
     elif schema == "model":
         from ichprog.spec import model_schema
 

@@ -26,9 +26,19 @@ from ichprog.simulate.haemorrhage import MASK_VALUES, Shape, draw_haemorrhage
 from ichprog.simulate.insertion import add_haemorrhage
 from ichprog.simulate.population import Person, draw_person
 from ichprog.simulate.realism import PRESETS, Realism, find_realism
-from ichprog.simulate.scanner import SimulatedScan, acquire
+from ichprog.simulate.scanner import MATRIX, SimulatedScan, acquire
 
-__all__ = ["MASK_VALUES", "PRESETS", "Patient", "Person", "Realism", "SimulatedScan", "add_haemorrhage", "simulate"]
+__all__ = [
+    "MASK_VALUES",
+    "MATRIX",
+    "PRESETS",
+    "Patient",
+    "Person",
+    "Realism",
+    "SimulatedScan",
+    "add_haemorrhage",
+    "simulate",
+]
 
 _VERSION = 2  # increase whenever a seed gives other patients
 
@@ -78,26 +88,30 @@ class Patient:
         """Return the haemorrhage in the patient's head."""
         return self._head[1]
 
-    def scan(self, *, skull: bool = False) -> SimulatedScan:
+    def scan(self, *, skull: bool = False, matrix: int = MATRIX) -> SimulatedScan:
         """Acquire the scan.
 
         Args:
             skull: Whether the whole head is visible; by default, voxels outside the skull's inside are 0.
+            matrix: Number of pixels along an edge of a slice.
 
         Raises:
             IchprogError: nilearn, which provides the template, is not installed.
         """
         individual, shape = self._head
         random = np.random.default_rng([self.seed, self.number, 2])
-        return acquire(individual, shape, random, skull=skull, realism=self.realism)
+        return acquire(individual, shape, random, skull=skull, realism=self.realism, matrix=matrix)
 
-    def save(self, folder: Path, *, skull: bool = False, dicom: bool = False) -> tuple[Path, Path]:
+    def save(
+        self, folder: Path, *, skull: bool = False, dicom: bool = False, matrix: int = MATRIX
+    ) -> tuple[Path, Path]:
         """Acquire the scan and write it with the mask of the blood, atomically.
 
         Args:
             folder: Parent folder of `scans/` and `masks/`.
             skull: Whether the whole head is visible.
             dicom: Whether to write a DICOM series instead of a NIfTI file.
+            matrix: Number of pixels along an edge of a slice.
 
         Returns:
             The paths of the scan and of the mask.
@@ -106,7 +120,7 @@ class Patient:
 
         from ichprog.simulate.dicom import save_series
 
-        acquired = self.scan(skull=skull)
+        acquired = self.scan(skull=skull, matrix=matrix)
         scan, mask = self.paths(folder, dicom=dicom)
         for path in (scan, mask):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -171,6 +185,7 @@ def simulate(
     preset: str | Realism = "realistic",
     skull: bool = False,
     dicom: bool = False,
+    matrix: int = MATRIX,
     workers: int = 1,
     progress: Callable[[int], Any] | None = None,
 ) -> Path:
@@ -188,6 +203,8 @@ def simulate(
             haemorrhage. "plain" is the simulation of the embedded outcome model. Or options.
         skull: Whether whole heads are visible instead of the brain alone.
         dicom: Whether to write DICOM series instead of NIfTI files.
+        matrix: Number of pixels along an edge of a slice. With as many as the grid of a model has cells, scans are ten
+            times faster to simulate, and nearly what full scans are on that grid.
         workers: Number of processes; the files do not depend on it.
         progress: Called with the number of finished patients after each patient.
 
@@ -195,7 +212,7 @@ def simulate(
         The path of `cohort.csv`.
 
     Raises:
-        InvalidValueError: `patients` or `workers` is less than 1, or `seed` is negative.
+        InvalidValueError: `patients` or `workers` is less than 1, `seed` is negative, or `matrix` is less than 16.
         UnknownNameError: There is no such preset.
         RunError: The folder holds a cohort of another seed or kind, or another process writes to it.
         IchprogError: nilearn is not installed.
@@ -206,17 +223,20 @@ def simulate(
         cohort = simulate("patients", patients=20, seed=1)
         ```
     """
-    for name, value, least in (("patients", patients, 1), ("seed", seed, 0), ("workers", workers, 1)):
+    counts = (("patients", patients, 1), ("seed", seed, 0), ("matrix", matrix, 16), ("workers", workers, 1))
+    for name, value, least in counts:
         if value < least:
             raise InvalidValueError(name, value, f"a whole number of {least} or more")
     folder = Path(output)
     realism = find_realism(preset)
     kind = {"simulation": _VERSION, "preset": realism.describe(), "seed": seed, "skull": skull, "dicom": dicom}
+    kind |= {"matrix": matrix} if matrix != MATRIX else {}
     everyone = [Patient(seed, number, realism) for number in range(patients)]
     with _lock_folder(folder, kind):
         missing = [p for p in everyone if not all(path.exists() for path in p.paths(folder, dicom=dicom))]
         done = patients - len(missing)
-        for _ in parallel_map(partial(Patient.save, folder=folder, skull=skull, dicom=dicom), missing, workers=workers):
+        save = partial(Patient.save, folder=folder, skull=skull, dicom=dicom, matrix=matrix)
+        for _ in parallel_map(save, missing, workers=workers):
             done += 1
             if progress:
                 progress(done)

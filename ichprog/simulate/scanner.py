@@ -1,13 +1,13 @@
 """CT scanner: HU of a head in slices, with blur, noise and streaks.
 
-Tissue is composed on points 1 mm apart, two per slice thickness, and averaged over the slice, so that voxels show
-partial volumes. HU are those of textbooks: fluid 0 to 10, white matter 25 to 30, grey matter 33 to 40, clotted blood 55
-to 80, calcium over 100.
+Tissue is composed on points, two per slice thickness, and averaged over the slice, so that voxels show partial volumes.
+Within a slice the points are as far apart as the pixels, at least 1 mm. HU are those of textbooks: fluid 0 to 10, white
+matter 25 to 30, grey matter 33 to 40, clotted blood 55 to 80, calcium over 100.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 
@@ -17,8 +17,12 @@ from ichprog.simulate.haemorrhage import MASK_VALUES, Shape, fullest, mask_value
 from ichprog.simulate.realism import PLAIN, Realism
 from ichprog.simulate.structures import add_beam_hardening, add_structures
 
-_PIXELS = 512
+MATRIX = 512
+"""Number of pixels along an edge of a slice, as of most CT scanners."""
+
 _FINE_MM, _LATTICE_MM = 1.0, 4.0
+_FIELD_OF_VIEW_MM = (215.0, 245.0)
+_SMOOTHING = 1.5  # half the width of the interpolation of points further apart, which show structures as steps
 _POINTS_PER_SLICE = 2
 _FLUID, _CALCIUM, _DURA = 7.0, 260.0, 55.0
 _BONE, _MARROW, _FAT, _SKIN, _AIR = 1250.0, 700.0, -95.0, 45.0, -1000.0
@@ -78,6 +82,8 @@ class _Protocol:
         sharpness: Of the reconstruction kernel: below 0 soft, 0 linear interpolation, above 0 sharp.
         noise_hu: Range of the standard deviation of the noise of slices of 5 mm, in HU.
         windowed: Whether HU are quantised.
+        matrix: Number of pixels along an edge of a slice.
+        fine_mm: Distance of the points of the tissue within a slice, in mm.
         mask_ml: Volume of the mask of the haemorrhage, or None for the voxels more than half full of blood.
     """
 
@@ -87,6 +93,8 @@ class _Protocol:
     sharpness: float
     noise_hu: tuple[float, float]
     windowed: bool
+    matrix: int
+    fine_mm: float
     mask_ml: float | None
 
 
@@ -97,6 +105,7 @@ def acquire(
     *,
     skull: bool = False,
     realism: Realism = PLAIN,
+    matrix: int = MATRIX,
 ) -> SimulatedScan:
     """Acquire a scan of a head.
 
@@ -106,7 +115,10 @@ def acquire(
         random: Random generator.
         skull: Whether the whole head is visible; by default, voxels outside the skull's inside are 0.
         realism: Options of the simulation.
+        matrix: Number of pixels along an edge of a slice. Fewer pixels are the means of the pixels of a full matrix,
+            approximately, and are faster to compute.
     """
+    fine_mm = max(_FINE_MM, _FIELD_OF_VIEW_MM[0] / matrix)
     of_gyri, of_tissue, of_protocol = random.spawn(3)
     angles = random.normal(0, (realism.tilt_deg, 3.0, 3.5))
     turn = _rotation(np.radians(np.clip(angles, -_MOST_TILT_DEG, _MOST_TILT_DEG)))
@@ -120,10 +132,12 @@ def acquire(
     low, high = reach[:, 0] - margin, reach[:, 1] + margin
     low[2] = reach[2, 0] - random.uniform(0, spacing)
     slices += int(np.ceil((margin[2] + spacing) / spacing)) if skull else 0
-    cells = (*(int(np.ceil((high[a] - low[a]) / _FINE_MM)) for a in range(2)), slices * _POINTS_PER_SLICE)
-    size = np.array([cells[0] * _FINE_MM, cells[1] * _FINE_MM, slices * spacing])
-    gyri = partial(gyri_displacement, amplitude_mm=realism.gyri_mm, random=of_gyri) if realism.gyri_mm else None
-    field = _field(individual, shape, turn, low, size, cells, spacing / _POINTS_PER_SLICE * _FINE_MM**2 / 1000, gyri)
+    cells = (*(int(np.ceil((high[a] - low[a]) / fine_mm)) for a in range(2)), slices * _POINTS_PER_SLICE)
+    size = np.array([cells[0] * fine_mm, cells[1] * fine_mm, slices * spacing])
+    gyri = (
+        functools.partial(gyri_displacement, amplitude_mm=realism.gyri_mm, random=of_gyri) if realism.gyri_mm else None
+    )
+    field = _field(individual, shape, turn, low, size, cells, spacing / _POINTS_PER_SLICE * fine_mm**2 / 1000, gyri)
     hu, blood = _tissue(field, individual, shape, random, realism, of_tissue)
     if skull:
         hu = _head(hu, field, random)
@@ -135,6 +149,8 @@ def acquire(
         float(of_protocol.uniform(-1, 1)) if realism.kernels else 0.0,
         realism.noise_hu,
         bool(of_protocol.random() < realism.windowed),
+        matrix,
+        fine_mm,
         shape.person.volume_ml if realism.exact_masks else None,
     )
     value = mask_value(shape.person.kind) if shape.person.bleeds else 0
@@ -321,17 +337,20 @@ def _digitise(
 ) -> SimulatedScan:
     """Convert points to pixels: average over the slice, apply the kernel in the plane, add noise."""
     slices, spacing = protocol.slices, protocol.spacing
-    mm = max(float(random.uniform(215, 245)), float(size[:2].max()) + 8) / _PIXELS
+    matrix, fine_mm = protocol.matrix, protocol.fine_mm
+    mm = max(float(random.uniform(*_FIELD_OF_VIEW_MM)), float(size[:2].max()) + 8) / matrix
     middle = low[:2] + size[:2] / 2 + random.normal(0, 3, 2)
-    first = middle + mm * (_PIXELS - 1) / 2  # the patient's right and front, from where pixels run to left and back
+    first = middle + mm * (matrix - 1) / 2  # the patient's right and front, from where pixels run to left and back
     boxes, matrices, kernels = [], [], []
     for axis in range(2):
-        at = (first[axis] - mm * np.arange(_PIXELS) - low[axis]) / _FINE_MM - 0.5
+        at = (first[axis] - mm * np.arange(matrix) - low[axis]) / fine_mm - 0.5
         seen = np.flatnonzero((at > -1) & (at < layers[0].shape[axis]))
         boxes.append(slice(int(seen[0]), int(seen[-1]) + 1))
         far = np.abs(at[seen][:, None] - np.arange(layers[0].shape[axis]))
-        matrices.append(np.maximum(0, 1 - far).astype(np.float32))
-        kernels.append(_kernel(far, protocol.sharpness) if protocol.sharpness else matrices[-1])
+        weights = np.maximum(0, 1 - far / (_SMOOTHING if fine_mm > _FINE_MM else 1)).astype(np.float32)
+        matrices.append(weights / weights.sum(1, keepdims=True))
+        finer = protocol.sharpness and fine_mm == _FINE_MM  # kernels differ by less than larger pixels
+        kernels.append(_kernel(far, protocol.sharpness) if finer else matrices[-1])
 
     def seen_as(layer: np.ndarray, weights: list[np.ndarray]) -> np.ndarray:
         mean = layer.reshape(*layer.shape[:2], slices, _POINTS_PER_SLICE).mean(-1)
@@ -344,12 +363,14 @@ def _digitise(
 
     hu = seen_as(layers[0], kernels)
     haemorrhage, entered, inside = (seen_as(layer, matrices) for layer in layers[1:])
-    hu += _noise(hu.shape, random, protocol.sharpness) * random.uniform(*protocol.noise_hu) * (5 / spacing) ** 0.5
+    noise_hu = random.uniform(*protocol.noise_hu) * (5 / spacing) ** 0.5
+    noise_hu *= _noise_share(MATRIX / matrix, protocol.sharpness)
+    hu += _noise(hu.shape, random, protocol.sharpness) * noise_hu
     if protocol.windowed:
         hu = _quantise(hu)
     within = inside > 0.5
     outside = _AIR if skull else 0.0
-    pixels = np.full((_PIXELS, _PIXELS, slices), outside, np.int16)
+    pixels = np.full((matrix, matrix, slices), outside, np.int16)
     blood = np.zeros(pixels.shape, np.uint8)
     mask = np.zeros(pixels.shape, bool)
     box = tuple(boxes)
@@ -398,12 +419,30 @@ def _quantise(hu: np.ndarray) -> np.ndarray:
 def _noise(shape: tuple[int, ...], random: np.random.Generator, sharpness: float = 0.0) -> np.ndarray:
     """Return noise of standard deviation 1 with the short-range correlation of a kernel."""
     i, j, k = shape
-    grain = random.standard_normal((i + 6, j + 6, k), np.float32)
+    noise = _correlate(random.standard_normal((i + 6, j + 6, k), np.float32), sharpness)
+    result: np.ndarray = noise / noise[:, :, : 1 + k // 8].std()
+    return result
+
+
+def _correlate(grain: np.ndarray, sharpness: float) -> np.ndarray:
+    """Return noise with the short-range correlation of a kernel, 6 pixels smaller in the plane than white noise."""
     for _ in range(2):
         grain = grain[1:] + grain[:-1]
         grain = grain[:, 1:] + grain[:, :-1]
     fine = grain[2:-2, 2:-2]
     coarse = (grain[:-4, 2:-2] + grain[4:, 2:-2] + grain[2:-2, :-4] + grain[2:-2, 4:]) / 4
     noise: np.ndarray = fine - (0.5 + 0.35 * sharpness) * coarse
-    result: np.ndarray = noise / noise[:, :, : 1 + k // 8].std()
-    return result
+    return noise
+
+
+@functools.cache
+def _noise_share(pixels: float, sharpness: float) -> float:
+    """Return the standard deviation of the mean noise of `pixels` x `pixels` pixels, relative to that of one pixel."""
+    white = np.zeros((19, 19, 1), np.float32)
+    white[9, 9] = 1
+    response = _correlate(white, sharpness)[..., 0]  # of one pixel to white noise
+    reach = int(np.ceil(pixels / 2 + 0.5))
+    weights = np.clip(pixels / 2 + 0.5 - np.abs(np.arange(-reach, reach + 1)), 0, 1) / pixels
+    mean = np.array([np.convolve(row, weights) for row in response])
+    mean = np.array([np.convolve(column, weights) for column in mean.T])
+    return float(np.sqrt((mean**2).sum() / (response**2).sum()))

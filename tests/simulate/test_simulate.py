@@ -13,8 +13,9 @@ from scipy import stats
 
 from ichprog import Cohort, IchprogError, InvalidValueError, RunError, zoo
 from ichprog.cli import main
+from ichprog.preprocessing import prepare
 from ichprog.scan import load, read
-from ichprog.simulate import MASK_VALUES, Patient, anatomy, simulate
+from ichprog.simulate import MASK_VALUES, Patient, Realism, anatomy, simulate
 from ichprog.simulate.anatomy import Individual
 from ichprog.simulate.haemorrhage import draw_haemorrhage
 from ichprog.simulate.population import draw_person
@@ -69,6 +70,46 @@ def test_a_cohort_is_the_same_for_any_number_of_workers_and_may_grow(cohort, tmp
     simulate(tmp_path, patients=2, seed=5, preset="plain")
     simulate(tmp_path, patients=4, seed=5, preset="plain", workers=2)
     assert contents(tmp_path) == contents(cohort)
+
+
+def noise_sd(matrix, contract):
+    """The standard deviation of the noise on the grid of a model, for 4 HU in each pixel of a full scan."""
+    loud, silent = (
+        prepare(Patient(3, 1, Realism(noise_hu=(hu, hu))).scan(matrix=matrix).hu, contract) for hu in (4.0, 0.0)
+    )
+    within = silent > 0.05
+    return 100 * float((loud - silent)[within].std())
+
+
+def test_a_scan_with_fewer_pixels_shows_the_same_patient_on_the_grid():
+    contract = zoo.find("compact.prognosis_gcs3_age").input
+    patient = Patient(3, 1, "plain")
+    full, small = patient.scan(), patient.scan(matrix=112)
+    assert small.hu.shape == (112, 112, full.hu.shape[2])
+    grids = [prepare(scan.hu, contract) for scan in (full, small)]
+    within = np.logical_and(*[grid > 0.05 for grid in grids])
+    assert within.mean() > 0.95 * (grids[0] > 0.05).mean()
+    assert np.corrcoef(*[grid[within] for grid in grids])[0, 1] > 0.93
+    assert abs(np.subtract(*grids)[within].mean()) < 0.005
+    volumes = [ml(scan.blood == 1, scan.affine) for scan in (full, small)]
+    assert volumes[1] == pytest.approx(volumes[0], rel=0.1)
+    assert noise_sd(112, contract) == pytest.approx(noise_sd(512, contract), rel=0.35)
+
+
+def test_scans_have_the_pixels_of_a_model_grid_on_request(tmp_path):
+    folder, arguments = tmp_path / "small", ["--patients", "2", "--seed", "5", "--grid"]
+    result = CliRunner().invoke(main, ["simulate", str(folder), *arguments, "compact.prognosis_gcs3_age"])
+    assert result.exit_code == 0, result.output
+    cohort = Cohort.read(folder / "cohort.csv")
+    assert {read(patient.scan).hu.shape[:2] for patient in cohort.patients} == {(112, 112)}
+    assert cohort.origin.kind == "simulated"
+    with pytest.raises(RunError, match=r"holds simulated patients of .*'matrix': 112"):
+        simulate(folder, patients=2, seed=5)
+    result = CliRunner().invoke(main, ["simulate", str(folder), *arguments, "compact.prognosis"])
+    assert result.exit_code == 2
+    assert "compact.prognosis_gcs3_age" in result.output
+    with pytest.raises(InvalidValueError, match="matrix 8"):
+        simulate(tmp_path / "none", patients=2, matrix=8)
 
 
 def test_an_interrupted_simulation_is_resumed(cohort, tmp_path):
