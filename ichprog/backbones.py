@@ -8,6 +8,7 @@ the name of the submodule whose output is used for class activation maps.
 from collections.abc import Sequence
 from itertools import pairwise
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -88,7 +89,7 @@ def perez2023(*, dropout: float = 0.5) -> Backbone:
     return Backbone(features, out_channels=128, cam_layer="features.12")
 
 
-def compact(*, width: int = 16, dropout: float = 0.0) -> Backbone:
+def compact(*, width: int = 16, dropout: float = 0.0, coordinates: bool = False) -> Backbone:
     """Build a small convolutional network for a small grid. C is 4 x `width`.
 
     A grid of 24 x 112 x 112 becomes features of 6 x 14 x 14. 0.14 M parameters at a width of 16.
@@ -96,20 +97,37 @@ def compact(*, width: int = 16, dropout: float = 0.0) -> Backbone:
     Args:
         width: Channels of the first layer; the other layers have two, three and four times as many.
         dropout: Rate at which whole channels of the features are dropped during training.
+        coordinates: Whether the last layer also gets the position of each cell, -1 to 1 along each axis. Without it the
+            network hardly knows where in the brain it finds something.
 
     Example:
         >>> compact(width=8).out_channels
         32
 
-    Source: this project.
+    Source: this project; for `coordinates` Liu et al., NeurIPS 2018 (arXiv 1807.03247).
     """
     channels = [1, width, 2 * width, 3 * width, 4 * width]
     strides = [(1, 2, 2), (2, 2, 2), (2, 2, 2), (1, 1, 1)]
     layers: list[nn.Module] = []
     for before, after, stride in zip(channels, channels[1:], strides, strict=False):
-        layers += [nn.Conv3d(before, after, 3, stride, 1, bias=False), nn.BatchNorm3d(after), nn.ReLU()]
+        position = 0
+        if coordinates and after == channels[-1]:
+            layers.append(_Coordinates())
+            position = 3
+        layers += [nn.Conv3d(before + position, after, 3, stride, 1, bias=False), nn.BatchNorm3d(after), nn.ReLU()]
     features = nn.Sequential(*layers, nn.Dropout3d(dropout))
     return Backbone(features, out_channels=channels[-1], cam_layer=f"features.{len(layers) - 2}")
+
+
+class _Coordinates(nn.Module):
+    """Append the position of each cell, -1 to 1 along each axis, as three channels."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return `(B, C + 3, d, h, w)` for features `(B, C, d, h, w)`."""
+        size = features.shape[2:]
+        axes = [torch.linspace(-1, 1, length, dtype=features.dtype, device=features.device) for length in size]
+        position = torch.stack(torch.meshgrid(*axes, indexing="ij"))
+        return torch.cat([features, position.expand(len(features), -1, -1, -1, -1)], dim=1)
 
 
 class _UNet(nn.Module):

@@ -6,15 +6,17 @@ slices leaves the front padding a step too late and reads past the input. Weight
 or infinite, and some convolutions write out of bounds. In DenseNet121 on a grid of 40 slices this affects the third
 block, whose features are 2 voxels deep under kernels of size 3.
 
-Convolutions of this kind, dilated ones and transposed ones therefore stay in float32. Before training, every other
-convolution of the network is checked in both precisions: its values and both gradients. On a CPU bfloat16 is used only
-if the protocol requests it.
+Convolutions of this kind, dilated ones and transposed ones therefore stay in float32. Another bug of the same version
+(seen on AMX with two threads): the weight gradient of some convolutions with kernels of size 1 never ends. They are
+computed as matrix products. Before training, every other convolution of the network is checked in both precisions: its
+values and both gradients. On a CPU bfloat16 is used only if the protocol requests it.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -89,6 +91,9 @@ class _CpuWorkarounds(TorchFunctionMode):
             call = _bind(*args, **kwargs)
             if _is_affected(call):
                 return _in_float32(func, *call).to(call.input.dtype)
+            if _is_pointwise(call):
+                product = functional.linear(call.input.movedim(1, -1), call.weight.flatten(1), call.bias)
+                return product.movedim(-1, 1)
             self.on_convolution(func, call)
         if func in _TRANSPOSED and torch.is_autocast_enabled("cpu"):
             return _in_float32(func, *args, **kwargs)
@@ -173,6 +178,14 @@ def _is_affected(call: _Call) -> bool:
     return any(
         (kernel > 1 or stride > 1) and (dilation > 1 or length < kernel + stride)
         for length, kernel, stride, dilation in zip(lengths, kernels, strides, dilations, strict=True)
+    )
+
+
+def _is_pointwise(call: _Call) -> bool:
+    """Return whether a convolution has kernels of size 1 and takes every voxel once."""
+    no_padding = isinstance(call.padding, str) or not np.any(call.padding)  # "same" and "valid" are the same here
+    return (
+        set(call.weight.shape[2:]) == {1} and bool(np.all(np.equal(call.stride, 1))) and no_padding and call.groups == 1
     )
 
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -96,6 +98,32 @@ def test_convolutions_of_short_inputs_are_correct_in_bfloat16(kernel, stride, de
         found.append([made, *torch.autograd.grad(made, [given, layer.weight], direction.to(made.dtype))])
     for exact, near in zip(*found, strict=True):
         assert (near - exact).abs().max() < 0.02 * exact.abs().max()
+
+
+POINTWISE = """
+import torch
+from ichprog.train import mixed_precision
+
+torch.manual_seed(0)
+torch.set_num_threads(2)
+layer, values, direction, found = torch.nn.Conv3d(128, 128, 1), torch.randn(2, 128, 5, 38, 38), None, []
+for rounded in (False, True):
+    given = values.contiguous(memory_format=torch.channels_last_3d).requires_grad_()
+    with mixed_precision.autocast(torch.device("cpu"), is_bfloat16=rounded):
+        made = layer(given)
+    direction = torch.randn_like(made) if direction is None else direction
+    assert made.dtype == (torch.bfloat16 if rounded else torch.float32)
+    assert made.is_contiguous(memory_format=torch.channels_last_3d)
+    found.append([made, *torch.autograd.grad(made, [given, *layer.parameters()], direction.to(made.dtype))])
+for exact, near in zip(*found, strict=True):
+    assert (near - exact).abs().max() < 0.02 * exact.abs().max()
+"""
+
+
+@needs_bfloat16
+def test_convolutions_with_kernels_of_size_1_end_and_are_correct_in_bfloat16():
+    """With two threads, the weight gradient of PyTorch's own never ends on a processor with AMX."""
+    subprocess.run([sys.executable, "-c", POINTWISE], check=True, timeout=300)
 
 
 @needs_bfloat16
