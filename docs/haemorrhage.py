@@ -49,8 +49,8 @@ WEIGHT_DECAY, AVERAGE = 1e-4, 0.985
 SAVE_EVERY = 100
 VOXEL_THRESHOLDS = (0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1, 0.07, 0.05)
 LEAST_CELLS = 40.0  # about 1 mL
-VOLUME_RANGES = (0.0, 1.0, 5.0, 20.0)  # lowest measured volume in mL of each range with an interval of its own
-LEAST_PATIENTS = 20  # in each range
+VOLUME_RANGES = (0.0, 0.1, 1.0, 5.0, 20.0)  # lowest measured volume in mL of each range with an interval of its own
+LEAST_PATIENTS = 40  # in each range, so that two lie beyond each bound
 
 
 class Cycle(NamedTuple):
@@ -459,9 +459,8 @@ def publish(spec: ModelSpec, run: Path, answers: Answers, voxel_threshold: float
 def volume_intervals(cohort: Path) -> dict[str, tuple[VolumeInterval, ...]]:
     """Return the intervals of true volumes, as `MaskTarget.volume_intervals` states them.
 
-    The bounds are the 5th and the 95th percentile over simulated patients who served no other step. Patients who
-    neither have a kind of blood nor are measured to have it do not count for that kind. A range of measured volumes
-    with few patients is merged with the range before it.
+    The bounds are the 5th and the 95th percentile over all simulated patients of a range of measured volumes. The
+    patients served no other step. A range with few patients is merged with the range before it.
     """
     model = ichprog.load_model(NAME)
     volumes: dict[str, list[tuple[float, float]]] = {}
@@ -471,8 +470,7 @@ def volume_intervals(cohort: Path) -> dict[str, tuple[VolumeInterval, ...]]:
         prediction = ichprog.predict(model, cohort.parent / "scans" / f"{row['patient']}.nii.gz")
         measured_ml: dict[str, float] = prediction[model.spec.tasks[0].name].segmentation.volume_ml  # type: ignore[union-attr]
         for kind, measured in measured_ml.items():
-            if max(measured, true[kind]) > 0.1:
-                volumes.setdefault(kind, []).append((measured, true[kind]))
+            volumes.setdefault(kind, []).append((measured, true[kind]))
     return {kind: _intervals_by_range(np.array(values)) for kind, values in volumes.items()}
 
 
