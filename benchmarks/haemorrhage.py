@@ -132,8 +132,7 @@ def summarise_simulated(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     lateral = [row for row in bleeding if row["site"] in LATERAL and row["side"]]
     table.append(_share_row("side of lateral bleeds", lateral, lambda r: r["side"] == r["true_side"]))
     table.append(_share_row("total volume within its interval (nominal 90 %)", rows, lambda r: r["total_covered"]))
-    for kind in MASK_VALUES:
-        table.append(_share_row(f"the same, {kind}", rows, lambda r, k=kind: r[f"{k}_covered"]))
+    table += [_share_row(f"the same, {kind}", rows, lambda r, k=kind: r[f"{k}_covered"]) for kind in MASK_VALUES]
     table.append(_quantile_row("seconds a scan, read, measured and located", rows, lambda row: row["seconds"]))
     return table
 

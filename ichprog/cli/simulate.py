@@ -1,6 +1,7 @@
 """The command `ichprog simulate`."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -19,13 +20,22 @@ from ichprog.cli.options import as_json, find_spec, print_path
     show_default=True,
     help="Show what is taken for blood on real heads, or the simulation of the embedded outcome model.",
 )
+@click.option(
+    "--shared-causes",
+    default=1.0,
+    show_default=True,
+    help="How strongly GCS and age depend on what the image shows; 0 not at all.",
+)
+@click.option(
+    "--label-noise", default=0.0, show_default=True, help="Share of outcomes that are the toss of a coin, 0 to 1."
+)
 @click.option("--skull", is_flag=True, help="Show whole heads instead of the brain alone.")
 @click.option("--dicom", is_flag=True, help="Write DICOM series instead of NIfTI files.")
 @click.option(
     "--grid",
     "grid_of",
     metavar="MODEL",
-    help="Write scans with as many pixels as the grid of this model: about five times faster to simulate.",
+    help="Write scans with as many pixels as the grid of this model: about four times faster to simulate.",
 )
 @click.option("--workers", default=1, show_default=True, help="Number of processes.")
 @as_json
@@ -34,6 +44,8 @@ def simulate(
     patients: int,
     seed: int,
     preset: str,
+    shared_causes: float,
+    label_noise: float,
     skull: bool,
     dicom: bool,
     grid_of: str | None,
@@ -46,13 +58,14 @@ def simulate(
     """
     from tqdm import tqdm
 
-    from ichprog.simulate import MATRIX
+    from ichprog.simulate import MATRIX, find_realism
     from ichprog.simulate import simulate as run
 
+    realism = replace(find_realism(preset), shared_causes=shared_causes, label_noise=label_noise)
     matrix = find_spec(grid_of).input.shape[2] if grid_of else MATRIX
     with tqdm(total=patients, unit="patient", file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
         table = run(
-            output, patients=patients, seed=seed, preset=preset, skull=skull, dicom=dicom, matrix=matrix,
+            output, patients=patients, seed=seed, preset=realism, skull=skull, dicom=dicom, matrix=matrix,
             workers=workers,
             progress=lambda done: bar.update(done - bar.n),
         )  # fmt: skip

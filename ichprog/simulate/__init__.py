@@ -37,6 +37,7 @@ __all__ = [
     "Realism",
     "SimulatedScan",
     "add_haemorrhage",
+    "find_realism",
     "simulate",
 ]
 

@@ -111,6 +111,8 @@ class Person:
         dead: Whether the patient dies within 30 days.
         poor: Whether the patient is dead or dependent.
         uniform_age: Whether the age was drawn uniformly from `ADULT_AGES`.
+        shared_causes: As in `Realism`.
+        label_noise: As in `Realism`.
     """
 
     age: int
@@ -125,6 +127,8 @@ class Person:
     dead: bool
     poor: bool
     uniform_age: bool = False
+    shared_causes: float = 1.0
+    label_noise: float = 0.0
 
     @property
     def bleeds(self) -> bool:
@@ -160,11 +164,11 @@ class Person:
         seen = (1 - impaired) * (gcs @ self._poor(GCS[:, None], ages, False))
         seen += impaired * (gcs @ self._poor(GCS[:, None], ages, True))
         return {
-            "p_poor": float(self._poor(np.array(self.gcs), np.array(self.age), self.impaired)),
+            "p_poor": self._recorded(float(self._poor(np.array(self.gcs), np.array(self.age), self.impaired))),
             "p_gcs_13_15": float(gcs[GCS >= 13].sum()),
             "p_gcs_9_12": float(gcs[(GCS >= 9) & (GCS <= 12)].sum()),
             "p_gcs_3_8": float(gcs[GCS <= 8].sum()),
-            "seen_poor": float(weights @ seen),
+            "seen_poor": self._recorded(float(weights @ seen)),
             "seen_age_80": old,
         }
 
@@ -175,6 +179,10 @@ class Person:
     def func_score(self) -> int:
         """Return the FUNC score (Rost et al. 2008), 0 to 11."""
         return int(self._func(np.array(self.gcs), np.array(self.age), self.impaired))
+
+    def _recorded(self, probability: float) -> float:
+        """Return the probability that a poor outcome is recorded, given the probability that it occurs."""
+        return (1 - self.label_noise) * probability + self.label_noise / 2
 
     def _ich(self, gcs: np.ndarray, age: np.ndarray) -> np.ndarray:
         return np.asarray(
@@ -213,7 +221,7 @@ class Person:
         """Return the probability of each value of `GCS`."""
         effect = _GCS_BY_LOG_VOLUME * np.log(self.volume_ml / 20)
         effect += _GCS_BY_EXTENSION * (self.ventricular > 0) + _GCS_BY_PONS * (self.site == "pons")
-        at_least = 1 / (1 + np.exp(-(_GCS_AT_LEAST + effect)))
+        at_least = 1 / (1 + np.exp(-(_GCS_AT_LEAST + self.shared_causes * effect)))
         return -np.diff(np.concatenate([[1.0], at_least, [0.0]]))
 
     def _ages_given_image(self) -> tuple[np.ndarray, np.ndarray]:
@@ -222,7 +230,7 @@ class Person:
         ages = np.arange(lowest, highest + 1)
         standard = _standardise(ages)
         log = np.zeros(len(ages)) if self.uniform_age else -(standard**2) / 2
-        for name, correlation in MARKS.items():
+        for name, correlation in _mark_correlations(self.shared_causes).items():
             log -= (self.marks[name] - correlation * standard) ** 2 / (2 * (1 - correlation**2))
         weights = np.exp(log - log.max())
         return ages, weights / weights.sum()
@@ -258,12 +266,13 @@ def draw_person(random: np.random.Generator, realism: Realism = PLAIN) -> Person
         >>> person.site in SITES
         True
     """
-    of_age, of_blood = random.spawn(2)
+    of_age, of_blood, of_noise = random.spawn(3)
     age = _draw_within(lambda: random.normal(*AGE), *AGE_RANGE)
     if realism.adult_ages:
         age = float(of_age.uniform(ADULT_AGES[0], ADULT_AGES[1] + 1))
     standard = float(_standardise(np.array(age)))
-    marks = {name: r * standard + np.sqrt(1 - r**2) * random.normal() for name, r in MARKS.items()}
+    correlations = _mark_correlations(realism.shared_causes)
+    marks = {name: r * standard + np.sqrt(1 - r**2) * random.normal() for name, r in correlations.items()}
     options = sites(realism)
     site = str(random.choice(list(options), p=[s.share for s in options.values()]))
     chosen = options[site]
@@ -286,6 +295,8 @@ def draw_person(random: np.random.Generator, realism: Realism = PLAIN) -> Person
         dead=False,
         poor=False,
         uniform_age=realism.adult_ages,
+        shared_causes=realism.shared_causes,
+        label_noise=realism.label_noise,
     )
     if of_blood.random() < realism.without_blood:
         return replace(person, site=NO_SITE, side=0, volume_ml=0.0, ventricular=0.0)
@@ -293,7 +304,17 @@ def draw_person(random: np.random.Generator, realism: Realism = PLAIN) -> Person
     years = np.array(person.age)
     dead = random.random() < DEATH[person._ich(gcs, years)]
     independent = random.random() < person._independent(gcs, years, person.impaired)
-    return replace(person, gcs=int(gcs), dead=bool(dead), poor=bool(dead or not independent))
+    poor = bool(dead or not independent)
+    if of_noise.random() < realism.label_noise:
+        poor = bool(of_noise.random() < 0.5)
+    return replace(person, gcs=int(gcs), dead=bool(dead), poor=poor)
+
+
+def _mark_correlations(shared_causes: float) -> dict[str, float]:
+    """Return the correlation of each of `MARKS` with age."""
+    if shared_causes == 1:
+        return MARKS  # exactly, so that the patients of a seed stay the same
+    return {name: float(np.tanh(shared_causes * np.arctanh(value))) for name, value in MARKS.items()}
 
 
 def _impairment(age: np.ndarray) -> np.ndarray:

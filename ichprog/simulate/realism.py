@@ -1,4 +1,4 @@
-"""Options of the simulation: what deceives on real head CTs, each off or on.
+"""Options of the simulation: what deceives on real head CTs, each off or on, and how much the labels say.
 
 "plain" is the simulation that the embedded outcome model was trained and measured on. "realistic" adds what makes
 haemorrhage hard to see, or seem present, on real heads. Each option draws its random numbers from a generator of its
@@ -48,6 +48,11 @@ class Realism:
             they are more than half full of blood, which loses a part of thin collections.
         thick_slices: Whether slices are up to 7.5 mm apart and may overlap.
         windowed: Share of scans quantised as by a brain window and a bone window, 0 to 1.
+        shared_causes: How strongly GCS and age depend on what the image shows: 1 as in the population, 0 not at all. It
+            multiplies the effects of volume, ventricular blood and pons on the GCS, and the inverse hyperbolic tangent
+            of the correlations of atrophy, white matter and calcification with age. The image is the same for the same
+            causes; the outcome depends on GCS and age as before.
+        label_noise: Share of patients whose recorded outcome is the toss of a coin, 0 to 1.
     """
 
     without_blood: float = 0.0
@@ -71,12 +76,14 @@ class Realism:
     exact_masks: bool = False
     thick_slices: bool = False
     windowed: float = 0.0
+    shared_causes: float = 1.0
+    label_noise: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("without_blood", "windowed"):
+        for name in ("without_blood", "windowed", "label_noise"):
             if not 0 <= (value := getattr(self, name)) <= 1:
                 raise InvalidValueError(name, value, "a share from 0 to 1")
-        for name in ("fill_mm", "gyri_mm", "hardening_hu", "calibration_hu", "tilt_deg"):
+        for name in ("fill_mm", "gyri_mm", "hardening_hu", "calibration_hu", "tilt_deg", "shared_causes"):
             if (value := getattr(self, name)) < 0:
                 raise InvalidValueError(name, value, "a number of at least 0")
         for name in ("grey_hu", "white_hu", "sinus_hu", "noise_hu"):

@@ -45,10 +45,14 @@ def simulate_patients(study: Study, out: Path, workers: int) -> None:
     """
     if study.simulated is None:
         return
-    from ichprog.simulate import simulate
+    from ichprog.simulate import find_realism, simulate
 
     chosen = study.simulated
-    simulate(out / _PATIENTS, patients=chosen.patients, seed=chosen.seed, preset=chosen.preset, workers=workers)
+    realism = replace(find_realism(chosen.preset), shared_causes=chosen.shared_causes, label_noise=chosen.label_noise)
+    simulate(
+        out / _PATIENTS, patients=chosen.patients, seed=chosen.seed, preset=realism, matrix=chosen.matrix,
+        workers=workers,
+    )  # fmt: skip
 
 
 def split_folds(study: Study, cohort: Cohort, size: int | None = None) -> "list[Fold]":

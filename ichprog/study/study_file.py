@@ -24,11 +24,17 @@ class Simulated:
         patients: Number of patients.
         seed: Random seed.
         preset: Preset of the simulation, "realistic" or "plain".
+        shared_causes: How strongly GCS and age depend on what the image shows: 1 as in the population, 0 not at all.
+        label_noise: Share of patients whose recorded outcome is the toss of a coin, 0 to 1.
+        matrix: Number of pixels along an edge of a slice. The width of the grid makes simulation several times faster.
     """
 
     patients: int
     seed: int = 0
     preset: str = "realistic"
+    shared_causes: float = 1.0
+    label_noise: float = 0.0
+    matrix: int = 512
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import hashlib
 import nibabel as nib
 import numpy as np
 import pytest
+from sklearn.metrics import roc_auc_score
 
 from ichprog import Cohort, InvalidValueError, UnknownNameError
 from ichprog.simulate import MASK_VALUES, PRESETS, Patient, Realism, simulate
@@ -142,6 +143,43 @@ def test_people_have_small_bleeds_of_all_kinds_at_any_age():
     old = np.array([p.truth()["seen_age_80"] for p in people[:400]])
     assert np.mean([p.age >= 80 for p in people[:400]]) == pytest.approx(old.mean(), abs=0.05)
     assert not next(p for p in people if not p.bleeds).infratentorial
+
+
+def draw_people(**options):
+    realism = Realism(**options)
+    return [draw_person(np.random.default_rng([9, number]), realism) for number in range(3000)]
+
+
+def test_labels_share_more_or_fewer_causes_with_the_image():
+    areas = []
+    for factor in (0.0, 1.0, 3.0):
+        people = draw_people(shared_causes=factor)
+        truths = [person.truth() for person in people]
+        severe, old = [person.gcs <= 8 for person in people], [person.age >= 80 for person in people]
+        areas.append(
+            [
+                roc_auc_score(severe, [truth["p_gcs_3_8"] for truth in truths]),
+                roc_auc_score(old, [truth["seen_age_80"] for truth in truths]),
+            ]
+        )
+        for name, happened in (("seen_poor", [p.poor for p in people]), ("seen_age_80", old)):
+            stated = np.array([truth[name] for truth in truths])
+            error = (stated * (1 - stated)).sum() ** 0.5
+            assert abs(stated.sum() - sum(happened)) < 4 * error, (factor, name)
+    without, as_published, strong = np.array(areas)
+    assert np.abs(without - 0.5).max() < 0.03
+    assert (as_published > without + 0.15).all()
+    assert (strong > as_published + 0.05).all()
+
+
+def test_some_outcomes_are_the_toss_of_a_coin():
+    clean, noisy = draw_people(), draw_people(label_noise=0.4)
+    changed = np.array([a.poor != b.poor for a, b in zip(clean, noisy, strict=True)])
+    assert abs(changed.mean() - 0.2) < 4 * (0.2 * 0.8 / len(changed)) ** 0.5
+    for first, second in zip(clean[:200], noisy[:200], strict=True):
+        assert dataclasses.replace(second, poor=first.poor, label_noise=0.0) == first
+        assert second.truth()["seen_poor"] == pytest.approx(0.6 * first.truth()["seen_poor"] + 0.2)
+        assert second.truth()["p_gcs_3_8"] == first.truth()["p_gcs_3_8"]
 
 
 @pytest.mark.parametrize(("site", "value"), [("epidural", 4), ("convexity", 3), ("subdural", 4), ("lobar", 1)])

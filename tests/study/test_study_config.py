@@ -138,6 +138,9 @@ def test_a_learning_curve_covers_all_or_some_variants(read):
 def test_patients_may_be_simulated(read):
     study = read(SMALL.replace('cohort = ["a.csv", "more/b.csv"]', "simulated = { patients = 9 }"))
     assert study.simulated == Simulated(9, 0)
+    harder = "simulated = { patients = 9, shared_causes = 2.0, label_noise = 0.1, matrix = 112 }"
+    study = read(SMALL.replace('cohort = ["a.csv", "more/b.csv"]', harder))
+    assert study.simulated == Simulated(9, shared_causes=2.0, label_noise=0.1, matrix=112)
     assert study.cohort == ()
 
 
