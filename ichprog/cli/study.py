@@ -50,6 +50,36 @@ def new(path: Path, preset: str, as_json: bool) -> None:
 
 
 @study.command()
+@click.option("--difference", default=0.02, show_default=True, help="Difference of the AUROCs of two models.")
+@click.option("--auroc", default=0.75, show_default=True, help="AUROC of the weaker model.")
+@click.option("--positive", default=0.5, show_default=True, help="Share of patients with the event.")
+@click.option("--correlation", default=0.8, show_default=True, help="Correlation of the scores of both models.")
+@click.option("--seed-sd", default=0.012, show_default=True, help="Standard deviation of an AUROC between seeds.")
+@click.option("--patients", multiple=True, type=int, help="Number of patients. Repeatable.")
+@click.option("--seeds", multiple=True, type=int, default=(1, 5, 10), show_default=True, help="Repeatable.")
+@click.option("--folds", default=5, show_default=True, help="Number of folds.")
+@click.option("--studies", default=500, show_default=True, help="Number of simulated studies.")
+@as_json
+def power(
+    patients: tuple[int, ...], seeds: tuple[int, ...], folds: int, studies: int, as_json: bool, **assumed: float
+) -> None:
+    """Print how often a study of each size would find a difference of two AUROCs, by simulation."""
+    from dataclasses import asdict
+
+    from ichprog.study.power import SIZES, Assumptions, compute_power
+
+    assumptions = Assumptions(**assumed)
+    rows = compute_power(assumptions, patients=patients or SIZES, seeds=seeds, folds=folds, studies=studies)
+    if as_json:
+        print_json({"assumptions": asdict(assumptions), "power": [asdict(row) for row in rows]})
+        return
+    click.echo("patients  " + "  ".join(f"{number:>2} seeds" if number > 1 else " 1 seed " for number in seeds))
+    for first in range(0, len(rows), len(seeds)):
+        shares = "  ".join(f"{row.power:8.2f}" for row in rows[first : first + len(seeds)])
+        click.echo(f"{rows[first].patients:8d}  {shares}")
+
+
+@study.command()
 @_study
 @_output
 @click.option("--workers", default=1, show_default=True, help="Number of processes, or of Slurm jobs.")
