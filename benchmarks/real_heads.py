@@ -264,17 +264,24 @@ def detection_rows(heads: Sequence[Head], detector: str) -> list[dict[str, Any]]
 def cross_fitted(heads: Sequence[Head], detector: str) -> dict[str, Any]:
     """Return sensitivity and specificity by patient with a threshold that was chosen on the heads of the other folds.
 
-    The threshold has the highest sum of sensitivity and specificity. Bleeds in one slice only are left out.
+    The threshold has the highest sum of sensitivity and specificity. Bleeds in one slice only are left out. Heads of a
+    fold are also left out if the other folds do not have both bleeding and other heads.
     """
     used = [head for head in heads if not head.bleeds or head.slices.any(1).sum() >= 2]
     truth = np.array([head.bleeds for head in used])
     scores = np.array([head.scores[detector].patient for head in used])
     folds = np.array([fold_of(head.name) for head in used])
-    called = np.zeros(len(used), bool)
+    called, fitted = np.zeros((2, len(used)), bool)
     for fold in range(FOLDS):
-        called[folds == fold] = scores[folds == fold] > best_threshold(truth[folds != fold], scores[folds != fold])
-    figures = {"bleeding": int(truth.sum()), "other": int((~truth).sum())}
-    for name, right in (("sensitivity", called[truth]), ("specificity", ~called[~truth])):
+        inside, others = folds == fold, folds != fold
+        if len(set(truth[others])) == 2:
+            called[inside] = scores[inside] > best_threshold(truth[others], scores[others])
+            fitted[inside] = True
+    figures: dict[str, Any] = {"bleeding": int(truth[fitted].sum()), "other": int((~truth[fitted]).sum())}
+    for name, right in (("sensitivity", called[truth & fitted]), ("specificity", ~called[~truth & fitted])):
+        if not len(right):
+            figures[name] = (np.nan, np.nan, np.nan)
+            continue
         low, high = wilson_interval(int(right.sum()), len(right))
         figures[name] = (float(right.mean()), float(low), float(high))
     return figures
