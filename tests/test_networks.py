@@ -31,6 +31,22 @@ def test_a_backbone_fulfils_its_contract(name):
     assert torch.allclose(features[:1], backbone(grid[:1]), atol=1e-5)
 
 
+def test_coordinates_tell_where_something_lies():
+    """Without them, the mean of the features of a spot is the same wherever the spot lies."""
+    moved = []
+    for coordinates in (False, True):
+        torch.manual_seed(0)
+        backbone = registry.backbones.load("compact")(width=4, coordinates=coordinates).eval()
+        places = []
+        for place in (24, 40):
+            grid = torch.zeros(1, 1, 16, 64, 64)
+            grid[..., 8:10, place : place + 2, 32:34] = 1
+            places.append((backbone(grid) - backbone(torch.zeros_like(grid))).mean((2, 3, 4)))
+        moved.append((torch.dist(*places) / places[0].norm()).item())
+    assert moved[0] < 1e-4
+    assert moved[1] > 0.1
+
+
 @pytest.mark.parametrize("name", registry.heads.names())
 @pytest.mark.parametrize("labels", [("a", "b"), ("a", "b", "c"), tuple("abcdefg")])
 def test_a_head_fulfils_its_contract(name, labels):

@@ -71,6 +71,12 @@ UNSUPPORTED = {
 }
 
 
+OTHERS = {
+    "coordinates": lambda: registry.backbones.load("compact")(width=2, coordinates=True),
+    "branching": layers(lambda: [Branching()], 2),
+}
+
+
 class Branching(nn.Module):
     """Depends on its input in a way that no graph can express."""
 
@@ -85,7 +91,7 @@ class Branching(nn.Module):
 @pytest.fixture
 def model_of(tmp_path):
     """Register all backbones and build a local model of one by name."""
-    made = {**BACKBONES, **UNSUPPORTED, "branching": layers(lambda: [Branching()], 2)}
+    made = BACKBONES | UNSUPPORTED | OTHERS
     for name, build in made.items():
         ichprog.register_backbone(name, build)
     yield lambda name: local_model(tmp_path / name, name, shape=SHAPE)
@@ -112,7 +118,7 @@ def probabilities(model, grids):
     return np.concatenate([answer.probabilities for answer in model.predict_grids(grids)[0].values()], 1)
 
 
-@pytest.mark.parametrize("backbone", [*BACKBONES, *UNSUPPORTED])
+@pytest.mark.parametrize("backbone", [*BACKBONES, *UNSUPPORTED, "coordinates"])
 def test_both_runtimes_give_the_same_outputs(backbone, model_of, grids):
     name = model_of(backbone)
     fast, slow = (ichprog.load_model(name, runtime=runtime) for runtime in ("auto", "torch"))
