@@ -11,7 +11,7 @@ import pytest
 
 from ichprog import Haemorrhage, IchprogError, Prediction, clinical_scores
 from ichprog.results import Segmentation, TaskPrediction
-from ichprog.spec import MaskTarget, PluginRef, Target, Task
+from ichprog.spec import MaskTarget, PluginRef, Target, Task, VolumeInterval
 
 ICH = {
     "gcs": {3: 2, 4: 2, 5: 1, 12: 1, 13: 0, 15: 0},
@@ -131,7 +131,8 @@ def test_the_scores_import_only_numpy():
 
 def haemorrhage_of(volume_ml=20, *, ratios=(1.0, 1.0), probability=0.99, **findings):
     """Return a haemorrhage in the brain tissue with a volume in whole mL, its interval as ratios, and findings."""
-    mask = MaskTarget("mask", ("parenchymal", "ventricular"), None, 1.0, {"parenchymal": ratios} if ratios else {})
+    intervals = {"parenchymal": (VolumeInterval(0.0, *ratios),)} if ratios else {}
+    mask = MaskTarget("mask", ("parenchymal", "ventricular"), None, 1.0, intervals)
     target = Target("blood", (1.0,), "high")
     task = Task("blood", "Blood.", ("absent", "present"), target, PluginRef("segmentation", {}), 0.5, 1.0, mask)
     voxels = np.zeros((4, 10, 10), np.uint8)  # of 1 mL

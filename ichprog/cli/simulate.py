@@ -24,7 +24,7 @@ from ichprog.cli.options import as_json, find_spec, print_path
     "--shared-causes",
     default=1.0,
     show_default=True,
-    help="How strongly GCS and age depend on what the image shows; 0 not at all.",
+    help="How strongly labels of auxiliary tasks depend on what the image shows; 0 not at all.",
 )
 @click.option(
     "--label-noise", default=0.0, show_default=True, help="Share of outcomes that are the toss of a coin, 0 to 1."

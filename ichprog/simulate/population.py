@@ -228,7 +228,7 @@ class Person:
         """Return ages in years and the probability of each, given the marks."""
         lowest, highest = ADULT_AGES if self.uniform_age else AGE_RANGE
         ages = np.arange(lowest, highest + 1)
-        standard = _standardise(ages)
+        standard = _standardise(ages + 0.5)  # the middle of the year in which the marks arose
         log = np.zeros(len(ages)) if self.uniform_age else -(standard**2) / 2
         for name, correlation in _mark_correlations(self.shared_causes).items():
             log -= (self.marks[name] - correlation * standard) ** 2 / (2 * (1 - correlation**2))

@@ -347,8 +347,11 @@ def _digitise(
         seen = np.flatnonzero((at > -1) & (at < layers[0].shape[axis]))
         boxes.append(slice(int(seen[0]), int(seen[-1]) + 1))
         far = np.abs(at[seen][:, None] - np.arange(layers[0].shape[axis]))
-        weights = np.maximum(0, 1 - far / (_SMOOTHING if fine_mm > _FINE_MM else 1)).astype(np.float32)
-        matrices.append(weights / weights.sum(1, keepdims=True))
+        if fine_mm > _FINE_MM:
+            smooth = np.maximum(0, 1 - far / _SMOOTHING)
+            matrices.append((smooth / smooth.sum(1, keepdims=True)).astype(np.float32))
+        else:
+            matrices.append(np.maximum(0, 1 - far).astype(np.float32))
         finer = protocol.sharpness and fine_mm == _FINE_MM  # kernels differ by less than larger pixels
         kernels.append(_kernel(far, protocol.sharpness) if finer else matrices[-1])
 
@@ -363,9 +366,8 @@ def _digitise(
 
     hu = seen_as(layers[0], kernels)
     haemorrhage, entered, inside = (seen_as(layer, matrices) for layer in layers[1:])
-    noise_hu = random.uniform(*protocol.noise_hu) * (5 / spacing) ** 0.5
-    noise_hu *= _noise_share(MATRIX / matrix, protocol.sharpness)
-    hu += _noise(hu.shape, random, protocol.sharpness) * noise_hu
+    noise = _noise(hu.shape, random, protocol.sharpness) * random.uniform(*protocol.noise_hu) * (5 / spacing) ** 0.5
+    hu += noise if matrix == MATRIX else noise * _noise_share(MATRIX / matrix, protocol.sharpness)
     if protocol.windowed:
         hu = _quantise(hu)
     within = inside > 0.5

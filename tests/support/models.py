@@ -11,7 +11,7 @@ import ichprog
 from ichprog import networks, zoo
 from ichprog.backbones import Backbone
 from ichprog.simulate import MASK_VALUES
-from ichprog.spec import MaskTarget, PluginRef, Target, Task, Weights
+from ichprog.spec import MaskTarget, PluginRef, Target, Task, VolumeInterval, Weights
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 REPOSITORY = zoo.find(zoo.DEFAULT).weights
@@ -80,7 +80,10 @@ def intensity_backbone():
 BLEEDING = Task(
     "bleeding", "Whether there is blood.", ("absent", "present"), Target("bleeding", (1.0,), "high"),
     PluginRef("segmentation", {"top_share": 0.002}), 0.4, 1.0,
-    MaskTarget("mask", tuple(MASK_VALUES), None, 1.0, {"total": (0.8, 1.5), "parenchymal": (0.5, 2.0)}),
+    MaskTarget(
+        "mask", tuple(MASK_VALUES), None, 1.0,
+        {"total": (VolumeInterval(0.0, 0.8, 1.5),), "parenchymal": (VolumeInterval(0.0, 0.5, 2.0),)},
+    ),
 )  # fmt: skip
 
 
