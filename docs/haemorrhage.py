@@ -422,8 +422,8 @@ def publish(spec: ModelSpec, run: Path, answers: Answers, voxel_threshold: float
     """Write the weights into the zoo, and the spec with their checksums.
 
     The log odds of voxels are shifted so that `voxel_threshold` becomes one half. Those of slices stay as they were.
-    Those of the regions of a scan are calibrated on the calibration patients. The logits of scans are
-    not: when they were, a threshold chosen on two folds had more errors on the real heads of the third.
+    Those of the regions of a scan are calibrated on the calibration patients. The logits of scans are not: when they
+    were, a threshold chosen on two folds had more errors on the real heads of the third.
     """
     from safetensors.torch import load_file, save_file
 

@@ -97,8 +97,8 @@ def compact(*, width: int = 16, dropout: float = 0.0, coordinates: bool = False)
     Args:
         width: Channels of the first layer; the other layers have two, three and four times as many.
         dropout: Rate at which whole channels of the features are dropped during training.
-        coordinates: Whether the last layer also gets the position of each cell, -1 to 1 along each axis. Without it the
-            network hardly knows where in the brain it finds something.
+        coordinates: Whether the last layer also gets the position of each cell, -1 to 1 along each axis. Without it,
+            features after pooling hardly depend on where in the brain something lies.
 
     Example:
         >>> compact(width=8).out_channels
@@ -110,11 +110,9 @@ def compact(*, width: int = 16, dropout: float = 0.0, coordinates: bool = False)
     strides = [(1, 2, 2), (2, 2, 2), (2, 2, 2), (1, 1, 1)]
     layers: list[nn.Module] = []
     for before, after, stride in zip(channels, channels[1:], strides, strict=False):
-        position = 0
-        if coordinates and after == channels[-1]:
-            layers.append(_Coordinates())
-            position = 3
-        layers += [nn.Conv3d(before + position, after, 3, stride, 1, bias=False), nn.BatchNorm3d(after), nn.ReLU()]
+        positions = 3 if coordinates and after == channels[-1] else 0
+        layers += [_Coordinates()] if positions else []
+        layers += [nn.Conv3d(before + positions, after, 3, stride, 1, bias=False), nn.BatchNorm3d(after), nn.ReLU()]
     features = nn.Sequential(*layers, nn.Dropout3d(dropout))
     return Backbone(features, out_channels=channels[-1], cam_layer=f"features.{len(layers) - 2}")
 

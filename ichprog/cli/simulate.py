@@ -27,7 +27,7 @@ from ichprog.cli.options import as_json, find_spec, print_path
     help="How strongly labels of auxiliary tasks depend on what the image shows; 0 not at all.",
 )
 @click.option(
-    "--label-noise", default=0.0, show_default=True, help="Share of outcomes that are the toss of a coin, 0 to 1."
+    "--label-noise", default=0.0, show_default=True, help="Share of outcomes that are drawn at random, 0 to 1."
 )
 @click.option("--skull", is_flag=True, help="Show whole heads instead of the brain alone.")
 @click.option("--dicom", is_flag=True, help="Write DICOM series instead of NIfTI files.")
@@ -35,7 +35,7 @@ from ichprog.cli.options import as_json, find_spec, print_path
     "--grid",
     "grid_of",
     metavar="MODEL",
-    help="Write scans with as many pixels as the grid of this model: about four times faster to simulate.",
+    help="Write scans with as many pixels as the grid of this model: several times faster.",
 )
 @click.option("--workers", default=1, show_default=True, help="Number of processes.")
 @as_json
@@ -66,8 +66,7 @@ def simulate(
     with tqdm(total=patients, unit="patient", file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
         table = run(
             output, patients=patients, seed=seed, preset=realism, skull=skull, dicom=dicom, matrix=matrix,
-            workers=workers,
-            progress=lambda done: bar.update(done - bar.n),
+            workers=workers, progress=lambda done: bar.update(done - bar.n),
         )  # fmt: skip
     print_path(table, as_json=as_json)
     click.echo("These patients are simulated. For research only, not for patient care.", err=True)

@@ -204,8 +204,8 @@ def simulate(
             haemorrhage. "plain" is the simulation of the embedded outcome model. Or options.
         skull: Whether whole heads are visible instead of the brain alone.
         dicom: Whether to write DICOM series instead of NIfTI files.
-        matrix: Number of pixels along an edge of a slice. With as many as the grid of a model has cells, scans are ten
-            times faster to simulate, and nearly what full scans are on that grid.
+        matrix: Number of pixels along an edge of a slice. With as many as the grid of a model has cells, scans are
+            several times faster to simulate, and on that grid they nearly equal full scans.
         workers: Number of processes; the files do not depend on it.
         progress: Called with the number of finished patients after each patient.
 

@@ -1,4 +1,4 @@
-"""Options of the simulation: what deceives on real head CTs, each off or on, and how much the labels say.
+"""Options of the simulation: what deceives on real head CTs, each off or on, and how the labels arise.
 
 "plain" is the simulation that the embedded outcome model was trained and measured on. "realistic" adds what makes
 haemorrhage hard to see, or seem present, on real heads. Each option draws its random numbers from a generator of its
@@ -52,7 +52,8 @@ class Realism:
             multiplies the effects of volume, ventricular blood and pons on the GCS, and the inverse hyperbolic tangent
             of the correlations of atrophy, white matter and calcification with age. The image is the same for the same
             causes; the outcome depends on GCS and age as before.
-        label_noise: Share of patients whose recorded outcome is the toss of a coin, 0 to 1.
+        label_noise: Share of patients whose recorded outcome is drawn at random, 0 to 1. Good and poor are then equally
+            likely.
     """
 
     without_blood: float = 0.0

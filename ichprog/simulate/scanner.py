@@ -5,9 +5,9 @@ Within a slice the points are as far apart as the pixels, at least 1 mm. HU are 
 matter 25 to 30, grey matter 33 to 40, clotted blood 55 to 80, calcium over 100.
 """
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
 
 import numpy as np
 
@@ -134,9 +134,7 @@ def acquire(
     slices += int(np.ceil((margin[2] + spacing) / spacing)) if skull else 0
     cells = (*(int(np.ceil((high[a] - low[a]) / fine_mm)) for a in range(2)), slices * _POINTS_PER_SLICE)
     size = np.array([cells[0] * fine_mm, cells[1] * fine_mm, slices * spacing])
-    gyri = (
-        functools.partial(gyri_displacement, amplitude_mm=realism.gyri_mm, random=of_gyri) if realism.gyri_mm else None
-    )
+    gyri = partial(gyri_displacement, amplitude_mm=realism.gyri_mm, random=of_gyri) if realism.gyri_mm else None
     field = _field(individual, shape, turn, low, size, cells, spacing / _POINTS_PER_SLICE * fine_mm**2 / 1000, gyri)
     hu, blood = _tissue(field, individual, shape, random, realism, of_tissue)
     if skull:
@@ -347,13 +345,13 @@ def _digitise(
         seen = np.flatnonzero((at > -1) & (at < layers[0].shape[axis]))
         boxes.append(slice(int(seen[0]), int(seen[-1]) + 1))
         far = np.abs(at[seen][:, None] - np.arange(layers[0].shape[axis]))
-        if fine_mm > _FINE_MM:
+        if fine_mm > _FINE_MM:  # kernels differ by less than these pixels
             smooth = np.maximum(0, 1 - far / _SMOOTHING)
             matrices.append((smooth / smooth.sum(1, keepdims=True)).astype(np.float32))
+            kernels.append(matrices[-1])
         else:
             matrices.append(np.maximum(0, 1 - far).astype(np.float32))
-        finer = protocol.sharpness and fine_mm == _FINE_MM  # kernels differ by less than larger pixels
-        kernels.append(_kernel(far, protocol.sharpness) if finer else matrices[-1])
+            kernels.append(_kernel(far, protocol.sharpness) if protocol.sharpness else matrices[-1])
 
     def seen_as(layer: np.ndarray, weights: list[np.ndarray]) -> np.ndarray:
         mean = layer.reshape(*layer.shape[:2], slices, _POINTS_PER_SLICE).mean(-1)
@@ -437,7 +435,7 @@ def _correlate(grain: np.ndarray, sharpness: float) -> np.ndarray:
     return noise
 
 
-@functools.cache
+@cache
 def _noise_share(pixels: float, sharpness: float) -> float:
     """Return the standard deviation of the mean noise of `pixels` x `pixels` pixels, relative to that of one pixel."""
     white = np.zeros((19, 19, 1), np.float32)

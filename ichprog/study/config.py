@@ -233,10 +233,11 @@ def _build_study(file: StudyFile, path: Path) -> Study:
 def _check_values(file: StudyFile) -> None:
     if bool(file.cohort) == bool(file.simulated):
         raise SpecError("Expected either cohort, a list of tables, or [simulated]. Give one of them.")
-    if file.simulated and not file.simulated.shared_causes >= 0:
-        raise invalid_value("simulated.shared_causes", file.simulated.shared_causes, "0 or more")
-    if file.simulated and not 0 <= file.simulated.label_noise <= 1:
-        raise invalid_value("simulated.label_noise", file.simulated.label_noise, "a share from 0 to 1")
+    if file.simulated:
+        try:
+            file.simulated.realism  # noqa: B018  # raises an error if an option is wrong
+        except (InvalidValueError, UnknownNameError) as error:
+            raise SpecError(f"simulated: {error}") from None
     if file.folds < 2:
         raise invalid_value("folds", file.folds, "2 or more: one to test on, the others to train on")
     if not 0 < file.coverage < 1:

@@ -45,12 +45,11 @@ def simulate_patients(study: Study, out: Path, workers: int) -> None:
     """
     if study.simulated is None:
         return
-    from ichprog.simulate import find_realism, simulate
+    from ichprog.simulate import simulate
 
     chosen = study.simulated
-    realism = replace(find_realism(chosen.preset), shared_causes=chosen.shared_causes, label_noise=chosen.label_noise)
     simulate(
-        out / _PATIENTS, patients=chosen.patients, seed=chosen.seed, preset=realism, matrix=chosen.matrix,
+        out / _PATIENTS, patients=chosen.patients, seed=chosen.seed, preset=chosen.realism, matrix=chosen.matrix,
         workers=workers,
     )  # fmt: skip
 

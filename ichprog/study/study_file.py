@@ -4,14 +4,17 @@ The dataclasses hold the content as it was written. `config` turns it into a `St
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ichprog import schema
 from ichprog.errors import UnknownNameError
 from ichprog.spec import PluginRef
 from ichprog.train import PRESETS, Protocol
+
+if TYPE_CHECKING:
+    from ichprog.simulate import Realism
 
 BaselineKind = Literal["majority", "logistic", "tree", "forest", "network", "fusion"]
 
@@ -25,7 +28,7 @@ class Simulated:
         seed: Random seed.
         preset: Preset of the simulation, "realistic" or "plain".
         shared_causes: How strongly GCS and age depend on what the image shows: 1 as in the population, 0 not at all.
-        label_noise: Share of patients whose recorded outcome is the toss of a coin, 0 to 1.
+        label_noise: Share of patients whose recorded outcome is drawn at random, 0 to 1.
         matrix: Number of pixels along an edge of a slice. The width of the grid makes simulation several times faster.
     """
 
@@ -35,6 +38,18 @@ class Simulated:
     shared_causes: float = 1.0
     label_noise: float = 0.0
     matrix: int = 512
+
+    @property
+    def realism(self) -> "Realism":
+        """Return the options of the simulation.
+
+        Raises:
+            InvalidValueError: An option is out of its range.
+            UnknownNameError: There is no such preset.
+        """
+        from ichprog.simulate import find_realism
+
+        return replace(find_realism(self.preset), shared_causes=self.shared_causes, label_noise=self.label_noise)
 
 
 @dataclass(frozen=True)

@@ -172,7 +172,7 @@ def test_labels_share_more_or_fewer_causes_with_the_image():
     assert (strong > as_published + 0.05).all()
 
 
-def test_some_outcomes_are_the_toss_of_a_coin():
+def test_some_outcomes_are_drawn_at_random():
     clean, noisy = draw_people(), draw_people(label_noise=0.4)
     changed = np.array([a.poor != b.poor for a, b in zip(clean, noisy, strict=True)])
     assert abs(changed.mean() - 0.2) < 4 * (0.2 * 0.8 / len(changed)) ** 0.5

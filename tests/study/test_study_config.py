@@ -195,6 +195,19 @@ def test_an_invalid_file_is_refused_with_the_allowed_values(new, more, message, 
         read(new="" if tables else new, more=more + (new if tables else ""))
 
 
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("label_noise = 1.5", r"simulated: Invalid label_noise 1\.5\. Expected a share from 0 to 1"),
+        ("shared_causes = -1", r"simulated: Invalid shared_causes -1\.0\. Expected a number of at least 0"),
+        ('preset = "plane"', r"simulated: Unknown preset 'plane'\. Did you mean plain"),
+    ],
+)
+def test_an_impossible_simulation_is_refused(option, message, read):
+    with pytest.raises(SpecError, match=message):
+        read(SMALL.replace('cohort = ["a.csv", "more/b.csv"]', f"simulated = {{ patients = 9, {option} }}"))
+
+
 def test_an_unknown_model_is_refused(read):
     with pytest.raises(UnknownNameError, match="Unknown model 'densenet12'"):
         read(more='[[variant]]\nname = "x"\nmodel = "densenet12"\n')
