@@ -37,6 +37,7 @@ from ichprog.metrics import (
     local_recalibration,
     meta_analysis,
     operating_points,
+    seeds,
     subgroups,
 )
 from ichprog.metrics.comparisons import compare
@@ -69,6 +70,7 @@ __all__ = [
     "ordinal",
     "ratio",
     "registered",
+    "seeds",
     "subgroups",
     "unregister",
 ]

@@ -60,7 +60,7 @@ def compare(
     rows: dict[str, Row] = {}
     for name in values[0]:
         row = {"first": values[0][name], "second": values[1][name]}
-        row |= _difference(row["first"] - row["second"], samples[0][name] - samples[1][name], coverage)
+        row |= difference_row(row["first"] - row["second"], samples[0][name] - samples[1][name], coverage)
         method = "bootstrap"
         if name == "auroc" and kind == "binary":
             method, scores = "delong", [_of_last_label(p) for p, _ in sides]
@@ -109,15 +109,20 @@ def paired_bootstrap(
         return first(sample) - second(sample)
 
     samples = bootstrap(difference, n, n_bootstrap=n_bootstrap, seed=seed, strata=strata)
-    row = _difference(difference(np.arange(n)), samples, coverage)
+    row = difference_row(difference(np.arange(n)), samples, coverage)
     return {key: finite(number) for key, number in row.items()}
 
 
-def _difference(difference: float, samples: np.ndarray, coverage: float) -> dict[str, float]:
+def difference_row(difference: float, samples: np.ndarray, coverage: float) -> dict[str, float]:
     """Return a difference with its percentile interval and p value.
 
     The p value is twice the share of samples on the rarer side of 0, with one added to both counts. A difference that
     is undefined in more than half of the samples has neither.
+
+    Args:
+        difference: The difference.
+        samples: The difference in each bootstrap sample `(D,)`.
+        coverage: Coverage of the interval.
     """
     row = {"difference": difference, "low": np.nan, "high": np.nan, "p": np.nan}
     drawn = samples[np.isfinite(samples)]

@@ -7,7 +7,7 @@ validation part of the fold that predicts a patient, and applied to the test par
 import csv
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,11 @@ from ichprog import metrics as metrics_package
 from ichprog.cohort import Cohort
 from ichprog.errors import CohortError
 from ichprog.evaluation.predictions import Predictions, TaskPredictions, align
-from ichprog.metrics import agreement, calibration, comparisons, conformal, discrimination, subgroups
+from ichprog.metrics import Kind, agreement, calibration, comparisons, conformal, discrimination, seeds, subgroups
 from ichprog.metrics.bootstrap import finite
 from ichprog.spec import Task
-from ichprog.study.config import Study
+from ichprog.study.config import Run, Study
+from ichprog.study.study_file import Budget
 
 Row = dict[str, Any]
 Interval = Mapping[str, float | None]
@@ -50,16 +51,21 @@ class TaskAnalysis:
 
 
 Analyses = Mapping[str, Mapping[str, TaskAnalysis]]  # by run and task
+Repetitions = Sequence[TaskAnalysis]  # of one run with different seeds, for one task
 
 
 @dataclass(frozen=True)
 class StudyResults:
     """Results of a study. A run is a variant, a baseline, or a variant on fewer patients.
 
+    A run that was repeated with other seeds stands for all its repetitions: each value is their mean, and intervals and
+    tests include both patients and repetitions.
+
     Attributes:
-        analyses: Analyses by run and task.
+        analyses: Analyses by run and task, each repetition by its own name.
         metrics: Intervals `{"value", "low", "high"}` by run, task and metric.
         per_fold: One value for each fold, by run, task and metric.
+        variances: Rows: by how much the primary metric of a repeated run varies with seeds, folds and patients.
         comparisons: Rows: difference between a run and its reference in one metric, with p adjusted over all runs.
         correlations: Rows: correlation of a column with the outcome of the main task.
         subgroups: Rows: metrics of a group of patients, by run.
@@ -70,6 +76,7 @@ class StudyResults:
     analyses: Analyses
     metrics: Metrics
     per_fold: Mapping[str, Mapping[str, Mapping[str, list[float | None]]]]
+    variances: list[Row]
     comparisons: list[Row]
     correlations: list[Row]
     subgroups: list[Row]
@@ -99,21 +106,25 @@ def analyse(study: Study, cohort: Cohort, predictions: Predictions) -> StudyResu
         run: {name: _analyse_task(study, predictions, run, name) for name in predictions.tasks(run)}
         for run in predictions.variants
     }
-    main = {run: tasks[study.stratify_by] for run, tasks in analyses.items() if study.stratify_by in tasks}
+    groups = _group_repetitions(study, analyses)
+    main = {run: tasks[study.stratify_by] for run, tasks in groups.items() if study.stratify_by in tasks}
+    first = {run: repeated[0] for run, repeated in main.items()}
+    per_fold = {run: {name: _per_fold(each, study.folds) for name, each in by.items()} for run, by in groups.items()}
     return StudyResults(
         analyses,
-        {run: {name: _metrics(one, study) for name, one in tasks.items()} for run, tasks in analyses.items()},
-        {run: {name: _per_fold(one, study.folds) for name, one in tasks.items()} for run, tasks in analyses.items()},
-        _comparisons(study, analyses),
+        {run: {name: _metrics(each, study) for name, each in by_task.items()} for run, by_task in groups.items()},
+        per_fold,
+        [row for run, by_task in groups.items() for row in _variances(study, run, by_task)],
+        _comparisons(study, groups),
         _correlations(study, cohort),
         _subgroups(study, cohort, main),
-        _readers(study, main),
-        [row for run, one in main.items() for row in _mistakes(run, one)],
+        _readers(study, first),
+        [row for run, one in first.items() for row in _mistakes(run, one)],
     )
 
 
 def learning_curves(
-    study: Study, metrics: Metrics, full_size: int, metric: str = metrics_package.PRIMARY
+    study: Study, metrics: Metrics, full_size: int, budget: Budget = "epochs", metric: str = metrics_package.PRIMARY
 ) -> dict[str, dict[int, Interval]]:
     """Return the learning curves of the main task: intervals of a metric by variant and number of training patients.
 
@@ -121,15 +132,28 @@ def learning_curves(
         study: Study.
         metrics: Metrics of its `StudyResults`.
         full_size: Number of training patients of a fold if all are used.
+        budget: What is equal at all sizes.
         metric: Metric.
     """
     curves: dict[str, dict[int, Interval]] = {}
     for name in study.curve_variants:
         for size in (*study.curve_sizes, None):
-            run = name if size is None else f"{name}@{size}"
+            run = name if size is None else Run(study.variant(name), size, budget).group
             if study.stratify_by in metrics.get(run, {}):
                 curves.setdefault(name, {})[size or full_size] = metrics[run][study.stratify_by][metric]
     return curves
+
+
+def _group_repetitions(study: Study, analyses: Analyses) -> dict[str, dict[str, list[TaskAnalysis]]]:
+    """Return the analyses by run and task, those of its repetitions in one list."""
+    return {
+        run: {
+            name: [analyses[each][name] for each in study.repetitions(run) if each in analyses]
+            for name in analyses[run]
+        }
+        for run in analyses
+        if not study.is_repetition(run)
+    }
 
 
 def _analyse_task(study: Study, predictions: Predictions, run: str, name: str) -> TaskAnalysis:
@@ -154,67 +178,112 @@ def _analyse_task(study: Study, predictions: Predictions, run: str, name: str) -
     return TaskAnalysis(task, test, thresholds, after, sets)
 
 
-def _metrics(one: TaskAnalysis, study: Study) -> dict[str, Interval]:
-    kind, options = one.task.kind, dict[str, Any](n_bootstrap=study.n_bootstrap, seed=study.bootstrap_seed)
-    metrics: dict[str, Interval] = {**_with_intervals(one, study)}
-    if one.recalibrated is not None:
-        after = metrics_package.compute_with_intervals(
-            one.recalibrated.truth, one.recalibrated.probabilities, kind=kind, **options
+def _metrics(repeated: Repetitions, study: Study) -> dict[str, Interval]:
+    kind, options = repeated[0].task.kind, dict[str, Any](n_bootstrap=study.n_bootstrap, seed=study.bootstrap_seed)
+    metrics: dict[str, Interval] = {**_with_intervals(repeated, study)}
+    if repeated[0].recalibrated is not None:
+        after = _intervals(
+            repeated[0].predictions.truth,
+            [each.recalibrated.probabilities for each in repeated if each.recalibrated],
+            [0.5] * len(repeated),
+            kind,
+            study,
         )
         metrics |= {
             each.name + metrics_package.RECALIBRATED: after[each.name]
             for each in metrics_package.registered(kind)
             if each.recalibrated
         }
-    return metrics | conformal.set_metrics(one.sets, one.predictions.truth, **options)
+    return metrics | conformal.set_metrics(repeated[0].sets, repeated[0].predictions.truth, **options)
 
 
-def _with_intervals(one: TaskAnalysis, study: Study, chosen: Any = slice(None)) -> dict[str, dict[str, float | None]]:
+def _with_intervals(
+    repeated: Repetitions, study: Study, chosen: Any = slice(None)
+) -> dict[str, dict[str, float | None]]:
     """Return every metric of the analysed patients, or of some of these patients."""
-    return metrics_package.compute_with_intervals(
-        one.predictions.truth[chosen],
-        one.predictions.probabilities[chosen],
-        kind=one.task.kind,
-        thresholds=one.thresholds[chosen],
-        n_bootstrap=study.n_bootstrap,
-        seed=study.bootstrap_seed,
+    return _intervals(
+        repeated[0].predictions.truth[chosen],
+        [each.predictions.probabilities[chosen] for each in repeated],
+        [each.thresholds[chosen] for each in repeated],
+        repeated[0].task.kind,
+        study,
     )
 
 
-def _per_fold(one: TaskAnalysis, folds: int) -> dict[str, list[float | None]]:
-    per_fold: dict[str, list[float | None]] = {}
-    for fold in range(folds):
-        in_fold = one.predictions.fold == fold
-        thresholds = one.thresholds[in_fold]
-        metrics = metrics_package.compute(
-            one.predictions.truth[in_fold],
-            one.predictions.probabilities[in_fold],
-            kind=one.task.kind,
-            thresholds=thresholds,
+def _intervals(
+    truth: np.ndarray, probabilities: Sequence[np.ndarray], thresholds: Sequence[Any], kind: Kind, study: Study
+) -> dict[str, dict[str, float | None]]:
+    """Return every metric with an interval over patients, and over repetitions if there are several."""
+    options = dict[str, Any](kind=kind, n_bootstrap=study.n_bootstrap, seed=study.bootstrap_seed)
+    if len(probabilities) > 1:
+        return seeds.compute_over_seeds(truth, probabilities, thresholds=thresholds, **options)
+    return metrics_package.compute_with_intervals(truth, probabilities[0], thresholds=thresholds[0], **options)
+
+
+def _per_fold(repeated: Repetitions, folds: int) -> dict[str, list[float | None]]:
+    """Return the mean of each metric over repetitions, by fold."""
+    return {name: [finite(value) for value in values.mean(0)] for name, values in _by_fold(repeated, folds).items()}
+
+
+def _by_fold(repeated: Repetitions, folds: int) -> dict[str, np.ndarray]:
+    """Return each metric of S repetitions in F folds `(S, F)`, and the threshold of a task with two labels."""
+    values: dict[str, np.ndarray] = {}
+    for row, one in enumerate(repeated):
+        for fold in range(folds):
+            in_fold = one.predictions.fold == fold
+            thresholds = one.thresholds[in_fold]
+            metrics = metrics_package.compute(
+                one.predictions.truth[in_fold],
+                one.predictions.probabilities[in_fold],
+                kind=one.task.kind,
+                thresholds=thresholds,
+            )
+            if one.task.kind == "binary":
+                metrics["threshold"] = float(thresholds[0]) if len(thresholds) else math.nan
+            for name, value in metrics.items():
+                values.setdefault(name, np.full((len(repeated), folds), math.nan))[row, fold] = value
+    return values
+
+
+def _variances(study: Study, run: str, by_task: Mapping[str, Repetitions]) -> Iterator[Row]:
+    """Yield by how much the primary metric of a repeated run varies with seeds, folds and patients."""
+    for name, repeated in by_task.items():
+        if len(repeated) < 2 or study.is_curve_run(run):
+            continue
+        kind, metric = repeated[0].task.kind, metrics_package.PRIMARY
+        of_patients = seeds.seed_variance(
+            repeated[0].predictions.truth,
+            [each.predictions.probabilities for each in repeated],
+            metric,
+            kind=kind,
+            thresholds=[each.thresholds for each in repeated],
+            n_bootstrap=study.n_bootstrap,
+            seed=study.bootstrap_seed,
         )
-        if one.task.kind == "binary":
-            metrics["threshold"] = float(thresholds[0]) if len(thresholds) else math.nan
-        for name, value in metrics.items():
-            per_fold.setdefault(name, []).append(finite(value))
-    return per_fold
+        of_folds = seeds.crossed_components(_by_fold(repeated, study.folds)[metric])
+        row: Row = {"task": name, "variant": run, "repetitions": len(repeated)}
+        row |= {key: finite(value) for key, value in of_patients.items()}
+        yield row | {f"fold_{key}": finite(value) for key, value in of_folds.items()}
 
 
-def _comparisons(study: Study, analyses: Analyses) -> list[Row]:
+def _comparisons(study: Study, groups: Mapping[str, Mapping[str, Repetitions]]) -> list[Row]:
     """Compare each run with its reference of the same size.
 
     Holm's adjustment is over all runs that are compared in one metric of one task. Learning-curve runs are adjusted
     separately.
     """
     families: dict[tuple[str, tuple[str, ...], str, bool], list[Row]] = {}
-    for run, tasks in analyses.items():
-        for name, one in tasks.items():
-            reference = _find_reference(study, one.task, run, analyses)
+    for run, tasks in groups.items():
+        for name, repeated in tasks.items():
+            reference = _find_reference(study, repeated[0].task, run, groups)
             if reference in (None, run):
                 continue
-            for metric, row in _compare_pair(study, one, analyses[str(reference)][name]).items():
-                key = (name, one.task.labels, metric, study.is_curve_run(run))
+            other = groups[str(reference)][name]
+            by_fold = _compare_by_fold(study, repeated, other)
+            for metric, row in _compare_pair(study, repeated, other).items():
+                key = (name, repeated[0].task.labels, metric, study.is_curve_run(run))
                 pair = {"task": name, "metric": metric, "variant": run, "reference": reference}
-                families.setdefault(key, []).append(pair | row)
+                families.setdefault(key, []).append(pair | row | {"p_folds": by_fold.get(metric)})
     rows = []
     for family in families.values():
         p_values = [math.nan if row["p"] is None else row["p"] for row in family]
@@ -222,31 +291,43 @@ def _comparisons(study: Study, analyses: Analyses) -> list[Row]:
     return rows
 
 
-def _compare_pair(study: Study, one: TaskAnalysis, other: TaskAnalysis) -> dict[str, Row]:
+def _compare_by_fold(study: Study, repeated: Repetitions, other: Repetitions) -> dict[str, float | None]:
+    """Return p of each metric's difference over folds, corrected for training parts that overlap."""
+    first, second = (_by_fold(each, study.folds) for each in (repeated, other))
+    test_share = 1 / (study.folds - 1)
+    return {
+        name: finite(seeds.corrected_resampled_test(first[name].mean(0) - second[name].mean(0), test_share)[1])
+        for name in first
+    }
+
+
+def _compare_pair(study: Study, repeated: Repetitions, other: Repetitions) -> dict[str, Row]:
     """Compare two runs on their common patients, by metric."""
-    first, second = align(one.predictions, other.predictions)
-    rows = comparisons.compare(
-        one.predictions.truth[first],
-        one.predictions.probabilities[first],
-        other.predictions.probabilities[second],
-        kind=one.task.kind,
-        thresholds=(one.thresholds[first], other.thresholds[second]),
-        n_bootstrap=study.n_bootstrap,
-        seed=study.bootstrap_seed,
-    )
-    return {each.name: {**rows[each.name]} for each in metrics_package.registered(one.task.kind) if each.compared}
+    first, second = align(repeated[0].predictions, other[0].predictions)
+    truth, kind = repeated[0].predictions.truth[first], repeated[0].task.kind
+    sides = [
+        ([each.predictions.probabilities[common] for each in side], [each.thresholds[common] for each in side])
+        for side, common in ((repeated, first), (other, second))
+    ]
+    options = dict[str, Any](kind=kind, n_bootstrap=study.n_bootstrap, seed=study.bootstrap_seed)
+    (p, p_thresholds), (q, q_thresholds) = sides
+    if len(p) == len(q) == 1:
+        rows = comparisons.compare(truth, p[0], q[0], thresholds=(p_thresholds[0], q_thresholds[0]), **options)
+    else:
+        rows = seeds.compare_over_seeds(truth, p, q, thresholds=(p_thresholds, q_thresholds), **options)
+    return {each.name: {**rows[each.name]} for each in metrics_package.registered(kind) if each.compared}
 
 
 def _find_reference(study: Study, task: Task, run: str, analyses: Mapping[str, Any]) -> str | None:
     """Return the first variant with this task only, or else the first with this task, at the size of the run."""
-    size = study.runs[run].size if run in study.runs else None
     with_task = [
         variant
         for variant in study.variants
         if any((each.name, each.labels) == (task.name, task.labels) for each in variant.spec.tasks)
     ]
     single_task = [variant for variant in with_task if len(variant.spec.tasks) == 1]
-    names = [variant.name if size is None else f"{variant.name}@{size}" for variant in [*single_task, *with_task]]
+    like = study.runs.get(run, Run(study.variants[0]))
+    names = [replace(like, variant=variant).group for variant in [*single_task, *with_task]]
     return next((name for name in names if name in analyses), None)
 
 
@@ -256,16 +337,17 @@ def _correlations(study: Study, cohort: Cohort) -> list[Row]:
     return comparisons.correlations({name: cohort.numbers(name) for name in study.correlations}, outcome)
 
 
-def _subgroups(study: Study, cohort: Cohort, analyses: Mapping[str, TaskAnalysis]) -> list[Row]:
+def _subgroups(study: Study, cohort: Cohort, groups: Mapping[str, Repetitions]) -> list[Row]:
     index_of = {patient.name: index for index, patient in enumerate(cohort.patients)}
     rows = []
     for column, edges in study.subgroups.items():
         for group, members in _split_groups(cohort, column, edges).items():
-            for run, one in analyses.items():
+            for run, repeated in groups.items():
                 if study.is_curve_run(run):
                     continue
+                one = repeated[0]
                 chosen = np.array([members[index_of[name]] for name in one.predictions.patients], bool)
-                metrics = _with_intervals(one, study, chosen)
+                metrics = _with_intervals(repeated, study, chosen)
                 row: Row = {"column": column, "group": group, "variant": run, "patients": int(chosen.sum())}
                 row["with_last_label"] = int((one.predictions.truth[chosen] == len(one.task.labels) - 1).sum())
                 names = [each.name for each in metrics_package.registered(one.task.kind) if each.in_subgroups]

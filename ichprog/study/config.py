@@ -8,8 +8,8 @@ import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
 
 from ichprog import schema
 from ichprog.errors import InvalidValueError, SpecError, UnknownNameError
@@ -18,6 +18,7 @@ from ichprog.spec import Task
 from ichprog.study.study_file import (
     BaselineFile,
     BaselineKind,
+    Budget,
     LearningCurveFile,
     Simulated,
     StudyFile,
@@ -51,16 +52,35 @@ class Baseline:
     optional: bool
 
 
-class Run(NamedTuple):
-    """A variant that is trained on all patients, or on some of them for a learning curve.
+@dataclass(frozen=True)
+class Run:
+    """One training of a variant in all folds.
 
     Attributes:
         variant: The variant.
-        size: Number of patients of each training part that are used, or None for all.
+        size: Number of patients of each training part that are used for a learning curve, or None for all.
+        budget: What a learning-curve run has in common with the training on all patients: "epochs" or "steps".
+        seed: Random seed of the training, or None for that of the variant's protocol.
+        draw: Number of the draw of the training patients, from 0. Draw 0 uses the first patients.
     """
 
     variant: Variant
-    size: int | None
+    size: int | None = None
+    budget: Budget = "epochs"
+    seed: int | None = None
+    draw: int = 0
+
+    @property
+    def group(self) -> str:
+        """Return the name that the repetitions of a run with other seeds or draws have in common, NAME[@SIZE]."""
+        size = "" if self.size is None else f"@{self.size}"
+        return self.variant.name + size + ("" if self.budget == "epochs" else f"@{self.budget}")
+
+    @property
+    def name(self) -> str:
+        """Return the name of the run: its group, and the seed or the draw of a repetition."""
+        seed = "" if self.seed is None else f"@seed{self.seed}"
+        return self.group + seed + (f"@draw{self.draw}" if self.draw else "")
 
 
 @dataclass(frozen=True)
@@ -78,8 +98,11 @@ class Study:
         device: Device that trains the variants.
         variants: Models that are trained.
         baselines: Comparison models without an image.
+        seeds: Random seeds with each of which every variant is trained; none if only with its protocol's seed.
         curve_sizes: Numbers of training patients of the learning curve.
         curve_variants: Variants with a learning curve.
+        curve_budgets: What is equal at all sizes of a learning curve, one curve for each.
+        curve_draws: How often the patients of each size are drawn.
         n_bootstrap: Number of bootstrap resamples.
         bootstrap_seed: Random seed of the bootstrap.
         coverage: Share of patients whose label a conformal set must contain.
@@ -100,8 +123,11 @@ class Study:
     device: str
     variants: tuple[Variant, ...]
     baselines: tuple[Baseline, ...]
+    seeds: tuple[int, ...]
     curve_sizes: tuple[int, ...]
     curve_variants: tuple[str, ...]
+    curve_budgets: tuple[Budget, ...]
+    curve_draws: int
     n_bootstrap: int
     bootstrap_seed: int
     coverage: float
@@ -115,14 +141,51 @@ class Study:
         """Return the protocol of the first variant, whose fold fields are those of all variants."""
         return self.variants[0].protocol
 
-    @property
+    @cached_property
     def runs(self) -> dict[str, Run]:
-        """Return everything that is trained: each variant by its name, and learning-curve runs as NAME@SIZE."""
-        full = {variant.name: Run(variant, None) for variant in self.variants}
-        curve = {
-            f"{name}@{size}": Run(self.variant(name), size) for name in self.curve_variants for size in self.curve_sizes
-        }
-        return full | curve
+        """Return everything that is trained, by name: each variant, its repetitions, and its learning-curve runs.
+
+        The first seed is that of the run without a seed in its name. Draw d of a learning curve is trained with seed d.
+        """
+        repeats = list(self.seeds[1:])
+        full = [Run(variant, seed=seed) for variant in self.variants for seed in (None, *repeats)]
+        curve = [
+            Run(self.variant(name), size, budget, seed=None, draw=draw)
+            for name in self.curve_variants
+            for budget in self.curve_budgets
+            for size in self.curve_sizes
+            for draw in range(self.curve_draws)
+        ]
+        return {run.name: run for run in (*full, *curve)}
+
+    def seed_of(self, run: Run) -> int:
+        """Return the random seed that a run is trained with.
+
+        Args:
+            run: The run.
+        """
+        if run.seed is not None:
+            return run.seed
+        seeds = self.seeds or (run.variant.protocol.seed,)
+        return seeds[run.draw % len(seeds)]
+
+    def repetitions(self, run: str) -> list[str]:
+        """Return the runs that differ from a run in seed or draw only, the first one first; itself for a baseline.
+
+        Args:
+            run: Name of a run or a baseline.
+        """
+        if run not in self.runs:
+            return [run]
+        return [name for name, each in self.runs.items() if each.group == self.runs[run].group]
+
+    def is_repetition(self, run: str) -> bool:
+        """Return whether a run repeats another one with another seed or draw.
+
+        Args:
+            run: Name of a run or a baseline.
+        """
+        return run in self.runs and run != self.runs[run].group
 
     @property
     def main_task(self) -> Task:
@@ -212,8 +275,11 @@ def _build_study(file: StudyFile, path: Path) -> Study:
         device=file.device,
         variants=variants,
         baselines=(),
+        seeds=file.seeds,
         curve_sizes=(),
         curve_variants=(),
+        curve_budgets=(),
+        curve_draws=1,
         n_bootstrap=file.n_bootstrap,
         bootstrap_seed=file.bootstrap_seed,
         coverage=file.coverage,
@@ -244,6 +310,8 @@ def _check_values(file: StudyFile) -> None:
         raise invalid_value("coverage", file.coverage, "a number between 0 and 1")
     if not file.variant:
         raise invalid_value("variant", [], "at least one [[variant]] table")
+    if len(set(file.seeds)) < len(file.seeds) or min(file.seeds, default=0) < 0:
+        raise invalid_value("seeds", list(file.seeds), "different numbers, each 0 or more")
     if file.n_bootstrap < 1:
         raise invalid_value("n_bootstrap", file.n_bootstrap, "1 or more")
     if file.bootstrap_seed < 0:
@@ -299,7 +367,17 @@ def _add_learning_curve(study: Study, table: LearningCurveFile | None) -> Study:
     sizes = table.sizes
     if not sizes or min(sizes) < 2 or len(set(sizes)) < len(sizes):
         raise invalid_value("learning_curve.sizes", list(sizes), "different numbers, each 2 or more")
-    return replace(study, curve_sizes=tuple(sorted(sizes)), curve_variants=tuple(chosen))
+    if not table.equal or len(set(table.equal)) < len(table.equal):
+        raise invalid_value("learning_curve.equal", list(table.equal), '"epochs", "steps" or both')
+    if table.draws < 1:
+        raise invalid_value("learning_curve.draws", table.draws, "1 or more")
+    return replace(
+        study,
+        curve_sizes=tuple(sorted(sizes)),
+        curve_variants=tuple(chosen),
+        curve_budgets=table.equal,
+        curve_draws=table.draws,
+    )
 
 
 def _task_names(variants: Iterable[Variant]) -> list[str]:

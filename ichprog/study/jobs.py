@@ -2,7 +2,8 @@
 
     STUDY/study.json               cohort, folds and their patients, variants, baselines, versions
          /patients/                simulated patients
-         /runs/<variant>[@<size>]/ a run folder of `ichprog.train`; each fold is a job
+         /runs/<run>/              a run folder of `ichprog.train`; each fold is a job. A run is <variant>, or
+                                   <variant>@seed<seed> with another seed, or <variant>@<size> on fewer patients
          /baselines/<name>.csv     predictions of a baseline; all folds are one job
          /jobs/<job>.error         why a job failed
          /predictions.csv          predictions of all finished runs and baselines
@@ -43,22 +44,15 @@ _train_lock = threading.Lock()  # all threads of a process share torch's random 
 
 @dataclass(frozen=True)
 class Job:
-    """One unit of a study: a fold of a variant, or a baseline.
+    """One unit of a study: a fold of a run, or a baseline.
 
     Attributes:
-        source: Name of the variant or baseline.
-        fold: Fold of the variant, or None for a baseline, which is fitted in all folds.
-        size: Number of training patients of a learning-curve run, or None for all.
+        run: Name of the run or baseline in tables, such as "prognosis" or "prognosis@40".
+        fold: Fold of the run, or None for a baseline, which is fitted in all folds.
     """
 
-    source: str
+    run: str
     fold: int | None = None
-    size: int | None = None
-
-    @property
-    def run(self) -> str:
-        """Return the name of the run or baseline in tables, such as "prognosis" or "prognosis@40"."""
-        return self.source if self.size is None else f"{self.source}@{self.size}"
 
     @property
     def name(self) -> str:
@@ -136,8 +130,8 @@ def run(
     _prepare_grids(study, cohort, cache, remaining, workers)
     function = partial(run_job, study, out, cache)
     depends_on_variant = {baseline.name for baseline in study.baselines if baseline.variant}
-    first = [job for job in remaining if job.source not in depends_on_variant]
-    second = [job for job in remaining if job.source in depends_on_variant]
+    first = [job for job in remaining if job.run not in depends_on_variant]
+    second = [job for job in remaining if job.run in depends_on_variant]
     for jobs in (first, second):
         run_jobs(
             jobs, function, lambda job, error: _finish_job(out, job, error, report), executor=executor, workers=workers
@@ -162,7 +156,7 @@ def status(study: Study, out: str | Path) -> list[JobStatus]:
     """
     out = Path(out)
     left_out = manifest.read_manifest(out)["left_out"] if (out / manifest.FILE).is_file() else {}
-    return [_status_of(out, job) for job in _list_jobs(study) if job.source not in left_out]
+    return [_status_of(out, job) for job in _list_jobs(study) if job.run not in left_out]
 
 
 def complete_runs(statuses: Sequence[JobStatus]) -> set[str]:
@@ -224,14 +218,14 @@ def run_job(study: Study, out: Path, cache: Path, job: Job) -> str | None:
 def _train_fold(study: Study, out: Path, cache: Path, job: Job, fold: int) -> None:
     from ichprog.train import TrainOptions, train
 
-    variant, cohort = study.variant(job.source), manifest.load_cohort(study, out)
+    run, cohort = study.runs[job.run], manifest.load_cohort(study, out)
     train(
         cohort,
-        variant.spec,
+        run.variant.spec,
         out / "runs" / job.run,
-        folds=manifest.split_folds(study, cohort, job.size),
+        folds=manifest.split_folds(study, cohort, run),
         only_folds=[fold],
-        protocol=variant.protocol,
+        protocol=manifest.run_protocol(study, run, manifest.split_folds(study, cohort)),
         resume=True,
         name=job.run,
         options=TrainOptions(brain=study.brain, device=study.device, cache_dir=cache),
@@ -241,7 +235,7 @@ def _train_fold(study: Study, out: Path, cache: Path, job: Job, fold: int) -> No
 def _fit_baseline(study: Study, out: Path, job: Job) -> None:
     from ichprog.study import baselines
 
-    baseline = next(each for each in study.baselines if each.name == job.source)
+    baseline = next(each for each in study.baselines if each.name == job.run)
     cohort, image = manifest.load_cohort(study, out), None
     if baseline.variant:
         if not all(_is_done(out, Job(baseline.variant, fold)) for fold in range(study.folds)):
@@ -273,8 +267,8 @@ def _finish_job(out: Path, job: Job, error: str | None, report: Callable[[JobSta
 
 def _prepare_grids(study: Study, cohort: Cohort, cache: Path, jobs: Sequence[Job], workers: int) -> None:
     """Refuse variants that cannot be trained, and prepare every scan once before the jobs start."""
-    sizes = {job.run: job.size for job in jobs if job.fold is not None}
-    if not sizes:
+    names = dict.fromkeys(job.run for job in jobs if job.fold is not None)
+    if not names:
         return
     import torch
 
@@ -283,11 +277,12 @@ def _prepare_grids(study: Study, cohort: Cohort, cache: Path, jobs: Sequence[Job
     from ichprog.train import folds, grid_cache
 
     inputs = []
-    for name, size in sizes.items():
-        spec = study.runs[name].variant.spec
+    for name in names:
+        run = study.runs[name]
+        spec = run.variant.spec
         labels = {task.name: cohort.labels(task) for task in spec.tasks}
         try:
-            folds.validate_folds(spec, labels, manifest.split_folds(study, cohort, size))
+            folds.validate_folds(spec, labels, manifest.split_folds(study, cohort, run))
         except CohortError as error:
             raise CohortError(f"variant {name}: {error}") from None
         with torch.random.fork_rng(devices=[]):
@@ -301,7 +296,7 @@ def _prepare_grids(study: Study, cohort: Cohort, cache: Path, jobs: Sequence[Job
 
 
 def _list_jobs(study: Study) -> list[Job]:
-    runs = [Job(run.variant.name, fold, run.size) for run in study.runs.values() for fold in range(study.folds)]
+    runs = [Job(name, fold) for name in study.runs for fold in range(study.folds)]
     return [*runs, *(Job(baseline.name) for baseline in study.baselines)]
 
 

@@ -6,10 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from ichprog.cohort import Cohort
 from ichprog.errors import CohortError, RunError, UnknownNameError
 from ichprog.io import write_json
-from ichprog.study.config import Baseline, Study
+from ichprog.study.config import Baseline, Run, Study
+from ichprog.train import Protocol
 
 if TYPE_CHECKING:
     from ichprog.train.folds import Fold
@@ -54,14 +57,14 @@ def simulate_patients(study: Study, out: Path, workers: int) -> None:
     )  # fmt: skip
 
 
-def split_folds(study: Study, cohort: Cohort, size: int | None = None) -> "list[Fold]":
+def split_folds(study: Study, cohort: Cohort, run: Run | None = None) -> "list[Fold]":
     """Split the patients of a study into folds, the same for all variants.
 
     Args:
         study: Study.
         cohort: Patients of the study.
-        size: Number of patients that each training part keeps: the first ones, so that a larger number includes a
-            smaller one. None keeps all.
+        run: Run whose training parts are returned. A learning-curve run keeps some patients of each training part, so
+            that a larger number includes a smaller one of the same draw. None keeps all.
 
     Raises:
         CohortError: There are too few patients.
@@ -73,13 +76,35 @@ def split_folds(study: Study, cohort: Cohort, size: int | None = None) -> "list[
     main_only = replace(study.variants[0].spec, tasks=(task,))
     folds.validate_labels(main_only, {task.name: labels}, study.folds, protocol.validation_fraction)
     parts = folds.split(labels, study.folds, seed=protocol.split_seed, validation_fraction=protocol.validation_fraction)
-    if size is None:
+    if run is None or run.size is None:
         return parts
-    if size >= (fewest := min(len(fold.train) for fold in parts)):
+    if run.size >= (fewest := min(len(fold.train) for fold in parts)):
         raise CohortError(
-            f"learning_curve.sizes: Invalid value {size}. Expected less than {fewest}, the patients of a training part."
+            f"learning_curve.sizes: Invalid value {run.size}. Expected less than {fewest}, the patients of a training "
+            "part."
         )
-    return [fold._replace(train=fold.train[:size]) for fold in parts]
+    if run.draw:
+        random = np.random.default_rng([protocol.split_seed, run.draw])
+        parts = [fold._replace(train=random.permutation(fold.train)) for fold in parts]
+    return [fold._replace(train=fold.train[: run.size]) for fold in parts]
+
+
+def run_protocol(study: Study, run: Run, parts: "Sequence[Fold]") -> Protocol:
+    """Return the protocol of a run: that of its variant with the run's seed and number of epochs.
+
+    Args:
+        study: Study.
+        run: Run.
+        parts: Folds with whole training parts.
+    """
+    from ichprog.train.trainer import plan_steps
+
+    protocol = run.variant.protocol.replace(seed=study.seed_of(run))
+    if run.size is None or run.budget == "epochs":
+        return protocol
+    whole, part = (len(plan_steps(size, protocol)) for size in (min(len(fold.train) for fold in parts), run.size))
+    fields = ("epochs", "warmup_epochs", "patience")
+    return protocol.replace(**{name: round(getattr(protocol, name) * whole / part) for name in fields})
 
 
 def build_manifest(study: Study, cohort: Cohort) -> dict[str, Any]:
@@ -101,7 +126,8 @@ def build_manifest(study: Study, cohort: Cohort) -> dict[str, Any]:
         raise UnknownNameError(f"column of {cohort.source}", missing[0], _columns(cohort))
     left_out = {baseline.name: reason for baseline in study.baselines if (reason := _skip_reason(baseline, cohort))}
     names = [patient.name for patient in cohort.patients]
-    variants = _describe_variants(study, cohort)
+    parts = split_folds(study, cohort)
+    variants = _describe_variants(study, cohort, parts)
     return {
         "format": _FORMAT,
         "name": study.name,
@@ -124,7 +150,7 @@ def build_manifest(study: Study, cohort: Cohort) -> dict[str, Any]:
         "left_out": left_out,
         "membership": {
             str(number): {part: [names[index] for index in indices] for part, indices in fold._asdict().items()}
-            for number, fold in enumerate(split_folds(study, cohort))
+            for number, fold in enumerate(parts)
         },
         **environment(),
     }
@@ -206,20 +232,20 @@ def research_notice(study: Study, out: str | Path) -> str:
     return f"{load_cohort(study, out).origin.sentence} For research only, not for patient care.".lstrip()
 
 
-def _describe_variants(study: Study, cohort: Cohort) -> dict[str, Any]:
+def _describe_variants(study: Study, cohort: Cohort, parts: "Sequence[Fold]") -> dict[str, Any]:
     from ichprog.train.description import describe_training
     from ichprog.train.run_dir import digest
 
-    origin = cohort.origin
-    return {
-        name: {
-            "model": describe_training(run.variant.spec, name, origin, study.folds, run.variant.protocol).to_dict(),
-            "protocol": run.variant.protocol.to_dict(),
-            "labels": digest([cohort.labels(task).tolist() for task in run.variant.spec.tasks]),
+    origin, described = cohort.origin, {}
+    for name, run in study.runs.items():
+        spec, protocol = run.variant.spec, run_protocol(study, run, parts)
+        described[name] = {
+            "model": describe_training(spec, name, origin, study.folds, protocol).to_dict(),
+            "protocol": protocol.to_dict(),
+            "labels": digest([cohort.labels(task).tolist() for task in spec.tasks]),
             "size": run.size,
         }
-        for name, run in study.runs.items()
-    }
+    return described
 
 
 def _describe_baseline(baseline: Baseline, study: Study, cohort: Cohort, variants: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from ichprog.train import PRESETS, Protocol
 if TYPE_CHECKING:
     from ichprog.simulate import Realism
 
+Budget = Literal["epochs", "steps"]
 BaselineKind = Literal["majority", "logistic", "tree", "forest", "network", "fusion"]
 
 
@@ -107,10 +108,15 @@ class LearningCurveFile:
     Attributes:
         sizes: Numbers of training patients.
         variants: Variants with a learning curve. By default all of them.
+        equal: What is equal at all sizes: the number of "epochs", with which fewer patients get fewer optimiser steps;
+            the number of optimiser "steps"; or both, one curve for each.
+        draws: How often the training patients of each size are drawn.
     """
 
     sizes: tuple[int, ...]
     variants: tuple[str, ...] | None = None
+    equal: tuple[Budget, ...] = ("epochs",)
+    draws: int = 1
 
 
 @dataclass(frozen=True)
@@ -128,6 +134,7 @@ class StudyFile:
             brain-extractor plugin; or the path of a mask that fits every scan.
         device: Device that trains the variants.
         protocol: Training protocol: a preset and changes to its fields.
+        seeds: Random seeds with each of which every variant is trained. By default the seed of the protocol alone.
         baseline: Comparison models without an image.
         learning_curve: Smaller training parts on which variants are trained as well.
         n_bootstrap: Number of bootstrap resamples.
@@ -148,6 +155,7 @@ class StudyFile:
     brain: str = "auto"
     device: str = "auto"
     protocol: Mapping[str, Any] = field(default_factory=dict)
+    seeds: tuple[int, ...] = ()
     baseline: tuple[BaselineFile, ...] | None = None
     learning_curve: LearningCurveFile | None = None
     n_bootstrap: int = 1000

@@ -68,7 +68,7 @@ def example(tmp_path_factory):
     answers = {}
     known = {"one": 0.8, "all": 2.0, "one@10": 0.2, "all@10": 0.5, "majority": 0.0}
     for run, knows in known.items():
-        for name in study.runs[run][0].spec.tasks if run in study.runs else [study.task("prognosis")]:
+        for name in study.runs[run].variant.spec.tasks if run in study.runs else [study.task("prognosis")]:
             truth, labels = cohort.labels(name), len(name.labels)
             for split in ("validation", "test"):
                 own = [n for n in range(PATIENTS) if (n + (split == "validation")) % FOLDS < FOLDS]

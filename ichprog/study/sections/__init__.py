@@ -21,6 +21,7 @@ def build_sections(context: ReportContext, *, saliency_patients: int) -> list[Se
     for task in context.tasks:
         sections += tasks.results(context, task)
     for build in (
+        tasks.repetitions,
         tasks.probabilities,
         training.learning_curve,
         cohort.subgroups,

@@ -52,7 +52,7 @@ class ReportContext:
         return {task.name: self.cohort.labels(task) for task in self.tasks}
 
     def analyses_of(self, task: Task) -> dict[str, TaskAnalysis]:
-        """Return the analyses of a task by run, without learning-curve runs.
+        """Return the analyses of a task by run, without repetitions and learning-curve runs.
 
         Args:
             task: Task. Runs with other labels of the task are left out.
@@ -60,7 +60,9 @@ class ReportContext:
         return {
             run: one
             for run, by_task in self.results.analyses.items()
-            if (one := by_task.get(task.name)) and one.task.labels == task.labels and not self.study.is_curve_run(run)
+            if (one := by_task.get(task.name))
+            and one.task.labels == task.labels
+            and not (self.study.is_curve_run(run) or self.study.is_repetition(run))
         }
 
     @cached_property

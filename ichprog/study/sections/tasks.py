@@ -14,6 +14,8 @@ from ichprog.study.analysis import TaskAnalysis
 from ichprog.study.sections.context import ReportContext, join_interval
 from ichprog.train.description import describe_labels
 
+_FAR_FROM_FOLDS = 0.05
+
 
 def results(context: ReportContext, task: Task) -> Iterator[Section]:
     """Yield the metrics, comparisons and figures of a task.
@@ -32,7 +34,7 @@ def results(context: ReportContext, task: Task) -> Iterator[Section]:
     content = [*_metric_tables(context, task, analyses, name, title), *_comparison_table(context, task, name, title)]
     yield Section(
         f"Results: {title}",
-        [describe_labels(task, context.cohort.origin)],
+        [describe_labels(task, context.cohort.origin), *_pooling_note(context, task, analyses)],
         content,
         _task_figures(context, task, analyses, name, title),
     )
@@ -43,10 +45,21 @@ def _metric_tables(
 ) -> Iterator[Table]:
     metrics = [each for each in registered(task.kind) if each.in_report]
     rows = [
-        {"variant": run, "patients": len(one.predictions), **context.results.metrics[run][task.name]}
+        {
+            "variant": run,
+            "repetitions": len(context.study.repetitions(run)),
+            "patients": len(one.predictions),
+            **context.results.metrics[run][task.name],
+            "mean_of_folds": _mean_of_folds(context, run, task),
+        }
         for run, one in analyses.items()
     ]
-    columns = {"variant": "variant", "patients": "patients"} | {each.name: each.label for each in metrics}
+    columns = {"variant": "variant", "patients": "patients"}
+    columns |= {"repetitions": "trainings"} if context.study.seeds else {}
+    for each in metrics:
+        columns[each.name] = each.label
+        if each.name == PRIMARY:
+            columns["mean_of_folds"] = f"{each.label}, mean of folds"
     lower = [each.label for each in metrics if each.higher_is_better is False]
     caption = f"{title}: test parts of all folds together{_threshold_note(task)}."
     caption += f" Lower is better for: {', '.join(lower)}." if lower else ""
@@ -55,6 +68,53 @@ def _metric_tables(
         columns = {"variant": "variant"}
         columns |= {each.name + AT_HALF: each.label for each in registered(task.kind) if each.at_threshold}
         yield context.write_table(f"{name}-at-half", rows, columns, f"{title}: the same at a threshold of 0.5.")
+
+
+def _mean_of_folds(context: ReportContext, run: str, task: Task) -> float | None:
+    """Return the mean of the primary metric over folds, each with its own patients only."""
+    values = [value for value in context.results.per_fold[run][task.name][PRIMARY] if value is not None]
+    return float(np.mean(values)) if values else None
+
+
+def _pooling_note(context: ReportContext, task: Task, analyses: Mapping[str, TaskAnalysis]) -> Iterator[str]:
+    """Yield a note if the metric of all folds together is outside the range of the folds, or far from their mean."""
+    disagreeing = []
+    for run in analyses:
+        pooled = context.results.metrics[run][task.name][PRIMARY]["value"]
+        values = [value for value in context.results.per_fold[run][task.name][PRIMARY] if value is not None]
+        if pooled is None or not values:
+            continue
+        if abs(pooled - np.mean(values)) > _FAR_FROM_FOLDS or not min(values) <= pooled <= max(values):
+            folds = ", ".join(f"{value:.2f}" for value in values)
+            disagreeing.append(f"{run} ({folds} in the folds, {pooled:.2f} together)")
+    if disagreeing:
+        yield (
+            f"The {readable_name(PRIMARY)} of all folds together disagrees with that of the single folds for "
+            f"{'; '.join(disagreeing)}. It also compares patients of different folds, whose networks may give other "
+            "levels of probability. Few patients in a fold make the folds themselves unreliable."
+        )
+
+
+def repetitions(context: ReportContext) -> Iterator[Section]:
+    """Yield by how much the primary metric varies with the random seed, the folds and the patients."""
+    rows = context.results.variances
+    if not rows:
+        return
+    label = readable_name(PRIMARY)
+    columns = {"task": "task", "variant": "variant", "repetitions": "trainings", "lowest": "lowest"}
+    columns |= {"highest": "highest", "seeds_sd": "SD of seeds", "patients_sd": "SE of patients"}
+    columns |= {
+        "fold_folds_sd": "SD of folds",
+        "fold_seeds_sd": "SD of seeds in folds",
+        "fold_rest_sd": "SD of the rest",
+    }
+    caption = f"How {label} varies. The first SDs are of all folds together, the last three of single folds."
+    text = (
+        f"Every variant was trained with {len(context.study.seeds)} random seeds, on the same patients and folds. Its "
+        "metrics are means over these trainings. Intervals and tests include patients and seeds: each bootstrap sample "
+        "draws both. The analysis of variance splits single folds into folds, seeds and the rest."
+    )
+    yield Section("Seeds", [text], [context.write_table("seeds", rows, columns, caption)])
 
 
 def _threshold_note(task: Task) -> str:
@@ -71,9 +131,10 @@ def _comparison_table(context: ReportContext, task: Task, name: str, title: str)
     if rows:
         columns = {
             "variant": "variant", "reference": "reference", "metric": "metric", "difference": "difference", "p": "p",
-            "p_holm": "p (Holm)", "n": "patients", "method": "test",
+            "p_holm": "p (Holm)", "p_folds": "p (folds)", "n": "patients", "method": "test",
         }  # fmt: skip
-        yield context.write_table(f"{name}-compared", rows, columns, f"{title}: paired comparisons.")
+        caption = f"{title}: paired comparisons. p (folds) is Student's test over folds, corrected for their overlap."
+        yield context.write_table(f"{name}-compared", rows, columns, caption)
 
 
 def _write_fold_table(
