@@ -1,138 +1,494 @@
-"""Train the embedded model again and measure it: `python docs/embedded.py FOLDER`.
+"""Train the embedded outcome model again and measure it: `python docs/embedded.py FOLDER --workers 2`.
 
-The script simulates patients, trains by cross-validation, and measures on 300 simulated patients of another seed. It
-writes the weights and the spec into `ichprog/zoo/`, and the results into the spec and `docs/embedded.json`. Files in
-FOLDER are reused, so an interrupted run can be continued. `--measure` only measures.
+The script simulates patients straight onto the grid of the model, trains three networks, and measures them on simulated
+patients of other seeds. It writes the weights and the spec into `ichprog/zoo/`, and the results into the spec and
+`docs/embedded.json`. Files in FOLDER are reused, so an interrupted run can be continued. `--only-measure` only
+measures. `--ablation` trains smaller networks, each without one part, and writes `docs/embedded-ablation.json`.
+
+Training does not use `ichprog train`, because it learns from what only a simulation knows: the probabilities of the
+labels given the image instead of labels, and the causes of the image.
 """
 
+import argparse
 import csv
 import dataclasses
+import hashlib
 import json
-import shutil
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import ichprog
-from ichprog import Cohort
-from ichprog.simulate import simulate
-from ichprog.simulate.population import SITES
-from ichprog.spec import ModelSpec, Task
-from ichprog.train import PRESETS, TrainOptions, train
+from ichprog import metrics, networks, preprocessing
+from ichprog.io import atomic_write
+from ichprog.parallel import parallel_map
+from ichprog.scan import load, load_regions
+from ichprog.simulate import MASK_VALUES, simulate
+from ichprog.simulate.population import MARKS, SITES
+from ichprog.spec import GoldenOutput, ModelSpec, PluginRef
 
-NAME = "compact.prognosis_gcs3_age"
-ZOO = Path(ichprog.__file__).parent / "zoo"
-TRAINED_ON = {"patients": 600, "seed": 1}
-MEASURED_ON = {"patients": 300, "seed": 2}
-FOLDS = 3
-PROTOCOL = PRESETS["default"].replace(epochs=36, warmup_epochs=2)
-N_BOOTSTRAP = 2000
-_FIGURE = "AUC for"
-VISIBLE = ("ventricular", "midline_shift_mm", "atrophy", "white_matter", "calcification")
-QUESTIONS = (  # task, first positive label, description, optimal probability
-    ("prognosis", 1, "poor outcome", lambda truth: truth["seen_poor"]),
-    ("gcs", 1, "GCS of 12 or less", lambda truth: truth["p_gcs_9_12"] + truth["p_gcs_3_8"]),
-    ("gcs", 2, "GCS of 8 or less", lambda truth: truth["p_gcs_3_8"]),
-    ("age", 1, "age of 80 or more", lambda truth: truth["seen_age_80"]),
+NAME = "compact.prognosis_gcs3_age_v2"
+DOCS, ZOO = Path(__file__).parent, Path(ichprog.__file__).parent / "zoo"
+TRAINED_ON = {"patients": 2000, "seed": 1}
+MEASURED_ON = [{"patients": 500, "seed": seed} for seed in (2, 3, 4, 5)]
+FULL_SCANS = {"patients": 200, "seed": 2}
+CYCLES = (1600, 600, 600)  # optimiser steps; each cycle ends with one of the networks
+ABLATION_STEPS = 500
+BATCH, LEARNING_RATE, WEIGHT_DECAY, AVERAGE = 16, 4e-3, 1e-3, 0.99
+STATISTICS_OF = 640  # patients
+TASK_WEIGHTS = (1.0, 0.5, 0.5, 1.0)  # of the four probabilities
+CAUSES_WEIGHT, CELLS_WEIGHT = 1.0, 10.0
+SAVE_EVERY = 100
+QUESTIONS = (  # task, first positive label, description
+    ("prognosis", 1, "poor outcome"),
+    ("gcs", 1, "GCS of 12 or less"),
+    ("gcs", 2, "GCS of 8 or less"),
+    ("age", 1, "age of 80 or more"),
 )
+_FIGURE = "AUC for"
 
 
-def main(folder: Path, *, only_measure: bool) -> None:
-    """Train unless `only_measure` is set, measure, and write the results into the project."""
-    weights = ZOO / NAME
-    training = simulate(folder / "train", **TRAINED_ON, preset="plain", workers=2, progress=_progress("train"))
-    test = simulate(folder / "test", **MEASURED_ON, preset="plain", workers=2, progress=_progress("test"))
-    if not only_measure:
-        run, spec = folder / "run", ModelSpec.read(ZOO / f"{NAME}.json")
-        limits = tuple(limit for limit in spec.limits if not limit.startswith(_FIGURE))
-        spec = dataclasses.replace(spec, limits=limits, weights=dataclasses.replace(spec.weights, sha256={}))
-        train(
-            training, spec, run, folds=FOLDS, protocol=PROTOCOL, resume=run.exists(),
-            options=TrainOptions(cache_dir=folder / "cache", workers=2, progress=True),
-        )  # fmt: skip
-        trained = ModelSpec.read(run / "config.json")
-        weights.mkdir(exist_ok=True)
-        for file in run.glob("fold*.safetensors"):
-            shutil.copyfile(file, weights / file.name)
-        # texts of the new weights are those of the embedded model, not those that training generates
-        stored = dataclasses.replace(trained.weights, folder=NAME)
-        _write(dataclasses.replace(spec, weights=stored, golden_output=trained.golden_output))
-    figures = measure(test, training)
-    (Path(__file__).parent / "embedded.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+@dataclass(frozen=True)
+class Design:
+    """Choices of the training that the ablation compares.
+
+    Attributes:
+        probabilities: Whether the targets are the probabilities of the labels given the image, instead of labels.
+        causes: Whether the networks also learn the causes of the image.
+        cells: Whether the networks also learn which kind of blood is where.
+        coordinates: Whether the last layer knows positions.
+        hidden: Units of the second layer of each head.
+        randomised: Whether grids are turned, moved, brightened and made noisier at random.
+        patients: Share of the patients that are trained on.
+    """
+
+    probabilities: bool = True
+    causes: bool = True
+    cells: bool = True
+    coordinates: bool = True
+    hidden: int = 32
+    randomised: bool = True
+    patients: float = 1.0
+
+
+ABLATIONS = {
+    "everything": Design(),
+    "labels instead of probabilities": Design(probabilities=False),
+    "without causes": Design(causes=False),
+    "without blood in cells": Design(cells=False),
+    "without causes and cells": Design(causes=False, cells=False),
+    "without coordinates": Design(coordinates=False),
+    "heads of one layer": Design(hidden=0),
+    "without randomisation": Design(randomised=False),
+    "half of the patients": Design(patients=0.5),
+}
+
+
+@dataclass(frozen=True)
+class Patients:
+    """Prepared patients.
+
+    Attributes:
+        grids: `(N, D, H, W)` float16.
+        cells: `(N, R, d, h, w)` float16: the fraction of each kind of blood in coarser cells.
+        probabilities: `(N, 4)` of the `QUESTIONS` given the image, NaN without haemorrhage.
+        labels: `(N, 4)` 0 or 1, NaN without haemorrhage.
+        sizes: `(N, S)` logarithms of volumes, and marks of age.
+        flags: `(N, F)` 0 or 1: blood, ventricular blood, infratentorial, each site.
+    """
+
+    grids: np.ndarray
+    cells: np.ndarray
+    probabilities: np.ndarray
+    labels: np.ndarray
+    sizes: np.ndarray
+    flags: np.ndarray
+
+
+def load_patients(cohort: Path, spec: ModelSpec, workers: int) -> Patients:
+    """Prepare the patients of a simulated cohort, or read them if they are prepared."""
+    truth, rows = _read(cohort.with_name("truth.csv")), _read(cohort)
+    folder = cohort.parent / "grids"
+    folder.mkdir(exist_ok=True)
+    list(parallel_map(partial(prepare, cohort.parent, folder, spec), [r["patient"] for r in rows], workers=workers))
+    stored = [np.load(folder / f"{row['patient']}.npz") for row in rows]
+    gcs, poor, age = ([_number(row[name]) for row in rows] for name in ("gcs", "poor_outcome", "age"))
+    bleeds = np.array([row["haemorrhage"] == "1" for row in truth])
+    below = [np.where(bleeds, np.array(gcs) <= most, np.nan) for most in (12, 8)]
+    p_below = [[_number(row[n]) for row in truth] for n in ("p_gcs_9_12", "p_gcs_3_8")]
+    ml = np.array([[_number(row[f"{kind}_ml"]) for kind in MASK_VALUES] for row in truth])
+    sites = np.array([[row["location"] == site for site in SITES] for row in truth])
+    return Patients(
+        np.stack([each["grid"] for each in stored]),
+        np.stack([each["cells"] for each in stored]),
+        np.column_stack(
+            [
+                [_number(row["seen_poor"]) for row in truth],
+                np.sum(p_below, axis=0),
+                p_below[1],
+                [_number(row["seen_age_80"]) for row in truth],
+            ]
+        ),
+        np.column_stack([poor, *below, np.array(age) >= 80]),
+        np.column_stack(
+            [
+                np.log(np.column_stack([ml, ml.sum(1)]) + 0.3),
+                [[_number(row[mark]) for mark in MARKS] for row in truth],
+            ]
+        ),
+        np.column_stack([bleeds, ml[:, 1] > 0, [row["infratentorial"] == "1" for row in truth], sites]).astype(
+            np.float64
+        ),
+    )
+
+
+def prepare(folder: Path, target: Path, spec: ModelSpec, patient: str) -> None:
+    """Write the grid of a patient and the blood in its coarser cells, unless the file exists."""
+    file = target / f"{patient}.npz"
+    if file.exists():
+        return
+    scan = load(folder / "scans" / f"{patient}.nii.gz", expected_ranges={"no-blood": (None, None)}, brain="given")
+    mask, (depth, height, width) = load_regions(folder / "masks" / f"{patient}.nii.gz", scan), spec.input.shape
+    cells = np.zeros((len(MASK_VALUES), depth // 2, height // 4, width // 4), np.float32)
+    for number in np.unique(mask[mask > 0]):  # most patients have one kind of blood
+        (fractions,) = preprocessing.prepare_regions(mask == number, 1, spec.input)
+        cells[number - 1] = fractions.reshape(depth // 2, 2, height // 4, 4, width // 4, 4).mean((1, 3, 5))
+    grid = preprocessing.prepare(scan.hu, spec.input)
+    with atomic_write(file) as part, part.open("wb") as opened:
+        np.savez(opened, grid=grid.astype(np.float16), cells=cells.astype(np.float16))
+
+
+class Training:
+    """Train networks one after the other, each from the average of the one before: a snapshot ensemble.
+
+    Args:
+        spec: The model.
+        patients: Patients to train on.
+        design: Choices of the training.
+        seed: Random seed.
+
+    Source: Huang et al., ICLR 2017 (arXiv 1704.00109).
+    """
+
+    def __init__(self, spec: ModelSpec, patients: Patients, design: Design, seed: int = 0) -> None:
+        import torch
+        from torch import nn
+
+        torch.manual_seed(seed)
+        self.patients, self.design, self.random = patients, design, np.random.default_rng(seed)
+        self.count = round(design.patients * len(patients.grids))
+        self.network = networks.build(spec).to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+        channels = self.network.backbone.out_channels
+        outputs = patients.sizes.shape[1] + patients.flags.shape[1]
+        self.causes = networks.build_head(
+            PluginRef("ordinal", {"pool": "both", "hidden": design.hidden}), channels, ["none"] * (outputs + 1)
+        )
+        self.cells = nn.Conv3d(channels, patients.cells.shape[1] + 1, 1)
+        self.modules = nn.ModuleList([self.network, self.causes, self.cells])
+        self.average = torch.optim.swa_utils.AveragedModel(
+            self.network, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(AVERAGE)
+        )
+        self.scale = patients.sizes.mean(0), patients.sizes.std(0)
+        self.order: list[int] = []
+
+    def run_cycle(self, steps: int, name: str) -> dict[str, Any]:
+        """Train for one rise and fall of the learning rate, and return the weights of the averaged network."""
+        import torch
+
+        self.network.load_state_dict(self.average.module.state_dict())
+        optimiser = torch.optim.AdamW(self.modules.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, LEARNING_RATE, steps, pct_start=0.15)
+        self.modules.train()
+        losses = []
+        for step in range(1, steps + 1):
+            loss = self._loss()
+            optimiser.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.modules.parameters(), 5.0)
+            optimiser.step()
+            schedule.step()
+            self.average.update_parameters(self.network)
+            losses.append(float(loss.detach()))
+            if step % SAVE_EVERY == 0:
+                print(f"{name}, step {step} of {steps}: loss {np.mean(losses[-SAVE_EVERY:]):.4f}", flush=True)
+        # the statistics of batch normalisation are those of the averaged weights, not averages of statistics
+        batches = (self._grids(np.arange(i, i + BATCH)) for i in range(0, min(STATISTICS_OF, self.count), BATCH))
+        torch.optim.swa_utils.update_bn(batches, self.average)
+        return {key: values.contiguous().clone() for key, values in self.average.module.state_dict().items()}
+
+    def _loss(self) -> Any:
+        """Return the loss of the next batch."""
+        import torch
+        from torch.nn import functional
+
+        if len(self.order) < BATCH:
+            self.order += list(self.random.permutation(self.count))
+        chosen, self.order = np.array(self.order[:BATCH]), self.order[BATCH:]
+        patients = self.patients
+        cells = torch.from_numpy(patients.cells[chosen].astype(np.float32))
+        grids, cells = self._augment(self._grids(chosen), cells)
+        features = self.network.backbone(grids.contiguous(memory_format=torch.channels_last_3d))
+        logits = torch.cat([head(features) for head in self.network.heads.values()], dim=1)
+        wanted = patients.probabilities if self.design.probabilities else patients.labels
+        target = torch.from_numpy(wanted[chosen]).float()
+        errors = functional.binary_cross_entropy_with_logits(logits, target.nan_to_num(), reduction="none")
+        loss = (errors * ~target.isnan() * torch.tensor(TASK_WEIGHTS)).sum() / BATCH
+        if self.design.causes:
+            mean, spread = self.scale
+            sizes = torch.from_numpy((patients.sizes[chosen] - mean) / spread).float()
+            flags = torch.from_numpy(patients.flags[chosen]).float()
+            causes = self.causes(features)
+            split = sizes.shape[1]
+            about = functional.smooth_l1_loss(causes[:, :split], sizes)
+            about = about + functional.binary_cross_entropy_with_logits(causes[:, split:], flags)
+            loss = loss + CAUSES_WEIGHT * 2 * about
+        if self.design.cells:
+            below = torch.from_numpy(patients.flags[chosen, 2]).float()[:, None, None, None, None]
+            kinds = functional.avg_pool3d(cells, 2)
+            kinds = torch.cat([kinds, kinds.sum(1, keepdim=True) * below], dim=1).clamp(0, 1)
+            loss = loss + CELLS_WEIGHT * functional.binary_cross_entropy_with_logits(self.cells(features), kinds)
+        return loss
+
+    def _grids(self, chosen: np.ndarray) -> Any:
+        import torch
+
+        return torch.from_numpy(self.patients.grids[chosen].astype(np.float32))[:, None]
+
+    def _augment(self, grids: Any, cells: Any) -> tuple[Any, Any]:
+        """Flip, turn, resize and move slices, and change contrast, brightness and noise, by random amounts."""
+        import torch
+        from torch.nn import functional
+
+        if not self.design.randomised:
+            return grids, cells
+        random, number = self.random, len(grids)
+        angles, sizes = np.radians(random.uniform(-10, 10, number)), random.uniform(0.95, 1.05, number)
+        turn = np.array([[np.cos(angles), -np.sin(angles)], [np.sin(angles), np.cos(angles)]]) * sizes
+        turn[:, 0] *= random.choice([-1, 1], number)
+        moves = np.concatenate([turn.transpose(2, 0, 1), random.uniform(-0.05, 0.05, (number, 2, 1))], axis=2)
+
+        def moved(values: Any) -> Any:
+            flat = values.flatten(1, 2)
+            at = functional.affine_grid(torch.from_numpy(moves).float(), list(flat.shape), align_corners=False)
+            return functional.grid_sample(flat, at, align_corners=False).unflatten(1, values.shape[1:3])
+
+        grids, cells = moved(grids), moved(cells)
+        inside, shape = grids > 0, (number, 1, 1, 1, 1)
+        gain, offset, noise = (
+            torch.from_numpy(each).float()
+            for each in (
+                random.uniform(0.94, 1.06, shape),
+                random.uniform(-0.03, 0.03, shape),
+                np.abs(random.normal(0, 0.012, shape)),
+            )
+        )
+        grids = (grids * gain + offset + noise * torch.randn(grids.shape)) * inside
+        return grids.clamp(0, 1), cells
+
+
+def train(spec: ModelSpec, patients: Patients, run: Path) -> None:
+    """Train the networks and write their weights, unless they exist."""
+    from safetensors.torch import save_file
+
+    files = [run / f"fold{number}.safetensors" for number in range(len(CYCLES))]
+    if all(file.exists() for file in files):
+        return
+    run.mkdir(exist_ok=True)
+    training = Training(spec, patients, Design())
+    for file, steps in zip(files, CYCLES, strict=True):
+        state = training.run_cycle(steps, file.stem)
+        with atomic_write(file) as part:
+            save_file(state, part)
+
+
+def publish(spec: ModelSpec, run: Path) -> ModelSpec:
+    """Copy the weights into the zoo, and write the spec with their checksums and golden output."""
+    folder = ZOO / NAME
+    folder.mkdir(exist_ok=True)
+    checksums = {}
+    for file in sorted(run.glob("fold*.safetensors")):
+        (folder / file.name).write_bytes(file.read_bytes())
+        checksums[file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
+    spec = dataclasses.replace(spec, weights=dataclasses.replace(spec.weights, sha256=checksums), golden_output=None)
+    _write(spec)
+    grid = np.random.default_rng(0).random((1, *spec.input.shape), np.float32)
+    outputs = ichprog.load_model(NAME, runtime="torch").predict_grids(grid)
+    logits = {
+        str(fold): {task: tuple(map(float, output.logits[0])) for task, output in tasks.items()}
+        for fold, tasks in enumerate(outputs)
+    }
+    spec = dataclasses.replace(spec, golden_output=GoldenOutput(0, spec.input.shape, logits))
+    _write(spec)
+    return spec
+
+
+def predict(spec: ModelSpec, grids: np.ndarray) -> np.ndarray:
+    """Return the probability of each of the `QUESTIONS`, `(N, 4)`, the mean over the networks."""
+    model = ichprog.load_model(spec.name)
+    parts = []
+    for start in range(0, len(grids), 32):
+        outputs = model.predict_grids(grids[start : start + 32].astype(np.float32))
+        parts.append(
+            [
+                np.mean([fold[task].probabilities[:, first:].sum(1) for fold in outputs], axis=0)
+                for task, first, _ in QUESTIONS
+            ]
+        )
+    return np.concatenate([np.transpose(part) for part in parts])
+
+
+def measure(probabilities: Sequence[np.ndarray], cohorts: Sequence[Patients]) -> list[dict[str, Any]]:
+    """Return for each question the AUC and the calibration on all cohorts, beside the best possible AUC.
+
+    Args:
+        probabilities: `(N, 4)` for each cohort.
+        cohorts: Patients of each seed.
+    """
+    figures = []
+    for number, (task, _, what) in enumerate(QUESTIONS):
+        bleeds = [each.flags[:, 0] == 1 for each in cohorts]
+        truths = [each.labels[b, number] for each, b in zip(cohorts, bleeds, strict=True)]
+        best = [each.probabilities[b, number] for each, b in zip(cohorts, bleeds, strict=True)]
+        scores = [p[b, number] for p, b in zip(probabilities, bleeds, strict=True)]
+        truth, p, ideal = (np.concatenate(each) for each in (truths, scores, best))
+        delong = metrics.comparisons.delong_interval
+        difference, error, _ = metrics.comparisons.delong(truth, p, ideal)
+        estimates = metrics.calibration.calibration_estimates(truth, p)
+        figures.append(
+            {
+                "task": task,
+                "what": what,
+                "patients": len(truth),
+                "positive": int(truth.sum()),
+                "model": _rounded(delong(truth, p)),
+                "best": _rounded(delong(truth, ideal)),
+                "difference": _rounded((difference, difference - 1.96 * error, difference + 1.96 * error)),
+                "by_seed": _rounded([delong(t, s)[0] for t, s in zip(truths, scores, strict=True)]),
+                "slope": _rounded(_with_interval(estimates["slope"])),
+                "intercept": _rounded(_with_interval(estimates["intercept"])),
+            }
+        )
+    return figures
+
+
+def measure_full_scans(spec: ModelSpec, cohort: Path, patients: Patients) -> dict[str, Any]:
+    """Return how much the probabilities of full scans differ from those of scans on the grid, for the same patients."""
+    model = ichprog.load_model(spec.name)
+    rows = _read(cohort)
+    answers = [ichprog.predict(model, cohort.parent / row["scan"]) for row in rows]
+    full = np.array(
+        [
+            [
+                sum(each[task].probabilities[label] for label in spec.task(task).labels[first:])
+                for task, first, _ in QUESTIONS
+            ]
+            for each in answers
+        ]
+    )
+    on_grid = predict(spec, patients.grids[: len(rows)])
+    return {
+        "patients": len(rows),
+        "mean_difference": _rounded(np.abs(full - on_grid).mean(0)),
+        "seconds": round(float(np.median([each.provenance["seconds"] for each in answers])), 3)
+        if "seconds" in answers[0].provenance
+        else None,
+    }
+
+
+def ablate(spec: ModelSpec, patients: Patients, cohorts: Sequence[Patients], folder: Path) -> None:
+    """Train one network for each of `ABLATIONS` and write the AUC of each question."""
+    import torch
+
+    target = DOCS / "embedded-ablation.json"
+    folder.mkdir(exist_ok=True)
+    for number, (name, design) in enumerate(ABLATIONS.items()):
+        stored = folder / f"{number}.json"
+        if stored.exists():
+            continue
+        heads = tuple(
+            dataclasses.replace(task, head=PluginRef("ordinal", {**task.head.options, "hidden": design.hidden}))
+            for task in spec.tasks
+        )
+        backbone = PluginRef("compact", {**spec.backbone.options, "coordinates": design.coordinates})
+        changed = dataclasses.replace(spec, tasks=heads, backbone=backbone)
+        training = Training(changed, patients, design)
+        training.run_cycle(ABLATION_STEPS, name)
+        network = training.average.module.eval()
+        scores = []
+        with torch.no_grad():
+            for each in cohorts:
+                parts = [
+                    torch.cat(list(network(torch.from_numpy(each.grids[i : i + 32]).float()[:, None]).values()), 1)
+                    for i in range(0, len(each.grids), 32)
+                ]
+                scores.append(torch.cat(parts).sigmoid().numpy())
+        figures = measure(scores, cohorts)
+        stored.write_text(json.dumps({"design": name, **{each["what"]: each["model"] for each in figures}}))
+    rows = [json.loads((folder / f"{number}.json").read_text()) for number in range(len(ABLATIONS))]
+    target.write_text(json.dumps({"steps": ABLATION_STEPS, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    """Run every step whose result is missing."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--workers", type=int, default=1, help="processes that simulate and prepare")
+    parser.add_argument("--threads", type=int, help="threads that train; by default those of the machine")
+    parser.add_argument("--only-measure", action="store_true", help="measure the weights in the package")
+    parser.add_argument("--ablation", action="store_true", help="train the networks of the ablation only")
+    args = parser.parse_args()
+    if args.threads:
+        import torch
+
+        torch.set_num_threads(args.threads)
     spec = ModelSpec.read(ZOO / f"{NAME}.json")
+    matrix = spec.input.shape[-1]
+
+    def patients(options: dict[str, int]) -> Patients:
+        name = f"seed{options['seed']}"
+        cohort = simulate(args.folder / name, **options, matrix=matrix, workers=args.workers, progress=_progress(name))
+        return load_patients(cohort, spec, args.workers)
+
+    if not args.only_measure:
+        training = patients(TRAINED_ON)
+        if args.ablation:
+            ablate(spec, training, [patients(options) for options in MEASURED_ON], args.folder / "ablation")
+            return
+        train(spec, training, args.folder / "run")
+        spec = publish(spec, args.folder / "run")
+    cohorts = [patients(options) for options in MEASURED_ON]
+    figures = measure([predict(spec, each.grids) for each in cohorts], cohorts)
+    full = simulate(args.folder / "full", **FULL_SCANS, workers=args.workers, progress=_progress("full scans"))
+    results = {"figures": figures, "full_scans": measure_full_scans(spec, full, cohorts[0])}
+    (DOCS / "embedded.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     limits = (limit for limit in spec.limits if not limit.startswith(_FIGURE))
     _write(dataclasses.replace(spec, limits=(*limits, *_format_results(figures))))
     print("\n".join(_format_results(figures)))
 
 
-def measure(test: Path, training: Path) -> list[dict[str, Any]]:
-    """Return the AUC of each question on the test patients for the model, the oracle and the optimal probability.
-
-    The oracle is a logistic regression on the true variables that are visible in an image, fitted to the training
-    patients.
-    """
-    model = ichprog.load_model(NAME)
-    patients, truths = Cohort.read(test), [_numbers(row) for row in _truth(test)]
-    answers = [ichprog.predict(model, patient.scan) for patient in patients.patients]
-    figures = []
-    for name, first, what, best in QUESTIONS:
-        task = model.spec.task(name)
-        true = patients.labels(task) >= first
-        scores = [sum(answer[name].probabilities[label] for label in task.labels[first:]) for answer in answers]
-        scorers = {"model": scores, "oracle": _oracle(training, test, task, first), "ceiling": list(map(best, truths))}
-        figure: dict[str, Any] = {"task": name, "what": what, "patients": len(true), "positive": int(true.sum())}
-        for scorer, values in scorers.items():
-            values = np.asarray(values)
-            draws = [_auc(true[chosen], values[chosen]) for chosen in _bootstrap_samples(len(true))]
-            figure[scorer] = [round(float(v), 3) for v in (_auc(true, values), *np.quantile(draws, (0.025, 0.975)))]
-        figures.append(figure)
-    return figures
-
-
-def _oracle(training: Path, test: Path, task: Task, first: int) -> np.ndarray:
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    fitted = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
-    fitted.fit(_visible_variables(training), Cohort.read(training).labels(task) >= first)
-    probabilities: np.ndarray = fitted.predict_proba(_visible_variables(test))[:, 1]
-    return probabilities
-
-
-def _visible_variables(cohort: Path) -> np.ndarray:
-    """Return the true variables that are visible in an image, one row per patient."""
-    rows = []
-    for truth in _truth(cohort):
-        sites = [float(truth["location"] == site) for site in SITES]
-        values = _numbers(truth)
-        extended = float(values["ventricular"] > 0)
-        rows.append([np.log(values["volume_ml"]), extended, *(values[name] for name in VISIBLE), *sites])
-    return np.array(rows)
-
-
-def _auc(true: np.ndarray, scores: np.ndarray) -> float:
-    from sklearn.metrics import roc_auc_score
-
-    return float(roc_auc_score(true, scores))
-
-
-def _bootstrap_samples(count: int) -> list[np.ndarray]:
-    """Return bootstrap samples of patients, the same for all compared scores."""
-    random = np.random.default_rng(0)
-    return [random.integers(0, count, count) for _ in range(N_BOOTSTRAP)]
-
-
 def _format_results(figures: list[dict[str, Any]]) -> list[str]:
     return [
-        f"{_FIGURE} a simulated {f['what']} on {f['patients']} simulated patients of another seed: "
-        f"{f['model'][0]:.3f} (95 % interval {f['model'][1]:.3f} to {f['model'][2]:.3f}); chance 0.5; logistic "
-        f"regression on the true variables visible in the image {f['oracle'][0]:.3f} ({f['oracle'][1]:.3f} to "
-        f"{f['oracle'][2]:.3f}). It says nothing about real patients."
+        f"{_FIGURE} a simulated {f['what']} on {f['patients']} simulated patients of {len(MEASURED_ON)} other seeds: "
+        f"{f['model'][0]:.3f} (95 % interval {f['model'][1]:.3f} to {f['model'][2]:.3f}; by seed "
+        f"{min(f['by_seed']):.3f} to {max(f['by_seed']):.3f}); best possible {f['best'][0]:.3f}, difference "
+        f"{f['difference'][0]:.3f} ({f['difference'][1]:.3f} to {f['difference'][2]:.3f}); chance 0.5; calibration "
+        f"slope {f['slope'][0]:.2f}, intercept {f['intercept'][0]:.2f}. It says nothing about real patients."
         for f in figures
     ]
+
+
+def _with_interval(estimate: tuple[float, float]) -> tuple[float, float, float]:
+    value, error = estimate
+    return value, value - 1.96 * error, value + 1.96 * error
+
+
+def _rounded(numbers: Any) -> list[float]:
+    return [round(float(number), 3) for number in numbers]
 
 
 def _write(spec: ModelSpec) -> None:
@@ -140,13 +496,13 @@ def _write(spec: ModelSpec) -> None:
     (ZOO / f"{NAME}.json").write_text(text + "\n", encoding="utf-8")
 
 
-def _truth(cohort: Path) -> list[dict[str, str]]:
-    with cohort.with_name("truth.csv").open(newline="", encoding="utf-8") as file:
+def _read(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
-def _numbers(row: dict[str, str]) -> dict[str, float]:
-    return {name: float(value) for name, value in row.items() if name not in ("patient", "location")}
+def _number(text: str) -> float:
+    return float(text) if text else float("nan")
 
 
 def _progress(what: str) -> Any:
@@ -154,4 +510,4 @@ def _progress(what: str) -> Any:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), only_measure="--measure" in sys.argv)
+    main()

@@ -51,15 +51,19 @@ class DenseLogits(NamedTuple):
 
 
 class _Pooled(nn.Module):
-    """Pool features over space and apply one linear layer."""
+    """Pool features over space and apply one linear layer, or two with `hidden` units between them."""
 
-    def __init__(self, in_channels: int, outputs: int, pool: Pool, activation: bool) -> None:
+    def __init__(self, in_channels: int, outputs: int, pool: Pool, activation: bool, hidden: int = 0) -> None:
         super().__init__()
         if pool not in get_args(Pool):
             raise InvalidValueError("pool", pool, "'average', 'max' or 'both'")
+        if hidden < 0:
+            raise InvalidValueError("hidden", hidden, "a whole number of 0 or more")
         self.pool, self.activation = pool, activation
         self.relu = nn.ReLU()  # a module, because saliency methods replace modules of this type
-        self.linear = nn.Linear(2 * in_channels if pool == "both" else in_channels, outputs)
+        pooled = 2 * in_channels if pool == "both" else in_channels
+        self.hidden = nn.Sequential(nn.Linear(pooled, hidden), nn.ReLU()) if hidden else nn.Identity()
+        self.linear = nn.Linear(hidden or pooled, outputs)
 
     def forward(self, features: Tensor) -> Tensor:
         """Return the outputs `(B, outputs)` of the linear layer for features `(B, C, d, h, w)`."""
@@ -70,7 +74,7 @@ class _Pooled(nn.Module):
             pooled.append(features.mean((2, 3, 4)))
         if self.pool != "average":
             pooled.append(features.amax((2, 3, 4)))
-        outputs: Tensor = self.linear(torch.cat(pooled, dim=1))
+        outputs: Tensor = self.linear(self.hidden(torch.cat(pooled, dim=1)))
         return outputs
 
 
@@ -383,7 +387,9 @@ def _log_one_minus_exp(values: Tensor) -> Tensor:
     return (-values.clamp(max=-torch.finfo(values.dtype).tiny).expm1()).log()
 
 
-def ordinal(in_channels: int, labels: Sequence[str], *, pool: Pool = "average", activation: bool = True) -> Ordinal:
+def ordinal(
+    in_channels: int, labels: Sequence[str], *, pool: Pool = "average", activation: bool = True, hidden: int = 0
+) -> Ordinal:
     """Build a head for ordered labels. For two labels it equals binary logistic regression.
 
     Args:
@@ -392,6 +398,7 @@ def ordinal(in_channels: int, labels: Sequence[str], *, pool: Pool = "average", 
         pool: Pooling over space: "average", which small lesions hardly change; "max", which ignores the size of a
             lesion; or "both", concatenated.
         activation: Whether a ReLU precedes the pooling.
+        hidden: Number of units of a second layer after the pooling, or 0 for none.
 
     Example:
         >>> head = ordinal(8, ["good", "moderate", "poor"])
@@ -400,7 +407,7 @@ def ordinal(in_channels: int, labels: Sequence[str], *, pool: Pool = "average", 
 
     Source: Cobo et al. 2024; the label coding is that of Cheng et al. 2008 (arXiv 0704.1028).
     """
-    return Ordinal(in_channels, len(labels) - 1, pool, activation)
+    return Ordinal(in_channels, len(labels) - 1, pool, activation, hidden)
 
 
 def segmentation(
