@@ -38,7 +38,7 @@ TRAINED_ON = {"patients": 2000, "seed": 1}
 MEASURED_ON = [{"patients": 500, "seed": seed} for seed in (2, 3, 4, 5)]
 FULL_SCANS = {"patients": 200, "seed": 2}
 CYCLES = (1600, 600, 600)  # optimiser steps; each cycle ends with one of the networks
-ABLATION_STEPS = 500
+ABLATION_STEPS = 300
 BATCH, LEARNING_RATE, WEIGHT_DECAY, AVERAGE = 16, 4e-3, 1e-3, 0.99
 STATISTICS_OF = 640  # patients
 TASK_WEIGHTS = (1.0, 0.5, 0.5, 1.0)  # of the four probabilities
@@ -343,7 +343,7 @@ def predict(spec: ModelSpec, grids: np.ndarray) -> np.ndarray:
 
 
 def measure(probabilities: Sequence[np.ndarray], cohorts: Sequence[Patients]) -> list[dict[str, Any]]:
-    """Return for each question the AUC and the calibration on all cohorts, beside the best possible AUC.
+    """Return for each question the AUC and the calibration on all cohorts, and the best possible AUC.
 
     Args:
         probabilities: `(N, 4)` for each cohort.

@@ -188,6 +188,21 @@ def load_heads(spec: ModelSpec, path: Path, channels: int) -> dict[str, nn.Modul
     return dict(heads.eval().requires_grad_(False).items())
 
 
+def load_backbone(network: Network, spec: ModelSpec, path: Path) -> None:
+    """Load the weights of a backbone into a network. The heads keep their weights.
+
+    Args:
+        network: The network.
+        spec: The model of the network.
+        path: Safetensors file with the keys of a network with this backbone.
+
+    Raises:
+        WeightsError: The file cannot be read, or a key of the backbone is missing, unknown or of another shape.
+    """
+    state = {key.removeprefix("backbone."): v for key, v in _read_state(path).items() if key.startswith("backbone.")}
+    _load_state(network.backbone, state, path, spec)
+
+
 def _read_state(path: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file

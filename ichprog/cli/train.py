@@ -36,6 +36,10 @@ if TYPE_CHECKING:
 @click.option("--head", "heads", multiple=True, metavar="TASK=HEAD", help="Replace a task's head, repeatable.")
 @click.option("--drop-task", "dropped", multiple=True, metavar="TASK", help="Remove a task, repeatable.")
 @click.option("--loss-weight", "loss_weights", multiple=True, metavar="TASK=W", help="Set a task's weight, repeatable.")
+@click.option(
+    "--start-from", type=click.Path(path_type=Path), metavar="RUN",
+    help="Start each fold from the backbone of the same fold of this run.",
+)  # fmt: skip
 @click.option("--resume", is_flag=True, help="Resume the run of this folder.")
 @click.option("--name", help="Name of the new model; the name of --model by default.")
 @brain

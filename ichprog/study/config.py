@@ -169,6 +169,19 @@ class Study:
         seeds = self.seeds or (run.variant.protocol.seed,)
         return seeds[run.draw % len(seeds)]
 
+    def start_of(self, run: Run) -> str | None:
+        """Return the run from whose backbone a run starts, or None.
+
+        It has the same size, seed and draw, if the study has such a run. Otherwise it is the training on all patients.
+
+        Args:
+            run: The run.
+        """
+        if run.variant.start_from is None:
+            return None
+        like = replace(run, variant=self.variant(run.variant.start_from))
+        return like.name if like.name in self.runs else like.variant.name
+
     def repetitions(self, run: str) -> list[str]:
         """Return the runs that differ from a run in seed or draw only, the first one first; itself for a baseline.
 
@@ -264,6 +277,7 @@ def _build_study(file: StudyFile, path: Path) -> Study:
         build_variant(table, f"variant[{index}]", path.parent, protocol, file.saliency)
         for index, table in enumerate(file.variant)
     )
+    _check_starts(variants)
     study = Study(
         name=file.name,
         source=path,
@@ -294,6 +308,21 @@ def _build_study(file: StudyFile, path: Path) -> Study:
     baselines = tuple(_build_baseline(table, f"baseline[{index}]", study) for index, table in enumerate(tables))
     _check_unique([*(variant.name for variant in variants), *(baseline.name for baseline in baselines)])
     return replace(study, baselines=baselines)
+
+
+def _check_starts(variants: Sequence[Variant]) -> None:
+    """Check that a variant starts from an earlier one with the same backbone and input."""
+    for index, variant in enumerate(variants):
+        where = f"variant[{index}]"
+        if variant.start_from is None:
+            if variant.protocol.freeze_backbone:
+                raise SpecError(f"{where}.protocol.freeze_backbone: needs start_from, the variant to start from.")
+            continue
+        earlier = {each.name: each for each in variants[:index]}
+        check_name(f"{where}.start_from", "earlier variant", variant.start_from, earlier)
+        other = earlier[variant.start_from].spec
+        if (other.backbone, other.input) != (variant.spec.backbone, variant.spec.input):
+            raise SpecError(f"{where}.start_from: {variant.start_from} has another backbone or input.")
 
 
 def _check_values(file: StudyFile) -> None:

@@ -129,10 +129,7 @@ def run(
             remaining.append(each.job)
     _prepare_grids(study, cohort, cache, remaining, workers)
     function = partial(run_job, study, out, cache)
-    depends_on_variant = {baseline.name for baseline in study.baselines if baseline.variant}
-    first = [job for job in remaining if job.run not in depends_on_variant]
-    second = [job for job in remaining if job.run in depends_on_variant]
-    for jobs in (first, second):
+    for jobs in _order(study, remaining):
         run_jobs(
             jobs, function, lambda job, error: _finish_job(out, job, error, report), executor=executor, workers=workers
         )
@@ -219,6 +216,9 @@ def _train_fold(study: Study, out: Path, cache: Path, job: Job, fold: int) -> No
     from ichprog.train import TrainOptions, train
 
     run, cohort = study.runs[job.run], manifest.load_cohort(study, out)
+    start = study.start_of(run)
+    if start is not None and not all(_is_done(out, Job(start, number)) for number in range(study.folds)):
+        raise RunError(f"Variant {start}, from which {job.run} starts, is not done in every fold. Run the study again.")
     train(
         cohort,
         run.variant.spec,
@@ -226,6 +226,7 @@ def _train_fold(study: Study, out: Path, cache: Path, job: Job, fold: int) -> No
         folds=manifest.split_folds(study, cohort, run),
         only_folds=[fold],
         protocol=manifest.run_protocol(study, run, manifest.split_folds(study, cohort)),
+        start_from=None if start is None else out / "runs" / start,
         resume=True,
         name=job.run,
         options=TrainOptions(brain=study.brain, device=study.device, cache_dir=cache),
@@ -293,6 +294,17 @@ def _prepare_grids(study: Study, cohort: Cohort, cache: Path, jobs: Sequence[Job
     brain = resolve_brain(study.brain)
     for contract in inputs:
         grid_cache.prepare(scans, contract, brain=brain, folder=cache / "grids", workers=workers)
+
+
+def _order(study: Study, jobs: Sequence[Job]) -> list[list[Job]]:
+    """Return jobs in stages, so that each needs the results of earlier stages only."""
+    stages: dict[str, int] = {}
+    for name, run in study.runs.items():
+        start = study.start_of(run)
+        stages[name] = 0 if start is None else stages[start] + 1
+    for baseline in study.baselines:
+        stages[baseline.name] = stages[baseline.variant] + 1 if baseline.variant else 0
+    return [[job for job in jobs if stages[job.run] == stage] for stage in range(max(stages.values()) + 1)]
 
 
 def _list_jobs(study: Study) -> list[Job]:

@@ -244,6 +244,7 @@ def _describe_variants(study: Study, cohort: Cohort, parts: "Sequence[Fold]") ->
             "protocol": protocol.to_dict(),
             "labels": digest([cohort.labels(task).tolist() for task in spec.tasks]),
             "size": run.size,
+            "start_from": study.start_of(run),
         }
     return described
 
@@ -295,7 +296,7 @@ def _refuse_changes(out: Path, previous: Mapping[str, Any], manifest: Mapping[st
             changes = (
                 text
                 for key in variant
-                for text in differences(key, without_texts(before[key]), without_texts(variant[key]))
+                for text in differences(key, without_texts(before.get(key)), without_texts(variant[key]))
             )
             found += [f"variant {name}: {text}" for text in changes]
     if found:

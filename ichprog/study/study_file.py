@@ -66,6 +66,8 @@ class VariantFile:
         loss_weights: Loss weights of tasks, by task.
         shape: Shape of the grid: slices, rows, columns.
         protocol: Protocol fields that differ from the `[protocol]` table.
+        start_from: Earlier variant whose backbone each fold starts from. With `freeze_backbone` in `protocol`, only the
+            heads are trained.
         saliency: Saliency methods whose maps are measured instead of the study's own.
     """
 
@@ -77,6 +79,7 @@ class VariantFile:
     loss_weights: Mapping[str, float] = field(default_factory=dict)
     shape: tuple[int, int, int] | None = None
     protocol: Mapping[str, Any] = field(default_factory=dict)
+    start_from: str | None = None
     saliency: tuple[str, ...] | None = None
 
 

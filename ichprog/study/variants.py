@@ -23,12 +23,14 @@ class Variant:
         spec: Model that is trained.
         protocol: Training protocol. The fields that define the folds are the same for all variants.
         saliency: Saliency methods whose maps are measured.
+        start_from: Variant whose backbone each fold starts from, or None.
     """
 
     name: str
     spec: ModelSpec
     protocol: Protocol
     saliency: tuple[str, ...]
+    start_from: str | None = None
 
 
 def build_variant(
@@ -72,7 +74,7 @@ def build_variant(
             raise SpecError(
                 f"{where}.protocol.{name}: defines the folds, which all variants share. Set it in [protocol] instead."
             )
-    return Variant(table.name, changed, own, saliency if table.saliency is None else table.saliency)
+    return Variant(table.name, changed, own, saliency if table.saliency is None else table.saliency, table.start_from)
 
 
 def _load_spec(model: str, folder: Path) -> ModelSpec:

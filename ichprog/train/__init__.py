@@ -53,6 +53,7 @@ def train(
     only_folds: Collection[int] | None = None,
     protocol: Protocol = PRESETS["default"],
     name: str | None = None,
+    start_from: str | Path | None = None,
     resume: bool = False,
     options: TrainOptions = TrainOptions(),
 ) -> Path:
@@ -67,6 +68,8 @@ def train(
         only_folds: Folds to train now; all by default.
         protocol: The protocol.
         name: Name of the new model; the description's own by default.
+        start_from: Folder of a run with the same folds, backbone and input. Each fold starts from the backbone of the
+            same fold of that run, and its heads start anew.
         resume: Whether `output` may hold this run already. The run then continues after its last complete epoch.
         options: Device, cache, workers, progress and trackers.
 
@@ -75,9 +78,10 @@ def train(
 
     Raises:
         CohortError: The patients are too few or have only one label, or scans cannot be used.
-        InvalidValueError: The batch size or the device does not suit the number of processes.
-        RunError: The directory holds another run, the disk is full, a loss is not finite, bfloat16 is requested but
-            not supported, or a tracker is not installed.
+        InvalidValueError: The batch size or the device does not suit the number of processes, or the protocol freezes
+            the backbone and there is no run to start from.
+        RunError: The directory holds another run, the run to start from cannot be used, the disk is full, a loss is not
+            finite, bfloat16 is requested but not supported, or a tracker is not installed.
         SpecError: The model description is invalid.
         UnknownNameError: The model, a plugin, fold, device or tracker does not exist.
         PluginError: A plugin of the model cannot be loaded or breaks its contract.
@@ -96,7 +100,7 @@ def train(
     parent = resolve_spec(model)
     count = folds if isinstance(folds, int) else len(folds)
     spec = describe_training(parent, name, cohort.origin, count, protocol)
-    validation = CrossValidation(cohort, spec, folds, protocol, options, description=parent.name)
+    validation = CrossValidation(cohort, spec, folds, protocol, options, description=parent.name, start_from=start_from)
     validation.train(Path(output), only_folds, resume=resume)
     return Path(output)
 

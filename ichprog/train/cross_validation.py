@@ -21,6 +21,7 @@ from ichprog.train.folds import Fold
 from ichprog.train.grid_cache import RegionSource
 from ichprog.train.protocol import Protocol
 from ichprog.train.run_dir import RunDir, environment, required_bytes, run_identity
+from ichprog.train.transfer import find_backbones
 
 
 class CrossValidation:
@@ -33,15 +34,20 @@ class CrossValidation:
         protocol: The protocol.
         options: Device, cache, workers, progress and trackers.
         description: Name of the description by which the model is trained, for the record.
+        start_from: Folder of a run from whose backbones the folds start.
 
     Attributes:
         folds: The folds.
         labels: `(N,)` label indices for each task, -1 if unknown.
         region_sources: The source of the true regions of each patient, for each dense task.
+        membership: Names of the patients of each part, by fold.
+        backbones: Weights that each fold starts from.
 
     Raises:
         CohortError: The patients, their masks or the folds cannot be trained on.
         UnknownNameError: The cohort has no column of a task.
+        InvalidValueError: The protocol freezes the backbone, and there is no run to start from.
+        RunError: The run to start from cannot be used.
     """
 
     def __init__(
@@ -53,6 +59,7 @@ class CrossValidation:
         options: TrainOptions,
         *,
         description: str | None = None,
+        start_from: str | Path | None = None,
     ) -> None:
         self.cohort, self.spec, self.protocol, self.options = cohort, spec, protocol, options
         self.description = description or spec.name
@@ -68,6 +75,15 @@ class CrossValidation:
         else:
             folds_module.validate_folds(spec, self.labels, folds)
             self.folds = list(folds)
+        if protocol.freeze_backbone and start_from is None:
+            raise InvalidValueError(
+                "protocol freeze_backbone", True, "False without a run to start from", "Give one with `start_from`."
+            )
+        self.membership = {
+            str(number): {kind: [self.names[int(p)] for p in part] for kind, part in fold._asdict().items()}
+            for number, fold in enumerate(self.folds)
+        }
+        self.backbones = {} if start_from is None else find_backbones(start_from, spec, self.membership)
 
     def train(self, output: Path, only_folds: Collection[int] | None, *, resume: bool) -> None:
         """Train folds that are not done yet and merge all that are.
@@ -118,7 +134,16 @@ class CrossValidation:
     ) -> None:
         checkpoint = run_dir.fold_dir(fold) / "checkpoint.pt"
         job = FoldJob(
-            self.spec, self.protocol, fold, self.folds[fold], self.names, grids, self.labels, checkpoint, regions
+            self.spec,
+            self.protocol,
+            fold,
+            self.folds[fold],
+            self.names,
+            grids,
+            self.labels,
+            checkpoint,
+            regions,
+            self.backbones.get(fold),
         )
         if not context.is_main_process:
             trainer.train_fold(job, context, callback)
@@ -140,10 +165,6 @@ class CrossValidation:
                 raise RunError(f"precision 'bfloat16': {reason}. Choose 'auto' or 'float32'.")
 
     def _run_dir(self, output: Path) -> RunDir:
-        membership = {
-            str(number): {kind: [self.names[int(p)] for p in part] for kind, part in fold._asdict().items()}
-            for number, fold in enumerate(self.folds)
-        }
         identity = run_identity(
             self.spec,
             self.protocol,
@@ -151,8 +172,9 @@ class CrossValidation:
             self.labels,
             len(self.folds),
             brain_key(resolve_brain(self.options.brain)),
-            membership if self.has_given_folds else None,
+            self.membership if self.has_given_folds else None,
             self.region_sources,
+            self.backbones,
         )
         details = {
             "description": self.description,
@@ -160,7 +182,7 @@ class CrossValidation:
             "origin": asdict(self.cohort.origin),
             "quirks": self.protocol.quirks(),
             **environment(),
-            "membership": membership,
+            "membership": self.membership,
         }
         return RunDir(output, identity, details)
 

@@ -1,7 +1,7 @@
 """What one fold is trained with, and what its training results in."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +30,7 @@ class FoldJob:
         labels: `(N,)` label indices of all patients for each task, -1 if unknown.
         checkpoint: Path of the checkpoint.
         regions: Regions of all patients for each dense task, .npy files.
+        start_from: Weights whose backbone the training starts from, a .safetensors file.
     """
 
     spec: ModelSpec
@@ -41,6 +42,20 @@ class FoldJob:
     labels: Mapping[str, np.ndarray]
     checkpoint: Path
     regions: Mapping[str, Sequence[Path]] = field(default_factory=dict)
+    start_from: Path | None = None
+
+    def candidates(self) -> "list[FoldJob]":
+        """Return a job for each learning rate that the fold tries, each with a checkpoint of its own."""
+        if not self.protocol.learning_rates:
+            return [self]
+        return [
+            replace(
+                self,
+                protocol=self.protocol.replace(learning_rate=rate, learning_rates=()),
+                checkpoint=self.checkpoint.with_stem(f"{self.checkpoint.stem}-{number}"),
+            )
+            for number, rate in enumerate(self.protocol.learning_rates)
+        ]
 
     def load_grids(self, patients: Sequence[int] | np.ndarray, device: torch.device) -> Tensor:
         """Return the grids `(B, 1, D, H, W)` of patients."""
@@ -83,6 +98,7 @@ class FoldResult:
         best: The best epoch's row.
         calibration: Scale and shifts of each task's logits, or None.
         precision: Precision of the training, with the reason if "auto" chose float32.
+        learning_rate: Highest learning rate of the training, the best one if several were tried.
     """
 
     network: Network
@@ -92,3 +108,4 @@ class FoldResult:
     best: LogRow
     calibration: dict[str, tuple[float, list[float]] | None]
     precision: str
+    learning_rate: float

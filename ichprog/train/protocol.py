@@ -32,6 +32,8 @@ class Protocol:
         drop_last: Whether the gradients of incomplete steps are dropped. As published, the first step of an epoch then
             has one batch less, too.
         learning_rate: Highest learning rate of AdamW.
+        learning_rates: Learning rates that every fold tries instead of `learning_rate`. The fold keeps the training
+            with the best validation score.
         weight_decay: Decoupled weight decay.
         amsgrad: Whether AdamW uses the maximum of the second moments.
         schedule: "cosine": linear warm-up, then cosine decay to zero. "plateau": reduce the rate when the loss of a
@@ -39,6 +41,8 @@ class Protocol:
         warmup_epochs: Epochs of linear warm-up of the "cosine" schedule.
         plateau_patience: Steps without a lower loss before the "plateau" schedule reduces the rate.
         plateau_factor: Factor by which the "plateau" schedule multiplies the rate.
+        freeze_backbone: Whether the backbone keeps the weights that it starts from, so that only heads are trained.
+            Needs a run to start from.
         loss_weighting: "fixed" uses the tasks' own weights, "uncertainty" learns them (Kendall et al., CVPR 2018).
         balance: "class_weights" weights each label inversely to its frequency, "oversample" repeats patients with the
             first task's rarer labels, "none" does neither.
@@ -68,12 +72,14 @@ class Protocol:
     accumulation_steps: Annotated[int, Bounds(1, 100000)] = 1
     drop_last: bool = False
     learning_rate: Annotated[float, Bounds(1e-12, 1000)] = 1e-3
+    learning_rates: tuple[Annotated[float, Bounds(1e-12, 1000)], ...] = ()
     weight_decay: _Size = 1e-2
     amsgrad: bool = False
     schedule: Literal["cosine", "plateau"] = "cosine"
     warmup_epochs: _Count = 3
     plateau_patience: _Count = 5
     plateau_factor: Annotated[float, Bounds(0.001, 0.999)] = 0.98
+    freeze_backbone: bool = False
     loss_weighting: Literal["fixed", "uncertainty"] = "fixed"
     balance: Literal["none", "class_weights", "oversample"] = "class_weights"
     recalibrate: bool = True
@@ -139,7 +145,9 @@ class Protocol:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the protocol as plain data."""
-        return dataclasses.asdict(self)
+        return {
+            name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(self).items()
+        }
 
     def quirks(self) -> list[str]:
         """Return a sentence for each setting that exists only because it was published.

@@ -56,6 +56,7 @@ def run_identity(
     brain: str,
     membership: Mapping[str, Any] | None,
     regions: Mapping[str, Sequence[RegionSource]],
+    start_from: Mapping[int, Path],
 ) -> dict[str, Any]:
     """Return what identifies a run: two runs with the same identity give the same result.
 
@@ -68,9 +69,10 @@ def run_identity(
         brain: Brain extraction mode.
         membership: Patients of each part of each fold, or None if the other arguments determine them.
         regions: The source of the true regions of each patient, for each dense task.
+        start_from: Weights that each fold starts from.
 
     Raises:
-        RunError: A mask cannot be read.
+        RunError: A mask or weights cannot be read.
     """
     patients = [[p.name for p in cohort.patients], {task: values.tolist() for task, values in labels.items()}]
     return {
@@ -81,7 +83,15 @@ def run_identity(
         "brain": brain,
         "parts": None if membership is None else digest(membership),
         "regions": {task: digest(list(map(_region_identity, sources))) for task, sources in regions.items()} or None,
+        "start_from": {str(fold): _file_digest(path) for fold, path in start_from.items()} or None,
     }
+
+
+def _file_digest(path: Path) -> str:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise RunError(f"{path}: cannot be read: {error}. Train the run that it belongs to again.") from error
 
 
 def digest(data: Any) -> str:
@@ -208,6 +218,7 @@ class RunDir:
                 "best": _without_nan(result.best),
                 "epochs": len(result.history),
                 "precision": result.precision,
+                "learning_rate": result.learning_rate,
                 "calibration": {
                     task: fitted and {"scale": fitted[0], "shift": fitted[1]}
                     for task, fitted in result.calibration.items()
@@ -218,7 +229,11 @@ class RunDir:
                 **environment(),
             },
         )
-        job.checkpoint.unlink(missing_ok=True)
+        self._remove_checkpoints(job.fold)
+
+    def _remove_checkpoints(self, fold: int) -> None:
+        for checkpoint in self.fold_dir(fold).glob("checkpoint*.pt"):
+            checkpoint.unlink(missing_ok=True)
 
     def merge_folds(self, spec: ModelSpec, names: Sequence[str], folds: int) -> None:
         """Form one model of all folds that are done, with their out-of-fold predictions.
@@ -238,7 +253,7 @@ class RunDir:
                 if self.is_done(fold)
             }
             for fold in results:
-                (self.fold_dir(fold) / "checkpoint.pt").unlink(missing_ok=True)
+                self._remove_checkpoints(fold)
             rows = {
                 row["patient"]: row for fold in results for row in read_csv(self.fold_dir(fold) / "predictions.csv")
             }

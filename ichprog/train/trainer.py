@@ -42,19 +42,26 @@ def train_fold(job: FoldJob, context: DistributedContext, callback: Callback) ->
         RunError: A loss is not finite, or the network cannot be trained in bfloat16 though the protocol requests it.
     """
     with _isolated_randomness(context.device):
-        state = TrainerState(job, context)
-        callback.on_fold_start(job, state.history)
-        try:
-            while not state.is_finished:
-                row = run_epoch(state, job, context, callback)
-                row |= _validate(state, job, context)
-                state.end_epoch(row)
-                if context.is_main_process:
-                    state.save()
-                callback.on_epoch_end(job, row)
-        finally:
-            callback.on_fold_end()
-        return _predict_with_best(state, job, context)
+        states = [_train(candidate, context, callback) for candidate in job.candidates()]
+        state = max(states, key=lambda each: each.best["score"] if each.best else -math.inf)
+        return _predict_with_best(state, state.job, context)
+
+
+def _train(job: FoldJob, context: DistributedContext, callback: Callback) -> "TrainerState":
+    """Train with one learning rate until the last epoch or the early stop."""
+    state = TrainerState(job, context)
+    callback.on_fold_start(job, state.history)
+    try:
+        while not state.is_finished:
+            row = run_epoch(state, job, context, callback)
+            row |= _validate(state, job, context)
+            state.end_epoch(row)
+            if context.is_main_process:
+                state.save()
+            callback.on_epoch_end(job, row)
+    finally:
+        callback.on_fold_end()
+    return state
 
 
 def plan_steps(n_patients: int, protocol: Protocol, num_processes: int = 1) -> list[list[np.ndarray]]:
@@ -110,6 +117,8 @@ def run_epoch(state: "TrainerState", job: FoldJob, context: DistributedContext, 
     n_batches = sum(map(len, steps))
     sums = _LossSums(job.labels)
     state.module.train()
+    if protocol.freeze_backbone:
+        state.objective.network.backbone.eval()  # also keeps the statistics of batch normalisation
     learning_rate = 0.0
     for number, batches in enumerate(steps):
         learning_rate = state.set_learning_rate(epoch * len(steps) + number, len(steps))
@@ -355,7 +364,8 @@ def _predict_with_best(state: "TrainerState", job: FoldJob, context: Distributed
             head.to(context.device)
     test, validation = (predict_logits(network, part, job, context) for part in (job.parts.test, job.parts.validation))
     best_row = state.history[best["epoch"]]
-    return FoldResult(network.cpu(), test, validation, state.history, best_row, calibration, state.precision)
+    rate = job.protocol.learning_rate
+    return FoldResult(network.cpu(), test, validation, state.history, best_row, calibration, state.precision, rate)
 
 
 class TrainerState:
@@ -380,6 +390,9 @@ class TrainerState:
         self.job, self.context = job, context
         torch.manual_seed(job.seed(2**32 - 1))
         network = networks_module.build(job.spec)
+        if job.start_from is not None:
+            networks_module.load_backbone(network, job.spec, job.start_from)
+        network.backbone.requires_grad_(not protocol.freeze_backbone)
         weights = label_weights(job.spec, job.labels, job.parts.train, protocol.balance)
         self.objective = Objective(network, job.spec, protocol, weights)
         networks_module.channels_last(self.objective)
@@ -482,7 +495,9 @@ class TrainerState:
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
         """Return the network's parameters, with weight decay, and the learned task weights, without."""
-        groups: list[dict[str, Any]] = [{"params": list(self.objective.network.parameters())}]
+        groups: list[dict[str, Any]] = [
+            {"params": [each for each in self.objective.network.parameters() if each.requires_grad]}
+        ]
         if self.objective.log_variance is not None:
             groups.append({"params": [self.objective.log_variance], "weight_decay": 0.0})
         return groups

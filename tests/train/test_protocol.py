@@ -55,7 +55,7 @@ def test_every_field_of_the_protocol_is_documented():
             documented += (fields := cells[0].split(", "))
             for preset, values in zip(("default", "paper"), cells[1:3], strict=True):
                 for name, value in zip(fields, values.split(", ") if values else (), strict=bool(values)):
-                    actual = getattr(PRESETS[preset], name)
+                    actual = PRESETS[preset].to_dict()[name]
                     assert (value if isinstance(actual, str) else json.loads(value)) == actual, (preset, name)
     assert documented == names
     assert page.partition("### Quirks")[2].partition("## The folder")[0].count("\n- ") == len(QUIRKS)
