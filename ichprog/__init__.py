@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from ichprog.model import predict as predict
     from ichprog.registry import register_backbone as register_backbone
     from ichprog.registry import register_brain_extractor as register_brain_extractor
+    from ichprog.registry import register_fusion as register_fusion
     from ichprog.registry import register_head as register_head
     from ichprog.registry import register_saliency as register_saliency
     from ichprog.reporting.overlay import plot as plot
@@ -50,6 +51,7 @@ _MODULE_OF = {
     "plot": "reporting.overlay",
     "register_backbone": "registry",
     "register_brain_extractor": "registry",
+    "register_fusion": "registry",
     "register_head": "registry",
     "register_saliency": "registry",
     "register_model": "zoo",

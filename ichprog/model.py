@@ -15,9 +15,11 @@ import numpy as np
 
 from ichprog import detection, hub, preprocessing, registry, sources, zoo
 from ichprog import scan as scan_package
+from ichprog.clinical import encode, leave_one_out, read_values
+from ichprog.cohort import Patient
 from ichprog.errors import InvalidValueError, PluginError, ScanError, UnknownNameError
 from ichprog.hub import WeightFile
-from ichprog.results import Haemorrhage, Prediction, Saliency, Segmentation, TaskPrediction
+from ichprog.results import ClinicalUse, Haemorrhage, Prediction, Saliency, Segmentation, TaskPrediction
 from ichprog.runtime import Runtime, RuntimeConfig, TaskOutput, build_runtimes, resolve_runtime
 from ichprog.scan import BrainExtractor, BrainMode, Scan
 from ichprog.spec import InputSpec, ModelSpec, Task
@@ -145,19 +147,26 @@ class Model:
         resolved = resolve_brain(brain) if contract.brain_only else "given"
         return scan_package.load(scan, expected_ranges=contract.expected_ranges, brain=resolved)
 
-    def predict_grids(self, grids: np.ndarray) -> list[dict[str, TaskOutput]]:
+    def predict_grids(self, grids: np.ndarray, clinical: np.ndarray | None = None) -> list[dict[str, TaskOutput]]:
         """Run every fold on preprocessed grids.
 
         Args:
             grids: `(B, D, H, W)` float32, from `preprocessing.prepare`.
+            clinical: `(B, 2 V)` float32 from `clinical.encode`, for a model with clinical values; None if no value is
+                known.
 
         Returns:
             For each fold, the output of each task.
         """
-        return [runtime.run(np.ascontiguousarray(grids, np.float32)) for runtime in self.fold_runtimes]
+        return [runtime.run(np.ascontiguousarray(grids, np.float32), clinical) for runtime in self.fold_runtimes]
 
     def predict_iter(
-        self, scans: "Iterable[ScanSource]", *, brain: "Brain" = "auto", detector: "Model | None" = None
+        self,
+        scans: "Iterable[ScanSource]",
+        *,
+        brain: "Brain" = "auto",
+        detector: "Model | None" = None,
+        clinical: Mapping[str, Any] | None = None,
     ) -> "Iterator[tuple[Prediction, Scan | ScanError]]":
         """Yield a prediction for each scan, with the checked scan or the error of the scan.
 
@@ -167,10 +176,16 @@ class Model:
             scans: Sources of one scan each, as `sources.find_scans` returns them.
             brain: As in `predict`.
             detector: A model that finds the haemorrhage of each prediction; it may be this model.
+            clinical: As in `predict`.
 
         Raises:
-            InvalidValueError: The detector finds no haemorrhages, or its input differs in `brain_only`.
+            InvalidValueError: The detector finds no haemorrhages, its input differs in `brain_only`, or a clinical
+                value is not allowed.
+            UnknownNameError: The model does not use a clinical value.
         """
+        read_values(self.spec, clinical or {})
+        for source in scans if isinstance(scans, list) else ():
+            self._clinical_values(source, clinical)  # refuses wrong values before a scan is read
         resolved = resolve_brain(brain) if self.spec.input.brain_only else "given"
         if detector is not None:
             _check_detector(detector.spec, self.spec)
@@ -181,14 +196,17 @@ class Model:
                     yield self.error_prediction(source, loaded), loaded
                     continue
                 grids, finish = loaded
-                first = executor.submit(self.fold_runtimes[0].run, grids[0][None])
+                known = self._clinical_values(source, clinical)
+                inputs = self._inputs(grids[0], known)
+                first = executor.submit(self.fold_runtimes[0].run, *inputs)
                 try:  # the remaining checks do not change the grid
                     scan = finish()
                     provenance = self.provenance(scan)
                 except ScanError as error:
                     yield self.error_prediction(source, error), error
                     continue
-                prediction = self._prediction(source, scan, self._run_folds(grids[0], first.result()), provenance)
+                outputs = self._run_folds(inputs, first.result())
+                prediction = self._prediction(source, scan, outputs, provenance, known)
                 if detector is not None:
                     found = prediction if detector is self else detector._predict_grid(source, scan, grids[-1])
                     prediction = self._with_haemorrhage(prediction, detection.describe(found, detector.spec, scan))
@@ -210,18 +228,57 @@ class Model:
         for prediction, scan in self.predict_iter(scans, brain=brain, detector=self):
             yield prediction.haemorrhage or detection.describe(prediction, self.spec, None), scan
 
-    def _run_folds(self, grid: np.ndarray, first: dict[str, TaskOutput]) -> list[dict[str, TaskOutput]]:
-        """Run every fold but the first on one grid, and return the outputs of all."""
+    def _clinical_values(self, source: "ScanSource", given: Mapping[str, Any] | None) -> dict[str, float]:
+        """Return the known clinical values of a scan: those that were given, and those of its row in a cohort."""
+        if not self.spec.clinical:
+            return {}
+        values = dict(given or {})
+        if isinstance(source, Patient):
+            for column in (value.column for value in self.spec.clinical):
+                cell = source.columns.get(column, "")
+                if column in values and cell:
+                    expected = "one value: in the table or as `clinical`"
+                    raise InvalidValueError(f"{column} of patient {source.name}", [cell, values[column]], expected)
+                values.setdefault(column, cell)
+            return read_values(self.spec, values, patient=source.name)
+        return read_values(self.spec, values)
+
+    def _inputs(self, grid: np.ndarray, known: Mapping[str, float]) -> tuple[np.ndarray, np.ndarray | None]:
+        """Return the grids and clinical values of one scan: with all known values, and without each of them."""
+        if not self.spec.clinical:
+            return grid[None], None
+        _, clinical = leave_one_out(self.spec, known)
+        return np.repeat(grid[None], len(clinical), axis=0), clinical
+
+    def _clinical_use(self, known: Mapping[str, float], outputs: Sequence[dict[str, TaskOutput]]) -> ClinicalUse | None:
+        """Return which values were used and what each changed, from the outputs for the rows of `_inputs`."""
+        if not self.spec.clinical:
+            return None
+        contributions = {}
+        for task in self.spec.tasks:
+            if task.uses_clinical:
+                p = np.mean([output[task.name].probabilities[:, -1] for output in outputs], axis=0, dtype=float)
+                odds = np.log(np.clip(p, 1e-12, 1)) - np.log(np.clip(1 - p, 1e-12, 1))
+                contributions[task.name] = dict(zip(known, (odds[0] - odds[1:]).tolist(), strict=True))
+        missing = tuple(value.column for value in self.spec.clinical if value.column not in known)
+        return ClinicalUse(dict(known), missing, contributions)
+
+    def _run_folds(
+        self, inputs: tuple[np.ndarray, np.ndarray | None], first: dict[str, TaskOutput]
+    ) -> list[dict[str, TaskOutput]]:
+        """Run every fold but the first on the inputs of one scan, and return the outputs of all."""
         outputs = [first]
         for previous, runtime in itertools.pairwise(self.fold_runtimes):
             previous.release_memory()  # so that many folds need no more memory than one
-            outputs.append(runtime.run(grid[None]))
+            outputs.append(runtime.run(*inputs))
         return outputs
 
     def _predict_grid(self, source: "ScanSource", scan: Scan, grid: np.ndarray) -> Prediction:
         """Return the prediction of a checked scan with its grid."""
-        outputs = self._run_folds(grid, self.fold_runtimes[0].run(grid[None]))
-        return self._prediction(source, scan, outputs, self.provenance(scan))
+        known = self._clinical_values(source, None)
+        inputs = self._inputs(grid, known)
+        outputs = self._run_folds(inputs, self.fold_runtimes[0].run(*inputs))
+        return self._prediction(source, scan, outputs, self.provenance(scan), known)
 
     def _with_haemorrhage(self, prediction: Prediction, haemorrhage: Haemorrhage) -> Prediction:
         """Return a prediction with its haemorrhage, and with a warning if this model expects blood that is absent."""
@@ -231,16 +288,28 @@ class Model:
         return dataclasses.replace(prediction, haemorrhage=haemorrhage, warnings=warnings)
 
     def _prediction(
-        self, source: "ScanSource", scan: Scan, outputs: Sequence[dict[str, TaskOutput]], provenance: dict[str, Any]
+        self,
+        source: "ScanSource",
+        scan: Scan,
+        outputs: Sequence[dict[str, TaskOutput]],
+        provenance: dict[str, Any],
+        known: Mapping[str, float],
     ) -> Prediction:
-        """Return the prediction of a scan from the outputs of all folds."""
+        """Return the prediction of a scan from the outputs of all folds for the rows of `_inputs`."""
         geometry = scan.hu.shape, scan.source_shape, scan.source_affine  # the scan itself is large
         tasks = {
             task.name: _mean_over_folds(task, [output[task.name] for output in outputs], self.spec.input, geometry)
             for task in self.spec.tasks
         }
-        patient = sources.patient_of(source)
-        return Prediction(scan.name, self.spec.name, tasks, scan.warnings, provenance, patient=patient)
+        return Prediction(
+            scan.name,
+            self.spec.name,
+            tasks,
+            scan.warnings,
+            provenance,
+            patient=sources.patient_of(source),
+            clinical=self._clinical_use(known, outputs),
+        )
 
     def _load_grids(
         self, source: "ScanSource", *, brain: "Brain", detector: "Model | None"
@@ -368,6 +437,7 @@ def predict(  # type: ignore[overload-overlap]  # a pair (array, affine) is a tu
     brain: "Brain" = ...,
     on_error: OnError = ...,
     haemorrhage: bool | str | Model = ...,
+    clinical: Mapping[str, Any] | None = ...,
 ) -> Prediction: ...
 @overload
 def predict(
@@ -377,6 +447,7 @@ def predict(
     brain: "Brain" = ...,
     on_error: OnError = ...,
     haemorrhage: bool | str | Model = ...,
+    clinical: Mapping[str, Any] | None = ...,
 ) -> Prediction | Any: ...
 @overload
 def predict(  # type: ignore[overload-overlap]
@@ -386,6 +457,7 @@ def predict(  # type: ignore[overload-overlap]
     brain: "Brain" = ...,
     on_error: OnError = ...,
     haemorrhage: bool | str | Model = ...,
+    clinical: Mapping[str, Any] | None = ...,
 ) -> list[Prediction]: ...
 @overload
 def predict(
@@ -395,6 +467,7 @@ def predict(
     brain: "Brain" = ...,
     on_error: OnError = ...,
     haemorrhage: bool | str | Model = ...,
+    clinical: Mapping[str, Any] | None = ...,
 ) -> Iterator[Prediction]: ...
 def predict(
     model: Model | str,
@@ -403,6 +476,7 @@ def predict(
     brain: "Brain" = "auto",
     on_error: OnError = "raise",
     haemorrhage: bool | str | Model = False,
+    clinical: Mapping[str, Any] | None = None,
 ) -> Prediction | list[Prediction] | Iterator[Prediction]:
     """Predict every task of a model for one scan or several.
 
@@ -418,6 +492,8 @@ def predict(
             with the next scan.
         haemorrhage: Whether each Prediction has the haemorrhage of its scan, or the model that finds haemorrhages. The
             check `no-blood` then uses the answer of this model.
+        clinical: What is known of the patient beside the scan, by column of the model's `clinical`, such as
+            `{"age": 71}`. Any value may be missing. The rows of a table of patients have their own values.
 
     Returns:
         A Prediction for one scan. A list for a list, a tuple, a folder of scans, a table or a Cohort. An iterator for
@@ -425,8 +501,9 @@ def predict(
 
     Raises:
         InvalidValueError: `scans` holds something that is no scan, `on_error` is unknown, or `brain` is the path of a
-            missing mask.
-        UnknownNameError: There is no such model, brain mode or brain extractor.
+            missing mask. Or a clinical value is not a number, outside the range of the spec, or given twice.
+        UnknownNameError: There is no such model, brain mode or brain extractor, or the model does not use a clinical
+            value.
         ScanError: A scan cannot be read, or the model cannot predict it.
         CohortError: A table of patients cannot be read.
 
@@ -439,7 +516,7 @@ def predict(
     brain, found, is_single = _resolve_inputs(scans, brain, on_error)
     loaded = load_model(model) if isinstance(model, str) else model
     detector = _load_detector(haemorrhage, loaded.spec)
-    results = loaded.predict_iter(found, brain=brain, detector=detector)
+    results = loaded.predict_iter(found, brain=brain, detector=detector, clinical=clinical)
     return _collect(_raise_or_keep(results, on_error), found, is_single)
 
 
@@ -508,6 +585,7 @@ def explain(
     label: str | Mapping[str, str] | None = ...,
     method: str = ...,
     brain: "Brain" = ...,
+    clinical: Mapping[str, Any] | None = ...,
     **options: Any,
 ) -> Saliency: ...
 @overload
@@ -519,6 +597,7 @@ def explain(
     label: str | Mapping[str, str] | None = ...,
     method: str | Sequence[str] = ...,
     brain: "Brain" = ...,
+    clinical: Mapping[str, Any] | None = ...,
     **options: Any,
 ) -> dict[tuple[str, str], Saliency]: ...
 def explain(
@@ -529,6 +608,7 @@ def explain(
     label: str | Mapping[str, str] | None = None,
     method: str | Sequence[str] = "guided_backprop",
     brain: "Brain" = "auto",
+    clinical: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Saliency | dict[tuple[str, str], Saliency]:
     """Compute saliency maps for the label of a task.
@@ -543,6 +623,7 @@ def explain(
         label: The label to explain, or a label for each task by name. By default the last, most severe label.
         method: A saliency method or several. `ichprog plugins` lists the methods.
         brain: As in `predict`.
+        clinical: As in `predict`. The values stay fixed while the map is computed.
         **options: Options of the methods, such as `layer="features.transition3.conv"` for Grad-CAM. Each method gets
             the options that it declares.
 
@@ -566,12 +647,15 @@ def explain(
     spec = loaded.spec
     tasks = [spec.tasks[0]] if task is None else [spec.task(name) for name in _as_list(task)]
     labels = {each.name: _label_of(each, label, is_only=len(tasks) == 1) for each in tasks}
+    read_values(spec, clinical or {})  # refuses wrong values before the scan is read
+    values = encode(spec, known := loaded._clinical_values(scan, clinical)) if spec.clinical else None
     methods = _load_methods(_as_list(method), options)
     if all(each.requires == "features" for each in methods.values()):
         loaded.fold_runtimes[0].prefetch_explanation()  # in a thread, while torch is imported and the scan is read
     checked = loaded.load_scan(scan, brain=brain)
-    maps, run = _mean_maps(loaded, preprocessing.prepare(checked.hu, spec.input), tasks, labels, methods)
-    provenance = loaded.provenance(checked) | run
+    grid = preprocessing.prepare(checked.hu, spec.input)
+    maps, run = _mean_maps(loaded, grid, values, tasks, labels, methods)
+    provenance = loaded.provenance(checked) | run | ({"clinical": known} if spec.clinical else {})
     geometry = checked.hu.shape, checked.source_shape, checked.source_affine  # the scan itself is large
     to_image = functools.partial(_to_image, *geometry, spec.input)
     results = {
@@ -822,13 +906,18 @@ def _load_methods(names: Sequence[str], options: Mapping[str, Any]) -> dict[str,
 
 
 def _mean_maps(
-    model: Model, grid: np.ndarray, tasks: Sequence[Task], labels: Mapping[str, str], methods: Mapping[str, _Method]
+    model: Model,
+    grid: np.ndarray,
+    clinical: np.ndarray | None,
+    tasks: Sequence[Task],
+    labels: Mapping[str, str],
+    methods: Mapping[str, _Method],
 ) -> tuple[dict[tuple[str, str], np.ndarray], dict[str, Any]]:
     """Return the mean map over folds for each task and method, and the provenance of the run."""
     maps: dict[tuple[str, str], np.ndarray] = {}
     run: dict[str, Any] = {}
     for runtime in model.fold_runtimes:
-        fold_maps, run = _maps_of_fold(runtime, grid, tasks, labels, methods)
+        fold_maps, run = _maps_of_fold(runtime, grid, clinical, tasks, labels, methods)
         if len(model.fold_runtimes) > 1:
             runtime.release_memory()  # so that many folds need no more memory than one
         for key, values in fold_maps.items():
@@ -839,6 +928,7 @@ def _mean_maps(
 def _maps_of_fold(
     runtime: Runtime,
     grid: np.ndarray,
+    clinical: np.ndarray | None,
     tasks: Sequence[Task],
     labels: Mapping[str, str],
     methods: Mapping[str, _Method],
@@ -849,7 +939,7 @@ def _maps_of_fold(
     maps: dict[tuple[str, str], np.ndarray] = {}
     layers = {method.options.get("layer") for method in methods.values() if method.takes_layer}
     needs_network = any(method.requires == "network" for method in methods.values())
-    with runtime.explanation_session(grid, layers, needs_network=needs_network) as shared:
+    with runtime.explanation_session(grid, layers, needs_network=needs_network, clinical=clinical) as shared:
         for task in tasks:
             score = Score(shared, _log_odds(shared.network, task.name, task.labels.index(labels[task.name])))
             for name, method in methods.items():

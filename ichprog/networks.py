@@ -12,56 +12,86 @@ from ichprog import registry
 from ichprog.errors import IchprogError, PluginError, SpecError, WeightsError
 from ichprog.heads import DenseLogits
 from ichprog.registry import Registry
-from ichprog.spec import ModelSpec, PluginRef
+from ichprog.spec import ModelSpec, PluginRef, Task
 
 
 class Network(nn.Module):
-    """One backbone and one head for each task; all heads read the same features.
+    """One backbone and one head for each task; all heads read the features of the same image.
 
     Args:
         backbone: Module from a grid `(B, 1, D, H, W)` to features `(B, C, d, h, w)`.
         heads: Head of each task by name.
         dense_tasks: Names of the tasks that are also answered voxel by voxel.
+        fusion: Module that combines the features with clinical values, or None.
+        fused_tasks: Names of the tasks whose heads read the features after the fusion.
 
     Attributes:
         backbone: The backbone.
         heads: Head of each task by name.
         dense_tasks: Names of the tasks that are also answered voxel by voxel.
+        fusion: The fusion, or None.
+        fused_tasks: Names of the tasks that use clinical values.
+        fixed_clinical: Clinical values `(1, 2 V)` of every grid that comes without values; None if none are known.
     """
 
-    def __init__(self, backbone: nn.Module, heads: dict[str, nn.Module], dense_tasks: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        backbone: nn.Module,
+        heads: dict[str, nn.Module],
+        dense_tasks: Sequence[str] = (),
+        fusion: "Fusion | None" = None,
+        fused_tasks: Sequence[str] = (),
+    ) -> None:
         super().__init__()
         self.backbone = backbone
         self.heads = nn.ModuleDict(heads)
         self.dense_tasks = tuple(dense_tasks)
+        self.fusion, self.fused_tasks = fusion, tuple(fused_tasks)
+        self.fixed_clinical: Tensor | None = None
 
     @property
     def cam_layer(self) -> str:
         """Return the name of the submodule for class activation maps, relative to the network."""
         return f"backbone.{self.backbone.cam_layer}"
 
-    def forward(self, grid: Tensor) -> dict[str, Tensor]:
-        """Return the logits `(B, K)` of each task for a grid `(B, 1, D, H, W)`."""
-        features = self.backbone(grid)
-        return {task: head(features) for task, head in self.heads.items()}
+    def forward(self, grid: Tensor, clinical: Tensor | None = None) -> dict[str, Tensor]:
+        """Return the logits `(B, K)` of each task.
 
-    def forward_dense(self, grid: Tensor) -> tuple[dict[str, Tensor], dict[str, DenseLogits]]:
+        Args:
+            grid: `(B, 1, D, H, W)`.
+            clinical: `(B, 2 V)` values and whether each is known, from `clinical.encode`; by default `fixed_clinical`.
+        """
+        features = self._features_of_tasks(grid, clinical)
+        return {task: head(features[task]) for task, head in self.heads.items()}
+
+    def forward_dense(
+        self, grid: Tensor, clinical: Tensor | None = None
+    ) -> tuple[dict[str, Tensor], dict[str, DenseLogits]]:
         """Return what `forward` returns, and the logits of voxels, slices and regions of each dense task."""
-        features = self.backbone(grid)
-        dense = {task: self.heads[task].dense(features) for task in self.dense_tasks}  # type: ignore[operator]
+        features = self._features_of_tasks(grid, clinical)
+        dense = {task: self.heads[task].dense(features[task]) for task in self.dense_tasks}  # type: ignore[operator]
         logits = {
-            task: head.pool(dense[task]) if task in dense else head(features)  # type: ignore[operator]
+            task: head.pool(dense[task]) if task in dense else head(features[task])  # type: ignore[operator]
             for task, head in self.heads.items()
         }
         return logits, dense
 
-    def outputs(self, grid: Tensor) -> dict[str, tuple[Tensor, ...]]:
+    def _features_of_tasks(self, grid: Tensor, clinical: Tensor | None) -> dict[str, Tensor]:
+        """Return the features that the head of each task reads."""
+        features = self.backbone(grid)
+        by_task = dict.fromkeys(self.heads, features)
+        if self.fusion is not None:
+            fused = self.fusion(features, self.fixed_clinical if clinical is None else clinical)
+            by_task |= dict.fromkeys(self.fused_tasks, fused)
+        return by_task
+
+    def outputs(self, grid: Tensor, clinical: Tensor | None = None) -> dict[str, tuple[Tensor, ...]]:
         """Return the logits `(B, K)` and the label probabilities `(B, labels)` of each task.
 
         A dense task has three more entries: the probabilities `(B, R + 1, d, h, w)` of the voxels, the probability
         `(B, d)` that a slice holds a region, and the probability `(B, R)` that the scan holds each region.
         """
-        logits, dense = self.forward_dense(grid)
+        logits, dense = self.forward_dense(grid, clinical)
         logits = {task: values.float() for task, values in logits.items()}
         result: dict[str, tuple[Tensor, ...]] = {
             task: (logits[task], values) for task, values in self.probabilities(logits).items()
@@ -73,6 +103,60 @@ class Network(nn.Module):
     def probabilities(self, logits: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the label probabilities `(B, labels)` of each task for its logits `(B, K)`."""
         return {task: head.probabilities(logits[task]) for task, head in self.heads.items()}  # type: ignore[operator]
+
+
+class Fusion(nn.Module):
+    """Combine features with clinical values by a fusion plugin.
+
+    Args:
+        plugin: Module of the plugin, as `ichprog.fusions` describes it.
+        values: Number V of clinical values.
+
+    Attributes:
+        plugin: Module of the plugin.
+        values: Number of clinical values.
+    """
+
+    def __init__(self, plugin: nn.Module, values: int) -> None:
+        super().__init__()
+        self.plugin, self.values = plugin, values
+
+    def forward(self, features: Tensor, clinical: Tensor | None) -> Tensor:
+        """Return features `(B, C, d, h, w)`.
+
+        Args:
+            features: `(B, C, d, h, w)` of the image.
+            clinical: `(B, 2 V)`, or `(1, 2 V)` for all images; None if no value is known.
+        """
+        if clinical is None:
+            clinical = features.new_zeros(1, 2 * self.values)
+        values, known = clinical.to(features.dtype).expand(features.shape[0], -1).chunk(2, dim=1)
+        fused: Tensor = self.plugin(features, values, known)
+        return fused
+
+
+class FusedHead(nn.Module):
+    """Read the features of an image with fixed clinical values, for explanations from features.
+
+    Args:
+        head: Head of the task.
+        fusion: The fusion of the model.
+        clinical: `(1, 2 V)`, or None if no value is known.
+    """
+
+    def __init__(self, head: nn.Module, fusion: Fusion, clinical: Tensor | None) -> None:
+        super().__init__()
+        self.head, self.fusion, self.clinical = head, fusion, clinical
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return the logits `(B, K)` of the task."""
+        logits: Tensor = self.head(self.fusion(features, self.clinical))
+        return logits
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Return the label probabilities `(B, labels)` for the logits `(B, K)`."""
+        values: Tensor = self.head.probabilities(logits)  # type: ignore[operator]
+        return values
 
 
 def build(spec: ModelSpec) -> Network:
@@ -98,7 +182,33 @@ def build(spec: ModelSpec) -> Network:
         raise _contract_error(registry.backbones, spec.backbone, problem)
     if layer not in dict(backbone.named_modules()):
         raise _contract_error(registry.backbones, spec.backbone, f"its cam_layer {layer!r} names none of its modules")
-    return Network(backbone, _build_heads(spec, channels), [task.name for task in spec.tasks if task.mask])
+    dense, fused = ([task.name for task in spec.tasks if chosen(task)] for chosen in (_is_dense, _is_fused))
+    return Network(backbone, _build_heads(spec, channels), dense, build_fusion(spec, channels), fused)
+
+
+def _is_dense(task: Task) -> bool:
+    return task.mask is not None
+
+
+def _is_fused(task: Task) -> bool:
+    return task.uses_clinical
+
+
+def build_fusion(spec: ModelSpec, channels: int) -> Fusion | None:
+    """Build the fusion of a spec with its initial weights, or return None if the spec has none.
+
+    Args:
+        spec: The model.
+        channels: C of the features `(B, C, d, h, w)`.
+
+    Raises:
+        UnknownNameError: No installed fusion has this name.
+        SpecError: The fusion refuses its options.
+        PluginError: The fusion cannot be loaded or breaks its contract.
+    """
+    if spec.fusion is None:
+        return None
+    return Fusion(_build_plugin(registry.fusions, spec.fusion, channels, len(spec.clinical)), len(spec.clinical))
 
 
 def build_head(
@@ -168,13 +278,14 @@ def channels_last(module: nn.Module) -> None:
             values.data = values.data.contiguous(memory_format=torch.channels_last_3d)
 
 
-def load_heads(spec: ModelSpec, path: Path, channels: int) -> dict[str, nn.Module]:
+def load_heads(spec: ModelSpec, path: Path, channels: int, clinical: Tensor | None = None) -> dict[str, nn.Module]:
     """Build only the heads of a spec and load their weights, in evaluation mode and without gradients.
 
     Args:
         spec: The model.
         path: Safetensors file with the keys of the network.
         channels: C of the features `(B, C, d, h, w)`.
+        clinical: Clinical values `(1, 2 V)` that the heads of a fused model read with the features.
 
     Returns:
         The head of each task by name.
@@ -182,10 +293,17 @@ def load_heads(spec: ModelSpec, path: Path, channels: int) -> dict[str, nn.Modul
     Raises:
         WeightsError: The file cannot be read, or a key of the heads is missing, unknown or of another shape.
     """
-    heads = nn.ModuleDict(_build_heads(spec, channels))
-    state = {key.removeprefix("heads."): v for key, v in _read_state(path).items() if key.startswith("heads.")}
-    _load_state(heads, state, path, spec)
-    return dict(heads.eval().requires_grad_(False).items())
+    fusion = build_fusion(spec, channels)
+    parts = nn.ModuleDict({"heads": nn.ModuleDict(_build_heads(spec, channels))})
+    if fusion is not None:
+        parts["fusion"] = fusion
+    state = {key: values for key, values in _read_state(path).items() if key.startswith(("heads.", "fusion."))}
+    _load_state(parts, state, path, spec)
+    parts.eval().requires_grad_(False)
+    heads: dict[str, nn.Module] = dict(parts["heads"].items())  # type: ignore[operator]
+    if fusion is not None:
+        heads |= {task.name: FusedHead(heads[task.name], fusion, clinical) for task in spec.tasks if _is_fused(task)}
+    return heads
 
 
 def load_backbone(network: Network, spec: ModelSpec, path: Path) -> None:

@@ -1,7 +1,8 @@
 """Find plugins by name through entry points.
 
 Listing reads metadata only, a plugin is imported on first use, and each name has one owner. The built-in backbones,
-heads, saliency methods, brain extractors and models use the entry points of this project's own `pyproject.toml`.
+heads, fusions, saliency methods, brain extractors and models use the entry points of this project's own
+`pyproject.toml`.
 
 A name that ends in `/*` is a family: it matches every name with that prefix, and its plugin receives the rest of the
 name as its first argument.
@@ -225,11 +226,13 @@ def _modified_ns(path: str) -> int:
 
 backbones = Registry("backbone", "ichprog.backbones")
 heads = Registry("head", "ichprog.heads")
+fusions = Registry("fusion", "ichprog.fusions")
 saliency = Registry("saliency method", "ichprog.saliency")
 brain_extractors = Registry("brain extractor", "ichprog.brain_extractors")
 models = Registry("package of models", "ichprog.models")
 
 register_backbone = backbones.register
 register_head = heads.register
+register_fusion = fusions.register
 register_saliency = saliency.register
 register_brain_extractor = brain_extractors.register

@@ -103,6 +103,30 @@ class TaskPrediction:
 
 
 @dataclass(frozen=True)
+class ClinicalUse:
+    """The clinical values of a prediction.
+
+    Attributes:
+        used: Known values, by column.
+        missing: Columns of values that were not known.
+        contributions: For each task that uses clinical values, by how much each known value changed the log-odds of the
+            last label: the log-odds with all known values minus those without this one.
+    """
+
+    used: Mapping[str, float]
+    missing: tuple[str, ...]
+    contributions: Mapping[str, Mapping[str, float]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the values as plain data, ready for JSON."""
+        return {
+            "used": dict(self.used),
+            "missing": list(self.missing),
+            "contributions": {task: dict(changes) for task, changes in self.contributions.items()},
+        }
+
+
+@dataclass(frozen=True)
 class Prediction(Mapping[str, TaskPrediction]):
     """The prediction of a model for one scan: a mapping from task names to `TaskPrediction`.
 
@@ -115,6 +139,7 @@ class Prediction(Mapping[str, TaskPrediction]):
         error: The error of the scan, with `code` and `message`; None if there is a prediction.
         patient: Name of the patient in the cohort; None if the scan does not come from a cohort.
         haemorrhage: The haemorrhage in the scan, found by another model; None if it was not requested.
+        clinical: The clinical values that were used, and what each changed; None if the model uses the image alone.
 
     Example:
         ```python
@@ -132,6 +157,7 @@ class Prediction(Mapping[str, TaskPrediction]):
     error: Mapping[str, Any] | None = None
     patient: str | None = None
     haemorrhage: "Haemorrhage | None" = None
+    clinical: ClinicalUse | None = None
 
     def __getitem__(self, task: str) -> TaskPrediction:
         """Return the prediction of one task.
@@ -168,6 +194,7 @@ class Prediction(Mapping[str, TaskPrediction]):
             "tasks": {name: task.to_dict() for name, task in self.tasks.items()},
             "warnings": [warning.to_dict() for warning in self.warnings],
             "provenance": dict(self.provenance),
+            **({} if self.clinical is None else {"clinical": self.clinical.to_dict()}),
             **({} if self.haemorrhage is None else {"haemorrhage": self.haemorrhage.to_dict()}),
             **({} if self.error is None else {"error": dict(self.error)}),
         }
@@ -431,6 +458,7 @@ def results_file(
         columns += [f"{task.name}_label", *(f"{task.name}_{label}" for label in task.labels), f"{task.name}_std"]
         if task.mask is not None:
             columns += [f"{task.name}_{part}_ml" for part in ("total", *task.mask.regions)]
+    columns += _clinical_columns(spec)
     notice = spec.notice if spec.dense_task is None else _with_limits(spec.notice, spec)
     if detector is not None:
         columns += [f"{_BLOOD}{column}" for column in _haemorrhage_columns(detector)]
@@ -505,7 +533,15 @@ def to_frame(results: "Prediction | Haemorrhage | Iterable[Prediction | Haemorrh
     return pd.DataFrame(rows)
 
 
+_CLINICAL = "clinical_"  # of the columns of clinical values
 _BLOOD = "blood_"  # of the columns of a haemorrhage among the columns of tasks
+
+
+def _clinical_columns(spec: ModelSpec) -> list[str]:
+    """Return the columns of clinical values, and of what each changed."""
+    names = [value.column for value in spec.clinical]
+    fused = [task.name for task in spec.tasks if task.uses_clinical]
+    return [*(f"{_CLINICAL}{name}" for name in names), *(f"{task}_change_{name}" for task in fused for name in names)]
 
 
 def _all_columns(columns: list[str], with_patients: bool) -> list[str]:
@@ -527,6 +563,11 @@ def _row(prediction: Prediction) -> dict[str, Any]:
         columns[f"{name}_std"] = None if task.std is None else task.std[task.label]
         if task.segmentation is not None:
             columns |= {f"{name}_{part}_ml": value for part, value in task.segmentation.volume_ml.items()}
+    if prediction.clinical is not None:
+        use = prediction.clinical
+        columns |= {f"{_CLINICAL}{name}": use.used.get(name) for name in (*use.used, *use.missing)}
+        for name, changes in use.contributions.items():
+            columns |= {f"{name}_change_{column}": change for column, change in changes.items()}
     if prediction.haemorrhage is not None:
         found = _haemorrhage_values(prediction.haemorrhage)
         columns |= {f"{_BLOOD}{column}": value for column, value in found.items()}

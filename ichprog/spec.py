@@ -129,6 +129,27 @@ class MaskTarget:
 
 
 @dataclass(frozen=True)
+class ClinicalValue:
+    """A number that is known of a patient beside the scan.
+
+    Attributes:
+        column: Column of the cohort, and name of the value in `predict`.
+        unit: Unit in words, such as "years".
+        lowest: Lowest allowed value.
+        highest: Highest allowed value.
+        centre: Value that the network gets as 0.
+        scale: Difference from the centre that the network gets as 1.
+    """
+
+    column: str
+    unit: str
+    lowest: float
+    highest: float
+    centre: float
+    scale: float
+
+
+@dataclass(frozen=True)
 class Task:
     """One task of a model.
 
@@ -142,6 +163,8 @@ class Task:
             null predicts the most probable label, for unordered labels.
         loss_weight: Weight of the task's loss in training.
         mask: Source of the true regions if the task is also answered voxel by voxel, by a dense head; otherwise null.
+        uses_clinical: Whether the head gets the features after the fusion with clinical values, instead of those of the
+            image alone.
     """
 
     name: str
@@ -152,6 +175,7 @@ class Task:
     threshold: float | None
     loss_weight: float
     mask: MaskTarget | None = None
+    uses_clinical: bool = False
 
     @property
     def kind(self) -> Literal["binary", "ordinal", "nominal"]:
@@ -310,6 +334,8 @@ class ModelSpec:
         limits: Known limits of the model.
         notice: Sentence that accompanies every output.
         golden_output: Reproducible input with its logits, or null.
+        clinical: Values known of a patient beside the scan that the model can use. Any of them may be missing.
+        fusion: Combination of the features of the image with the clinical values; null without clinical values.
 
     Example:
         >>> from ichprog import zoo
@@ -330,6 +356,8 @@ class ModelSpec:
     limits: tuple[str, ...]
     notice: str
     golden_output: GoldenOutput | None
+    clinical: tuple[ClinicalValue, ...] = ()
+    fusion: PluginRef | None = None
 
     def __post_init__(self) -> None:
         _check(self)
@@ -484,6 +512,7 @@ def _check(spec: ModelSpec) -> None:
         raise SpecError(f"Invalid tasks {names}. Expected one or more tasks with different names.")
     for task in spec.tasks:
         _check_task(task)
+    _check_clinical(spec)
     window, ranges = spec.input.window, spec.input.expected_ranges
     if not window.low < window.high:
         raise SpecError(f"Invalid input.window {[window.low, window.high]}. Expected low < high.")
@@ -497,6 +526,30 @@ def _check(spec: ModelSpec) -> None:
         raise SpecError("Invalid weights. Expected both repo and revision, or null for both.")
     if revision is not None and (len(revision) != 40 or set(revision) - set("0123456789abcdef")):
         raise SpecError(f"Invalid weights.revision {revision!r}. Expected a commit of 40 hex digits.")
+
+
+def _check_clinical(spec: ModelSpec) -> None:
+    columns = [value.column for value in spec.clinical]
+    if len(set(columns)) != len(columns):
+        raise SpecError(f"Invalid clinical: the columns are {columns}. Expected different ones.")
+    fused = [task for task in spec.tasks if task.uses_clinical]
+    if len({bool(columns), spec.fusion is not None, bool(fused)}) > 1:
+        raise SpecError(
+            f"Invalid clinical: {len(columns)} values, {'a' if spec.fusion else 'no'} fusion, and {len(fused)} tasks "
+            "with uses_clinical. Expected all of them, or none."
+        )
+    for value in spec.clinical:
+        if not value.lowest < value.highest or not value.scale > 0:
+            raise SpecError(
+                f"Invalid clinical.{value.column}: lowest {value.lowest:g}, highest {value.highest:g}, scale "
+                f"{value.scale:g}. Expected lowest < highest, and scale > 0."
+            )
+    for task in fused:
+        if task.target.column in columns:
+            raise SpecError(
+                f"Invalid tasks.{task.name}.uses_clinical: the column {task.target.column!r} would predict itself. Set "
+                "uses_clinical to false, or remove the column from clinical."
+            )
 
 
 def _check_task(task: Task) -> None:

@@ -1,4 +1,4 @@
-"""The contract suite: check that a backbone, head, saliency method or brain extractor keeps its contract.
+"""The contract suite: check that a backbone, head, fusion, saliency method or brain extractor keeps its contract.
 
 Use the checks in the tests of a plugin's distribution, or by hand:
 
@@ -26,7 +26,7 @@ from ichprog import networks, registry, saliency, zoo
 from ichprog.errors import InvalidValueError, PluginError, ScanError
 from ichprog.registry import Registry
 from ichprog.runtime import build_runtimes
-from ichprog.spec import ModelSpec, PluginRef
+from ichprog.spec import ClinicalValue, ModelSpec, PluginRef
 
 Shape = tuple[int, int, int]
 Broken = Callable[[str], PluginError]  # builds the error of a broken rule
@@ -250,6 +250,83 @@ def _check_dense(broken: Broken, head: Any, channels: int) -> None:
         voxels = nn.functional.interpolate(head.dense(features).voxels, target.shape[2:])
     if not torch.equal(voxels.argmax(1), region):
         raise broken("minimising its dense_loss must make the true region the most probable")
+
+
+def check_fusion(name: str, **options: Any) -> None:
+    """Check the contract of a fusion.
+
+    - The result has the shape of the features, and consists of finite float32 numbers.
+    - A missing value changes nothing, whatever number stands in its place. A known value changes the result, and so
+      does whether the value is known.
+    - The result depends on the features, and every parameter gets a gradient.
+    - The same inputs give the same result, in any batch.
+    - The state of one fusion fits another, and evaluation changes neither the fusion nor its inputs.
+
+    Args:
+        name: Name of the fusion.
+        **options: Options of the fusion.
+
+    Raises:
+        PluginError: The fusion breaks its contract.
+        UnknownNameError: There is no such fusion.
+        SpecError: The fusion refuses its options.
+
+    Example:
+        >>> check_fusion("film")
+    """
+    broken = _broken(registry.fusions, name)
+    channels, values = 6, 2
+
+    def build(seed: int) -> Any:
+        torch.manual_seed(seed)
+        fusion = networks.build_fusion(_fused_spec(PluginRef(name, options), values), channels)
+        assert fusion is not None  # noqa: S101  # the spec has a fusion
+        for parameter in fusion.parameters():  # a fusion may begin as the identity
+            nn.init.normal_(parameter, std=0.5)
+        return fusion.plugin.eval()
+
+    with _seeded():
+        fusion, features = build(1), torch.randn(3, channels, 2, 3, 3)
+        given, known = torch.randn(3, values), torch.tensor([[1.0, 1.0], [1.0, 0.0], [0.0, 0.0]])
+        result = _attempt(broken, lambda: fusion(features, given, known))
+        _check_values(broken, result, "the result", features.shape)
+        _check_missing(broken, fusion, features, given, known, result)
+        if not _is_close(
+            torch.cat([fusion(features[i : i + 1], given[i : i + 1], known[i : i + 1]) for i in range(3)]), result
+        ):
+            raise broken("the result of one patient depends on the batch")
+        inputs = features.clone().requires_grad_()
+        fusion(inputs, given, known).square().sum().backward()
+        if inputs.grad is None or not bool(inputs.grad.any()):
+            raise broken("the result does not depend on the features")
+        without = [key for key, each in fusion.named_parameters() if each.grad is None or not bool(each.grad.any())]
+        if without:
+            raise broken(f"the parameter {without[0]} gets no gradient")
+        other = build(2)
+        other.load_state_dict(fusion.state_dict())
+        if not _is_close(other(features, given, known), result):
+            raise broken("a fusion with the same state gives another result")
+
+
+def _check_missing(broken: Broken, fusion: Any, features: Tensor, given: Tensor, known: Tensor, result: Tensor) -> None:
+    """Check that missing values change nothing, and that known ones do."""
+    if not _is_close(fusion(features, torch.where(known > 0, given, given + 7), known), result):
+        raise broken("a missing value changes the result")
+    changed = fusion(features, given + 1, known)
+    if _is_close(changed[:1], result[:1]):
+        raise broken("a known value does not change the result")
+    if _is_close(
+        fusion(features, torch.zeros_like(given), known)[:1], fusion(features, torch.zeros_like(given), 0 * known)[:1]
+    ):
+        raise broken("a known value of 0 has the same result as a missing value")
+
+
+def _fused_spec(fusion: PluginRef, values: int) -> ModelSpec:
+    """Return a spec with a fusion of clinical values."""
+    spec = zoo.find(zoo.DEFAULT)
+    clinical = tuple(ClinicalValue(f"value{number}", "", -10, 10, 0, 1) for number in range(values))
+    first, *others = spec.tasks
+    return replace(spec, tasks=(replace(first, uses_clinical=True), *others), clinical=clinical, fusion=fusion)
 
 
 def check_saliency(name: str, **options: Any) -> None:

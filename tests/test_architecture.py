@@ -17,7 +17,19 @@ PACKAGE = Path(ichprog.__file__).parent
 LAYERS = [
     {"errors", "schema", "spec", "io", "parallel"},
     {"registry"},
-    {"zoo", "scan", "preprocessing", "results", "cohort", "clinical_scores", "backbones", "heads", "saliency"},
+    {
+        "zoo",
+        "scan",
+        "preprocessing",
+        "results",
+        "cohort",
+        "clinical",
+        "clinical_scores",
+        "backbones",
+        "heads",
+        "fusions",
+        "saliency",
+    },
     {"hub", "sources", "location"},
     {"networks", "detection"},
     {"runtime"},
@@ -46,6 +58,7 @@ FORBIDDEN = {
     "location": {"registry", "zoo"},
     "backbones": {"registry", "zoo", "spec"},
     "heads": {"registry", "zoo", "spec"},
+    "fusions": {"registry", "zoo", "spec"},
     "saliency": {"registry", "zoo", "spec"},
     "metrics": set().union(*LAYERS) - {"errors", "metrics"},  # arrays in, numbers out
 }

@@ -27,6 +27,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = {
     "backbone": "plugins-backbone.md",
     "head": "plugins-head.md",
+    "fusion": "plugins-fusion.md",
     "saliency": "plugins-saliency.md",
     "brain_extractor": "plugins-brain.md",
 }

@@ -36,11 +36,12 @@ def distribution(tmp_path, monkeypatch):
 
 
 def test_built_in_plugins_use_entry_points():
-    for kind in (registry.backbones, registry.heads, registry.saliency):
+    for kind in (registry.backbones, registry.heads, registry.fusions, registry.saliency):
         mine = {point.name for point in entry_points(group=kind.group) if point.dist.name == "ichprog"}
         assert {entry.name for entry in kind.entries()} == mine
     assert registry.backbones.names() == ["compact", "densenet121", "perez2023", "unet"]
     assert registry.heads.names() == ["interval_regression", "ordinal", "proportional_odds", "segmentation", "softmax"]
+    assert registry.fusions.names() == ["concat", "film"]
     assert registry.saliency.names() == ["grad_cam", "guided_backprop", "guided_grad_cam"]
 
 

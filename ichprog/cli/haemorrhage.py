@@ -20,6 +20,7 @@ from ichprog.cli.scans import (
     print_limits,
     print_notice,
     print_warnings,
+    read_clinical,
     save_image,
     scans_argument,
     score_options,
@@ -66,7 +67,9 @@ def haemorrhage(
     from ichprog.results import with_scores
 
     sources = find_scans(scans)
-    computer = ScoreComputer(sources, clinical, is_requested=scores)
+    if clinical and not scores:
+        raise click.UsageError("--clinical needs --scores.")
+    computer = ScoreComputer(sources, read_clinical(clinical, sources), is_requested=scores)
     model = load_model(name, brain, loading)
     has_failed = False
     with ExitStack() as stack:

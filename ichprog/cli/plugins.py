@@ -16,7 +16,7 @@ from ichprog.errors import IchprogError
 
 _REGISTRIES = {"backbone": "backbones", "head": "heads", "saliency": "saliency"}  # by kind, in `ichprog.registry`
 _kinds = click.Choice(list(_REGISTRIES))
-_TEMPLATES = _REGISTRIES | {"brain_extractor": "brain_extractors"}
+_TEMPLATES = _REGISTRIES | {"fusion": "fusions", "brain_extractor": "brain_extractors"}
 
 
 @click.group(invoke_without_command=True)
@@ -40,7 +40,8 @@ def check_all() -> list[dict[str, Any]]:
     from ichprog import registry, zoo
 
     rows = []
-    kinds = [registry.backbones, registry.heads, registry.saliency, registry.brain_extractors, registry.models]
+    kinds = [registry.backbones, registry.heads, registry.fusions, registry.saliency]
+    kinds += [registry.brain_extractors, registry.models]
     for entries, load in [*((kind.entries(), registry.Entry.load) for kind in kinds), (zoo.entries(), zoo.read_entry)]:
         for entry in entries:
             problem = None

@@ -10,7 +10,7 @@ import click
 
 import ichprog
 from ichprog import zoo
-from ichprog.cli.options import as_json, brain, loading, model_option, parse_assignments, with_options
+from ichprog.cli.options import as_json, brain, find_spec, loading, model_option, parse_assignments, with_options
 from ichprog.cli.scans import (
     ScoreComputer,
     find_scans,
@@ -21,6 +21,7 @@ from ichprog.cli.scans import (
     print_limits,
     print_notice,
     print_warnings,
+    read_clinical,
     save_image,
     scans_argument,
     score_options,
@@ -31,7 +32,7 @@ from ichprog.errors import ScanError
 if TYPE_CHECKING:
     from ichprog.clinical_scores import ClinicalScores
     from ichprog.model import Model
-    from ichprog.results import Prediction, Saliency
+    from ichprog.results import ClinicalUse, Prediction, Saliency
     from ichprog.scan import Scan
     from ichprog.sources import ScanSource
 
@@ -102,13 +103,15 @@ def predict(
         raise click.UsageError("--haemorrhage-model needs --haemorrhage or --scores.")
     chosen = parse_assignments("--option", options, _LAYER)
     sources = find_scans(scans)
-    computer = ScoreComputer(sources, clinical, is_requested=scores)
+    given = read_clinical(clinical, sources)
+    for_model, for_scores = _split_clinical(given, name, with_scores=scores)
+    computer = ScoreComputer(sources, for_scores, is_requested=scores)
     model = load_model(name, brain, loading)
     detector = load_model(detector_name, brain, {**loading, "fold": None}) if haemorrhage or scores else None
     has_failed = False
     with ExitStack() as stack:
         add = stack.enter_context(_results_file(output, model, detector, sources, with_scores=scores))
-        results = model.predict_iter(sources, brain=brain, detector=detector)
+        results = model.predict_iter(sources, brain=brain, detector=detector, clinical=for_model)
         for source, stem, (prediction, examined) in with_progress(sources, results):
             computed = computer.scores(source, prediction.haemorrhage)
             add(prediction, computed)
@@ -121,11 +124,28 @@ def predict(
                 if prediction.haemorrhage is not None:
                     save_image(prediction.haemorrhage.mask, masks / f"{stem}_haemorrhage.nii.gz")
             if maps:
-                _save_maps(model, examined, maps, stem, tasks, methods, None, chosen)
+                used = {} if prediction.clinical is None else {"clinical": prediction.clinical.used}
+                _save_maps(model, examined, maps, stem, tasks, methods, None, chosen | used)
     if detector is not None and not as_json:
         print_limits(detector)
     print_notice(model)
     ctx.exit(1 if has_failed else 0)
+
+
+def _split_clinical(given: dict[str, Any], model: str, *, with_scores: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the clinical values for the model, and those for the scores; many are for both."""
+    if not given:
+        return {}, {}
+    columns = [value.column for value in find_spec(model).clinical]
+    if not columns and not with_scores:
+        raise click.UsageError(f"--clinical needs --scores, or a model with clinical values. {model} has none.")
+    for_model = {name: value for name, value in given.items() if name in columns or not with_scores}
+    from ichprog.clinical_scores import CLINICAL_COLUMNS
+
+    for_scores = {
+        name: value for name, value in given.items() if name in CLINICAL_COLUMNS.values() or name not in columns
+    }
+    return for_model, for_scores if with_scores else {}
 
 
 def _results_file(
@@ -164,6 +184,12 @@ def _results_file(
     help="Saliency method; repeatable. `ichprog plugins` lists the methods.",
 )  # fmt: skip
 @_options
+@click.option(
+    "--clinical",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Clinical value of the patient, which stays fixed; repeatable. Example: age=71.",
+)
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path(), help="Folder for the maps.")
 @as_json
 @click.pass_context
@@ -177,6 +203,7 @@ def explain(
     label: str | None,
     methods: tuple[str, ...],
     options: tuple[str, ...],
+    clinical: tuple[str, ...],
     output: Path,
     as_json: bool,
     **loading: Any,
@@ -184,6 +211,8 @@ def explain(
     """Write saliency maps of every SCAN as NIfTI in the scan's own space."""
     chosen = parse_assignments("--option", options, _LAYER)
     sources = find_scans(scans)
+    if given := read_clinical(clinical, sources):
+        chosen["clinical"] = given
     model = load_model(name, brain, loading)
     has_failed = False
     for source, stem, examined in with_progress(sources, _examine(model, sources, brain)):
@@ -239,12 +268,24 @@ def _print_prediction(prediction: "Prediction", scores: "ClinicalScores | None",
         click.echo(json.dumps(with_scores(prediction, scores)))
         return
     click.echo(_format_prediction(prediction))
+    if prediction.clinical is not None:
+        click.echo(_format_clinical(prediction.clinical))
     if scores is not None:
         click.echo(format_scores(scores))
     print_warnings(prediction.scan, prediction.warnings)
     if prediction.haemorrhage is not None:
         others = [warning for warning in prediction.haemorrhage.warnings if warning not in prediction.warnings]
         print_warnings(prediction.scan, others)
+
+
+def _format_clinical(use: "ClinicalUse") -> str:
+    """Return one line: each known value with what it changed, and the values that are not known."""
+    used = []
+    for name, value in use.used.items():
+        changes = ", ".join(f"{task} {by[name]:+.2f}" for task, by in use.contributions.items())
+        used.append(f"{name} {value:g} (log-odds of {changes})")
+    missing = f"not known: {', '.join(use.missing)}" if use.missing else ""
+    return "  clinical values: " + "; ".join(each for each in (*used, missing) if each)
 
 
 def _format_prediction(prediction: "Prediction") -> str:

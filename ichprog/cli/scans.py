@@ -31,7 +31,7 @@ score_options = [
     click.option("--scores", is_flag=True, help="Compute the ICH and FUNC scores of each patient."),
     click.option(
         "--clinical", multiple=True, metavar="NAME=VALUE",
-        help=f"Clinical value of the patient for --scores; repeatable. Example: {_CLINICAL_EXAMPLE}.",
+        help=f"Clinical value of the patient; repeatable. Example: {_CLINICAL_EXAMPLE}.",
     ),
 ]  # fmt: skip
 
@@ -54,31 +54,42 @@ def find_scans(paths: tuple[Path, ...]) -> "list[ScanSource]":
     return list({name_of(source): source for source in resolved}.values())
 
 
+def read_clinical(assignments: tuple[str, ...], sources: "list[ScanSource]") -> dict[str, Any]:
+    """Parse the clinical values of the only scan. The rows of a table have their own.
+
+    Args:
+        assignments: Values NAME=VALUE.
+        sources: The scans.
+
+    Raises:
+        click.UsageError: Values are given for several scans, or one is not NAME=VALUE.
+    """
+    given = parse_assignments("--clinical", assignments, _CLINICAL_EXAMPLE)
+    if given and len(sources) > 1:
+        raise click.UsageError(
+            f"--clinical describes one patient, and there are {len(sources)} scans. Give a table of patients (.csv) "
+            f"with the columns {', '.join(given)}."
+        )
+    return given
+
+
 class ScoreComputer:
     """Compute the clinical scores of each patient.
 
     Args:
         sources: The scans.
-        assignments: Clinical values NAME=VALUE of the only scan. The rows of a table have their own.
+        given: Clinical values of the only scan, from `read_clinical`.
         is_requested: Whether scores are computed at all.
 
     Raises:
-        click.UsageError: Clinical values are given for several scans or without need, or one is not NAME=VALUE.
         IchprogError: A clinical value is unknown or impossible.
     """
 
-    def __init__(self, sources: "list[ScanSource]", assignments: tuple[str, ...], *, is_requested: bool) -> None:
-        from ichprog.clinical_scores import CLINICAL_COLUMNS, check_clinical
+    def __init__(self, sources: "list[ScanSource]", given: Mapping[str, Any], *, is_requested: bool) -> None:
+        from ichprog.clinical_scores import check_clinical
 
         self._is_requested = is_requested
-        if assignments and not is_requested:
-            raise click.UsageError("--clinical needs --scores.")
-        self._given = check_clinical(parse_assignments("--clinical", assignments, _CLINICAL_EXAMPLE))
-        if self._given and len(sources) > 1:
-            raise click.UsageError(
-                f"--clinical describes one patient, and there are {len(sources)} scans. Give a table of patients "
-                f"(.csv) with the columns {', '.join(CLINICAL_COLUMNS)}."
-            )
+        self._given = check_clinical(given if is_requested else {})
         for source in sources if is_requested else ():
             self._values(source)  # refuses wrong values before a scan is read
 

@@ -1,6 +1,6 @@
 """Convert the folds of a model to one ONNX network."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ichprog import networks
 from ichprog.errors import PluginError
 from ichprog.hub import WeightFile
-from ichprog.networks import Network
+from ichprog.networks import FusedHead, Network
 from ichprog.runtime.openvino.backend import silenced
 from ichprog.spec import ModelSpec
 
@@ -46,9 +46,9 @@ class _FoldEnsemble(nn.Module):
         super().__init__()
         self.folds = nn.ModuleList(networks.load(spec, file.path) for file in files)
 
-    def forward(self, grid: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, grid: Tensor, clinical: Tensor | None = None) -> tuple[Tensor, ...]:
         """Return the probabilities of each task, in the order of `_output_names`."""
-        outputs = [fold.outputs(grid) for fold in cast("Iterable[Network]", self.folds)]
+        outputs = [fold.outputs(grid, clinical) for fold in cast("Iterable[Network]", self.folds)]
         return tuple(
             torch.stack(values).mean(0)
             for task in outputs[0]
@@ -76,8 +76,9 @@ class _HeadProbabilities(nn.Module):
 def _convert_model(spec: ModelSpec, files: Sequence[WeightFile]) -> Any:
     """Return the folds of a model as an ONNX program; an error names the plugin that cannot be converted."""
     ensemble, grids = _FoldEnsemble(spec, files).eval(), torch.zeros(2, 1, *spec.input.shape)
+    inputs = {"grid": grids} | ({"clinical": torch.zeros(2, 2 * len(spec.clinical))} if spec.clinical else {})
     try:
-        return _convert_module(ensemble, grids, _output_names(spec))
+        return _convert_module(ensemble, inputs, _output_names(spec))
     except Exception as error:  # a plugin may fail in any way
         plugin = _find_unsupported_plugin(spec, cast("Network", ensemble.folds[0]), grids)
         detail = " ".join(str(error.__cause__ or error).split())[:300]
@@ -91,27 +92,30 @@ def _find_unsupported_plugin(spec: ModelSpec, fold: Network, grids: Tensor) -> s
     """Return the first plugin of a model that cannot be converted alone."""
     with torch.no_grad():
         features = fold.backbone(grids)
-    parts = [(f"backbone {spec.backbone.name!r}", fold.backbone, grids)]
+    parts: list[tuple[str, nn.Module, Tensor]] = [(f"backbone {spec.backbone.name!r}", fold.backbone, grids)]
     parts += [
         (f"head {task.head.name!r} of {task.name!r}", _HeadProbabilities(fold.heads[task.name]), features)
         for task in spec.tasks
     ]
+    if fold.fusion is not None and spec.fusion is not None:
+        parts.append((f"fusion {spec.fusion.name!r}", FusedHead(nn.Identity(), fold.fusion, None), features))
     for name, module, example in parts:
         try:
-            _convert_module(module, example, ["output"])
+            _convert_module(module, {"grid": example}, ["output"])
         except Exception:
             return name
     return spec.name
 
 
-def _convert_module(module: nn.Module, example: Tensor, outputs: Sequence[str]) -> Any:
+def _convert_module(module: nn.Module, inputs: Mapping[str, Tensor], outputs: Sequence[str]) -> Any:
     """Return a module as an ONNX program for batches of any size, without stack traces in its metadata."""
-    shapes = ({0: torch.export.Dim("batch")},)
+    batch = torch.export.Dim("batch")
+    shapes = tuple({0: batch} for _ in inputs)
     with silenced():
         # The module is traced separately: the ONNX exporter would fix the batch size instead of reporting an error.
-        traced = torch.export.export(module, (example,), dynamic_shapes=shapes)
+        traced = torch.export.export(module, tuple(inputs.values()), dynamic_shapes=shapes)
         program = torch.onnx.export(
-            traced, dynamo=True, input_names=["grid"], output_names=outputs, dynamic_shapes=shapes, verbose=False
+            traced, dynamo=True, input_names=list(inputs), output_names=outputs, dynamic_shapes=shapes, verbose=False
         )
     assert program is not None  # noqa: S101  # it is None only if a file name is given
     model: Any = program.model

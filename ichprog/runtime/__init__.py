@@ -52,11 +52,13 @@ class TaskOutput(NamedTuple):
 class Runtime(Protocol):
     """The network of one fold, ready to run."""
 
-    def run(self, grids: np.ndarray) -> dict[str, TaskOutput]:
+    def run(self, grids: np.ndarray, clinical: np.ndarray | None = None) -> dict[str, TaskOutput]:
         """Run the network and return the output of each task.
 
         Args:
             grids: `(B, D, H, W)` float32.
+            clinical: `(B, 2 V)` float32 from `clinical.encode`, for a model with clinical values; None if no value is
+                known.
         """
 
     def release_memory(self) -> None:
@@ -69,7 +71,12 @@ class Runtime(Protocol):
         """Return the network as a torch module in evaluation mode."""
 
     def explanation_session(
-        self, grid: np.ndarray, layers: Collection[str | None], *, needs_network: bool
+        self,
+        grid: np.ndarray,
+        layers: Collection[str | None],
+        *,
+        needs_network: bool,
+        clinical: np.ndarray | None = None,
     ) -> "AbstractContextManager[ForwardPass]":
         """Run one forward pass, which saliency methods share while the block runs.
 
@@ -77,6 +84,7 @@ class Runtime(Protocol):
             grid: `(D, H, W)` float32.
             layers: Layers that the methods read; None is the `cam_layer` of the backbone.
             needs_network: Whether a method needs the torch network.
+            clinical: `(2 V,)` float32 from `clinical.encode`, which stay fixed; None if no value is known.
 
         Raises:
             UnknownNameError: The network has no such layer.

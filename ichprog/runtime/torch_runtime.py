@@ -33,10 +33,11 @@ class TorchRuntime:
         if device.startswith("cuda"):
             networks.channels_last(self.network)
 
-    def run(self, grids: np.ndarray) -> dict[str, TaskOutput]:
+    def run(self, grids: np.ndarray, clinical: np.ndarray | None = None) -> dict[str, TaskOutput]:
         """Run the network, as in `Runtime.run`."""
         with torch.inference_mode(), self._autocast():
-            outputs = self.network.outputs(torch.from_numpy(grids).to(self.device)[:, None])
+            values = None if clinical is None else torch.from_numpy(clinical).to(self.device)
+            outputs = self.network.outputs(torch.from_numpy(grids).to(self.device)[:, None], values)
         return {task: TaskOutput(*(each.cpu().numpy() for each in values)) for task, values in outputs.items()}
 
     def release_memory(self) -> None:
@@ -56,12 +57,18 @@ class TorchRuntime:
         layers: Collection[str | None],
         *,
         needs_network: bool,  # noqa: ARG002  # the torch network is always there
+        clinical: np.ndarray | None = None,
     ) -> Iterator[saliency.ForwardPass]:
         """Run one forward pass with autograd, as in `Runtime.explanation_session`."""
         names = {saliency.resolve_layer(self.network, layer) for layer in layers}
         with torch.inference_mode(mode=False), torch.enable_grad():
             values = torch.from_numpy(grid).to(self.device)[None, None].requires_grad_()
-            yield saliency.TorchPass(self.network, values, names, self._autocast)
+            if clinical is not None:
+                self.network.fixed_clinical = torch.from_numpy(clinical).to(self.device)[None]
+            try:
+                yield saliency.TorchPass(self.network, values, names, self._autocast)
+            finally:
+                self.network.fixed_clinical = None
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.precision == "float32":

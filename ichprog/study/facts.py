@@ -32,7 +32,7 @@ def comparison_table(study: Study) -> Table:
         {
             "name": variant.name,
             "model": _format_backbone(variant.spec),
-            "input": f"image, {_format_shape(variant.spec)}",
+            "input": ", ".join(["image", _format_shape(variant.spec), *(v.column for v in variant.spec.clinical)]),
             "tasks": ", ".join(task.name for task in variant.spec.tasks),
         }
         for variant in study.variants

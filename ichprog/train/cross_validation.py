@@ -4,11 +4,13 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from ichprog import hub, networks
+from ichprog.clinical import encode, read_values
 from ichprog.cohort import Cohort, find_masks
-from ichprog.errors import InvalidValueError, RunError, UnknownNameError
+from ichprog.errors import CohortError, InvalidValueError, RunError, UnknownNameError
 from ichprog.model import resolve_brain
 from ichprog.scan import brain_key
 from ichprog.spec import ModelSpec, Task
@@ -42,6 +44,7 @@ class CrossValidation:
         region_sources: The source of the true regions of each patient, for each dense task.
         membership: Names of the patients of each part, by fold.
         backbones: Weights that each fold starts from.
+        clinical: `(N, 2 V)` clinical values of the patients; None for a model of the image alone.
 
     Raises:
         CohortError: The patients, their masks or the folds cannot be trained on.
@@ -66,6 +69,7 @@ class CrossValidation:
         self.names = [patient.name for patient in cohort.patients]
         self.labels = {task.name: cohort.labels(task) for task in spec.tasks}
         self.region_sources = {task.name: self._find_regions(task) for task in spec.tasks if task.mask}
+        self.clinical = _encode_clinical(spec, cohort)
         self.has_given_folds = not isinstance(folds, int)
         fraction = protocol.validation_fraction
         if isinstance(folds, int):
@@ -144,6 +148,7 @@ class CrossValidation:
             checkpoint,
             regions,
             self.backbones.get(fold),
+            self.clinical,
         )
         if not context.is_main_process:
             trainer.train_fold(job, context, callback)
@@ -175,6 +180,7 @@ class CrossValidation:
             self.membership if self.has_given_folds else None,
             self.region_sources,
             self.backbones,
+            self.clinical,
         )
         details = {
             "description": self.description,
@@ -227,3 +233,18 @@ class CrossValidation:
             RegionSource(patient.scan, masks.get(patient.name), () if label == 0 else listed)
             for patient, label, listed in zip(self.cohort.patients, self.labels[task.name], slices, strict=True)
         ]
+
+
+def _encode_clinical(spec: ModelSpec, cohort: Cohort) -> np.ndarray | None:
+    """Return the clinical values of all patients `(N, 2 V)`, or None for a model of the image alone."""
+    if not spec.clinical:
+        return None
+    columns = {value.column: cohort.numbers(value.column) for value in spec.clinical}
+    rows = []
+    for index, patient in enumerate(cohort.patients):
+        given = {name: numbers[index] for name, numbers in columns.items()}
+        try:
+            rows.append(encode(spec, read_values(spec, given, patient=patient.name)))
+        except InvalidValueError as error:
+            raise CohortError(f"{cohort.source}: {error}") from None
+    return np.stack(rows)

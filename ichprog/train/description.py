@@ -36,7 +36,7 @@ def describe_training(spec: ModelSpec, name: str | None, origin: Origin, folds: 
     return replace(
         spec,
         name=name or spec.name,
-        summary=f"{_join(names)} from one head CT. Trained on {_format_patients(origin)}.",
+        summary=f"{_join(names)} from one head CT{_clinical_inputs(spec)}. Trained on {_format_patients(origin)}.",
         tasks=tuple(_describe_task(task, origin, keep_threshold=not has_weights) for task in spec.tasks),
         weights=Weights(None, None, "", "safetensors", {}, {}),
         licence=Licence(
@@ -50,6 +50,11 @@ def describe_training(spec: ModelSpec, name: str | None, origin: Origin, folds: 
         notice=_notice(origin),
         golden_output=None,
     )
+
+
+def _clinical_inputs(spec: ModelSpec) -> str:
+    columns = [value.column for value in spec.clinical]
+    return f" and, if known, {_join(columns)}" if columns else ""
 
 
 def add_results(spec: ModelSpec, aucs: Iterable[OutOfFoldAuc], folds: int) -> ModelSpec:

@@ -30,6 +30,7 @@ class FoldJob:
         labels: `(N,)` label indices of all patients for each task, -1 if unknown.
         checkpoint: Path of the checkpoint.
         regions: Regions of all patients for each dense task, .npy files.
+        clinical: `(N, 2 V)` clinical values of all patients, from `clinical.encode`; None without clinical values.
         start_from: Weights whose backbone the training starts from, a .safetensors file.
     """
 
@@ -43,6 +44,7 @@ class FoldJob:
     checkpoint: Path
     regions: Mapping[str, Sequence[Path]] = field(default_factory=dict)
     start_from: Path | None = None
+    clinical: np.ndarray | None = None
 
     def candidates(self) -> "list[FoldJob]":
         """Return a job for each learning rate that the fold tries, each with a checkpoint of its own."""
@@ -72,6 +74,26 @@ class FoldJob:
             ).to(device)
             for task, arrays in loaded.items()
         }
+
+    def load_clinical(
+        self, patients: np.ndarray, device: torch.device, seeds: Sequence[tuple[int, ...]] | None = None
+    ) -> Tensor | None:
+        """Return the clinical values `(B, 2 V)` of patients, or None for a model of the image alone.
+
+        Args:
+            patients: Positions of the patients.
+            device: Device of the result.
+            seeds: Random seed of each patient, by which values are hidden; None hides none.
+        """
+        if self.clinical is None:
+            return None
+        values = self.clinical[patients].copy()
+        if seeds is not None:
+            number = values.shape[1] // 2
+            hidden = [np.random.default_rng([*seed, 1]).random(number) for seed in seeds]
+            kept = np.stack(hidden) >= self.protocol.clinical_omission
+            values *= np.concatenate([kept, kept], axis=1)
+        return torch.from_numpy(values).to(device)
 
     def targets(self, patients: np.ndarray) -> dict[str, Tensor]:
         """Return `(B,)` label indices of patients for each task."""

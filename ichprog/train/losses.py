@@ -87,6 +87,7 @@ class Objective(nn.Module):
         targets: Mapping[str, Tensor],
         shares: Mapping[str, float],
         regions: Mapping[str, Tensor] | None = None,
+        clinical: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return a batch's contribution to the loss of its step, and the loss of each task.
 
@@ -97,8 +98,9 @@ class Objective(nn.Module):
             targets: `(B,)` label indices for each task, -1 if unknown.
             shares: Share of this batch in the step's known labels, for each task.
             regions: `(B, R, D, H, W)` fractions for each dense task, as in the contract of heads.
+            clinical: `(B, 2 V)` clinical values, from `clinical.encode`.
         """
-        outputs, dense = self.network.forward_dense(grids)
+        outputs, dense = self.network.forward_dense(grids, clinical)
         logits = {task: values.float() for task, values in outputs.items()}
         losses = {t: mean_loss(self.network.heads[t], logits[t], targets[t], self.weights[t]) for t in logits}
         for task, target in (regions or {}).items():

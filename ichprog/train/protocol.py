@@ -43,6 +43,8 @@ class Protocol:
         plateau_factor: Factor by which the "plateau" schedule multiplies the rate.
         freeze_backbone: Whether the backbone keeps the weights that it starts from, so that only heads are trained.
             Needs a run to start from.
+        clinical_omission: Probability that each clinical value of a training patient is hidden, so that a fused model
+            learns to do without it.
         loss_weighting: "fixed" uses the tasks' own weights, "uncertainty" learns them (Kendall et al., CVPR 2018).
         balance: "class_weights" weights each label inversely to its frequency, "oversample" repeats patients with the
             first task's rarer labels, "none" does neither.
@@ -80,6 +82,7 @@ class Protocol:
     plateau_patience: _Count = 5
     plateau_factor: Annotated[float, Bounds(0.001, 0.999)] = 0.98
     freeze_backbone: bool = False
+    clinical_omission: _Fraction = 0.3
     loss_weighting: Literal["fixed", "uncertainty"] = "fixed"
     balance: Literal["none", "class_weights", "oversample"] = "class_weights"
     recalibrate: bool = True

@@ -57,6 +57,7 @@ def run_identity(
     membership: Mapping[str, Any] | None,
     regions: Mapping[str, Sequence[RegionSource]],
     start_from: Mapping[int, Path],
+    clinical: np.ndarray | None,
 ) -> dict[str, Any]:
     """Return what identifies a run: two runs with the same identity give the same result.
 
@@ -70,6 +71,7 @@ def run_identity(
         membership: Patients of each part of each fold, or None if the other arguments determine them.
         regions: The source of the true regions of each patient, for each dense task.
         start_from: Weights that each fold starts from.
+        clinical: Clinical values of all patients, or None.
 
     Raises:
         RunError: A mask or weights cannot be read.
@@ -84,6 +86,7 @@ def run_identity(
         "parts": None if membership is None else digest(membership),
         "regions": {task: digest(list(map(_region_identity, sources))) for task, sources in regions.items()} or None,
         "start_from": {str(fold): _file_digest(path) for fold, path in start_from.items()} or None,
+        "clinical": None if clinical is None else digest(clinical.tolist()),
     }
 
 

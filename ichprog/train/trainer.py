@@ -207,7 +207,8 @@ def _train_batch(
     }
     with state.autocast():
         grids = grids.contiguous(memory_format=torch.channels_last_3d)  # a third faster on CPUs
-        loss, losses = state.module(grids, targets, shares, regions)
+        clinical = job.load_clinical(patients, context.device, seeds)
+        loss, losses = state.module(grids, targets, shares, regions, clinical)
     total, *values = torch.stack([loss.detach(), *(one.detach() for one in losses.values())]).tolist()
     task_losses = dict(zip(losses, values, strict=True))
     if not math.isfinite(total):
@@ -280,7 +281,8 @@ def predict_part(
     with torch.no_grad(), exact, mixed_precision.autocast(context.device, is_bfloat16=False):
         for start in range(0, len(positions), size):
             batch = positions[start : start + size]
-            outputs, dense = network.forward_dense(job.load_grids(part[batch], context.device))
+            clinical = job.load_clinical(part[batch], context.device)
+            outputs, dense = network.forward_dense(job.load_grids(part[batch], context.device), clinical)
             logits = {task: values.float().cpu().numpy() for task, values in outputs.items()}
             entries += [(int(p), {task: values[i] for task, values in logits.items()}) for i, p in enumerate(batch)]
             regions = job.load_regions(part[batch], context.device)

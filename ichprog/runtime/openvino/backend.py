@@ -106,12 +106,13 @@ def _settings(precision: str) -> dict[str, str]:
     return {"INFERENCE_PRECISION_HINT": _HINTS[precision], "PERFORMANCE_HINT": "LATENCY"}
 
 
-def convert(module: "nn.Module", shape: Sequence[int]) -> Any:
+def convert(module: "nn.Module", shape: Sequence[int], values: int = 0) -> Any:
     """Convert a torch module to an OpenVINO model.
 
     Args:
-        module: Takes one grid `(1, 1, D, H, W)`.
+        module: Takes one grid `(1, 1, D, H, W)`, and `(1, values)` if `values` is not 0.
         shape: D, H and W.
+        values: Length of the second input, or 0 for none.
 
     Raises:
         CompilationError: This version of OpenVINO lacks a private function that the conversion needs.
@@ -120,13 +121,13 @@ def convert(module: "nn.Module", shape: Sequence[int]) -> Any:
     import torch
 
     fuse, frontends, decoder_type = _private_api()
-    size = (1, 1, *shape)
+    sizes = [(1, 1, *shape), *([(1, values)] if values else [])]
     with silenced(), _unchanged_environment(), torch.no_grad():
-        program = torch.export.export(module, (torch.zeros(size),))
+        program = torch.export.export(module, tuple(torch.zeros(size) for size in sizes))
         frontend = frontends().load_by_framework("pytorch")
         decoder = decoder_type.from_exported_program(program)  # must stay alive during the conversion
         model = frontend.convert(frontend.load(decoder))
-    model.reshape(list(size))
+    model.reshape({model.input(index): list(size) for index, size in enumerate(sizes)})
     fuse(model, cf=False)  # fuses operations, such as normalisation into convolution
     _pool_before_pointwise_conv(model)
     return model

@@ -66,13 +66,24 @@ class OpenVinoRuntime:
         else:
             self._graph(_PREDICT, shape)
 
-    def run(self, grids: np.ndarray) -> dict[str, TaskOutput]:
+    def run(self, grids: np.ndarray, clinical: np.ndarray | None = None) -> dict[str, TaskOutput]:
         """Run the network, as in `Runtime.run`. A new grid shape compiles a new graph first."""
         graph = self._graph(_PREDICT, grids.shape[1:])
         with graph.lock:
             self.release_memory()
-            batches = [[output.copy() for output in graph.infer([grid[None, None]])] for grid in grids]
+            batches = [
+                [output.copy() for output in graph.infer([grid[None, None], *values])]
+                for grid, values in zip(grids, self._clinical_inputs(clinical, len(grids)), strict=True)
+            ]
         return self._by_task([np.concatenate(batch) for batch in zip(*batches, strict=True)])
+
+    def _clinical_inputs(self, clinical: np.ndarray | None, number: int) -> list[list[np.ndarray]]:
+        """Return the second input of the graph for each grid; empty for a model without clinical values."""
+        if not self.spec.clinical:
+            return [[] for _ in range(number)]
+        if clinical is None:
+            clinical = np.zeros((number, 2 * len(self.spec.clinical)), np.float32)
+        return [[np.ascontiguousarray(values[None], np.float32)] for values in clinical]
 
     def _by_task(self, outputs: Sequence[np.ndarray]) -> dict[str, TaskOutput]:
         """Return the outputs of the graph, which are in the order of the tasks, by task."""
@@ -96,7 +107,12 @@ class OpenVinoRuntime:
 
     @contextmanager
     def explanation_session(
-        self, grid: np.ndarray, layers: Collection[str | None], *, needs_network: bool
+        self,
+        grid: np.ndarray,
+        layers: Collection[str | None],
+        *,
+        needs_network: bool,
+        clinical: np.ndarray | None = None,
     ) -> "Iterator[saliency.ForwardPass]":
         """Run one forward pass with compiled graphs, or with torch if a method or layer needs the torch network."""
         import torch
@@ -106,7 +122,9 @@ class OpenVinoRuntime:
         reason, graphs = self._explanation_graphs(grid.shape, layers, needs_network=needs_network)
         if graphs is None:
             _logger.info("Falling back to torch for the explanation: %s.", reason)
-            with self._torch_runtime.explanation_session(grid, layers, needs_network=needs_network) as shared:
+            with self._torch_runtime.explanation_session(
+                grid, layers, needs_network=needs_network, clinical=clinical
+            ) as shared:
                 shared.fallback_reason = reason
                 yield shared
             return
@@ -114,7 +132,8 @@ class OpenVinoRuntime:
         with forward.lock, backward.lock, torch.inference_mode(mode=False), torch.enable_grad():
             self.release_memory()
             features, *saved = forward.infer([grid[None, None]])
-            heads = networks.load_heads(self.spec, self.file.path, features.shape[1])
+            fixed = None if clinical is None else torch.from_numpy(clinical)[None]
+            heads = networks.load_heads(self.spec, self.file.path, features.shape[1], fixed)
             yield saliency.CompiledPass(
                 heads,
                 grid,
@@ -189,12 +208,15 @@ class OpenVinoRuntime:
         """Compile the graph from a grid to the outputs of all tasks."""
         import torch
 
-        module = _with_outputs(network)
-        graph = self._compile(self._convert(module, shape))
-        grid = np.random.default_rng(0).random((1, 1, *shape), np.float32)
+        values = 2 * len(self.spec.clinical)
+        graph = self._compile(self._convert(_with_outputs(network), shape, values))
+        random = np.random.default_rng(0)
+        inputs = [random.random((1, 1, *shape), np.float32)]
+        if values:
+            inputs.append(random.random((1, values), np.float32))
         with torch.inference_mode():
-            expected = network.outputs(torch.from_numpy(grid))
-        actual = self._by_task(graph.infer([grid]))
+            expected = network.outputs(*map(torch.from_numpy, inputs))
+        actual = self._by_task(graph.infer(inputs))
         difference = max(
             float(np.abs(own - reference.numpy()).max())
             for name, references in expected.items()
@@ -229,10 +251,10 @@ class OpenVinoRuntime:
             "backward": self._compile(backward),
         }
 
-    def _convert(self, module: "nn.Module", shape: Shape) -> Any:
+    def _convert(self, module: "nn.Module", shape: Shape, values: int = 0) -> Any:
         """Convert a torch module and name the model in the error."""
         try:
-            return backend.convert(module, shape)
+            return backend.convert(module, shape, values)
         except (MemoryError, CompilationError):
             raise
         except Exception as error:  # a plugin may compute anything
@@ -288,7 +310,7 @@ def _with_outputs(network: "Network") -> "nn.Module":
             super().__init__()
             self.network = network
 
-        def forward(self, grid: Tensor) -> tuple[Tensor, ...]:
-            return tuple(chain.from_iterable(self.network.outputs(grid).values()))
+        def forward(self, grid: Tensor, clinical: Tensor | None = None) -> tuple[Tensor, ...]:
+            return tuple(chain.from_iterable(self.network.outputs(grid, clinical).values()))
 
     return WithOutputs().eval()
