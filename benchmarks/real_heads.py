@@ -35,7 +35,7 @@ from ichprog.scan.checks import check_scan, measure_dense_blood, missing_brain_m
 from ichprog.scan.validation import validate_ct
 
 PAGE = Path(__file__).parents[1] / "docs" / "real-heads.md"
-MODEL = "compact.prognosis_gcs3_age"
+MODEL = "compact.prognosis_gcs3_age_v2"
 NETWORK = "compact.haemorrhage"
 FOLDS = 3
 AGE_GROUPS = {"under 18 years": (0, 18), "18 years or older": (18, 200)}

@@ -1,9 +1,10 @@
-"""Train the embedded outcome model again and measure it: `python docs/embedded.py FOLDER --workers 2`.
+"""Train the embedded outcome models again and measure them: `python docs/embedded.py FOLDER --workers 2`.
 
-The script simulates patients straight onto the grid of the model, trains three networks, and measures them on simulated
-patients of other seeds. It writes the weights and the spec into `ichprog/zoo/`, and the results into the spec and
-`docs/embedded.json`. Files in FOLDER are reused, so an interrupted run can be continued. `--only-measure` only
-measures. `--ablation` trains smaller networks, each without one part, and writes `docs/embedded-ablation.json`.
+The script simulates patients straight onto the grid of the model and trains three networks of the image. Then it trains
+their fusion with age and GCS, on the fixed features. It measures both models on simulated patients of other seeds, and
+writes the weights and the specs into `ichprog/zoo/`, and the results into the specs and `docs/embedded.json`. Files in
+FOLDER are reused, so an interrupted run can be continued. `--only-measure` only measures. `--ablation` trains the
+network of the image for a few steps, each time without one part, and writes `docs/embedded-ablation.json`.
 
 Training does not use `ichprog train`, because it learns from what only a simulation knows: the probabilities of the
 labels given the image instead of labels, and the causes of the image.
@@ -25,6 +26,7 @@ import numpy as np
 
 import ichprog
 from ichprog import metrics, networks, preprocessing
+from ichprog.clinical import encode
 from ichprog.io import atomic_write
 from ichprog.parallel import parallel_map
 from ichprog.scan import load, load_regions
@@ -32,7 +34,7 @@ from ichprog.simulate import MASK_VALUES, simulate
 from ichprog.simulate.population import MARKS, SITES
 from ichprog.spec import GoldenOutput, ModelSpec, PluginRef
 
-NAME = "compact.prognosis_gcs3_age_v2"
+NAME, FUSED = "compact.prognosis_gcs3_age_v2", "compact.prognosis_gcs3_age_clinical"
 DOCS, ZOO = Path(__file__).parent, Path(ichprog.__file__).parent / "zoo"
 TRAINED_ON = {"patients": 2000, "seed": 1}
 MEASURED_ON = [{"patients": 500, "seed": seed} for seed in (2, 3, 4, 5)]
@@ -44,6 +46,13 @@ STATISTICS_OF = 640  # patients
 TASK_WEIGHTS = (1.0, 0.5, 0.5, 1.0)  # of the four probabilities
 CAUSES_WEIGHT, CELLS_WEIGHT = 1.0, 10.0
 SAVE_EVERY = 100
+FUSION_STEPS, FUSION_BATCH, FUSION_RATE = 1500, 64, 3e-3
+PATTERNS = {  # known values, and the best possible probability of a poor outcome
+    (): "seen_poor",
+    ("age",): "seen_poor_with_age",
+    ("gcs",): "seen_poor_with_gcs",
+    ("age", "gcs"): "seen_poor_with_age_gcs",
+}
 QUESTIONS = (  # task, first positive label, description
     ("prognosis", 1, "poor outcome"),
     ("gcs", 1, "GCS of 12 or less"),
@@ -100,6 +109,8 @@ class Patients:
         labels: `(N, 4)` 0 or 1, NaN without haemorrhage.
         sizes: `(N, S)` logarithms of volumes, and marks of age.
         flags: `(N, F)` 0 or 1: blood, ventricular blood, infratentorial, each site.
+        values: `(N, 2)` age and GCS, NaN without haemorrhage.
+        given: `(N, 4)` probability of a poor outcome given the image and each of `PATTERNS`, NaN without haemorrhage.
     """
 
     grids: np.ndarray
@@ -108,6 +119,8 @@ class Patients:
     labels: np.ndarray
     sizes: np.ndarray
     flags: np.ndarray
+    values: np.ndarray
+    given: np.ndarray
 
 
 def load_patients(cohort: Path, spec: ModelSpec, workers: int) -> Patients:
@@ -122,6 +135,7 @@ def load_patients(cohort: Path, spec: ModelSpec, workers: int) -> Patients:
     below = [np.where(bleeds, np.array(gcs) <= most, np.nan) for most in (12, 8)]
     p_below = [[_number(row[n]) for row in truth] for n in ("p_gcs_9_12", "p_gcs_3_8")]
     ml = np.array([[_number(row[f"{kind}_ml"]) for kind in MASK_VALUES] for row in truth])
+    below_tentorium = [row["infratentorial"] == "1" for row in truth]
     sites = np.array([[row["location"] == site for site in SITES] for row in truth])
     return Patients(
         np.stack([each["grid"] for each in stored]),
@@ -141,9 +155,9 @@ def load_patients(cohort: Path, spec: ModelSpec, workers: int) -> Patients:
                 [[_number(row[mark]) for mark in MARKS] for row in truth],
             ]
         ),
-        np.column_stack([bleeds, ml[:, 1] > 0, [row["infratentorial"] == "1" for row in truth], sites]).astype(
-            np.float64
-        ),
+        np.column_stack([bleeds, ml[:, 1] > 0, below_tentorium, sites]).astype(np.float64),
+        np.column_stack([age, gcs]),
+        np.array([[_number(row[name]) for name in PATTERNS.values()] for row in truth]),
     )
 
 
@@ -306,9 +320,120 @@ def train(spec: ModelSpec, patients: Patients, run: Path) -> None:
             save_file(state, part)
 
 
+def train_fusion(spec: ModelSpec, patients: Patients, run: Path, target: Path) -> None:
+    """Train the fusion and the head of the outcome on the fixed features of each network, unless they exist.
+
+    Each value is hidden at random. The target is the probability given the image and the values that are left.
+    """
+    import torch
+    from safetensors.torch import load_file, save_file
+    from torch.nn import functional
+
+    target.mkdir(exist_ok=True)
+    chosen = np.flatnonzero(patients.flags[:, 0] == 1)
+    known_of = np.array([[name in pattern for name in ("age", "gcs")] for pattern in PATTERNS], np.float32)
+    for number in range(len(CYCLES)):
+        file = target / f"fold{number}.safetensors"
+        if file.exists():
+            continue
+        torch.manual_seed(number)
+        random, network = np.random.default_rng(number), networks.build(spec)
+        network.load_state_dict(load_file(run / file.name), strict=False)  # the fusion is new
+        network.eval()
+        with torch.no_grad():
+            features = torch.cat(
+                [
+                    network.backbone(torch.from_numpy(patients.grids[chosen[i : i + 32]].astype(np.float32))[:, None])
+                    for i in range(0, len(chosen), 32)
+                ]
+            )
+        encoded = np.stack(
+            [encode(spec, dict(zip(("age", "gcs"), row, strict=True))) for row in patients.values[chosen]]
+        )
+        task = next(task for task in spec.tasks if task.uses_clinical)
+        head, fusion = network.heads[task.name], network.fusion
+        trained = [*fusion.parameters(), *head.parameters()]
+        optimiser = torch.optim.AdamW(trained, FUSION_RATE, weight_decay=WEIGHT_DECAY)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, FUSION_RATE, FUSION_STEPS, pct_start=0.1)
+        losses = []
+        for step in range(1, FUSION_STEPS + 1):
+            batch = random.integers(len(chosen), size=FUSION_BATCH)
+            pattern = random.integers(len(PATTERNS), size=FUSION_BATCH)
+            left = encoded[batch] * np.tile(known_of[pattern], 2)
+            logits = head(fusion(features[batch], torch.from_numpy(left)))[:, 0]
+            wanted = torch.from_numpy(patients.given[chosen[batch], pattern]).float()
+            loss = functional.binary_cross_entropy_with_logits(logits, wanted)
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            schedule.step()
+            losses.append(float(loss.detach()))
+            if step % 500 == 0:
+                print(f"fusion {number}, step {step}: loss {np.mean(losses[-500:]):.4f}", flush=True)
+        with atomic_write(file) as part:
+            save_file({key: each.contiguous() for key, each in network.state_dict().items()}, part)
+
+
+def measure_fused(cohorts: Sequence[Patients], training: Patients) -> list[dict[str, Any]]:
+    """Return the AUC of a poor outcome for each pattern of known values, beside the best possible one."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    model = ichprog.load_model(FUSED)
+    bleeds = [each.flags[:, 0] == 1 for each in cohorts]
+    truth, given, values, grids = (
+        np.concatenate([getattr(each, name)[b] for each, b in zip(cohorts, bleeds, strict=True)])
+        for name in ("labels", "given", "values", "grids")
+    )
+    poor, bled = truth[:, 0], training.flags[:, 0] == 1
+    clinical = make_pipeline(StandardScaler(), LogisticRegression()).fit(
+        training.values[bled], training.labels[bled, 0]
+    )
+    alone = clinical.predict_proba(values)[:, 1]
+    delong, compare = metrics.comparisons.delong_interval, metrics.comparisons.delong
+    figures, scores = [], {}
+    for column, known in enumerate(PATTERNS):
+        encoded = np.stack(
+            [
+                encode(model.spec, {n: v for n, v in zip(("age", "gcs"), row, strict=True) if n in known})
+                for row in values
+            ]
+        )
+        parts = [
+            np.mean(
+                [
+                    fold["prognosis"].probabilities[:, 1]
+                    for fold in model.predict_grids(grids[i : i + 32].astype(np.float32), encoded[i : i + 32])
+                ],
+                axis=0,
+            )
+            for i in range(0, len(grids), 32)
+        ]
+        scores[known] = p = np.concatenate(parts)
+        difference, error, _ = compare(poor, p, given[:, column])
+        estimates = metrics.calibration.calibration_estimates(poor, p)
+        figures.append(
+            {
+                "known": list(known),
+                "patients": len(p),
+                "model": _rounded(delong(poor, p)),
+                "best": _rounded(delong(poor, given[:, column])),
+                "difference": _rounded((difference, difference - 1.96 * error, difference + 1.96 * error)),
+                "slope": _rounded(_with_interval(estimates["slope"])),
+                "intercept": _rounded(_with_interval(estimates["intercept"])),
+            }
+        )
+    better = max(scores[()], alone, key=lambda p: delong(poor, p)[0])
+    gain, error, _ = compare(poor, scores["age", "gcs"], better)
+    figures[-1]["clinical_alone"] = _rounded(delong(poor, alone))
+    figures[-1]["gain"] = _rounded((gain, gain - 1.96 * error, gain + 1.96 * error))
+    return figures
+
+
 def publish(spec: ModelSpec, run: Path) -> ModelSpec:
     """Copy the weights into the zoo, and write the spec with their checksums and golden output."""
-    folder = ZOO / NAME
+    folder = ZOO / spec.name
     folder.mkdir(exist_ok=True)
     checksums = {}
     for file in sorted(run.glob("fold*.safetensors")):
@@ -317,7 +442,7 @@ def publish(spec: ModelSpec, run: Path) -> ModelSpec:
     spec = dataclasses.replace(spec, weights=dataclasses.replace(spec.weights, sha256=checksums), golden_output=None)
     _write(spec)
     grid = np.random.default_rng(0).random((1, *spec.input.shape), np.float32)
-    outputs = ichprog.load_model(NAME, runtime="torch").predict_grids(grid)
+    outputs = ichprog.load_model(spec.name, runtime="torch").predict_grids(grid)
     logits = {
         str(fold): {task: tuple(map(float, output.logits[0])) for task, output in tasks.items()}
         for fold, tasks in enumerate(outputs)
@@ -454,21 +579,36 @@ def main() -> None:
         cohort = simulate(args.folder / name, **options, matrix=matrix, workers=args.workers, progress=_progress(name))
         return load_patients(cohort, spec, args.workers)
 
+    training, fused = patients(TRAINED_ON), ModelSpec.read(ZOO / f"{FUSED}.json")
+    if args.ablation:
+        ablate(spec, training, [patients(options) for options in MEASURED_ON], args.folder / "ablation")
+        return
     if not args.only_measure:
-        training = patients(TRAINED_ON)
-        if args.ablation:
-            ablate(spec, training, [patients(options) for options in MEASURED_ON], args.folder / "ablation")
-            return
         train(spec, training, args.folder / "run")
         spec = publish(spec, args.folder / "run")
+        train_fusion(fused, training, args.folder / "run", args.folder / "fused")
+        fused = publish(fused, args.folder / "fused")
     cohorts = [patients(options) for options in MEASURED_ON]
     figures = measure([predict(spec, each.grids) for each in cohorts], cohorts)
+    by_pattern = measure_fused(cohorts, training)
     full = simulate(args.folder / "full", **FULL_SCANS, workers=args.workers, progress=_progress("full scans"))
-    results = {"figures": figures, "full_scans": measure_full_scans(spec, full, cohorts[0])}
+    results = {"figures": figures, "fused": by_pattern, "full_scans": measure_full_scans(spec, full, cohorts[0])}
     (DOCS / "embedded.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    limits = (limit for limit in spec.limits if not limit.startswith(_FIGURE))
-    _write(dataclasses.replace(spec, limits=(*limits, *_format_results(figures))))
-    print("\n".join(_format_results(figures)))
+    for each, lines in ((spec, _format_results(figures)), (fused, _format_fused(by_pattern))):
+        limits = (limit for limit in each.limits if not limit.startswith(_FIGURE))
+        _write(dataclasses.replace(each, limits=(*limits, *lines)))
+        print("\n".join(lines))
+
+
+def _format_fused(figures: list[dict[str, Any]]) -> list[str]:
+    return [
+        f"{_FIGURE} a simulated poor outcome on {f['patients']} simulated patients of {len(MEASURED_ON)} other seeds, "
+        f"with {' and '.join(f['known']) or 'no value'} known: {f['model'][0]:.3f} (95 % interval {f['model'][1]:.3f} "
+        f"to {f['model'][2]:.3f}); best possible {f['best'][0]:.3f}, difference {f['difference'][0]:.3f} "
+        f"({f['difference'][1]:.3f} to {f['difference'][2]:.3f}); calibration slope {f['slope'][0]:.2f}, intercept "
+        f"{f['intercept'][0]:.2f}. It says nothing about real patients."
+        for f in figures
+    ]
 
 
 def _format_results(figures: list[dict[str, Any]]) -> list[str]:
@@ -493,7 +633,7 @@ def _rounded(numbers: Any) -> list[float]:
 
 def _write(spec: ModelSpec) -> None:
     text = json.dumps(spec.to_dict(), indent=2, ensure_ascii=False)
-    (ZOO / f"{NAME}.json").write_text(text + "\n", encoding="utf-8")
+    (ZOO / f"{spec.name}.json").write_text(text + "\n", encoding="utf-8")
 
 
 def _read(path: Path) -> list[dict[str, str]]:

@@ -492,8 +492,8 @@ def predict(
             with the next scan.
         haemorrhage: Whether each Prediction has the haemorrhage of its scan, or the model that finds haemorrhages. The
             check `no-blood` then uses the answer of this model.
-        clinical: What is known of the patient beside the scan, by column of the model's `clinical`, such as
-            `{"age": 71}`. Any value may be missing. The rows of a table of patients have their own values.
+        clinical: What is known of the patient, by column of the model's `clinical`, such as `{"age": 71}`. Any value
+            may be missing. The rows of a table of patients have their own values.
 
     Returns:
         A Prediction for one scan. A list for a list, a tuple, a folder of scans, a table or a Cohort. An iterator for

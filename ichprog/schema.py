@@ -119,16 +119,14 @@ def check_name(path: str, kind: str, name: object, known: Iterable[str]) -> None
 def to_plain(value: Any) -> Any:
     """Convert a dataclass to plain data, the inverse of `read`.
 
-    A field is left out if its value and its default are None, so that a new optional field changes no existing file.
+    A field is left out if its value is its default, so that a new optional field changes no existing file.
 
     Args:
         value: Dataclass, mapping, list, tuple or plain value; nested as needed.
     """
     if dataclasses.is_dataclass(value):
         fields = {field: getattr(value, field.name) for field in dataclasses.fields(value)}
-        return {
-            field.name: to_plain(own) for field, own in fields.items() if own is not None or field.default is not None
-        }
+        return {field.name: to_plain(own) for field, own in fields.items() if own != field.default}
     if isinstance(value, Mapping):
         return {key: to_plain(entry) for key, entry in value.items()}
     if isinstance(value, tuple | list):

@@ -130,7 +130,7 @@ class MaskTarget:
 
 @dataclass(frozen=True)
 class ClinicalValue:
-    """A number that is known of a patient beside the scan.
+    """A number that is known of a patient in addition to the scan.
 
     Attributes:
         column: Column of the cohort, and name of the value in `predict`.
@@ -334,7 +334,7 @@ class ModelSpec:
         limits: Known limits of the model.
         notice: Sentence that accompanies every output.
         golden_output: Reproducible input with its logits, or null.
-        clinical: Values known of a patient beside the scan that the model can use. Any of them may be missing.
+        clinical: Values of a patient that the model can use in addition to the scan. Any of them may be missing.
         fusion: Combination of the features of the image with the clinical values; null without clinical values.
 
     Example:

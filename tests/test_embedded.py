@@ -1,4 +1,4 @@
-"""The embedded model and the demo run without a network and without data."""
+"""The embedded models and the demo run without a network and without data."""
 
 import csv
 import dataclasses
@@ -14,12 +14,12 @@ import pytest
 
 import ichprog
 from ichprog import zoo
-from ichprog.simulate import Patient
+from ichprog.simulate import Patient, find_realism
 from ichprog.simulate.anatomy import Individual
 from ichprog.simulate.haemorrhage import draw_haemorrhage
 from ichprog.simulate.scanner import acquire
 
-NAME = "compact.prognosis_gcs3_age"
+NAME, FUSED = "compact.prognosis_gcs3_age_v2", "compact.prognosis_gcs3_age_clinical"
 DOCS = Path(__file__).parents[1] / "docs"
 
 
@@ -30,16 +30,18 @@ def model():
 
 def picture(**changes):
     """Return one simulated brain with changes to the patient and a fixed random seed."""
-    person = dataclasses.replace(Patient(11, 4, "plain").person, **changes)
+    person = dataclasses.replace(Patient(11, 4).person, **changes)
     random = np.random.default_rng(3)
-    individual = Individual(person.marks, random)
-    exposure = acquire(individual, draw_haemorrhage(person, individual, random), np.random.default_rng(3))
+    individual = Individual(person.marks, random, find_realism("realistic").fill_mm)
+    realism = find_realism("realistic")
+    shape = draw_haemorrhage(person, individual, random, realism)
+    exposure = acquire(individual, shape, np.random.default_rng(3), realism=realism)
     return nib.Nifti1Image(exposure.hu, exposure.affine)
 
 
 def test_the_embedded_model_is_small_verified_and_labelled_as_simulated(model):
     assert len(model.weights) >= 3
-    assert sum(file.path.stat().st_size for file in model.weights) <= 2_000_000
+    assert sum(file.path.stat().st_size for file in model.weights) <= 4_000_000
     assert {file.path.name: file.sha256 for file in model.weights} == dict(model.spec.weights.sha256)
     assert model.check_golden_output()["state"] == "holds"
     assert "simulated" in model.spec.notice
@@ -48,24 +50,44 @@ def test_the_embedded_model_is_small_verified_and_labelled_as_simulated(model):
     assert prediction["prognosis"].std is not None
 
 
-def test_the_documented_results_are_the_measured_ones():
+@pytest.mark.parametrize("name", [NAME, FUSED])
+def test_the_documented_results_are_the_measured_ones(name):
     """Otherwise run `python docs/embedded.py FOLDER`."""
-    spec, readme = zoo.find(NAME), (DOCS.parent / "README.md").read_text()
-    figures = json.loads((DOCS / "embedded.json").read_text())
-    assert {figure["task"] for figure in figures} == {task.name for task in spec.tasks}
+    spec, readme = zoo.find(name), (DOCS.parent / "README.md").read_text()
+    results = json.loads((DOCS / "embedded.json").read_text())
+    figures = results["figures" if name == NAME else "fused"]
     for figure in figures:
-        (said,) = (limit for limit in spec.limits if f"a simulated {figure['what']} on" in limit)
-        shown = [f"{figure[who][part]:.3f}" for who in ("model", "oracle") for part in range(3)]
-        assert all(number in said for number in shown)
-        row = next(line for line in readme.splitlines() if line.startswith(f"| {figure['what']} |"))
-        assert all(number in row for number in shown)
-        assert figure["patients"] == 300
-    prognosis = next(figure for figure in figures if figure["task"] == "prognosis")
-    assert prognosis["model"][0] > prognosis["oracle"][0] - 0.05
+        what = figure["what"] if name == NAME else f"image{''.join(f', {known}' for known in figure['known'])}"
+        row = next(line for line in readme.splitlines() if line.startswith(f"| {what} |"))
+        shown = [f"{number:.3f}" for number in (*figure["model"], *figure["difference"])]
+        shown += [f"{figure['best'][0]:.3f}", f"{figure['slope'][0]:.2f}"]
+        assert all(number in row for number in shown), what
+        assert any(all(number in limit for number in shown) for limit in spec.limits), what
+    if name == NAME:
+        assert {figure["task"] for figure in figures} == {task.name for task in spec.tasks}
+        assert all(len(figure["by_seed"]) >= 4 for figure in figures)
+    # a scan on the grid is nearly as good as a full scan
+    assert max(results["full_scans"]["mean_difference"]) < 0.05
+
+
+def test_clinical_values_move_the_outcome_as_in_the_simulation():
+    """A patient who is older or less awake is more likely to do badly, whatever else is known."""
+    model, scan = ichprog.load_model(FUSED, offline=True), picture(volume_ml=15.0, site="putamen")
+    poor = {
+        (age, gcs): ichprog.predict(model, scan, clinical={"age": age, "gcs": gcs})["prognosis"].probabilities["poor"]
+        for age in (40, 85, None)
+        for gcs in (15, 5, None)
+    }
+    for gcs in (15, 5, None):
+        assert poor[85, gcs] > poor[40, gcs] + 0.05
+    for age in (40, 85, None):
+        assert poor[age, 5] > poor[age, 15] + 0.05
+    image, fused = ichprog.load_model(NAME, offline=True), ichprog.predict(model, scan)
+    assert ichprog.predict(image, scan)["gcs"].probabilities == pytest.approx(fused["gcs"].probabilities, abs=1e-5)
 
 
 def test_predictions_follow_the_haemorrhage_and_the_atrophy(model):
-    marks = Patient(11, 4, "plain").person.marks
+    marks = Patient(11, 4).person.marks
     small, large = (
         ichprog.predict(model, picture(site="putamen", volume_ml=volume, ventricular=share))
         for volume, share in ((4.0, 0.0), (90.0, 0.5))
@@ -89,7 +111,12 @@ def test_the_demo_needs_no_network_and_no_cache(tmp_path):
     assert "simulated" in done.stdout
     assert "simulated" in done.stderr
     lines = done.stdout.splitlines()
-    assert [line.split()[0] for line in lines[1:5]] == ["prognosis", "gcs", "age", "haemorrhage"]
+    assert [line.split()[0] for line in lines[1:5]] == ["prognosis", "gcs", "age", "prognosis"]
+    assert "with clinical values" in lines[4]
+    assert "clinical values: age" in done.stdout
+    assert "ICH score" in done.stdout
+    assert "FUNC score" in done.stdout
+    assert any(line.startswith("haemorrhage") for line in lines)
     out = tmp_path / "out"
     with (out / "results.csv").open(newline="") as file:
         (row,) = csv.DictReader(file)

@@ -1,4 +1,4 @@
-"""Clinical values beside the scan: fusions, predictions with any values known, training, maps and export."""
+"""Clinical values: fusions, predictions with any values known, training, maps and export."""
 
 import dataclasses
 import json

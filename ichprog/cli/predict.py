@@ -14,6 +14,7 @@ from ichprog.cli.options import as_json, brain, find_spec, loading, model_option
 from ichprog.cli.scans import (
     ScoreComputer,
     find_scans,
+    format_clinical,
     format_haemorrhage,
     format_scores,
     load_model,
@@ -32,7 +33,7 @@ from ichprog.errors import ScanError
 if TYPE_CHECKING:
     from ichprog.clinical_scores import ClinicalScores
     from ichprog.model import Model
-    from ichprog.results import ClinicalUse, Prediction, Saliency
+    from ichprog.results import Prediction, Saliency
     from ichprog.scan import Scan
     from ichprog.sources import ScanSource
 
@@ -188,7 +189,7 @@ def _results_file(
     "--clinical",
     multiple=True,
     metavar="NAME=VALUE",
-    help="Clinical value of the patient, which stays fixed; repeatable. Example: age=71.",
+    help="Clinical value of the patient, which stays fixed; repeatable.",
 )
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path(), help="Folder for the maps.")
 @as_json
@@ -269,23 +270,13 @@ def _print_prediction(prediction: "Prediction", scores: "ClinicalScores | None",
         return
     click.echo(_format_prediction(prediction))
     if prediction.clinical is not None:
-        click.echo(_format_clinical(prediction.clinical))
+        click.echo(format_clinical(prediction.clinical))
     if scores is not None:
         click.echo(format_scores(scores))
     print_warnings(prediction.scan, prediction.warnings)
     if prediction.haemorrhage is not None:
         others = [warning for warning in prediction.haemorrhage.warnings if warning not in prediction.warnings]
         print_warnings(prediction.scan, others)
-
-
-def _format_clinical(use: "ClinicalUse") -> str:
-    """Return one line: each known value with what it changed, and the values that are not known."""
-    used = []
-    for name, value in use.used.items():
-        changes = ", ".join(f"{task} {by[name]:+.2f}" for task, by in use.contributions.items())
-        used.append(f"{name} {value:g} (log-odds of {changes})")
-    missing = f"not known: {', '.join(use.missing)}" if use.missing else ""
-    return "  clinical values: " + "; ".join(each for each in (*used, missing) if each)
 
 
 def _format_prediction(prediction: "Prediction") -> str:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ichprog.clinical_scores import ClinicalScores, ScoreRange, ScoreVariable
     from ichprog.errors import ScanWarning
     from ichprog.model import Model
-    from ichprog.results import Haemorrhage
+    from ichprog.results import ClinicalUse, Haemorrhage
     from ichprog.sources import ScanSource
 
 _Result = TypeVar("_Result")
@@ -179,6 +179,16 @@ def format_haemorrhage(haemorrhage: "Haemorrhage") -> str:
         shift = _format_interval(haemorrhage.midline_shift_interval_mm)
         parts.append(f"midline shift {haemorrhage.midline_shift_mm:.1f} mm{shift}")
     return "  ".join(parts)
+
+
+def format_clinical(use: "ClinicalUse") -> str:
+    """Return one line: each known value with what it changed, and the values that are not known."""
+    used = []
+    for name, value in use.used.items():
+        changes = ", ".join(f"{task} {by[name]:+.2f}" for task, by in use.contributions.items())
+        used.append(f"{name} {value:g} (log-odds of {changes})")
+    missing = f"not known: {', '.join(use.missing)}" if use.missing else ""
+    return "  clinical values: " + "; ".join(each for each in (*used, missing) if each)
 
 
 def format_scores(scores: "ClinicalScores") -> str:

@@ -18,7 +18,7 @@ from ichprog.cli.options import as_json, find_spec, print_path
     type=click.Choice(["realistic", "plain"]),
     default="realistic",
     show_default=True,
-    help="Show what is taken for blood on real heads, or the simulation of the embedded outcome model.",
+    help="Show what is taken for blood on real heads, or a simpler simulation in which every patient bleeds.",
 )
 @click.option(
     "--shared-causes",

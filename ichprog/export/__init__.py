@@ -30,10 +30,10 @@ def export(model: Model | str, out: str | Path, *, format: str = "onnx") -> Path
     """Export a model as one network from a grid `(B, 1, D, H, W)` to label probabilities, averaged over its folds.
 
     The input is named "grid". A model with V clinical values has a second input "clinical" `(B, 2 V)`, as
-    `ichprog.clinical.encode` returns it. Each output has the name of its task. A task that is answered voxel by voxel has
-    three more outputs: `<task>_voxels` `(B, R + 1, d, h, w)`, `<task>_slices` `(B, d)` and `<task>_regions` `(B, R)`.
-    The file `config.json` in the same folder describes the preprocessing and the order of the labels and regions. The
-    files appear when all are complete.
+    `ichprog.clinical.encode` returns it. Each output has the name of its task. A task that is answered voxel by voxel
+    has three more outputs: `<task>_voxels` `(B, R + 1, d, h, w)`, `<task>_slices` `(B, d)` and `<task>_regions`
+    `(B, R)`. The file `config.json` in the same folder describes the preprocessing and the order of the labels and
+    regions. The files appear when all are complete.
 
     Args:
         model: A model, or a name that `load_model` takes.

@@ -201,7 +201,7 @@ def simulate(
         patients: Number of patients.
         seed: Random seed. A larger cohort of the same seed begins with the smaller one.
         preset: "realistic" shows what is taken for blood on real heads, and a part of the patients have no
-            haemorrhage. "plain" is the simulation of the embedded outcome model. Or options.
+            haemorrhage. "plain" is simpler: every patient has a haemorrhage. Or options.
         skull: Whether whole heads are visible instead of the brain alone.
         dicom: Whether to write DICOM series instead of NIfTI files.
         matrix: Number of pixels along an edge of a slice. With as many as the grid of a model has cells, scans are

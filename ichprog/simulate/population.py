@@ -152,25 +152,35 @@ class Person:
             `p_poor`: Poor outcome, given all causes. `p_gcs_13_15`, `p_gcs_9_12`, `p_gcs_3_8`: each class of GCS, given
             its causes, all of which the image shows. `seen_poor`, `seen_age_80`: poor outcome and an age of 80 or more,
             given the image alone, by Bayes' rule over age, GCS and cognition. No reader of the image can do better.
-            Without haemorrhage, all but `seen_age_80` are None.
+            `seen_poor_with_age`, `seen_poor_with_gcs`, `seen_poor_with_age_gcs`: poor outcome, given the image and
+            these clinical values. Without haemorrhage, all but `seen_age_80` are None.
         """
         ages, weights = self._ages_given_image()
         old = float(weights[ages >= 80].sum())
+        names = ("p_poor", "p_gcs_13_15", "p_gcs_9_12", "p_gcs_3_8", "seen_poor")
+        with_values = ("seen_poor_with_age", "seen_poor_with_gcs", "seen_poor_with_age_gcs")
         if not self.bleeds:
-            names = ("p_poor", "p_gcs_13_15", "p_gcs_9_12", "p_gcs_3_8", "seen_poor")
-            return {**dict.fromkeys(names), "seen_age_80": old}
-        gcs = self._gcs_probabilities()
-        impaired = _impairment(ages)
-        seen = (1 - impaired) * (gcs @ self._poor(GCS[:, None], ages, False))
-        seen += impaired * (gcs @ self._poor(GCS[:, None], ages, True))
+            return {**dict.fromkeys(names), "seen_age_80": old, **dict.fromkeys(with_values)}
+        of_gcs, of_age = (GCS, self._gcs_probabilities()), (ages, weights)
+        own_gcs, own_age = (np.array([self.gcs]), np.ones(1)), (np.array([self.age]), np.ones(1))
+        seen = [self._seen_poor(*of_gcs, *of_age), self._seen_poor(*of_gcs, *own_age)]
+        seen += [self._seen_poor(*own_gcs, *of_age), self._seen_poor(*own_gcs, *own_age)]
+        given_all = float(self._poor(np.array(self.gcs), np.array(self.age), self.impaired))
+        gcs = of_gcs[1]
+        classes = [float(gcs[chosen].sum()) for chosen in (GCS >= 13, (GCS >= 9) & (GCS <= 12), GCS <= 8)]
+        values = [self._recorded(given_all), *classes, self._recorded(seen[0])]
         return {
-            "p_poor": self._recorded(float(self._poor(np.array(self.gcs), np.array(self.age), self.impaired))),
-            "p_gcs_13_15": float(gcs[GCS >= 13].sum()),
-            "p_gcs_9_12": float(gcs[(GCS >= 9) & (GCS <= 12)].sum()),
-            "p_gcs_3_8": float(gcs[GCS <= 8].sum()),
-            "seen_poor": self._recorded(float(weights @ seen)),
+            **dict(zip(names, values, strict=True)),
             "seen_age_80": old,
+            **dict(zip(with_values, map(self._recorded, seen[1:]), strict=True)),
         }
+
+    def _seen_poor(self, gcs: np.ndarray, p_gcs: np.ndarray, ages: np.ndarray, p_ages: np.ndarray) -> float:
+        """Return the probability of a poor outcome, averaged over GCS, ages and cognition, which depends on the age."""
+        impaired = _impairment(ages)
+        seen = (1 - impaired) * (p_gcs @ self._poor(gcs[:, None], ages, False))
+        seen += impaired * (p_gcs @ self._poor(gcs[:, None], ages, True))
+        return float(p_ages @ seen)
 
     def ich_score(self) -> int:
         """Return the ICH score (Hemphill et al. 2001), 0 to 6."""

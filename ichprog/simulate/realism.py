@@ -1,6 +1,6 @@
 """Options of the simulation: what deceives on real head CTs, each off or on, and how the labels arise.
 
-"plain" is the simulation that the embedded outcome model was trained and measured on. "realistic" adds what makes
+"plain" is a simpler simulation, in which every patient has a haemorrhage and an outcome. "realistic" adds what makes
 haemorrhage hard to see, or seem present, on real heads. Each option draws its random numbers from a generator of its
 own. So a patient with one option more differs by that option alone.
 """

@@ -193,7 +193,10 @@ class TrackerCallback(Callback):
             folders = [str(folder)] if tracker_class.requires_logging_directory else []
             tracker = tracker_class(self.run_dir.path.resolve().name, *folders)
             tracker.start()
-            tracker.store_init_configuration({"model": job.spec.name, **job.protocol.to_dict()})
+            fields = {
+                key: str(each) if isinstance(each, list) else each for key, each in job.protocol.to_dict().items()
+            }
+            tracker.store_init_configuration({"model": job.spec.name, **fields})
             self.trackers.append(tracker)
 
     def on_epoch_end(self, job: FoldJob, row: Mapping[str, float]) -> None:
