@@ -519,9 +519,6 @@ def measure_full_scans(spec: ModelSpec, cohort: Path, patients: Patients) -> dic
     return {
         "patients": len(rows),
         "mean_difference": _rounded(np.abs(full - on_grid).mean(0)),
-        "seconds": round(float(np.median([each.provenance["seconds"] for each in answers])), 3)
-        if "seconds" in answers[0].provenance
-        else None,
     }
 
 
