@@ -375,7 +375,7 @@ def train_fusion(spec: ModelSpec, patients: Patients, run: Path, target: Path) -
 
 
 def measure_fused(cohorts: Sequence[Patients], training: Patients) -> list[dict[str, Any]]:
-    """Return the AUC of a poor outcome for each pattern of known values, beside the best possible one."""
+    """Return the AUC of a poor outcome for each pattern of known values, and the best possible one."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler

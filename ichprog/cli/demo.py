@@ -12,7 +12,7 @@ from ichprog.cli.scans import format_clinical, format_haemorrhage, format_scores
 
 _MODEL = "compact.prognosis_gcs3_age_v2"
 _MODEL_WITH_VALUES = "compact.prognosis_gcs3_age_clinical"
-_PATIENT = (2, 0)  # seed and number of a patient that the embedded models were not trained on
+_PATIENT = (2, 24)  # seed and number of a patient that the embedded models were not trained on
 _METHOD = "grad_cam"
 
 if TYPE_CHECKING:
