@@ -177,9 +177,9 @@ def test_a_model_with_further_tasks_finds_haemorrhages_in_the_same_run(detector,
     runs = []
     runtime, run = detector.fold_runtimes[0], detector.fold_runtimes[0].run
 
-    def counted(grids):
+    def counted(grids, *others):
         runs.append(grids)
-        return run(grids)
+        return run(grids, *others)
 
     monkeypatch.setattr(runtime, "run", counted)
     prediction = ichprog.predict(detector, bleeding, haemorrhage=detector)

@@ -161,26 +161,24 @@ class Person:
         with_values = ("seen_poor_with_age", "seen_poor_with_gcs", "seen_poor_with_age_gcs")
         if not self.bleeds:
             return {**dict.fromkeys(names), "seen_age_80": old, **dict.fromkeys(with_values)}
-        of_gcs, of_age = (GCS, self._gcs_probabilities()), (ages, weights)
-        own_gcs, own_age = (np.array([self.gcs]), np.ones(1)), (np.array([self.age]), np.ones(1))
-        seen = [self._seen_poor(*of_gcs, *of_age), self._seen_poor(*of_gcs, *own_age)]
-        seen += [self._seen_poor(*own_gcs, *of_age), self._seen_poor(*own_gcs, *own_age)]
+        gcs, table = self._gcs_probabilities(), self._poor_by_gcs_and_age(ages)
+        row, column = int(np.abs(GCS - self.gcs).argmin()), int(np.abs(ages - self.age).argmin())
+        seen = gcs @ table @ weights, gcs @ table[:, column], table[row] @ weights, table[row, column]
         given_all = float(self._poor(np.array(self.gcs), np.array(self.age), self.impaired))
-        gcs = of_gcs[1]
         classes = [float(gcs[chosen].sum()) for chosen in (GCS >= 13, (GCS >= 9) & (GCS <= 12), GCS <= 8)]
-        values = [self._recorded(given_all), *classes, self._recorded(seen[0])]
+        values = [self._recorded(given_all), *classes, self._recorded(float(seen[0]))]
         return {
             **dict(zip(names, values, strict=True)),
             "seen_age_80": old,
-            **dict(zip(with_values, map(self._recorded, seen[1:]), strict=True)),
+            **{name: self._recorded(float(value)) for name, value in zip(with_values, seen[1:], strict=True)},
         }
 
-    def _seen_poor(self, gcs: np.ndarray, p_gcs: np.ndarray, ages: np.ndarray, p_ages: np.ndarray) -> float:
-        """Return the probability of a poor outcome, averaged over GCS, ages and cognition, which depends on the age."""
+    def _poor_by_gcs_and_age(self, ages: np.ndarray) -> np.ndarray:
+        """Return the probability of a poor outcome `(GCS, age)`, averaged over cognition, which depends on the age."""
         impaired = _impairment(ages)
-        seen = (1 - impaired) * (p_gcs @ self._poor(gcs[:, None], ages, False))
-        seen += impaired * (p_gcs @ self._poor(gcs[:, None], ages, True))
-        return float(p_ages @ seen)
+        unimpaired, other = (self._poor(GCS[:, None], ages, state) for state in (False, True))
+        table: np.ndarray = (1 - impaired) * unimpaired + impaired * other
+        return table
 
     def ich_score(self) -> int:
         """Return the ICH score (Hemphill et al. 2001), 0 to 6."""

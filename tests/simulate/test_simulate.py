@@ -329,6 +329,7 @@ def test_deaths_follow_the_ich_score(people):
     [
         ("p_poor", lambda p: p.poor),
         ("seen_poor", lambda p: p.poor),
+        ("seen_poor_with_age_gcs", lambda p: p.poor),
         ("seen_age_80", lambda p: p.age >= 80),
         ("p_gcs_13_15", lambda p: p.gcs >= 13),
         ("p_gcs_9_12", lambda p: 9 <= p.gcs <= 12),
