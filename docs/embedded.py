@@ -2,9 +2,9 @@
 
 The script simulates patients straight onto the grid of the model and trains three networks of the image. Then it trains
 their fusion with age and GCS, on the fixed features. It measures both models on simulated patients of other seeds, and
-writes the weights and the specs into `ichprog/zoo/`, and the results into the specs and `docs/embedded.json`. Files in
-FOLDER are reused, so an interrupted run can be continued. `--only-measure` only measures. `--ablation` trains the
-network of the image for a few steps, each time without one part, and writes `docs/embedded-ablation.json`.
+writes the weights and the specs into `ichprog/zoo/`, and the results into the specs and `docs/embedded.json`. Finished
+steps in FOLDER are reused, so an interrupted run can be continued. `--only-measure` only measures. `--ablation` trains
+the network of the image for a few steps, each time without one part, and writes `docs/embedded-ablation.json`.
 
 Training does not use `ichprog train`, because it learns from what only a simulation knows: the probabilities of the
 labels given the image instead of labels, and the causes of the image.
@@ -45,7 +45,7 @@ BATCH, LEARNING_RATE, WEIGHT_DECAY, AVERAGE = 16, 4e-3, 1e-3, 0.99
 STATISTICS_OF = 640  # patients
 TASK_WEIGHTS = (1.0, 0.5, 0.5, 1.0)  # of the four probabilities
 CAUSES_WEIGHT, CELLS_WEIGHT = 1.0, 10.0
-SAVE_EVERY = 100
+PRINT_EVERY = 100
 FUSION_STEPS, FUSION_BATCH, FUSION_RATE = 1500, 64, 3e-3
 PATTERNS = {  # known values, and the best possible probability of a poor outcome
     (): "seen_poor",
@@ -228,8 +228,8 @@ class Training:
             schedule.step()
             self.average.update_parameters(self.network)
             losses.append(float(loss.detach()))
-            if step % SAVE_EVERY == 0:
-                print(f"{name}, step {step} of {steps}: loss {np.mean(losses[-SAVE_EVERY:]):.4f}", flush=True)
+            if step % PRINT_EVERY == 0:
+                print(f"{name}, step {step} of {steps}: loss {np.mean(losses[-PRINT_EVERY:]):.4f}", flush=True)
         # the statistics of batch normalisation are those of the averaged weights, not averages of statistics
         batches = (self._grids(np.arange(i, i + BATCH)) for i in range(0, min(STATISTICS_OF, self.count), BATCH))
         torch.optim.swa_utils.update_bn(batches, self.average)
@@ -597,26 +597,32 @@ def main() -> None:
         print("\n".join(lines))
 
 
-def _format_fused(figures: list[dict[str, Any]]) -> list[str]:
-    return [
-        f"{_FIGURE} a simulated poor outcome on {f['patients']} simulated patients of {len(MEASURED_ON)} other seeds, "
-        f"with {' and '.join(f['known']) or 'no value'} known: {f['model'][0]:.3f} (95 % interval {f['model'][1]:.3f} "
-        f"to {f['model'][2]:.3f}); best possible {f['best'][0]:.3f}, difference {f['difference'][0]:.3f} "
-        f"({f['difference'][1]:.3f} to {f['difference'][2]:.3f}); calibration slope {f['slope'][0]:.2f}, intercept "
-        f"{f['intercept'][0]:.2f}. It says nothing about real patients."
-        for f in figures
-    ]
-
-
 def _format_results(figures: list[dict[str, Any]]) -> list[str]:
     return [
         f"{_FIGURE} a simulated {f['what']} on {f['patients']} simulated patients of {len(MEASURED_ON)} other seeds: "
         f"{f['model'][0]:.3f} (95 % interval {f['model'][1]:.3f} to {f['model'][2]:.3f}; by seed "
-        f"{min(f['by_seed']):.3f} to {max(f['by_seed']):.3f}); best possible {f['best'][0]:.3f}, difference "
-        f"{f['difference'][0]:.3f} ({f['difference'][1]:.3f} to {f['difference'][2]:.3f}); chance 0.5; calibration "
-        f"slope {f['slope'][0]:.2f}, intercept {f['intercept'][0]:.2f}. It says nothing about real patients."
+        f"{min(f['by_seed']):.3f} to {max(f['by_seed']):.3f}); {_format_best(f)}; chance 0.5; {_format_calibration(f)}"
         for f in figures
     ]
+
+
+def _format_fused(figures: list[dict[str, Any]]) -> list[str]:
+    return [
+        f"{_FIGURE} a simulated poor outcome on {f['patients']} simulated patients of {len(MEASURED_ON)} other seeds, "
+        f"with {' and '.join(f['known']) or 'no value'} known: {f['model'][0]:.3f} (95 % interval {f['model'][1]:.3f} "
+        f"to {f['model'][2]:.3f}); {_format_best(f)}; {_format_calibration(f)}"
+        for f in figures
+    ]
+
+
+def _format_best(figure: dict[str, Any]) -> str:
+    difference, low, high = figure["difference"]
+    return f"best possible {figure['best'][0]:.3f}, difference {difference:.3f} ({low:.3f} to {high:.3f})"
+
+
+def _format_calibration(figure: dict[str, Any]) -> str:
+    slope, intercept = figure["slope"][0], figure["intercept"][0]
+    return f"calibration slope {slope:.2f}, intercept {intercept:.2f}. It says nothing about real patients."
 
 
 def _with_interval(estimate: tuple[float, float]) -> tuple[float, float, float]:

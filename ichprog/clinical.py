@@ -71,7 +71,7 @@ def encode(spec: ModelSpec, known: Mapping[str, float]) -> np.ndarray:
     return np.array([*numbers, *(float(v.column in known) for v in spec.clinical)], np.float32)
 
 
-def leave_one_out(spec: ModelSpec, known: Mapping[str, float]) -> tuple[list[str], np.ndarray]:
+def leave_one_out(spec: ModelSpec, known: Mapping[str, float]) -> np.ndarray:
     """Encode all known values, and all but one of them.
 
     Args:
@@ -79,8 +79,7 @@ def leave_one_out(spec: ModelSpec, known: Mapping[str, float]) -> tuple[list[str
         known: Known values, from `read_values`.
 
     Returns:
-        The columns of the K known values, and `(1 + K, 2 V)` float32: all known values, then without each column.
+        `(1 + K, 2 V)` float32: all K known values, then all but each of them in their order.
     """
-    columns = list(known)
-    rows = [known, *({name: known[name] for name in columns if name != left_out} for left_out in columns)]
-    return columns, np.stack([encode(spec, row) for row in rows])
+    rows = [known, *({name: known[name] for name in known if name != left_out} for left_out in known)]
+    return np.stack([encode(spec, row) for row in rows])

@@ -183,9 +183,9 @@ class Model:
                 value is not allowed.
             UnknownNameError: The model does not use a clinical value.
         """
-        read_values(self.spec, clinical or {})
+        read_values(self.spec, clinical or {})  # the scans may be an iterator, whose rows come later
         for source in scans if isinstance(scans, list) else ():
-            self._clinical_values(source, clinical)  # refuses wrong values before a scan is read
+            self.clinical_values(source, clinical)  # refuses wrong values before a scan is read
         resolved = resolve_brain(brain) if self.spec.input.brain_only else "given"
         if detector is not None:
             _check_detector(detector.spec, self.spec)
@@ -196,7 +196,7 @@ class Model:
                     yield self.error_prediction(source, loaded), loaded
                     continue
                 grids, finish = loaded
-                known = self._clinical_values(source, clinical)
+                known = self.clinical_values(source, clinical)
                 inputs = self._inputs(grids[0], known)
                 first = executor.submit(self.fold_runtimes[0].run, *inputs)
                 try:  # the remaining checks do not change the grid
@@ -228,10 +228,17 @@ class Model:
         for prediction, scan in self.predict_iter(scans, brain=brain, detector=self):
             yield prediction.haemorrhage or detection.describe(prediction, self.spec, None), scan
 
-    def _clinical_values(self, source: "ScanSource", given: Mapping[str, Any] | None) -> dict[str, float]:
-        """Return the known clinical values of a scan: those that were given, and those of its row in a cohort."""
-        if not self.spec.clinical:
-            return {}
+    def clinical_values(self, source: "ScanSource", given: Mapping[str, Any] | None) -> dict[str, float]:
+        """Return the known clinical values of a scan: the given ones, and those of its row in a cohort.
+
+        Args:
+            source: One scan, as in `predict`.
+            given: Values by column, as in `predict`.
+
+        Raises:
+            UnknownNameError: The model does not use a value.
+            InvalidValueError: A value is not allowed, or is given twice.
+        """
         values = dict(given or {})
         if isinstance(source, Patient):
             for column in (value.column for value in self.spec.clinical):
@@ -247,7 +254,7 @@ class Model:
         """Return the grids and clinical values of one scan: with all known values, and without each of them."""
         if not self.spec.clinical:
             return grid[None], None
-        _, clinical = leave_one_out(self.spec, known)
+        clinical = leave_one_out(self.spec, known)
         return np.repeat(grid[None], len(clinical), axis=0), clinical
 
     def _clinical_use(self, known: Mapping[str, float], outputs: Sequence[dict[str, TaskOutput]]) -> ClinicalUse | None:
@@ -275,7 +282,7 @@ class Model:
 
     def _predict_grid(self, source: "ScanSource", scan: Scan, grid: np.ndarray) -> Prediction:
         """Return the prediction of a checked scan with its grid."""
-        known = self._clinical_values(source, None)
+        known = self.clinical_values(source, None)
         inputs = self._inputs(grid, known)
         outputs = self._run_folds(inputs, self.fold_runtimes[0].run(*inputs))
         return self._prediction(source, scan, outputs, self.provenance(scan), known)
@@ -647,8 +654,8 @@ def explain(
     spec = loaded.spec
     tasks = [spec.tasks[0]] if task is None else [spec.task(name) for name in _as_list(task)]
     labels = {each.name: _label_of(each, label, is_only=len(tasks) == 1) for each in tasks}
-    read_values(spec, clinical or {})  # refuses wrong values before the scan is read
-    values = encode(spec, known := loaded._clinical_values(scan, clinical)) if spec.clinical else None
+    known = loaded.clinical_values(scan, clinical)  # refuses wrong values before the scan is read
+    values = encode(spec, known) if spec.clinical else None
     methods = _load_methods(_as_list(method), options)
     if all(each.requires == "features" for each in methods.values()):
         loaded.fold_runtimes[0].prefetch_explanation()  # in a thread, while torch is imported and the scan is read

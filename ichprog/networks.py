@@ -12,7 +12,7 @@ from ichprog import registry
 from ichprog.errors import IchprogError, PluginError, SpecError, WeightsError
 from ichprog.heads import DenseLogits
 from ichprog.registry import Registry
-from ichprog.spec import ModelSpec, PluginRef, Task
+from ichprog.spec import ModelSpec, PluginRef
 
 
 class Network(nn.Module):
@@ -182,16 +182,9 @@ def build(spec: ModelSpec) -> Network:
         raise _contract_error(registry.backbones, spec.backbone, problem)
     if layer not in dict(backbone.named_modules()):
         raise _contract_error(registry.backbones, spec.backbone, f"its cam_layer {layer!r} names none of its modules")
-    dense, fused = ([task.name for task in spec.tasks if chosen(task)] for chosen in (_is_dense, _is_fused))
+    dense = [task.name for task in spec.tasks if task.mask]
+    fused = [task.name for task in spec.tasks if task.uses_clinical]
     return Network(backbone, _build_heads(spec, channels), dense, build_fusion(spec, channels), fused)
-
-
-def _is_dense(task: Task) -> bool:
-    return task.mask is not None
-
-
-def _is_fused(task: Task) -> bool:
-    return task.uses_clinical
 
 
 def build_fusion(spec: ModelSpec, channels: int) -> Fusion | None:
@@ -302,7 +295,7 @@ def load_heads(spec: ModelSpec, path: Path, channels: int, clinical: Tensor | No
     parts.eval().requires_grad_(False)
     heads: dict[str, nn.Module] = dict(parts["heads"].items())  # type: ignore[operator]
     if fusion is not None:
-        heads |= {task.name: FusedHead(heads[task.name], fusion, clinical) for task in spec.tasks if _is_fused(task)}
+        heads |= {task.name: FusedHead(heads[task.name], fusion, clinical) for task in spec.tasks if task.uses_clinical}
     return heads
 
 

@@ -11,10 +11,20 @@ from click.testing import CliRunner
 from safetensors.torch import save_file
 
 import ichprog
-from ichprog import InvalidValueError, PluginError, SpecError, UnknownNameError, networks, registry, testing, zoo
+from ichprog import (
+    CohortError,
+    InvalidValueError,
+    PluginError,
+    SpecError,
+    UnknownNameError,
+    networks,
+    registry,
+    testing,
+    zoo,
+)
 from ichprog.cli import main
 from ichprog.clinical import encode, leave_one_out, read_values
-from ichprog.cohort import Cohort, CohortError
+from ichprog.cohort import Cohort
 from ichprog.spec import ClinicalValue, ModelSpec, PluginRef, Weights
 from ichprog.train import PRESETS, TrainOptions, train
 
@@ -162,6 +172,17 @@ def test_the_rows_of_a_cohort_have_their_own_values(model, tmp_path):
         ichprog.predict(model, few, brain="given", clinical={"age": 50})
 
 
+def test_the_command_explains_the_rows_of_a_table_with_their_values(folder, model, tmp_path):
+    write_cohort(tmp_path)
+    table = tmp_path / "cohort.csv"
+    table.write_text("\n".join(table.read_text().splitlines()[:3]))  # the second patient has an age and a GCS
+    call = ["explain", str(table), "--model", f"local-dir:{folder}", "--runtime", "torch", "--brain", "given", "--json"]
+    done = CliRunner().invoke(main, [*call, "-o", str(tmp_path / "maps")])
+    assert done.exit_code == 0, done.output
+    rows = [json.loads(line) for line in done.output.splitlines() if line.startswith("{")]
+    assert [row["provenance"]["clinical"] for row in rows] == [{"age": 85.0}, {"age": 60.0, "gcs": 5.0}]
+
+
 @pytest.mark.parametrize(
     ("clinical", "error", "message"),
     [
@@ -186,8 +207,7 @@ def test_a_model_of_the_image_alone_takes_no_values(scan):
 
 def test_leave_one_out_encodes_every_pattern():
     spec = fused_spec()
-    columns, rows = leave_one_out(spec, read_values(spec, {"gcs": "9", "age": 70.0}))
-    assert columns == ["age", "gcs"]
+    rows = leave_one_out(spec, read_values(spec, {"gcs": "9", "age": 70.0}))
     np.testing.assert_allclose(rows, [[0, -0.75, 1, 1], [0, -0.75, 0, 1], [0, 0, 1, 0]])
 
 

@@ -11,7 +11,7 @@ from ichprog.cli.options import as_json, print_json
 from ichprog.cli.scans import format_clinical, format_haemorrhage, format_scores
 
 _MODEL = "compact.prognosis_gcs3_age_v2"
-_MODEL_WITH_VALUES = "compact.prognosis_gcs3_age_clinical"
+_FUSED_MODEL = "compact.prognosis_gcs3_age_clinical"
 _PATIENT = (2, 24)  # seed and number of a patient that the embedded models were not trained on
 _METHOD = "grad_cam"
 
@@ -41,9 +41,9 @@ def demo(folder: Path, as_json: bool) -> None:
     model = ichprog.load_model(_MODEL, runtime="torch")  # compiles nothing and leaves nothing in the cache
     scan = model.load_scan(scan_path)
     prediction, columns = ichprog.predict(model, scan), patient.columns()
-    other = ichprog.load_model(_MODEL_WITH_VALUES, runtime="torch")
-    values = {value.column: columns[value.column] for value in other.spec.clinical}
-    with_values = ichprog.predict(other, scan, clinical=values)
+    fused_model = ichprog.load_model(_FUSED_MODEL, runtime="torch")
+    values = {value.column: columns[value.column] for value in fused_model.spec.clinical}
+    fused = ichprog.predict(fused_model, scan, clinical=values)
     blood = ichprog.haemorrhage(scan_path, model=ichprog.load_model(zoo.DETECTOR, runtime="torch"))
     with results_file(folder / "results.csv", model.spec) as add:
         add(prediction)
@@ -55,7 +55,7 @@ def demo(folder: Path, as_json: bool) -> None:
     with atomic_write(picture) as partial:
         plot(maps, scan_path, prediction=prediction, outline=blood.mask).savefig(partial, dpi=110)
     if as_json:
-        results = {"prediction": prediction.to_dict(), "prediction_with_values": with_values.to_dict()}
+        results = {"prediction": prediction.to_dict(), "prediction_with_values": fused.to_dict()}
         results |= {"haemorrhage": blood.to_dict(), "scores": scores.to_dict()}
         print_json({**results, "truth": patient.truth(), "folder": str(folder)})
     else:
@@ -64,7 +64,7 @@ def demo(folder: Path, as_json: bool) -> None:
             answer, value = prediction[task.name], columns[task.target.column]
             truth = f"{task.labels[task.target.index(float(value))]} ({task.target.column} {value})"
             click.echo(f"{task.name:12}{answer.label:12}{answer.probabilities[answer.label]:12.2f}   {truth}")
-        _print_with_values(other, with_values, scores)
+        _print_with_values(fused_model, fused, scores)
         person = patient.person
         click.echo(
             f"{format_haemorrhage(blood)}   truth {person.site}, {person.volume_ml:.0f} mL outside the ventricles"

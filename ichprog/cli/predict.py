@@ -140,13 +140,15 @@ def _split_clinical(given: dict[str, Any], model: str, *, with_scores: bool) -> 
     columns = [value.column for value in find_spec(model).clinical]
     if not columns and not with_scores:
         raise click.UsageError(f"--clinical needs --scores, or a model with clinical values. {model} has none.")
-    for_model = {name: value for name, value in given.items() if name in columns or not with_scores}
+    if not with_scores:
+        return given, {}
     from ichprog.clinical_scores import CLINICAL_COLUMNS
 
-    for_scores = {
-        name: value for name, value in given.items() if name in CLINICAL_COLUMNS.values() or name not in columns
-    }
-    return for_model, for_scores if with_scores else {}
+    only_model = set(columns) - set(CLINICAL_COLUMNS.values())
+    return (
+        {name: value for name, value in given.items() if name in columns},
+        {name: value for name, value in given.items() if name not in only_model},
+    )
 
 
 def _results_file(
@@ -212,11 +214,12 @@ def explain(
     """Write saliency maps of every SCAN as NIfTI in the scan's own space."""
     chosen = parse_assignments("--option", options, _LAYER)
     sources = find_scans(scans)
-    if given := read_clinical(clinical, sources):
-        chosen["clinical"] = given
+    given = read_clinical(clinical, sources)
     model = load_model(name, brain, loading)
+    values = [model.clinical_values(source, given) for source in sources]  # refuses wrong ones before a scan is read
     has_failed = False
-    for source, stem, examined in with_progress(sources, _examine(model, sources, brain)):
+    results = with_progress(sources, _examine(model, sources, brain))
+    for (source, stem, examined), known in zip(results, values, strict=True):
         if isinstance(examined, ScanError):
             has_failed = True
             failed = model.error_prediction(source, examined)
@@ -224,7 +227,8 @@ def explain(
             continue
         if not as_json:
             print_warnings(examined.name, examined.warnings)
-        for path, saliency in _save_maps(model, examined, output, stem, tasks, methods, label, chosen):
+        options_of_scan = chosen | {"clinical": known}
+        for path, saliency in _save_maps(model, examined, output, stem, tasks, methods, label, options_of_scan):
             if as_json:
                 click.echo(json.dumps(saliency.to_dict() | {"map": str(path)}))
             else:

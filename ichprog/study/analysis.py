@@ -58,8 +58,8 @@ Repetitions = Sequence[TaskAnalysis]  # of one run with different seeds, for one
 class StudyResults:
     """Results of a study. A run is a variant, a baseline, or a variant on fewer patients.
 
-    A run that was repeated with other seeds stands for all its repetitions: each value is their mean, and intervals and
-    tests include both patients and repetitions.
+    A run that was repeated with other seeds stands for all its repetitions: each metric is their mean, and intervals
+    and tests include both patients and repetitions. Conformal sets, readers and mistakes are those of the first seed.
 
     Attributes:
         analyses: Analyses by run and task, each repetition by its own name.

@@ -145,7 +145,8 @@ class Study:
     def runs(self) -> dict[str, Run]:
         """Return everything that is trained, by name: each variant, its repetitions, and its learning-curve runs.
 
-        The first seed is that of the run without a seed in its name. Draw d of a learning curve is trained with seed d.
+        The first seed is that of the run without a seed in its name. The draws of a learning curve take the seeds in
+        turn.
         """
         repeats = list(self.seeds[1:])
         full = [Run(variant, seed=seed) for variant in self.variants for seed in (None, *repeats)]
