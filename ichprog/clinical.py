@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from ichprog.calibration import adjust
 from ichprog.errors import InvalidValueError, UnknownNameError
-from ichprog.spec import ClinicalValue, ModelSpec
+from ichprog.spec import ClinicalValue, ModelSpec, Task
 
 
 def read_values(spec: ModelSpec, given: Mapping[str, Any], *, patient: str = "") -> dict[str, float]:
@@ -83,3 +84,20 @@ def leave_one_out(spec: ModelSpec, known: Mapping[str, float]) -> np.ndarray:
     """
     rows = [known, *({name: known[name] for name in known if name != left_out} for left_out in known)]
     return np.stack([encode(spec, row) for row in rows])
+
+
+def combine(spec: ModelSpec, task: Task, probabilities: np.ndarray, known: Mapping[str, float]) -> np.ndarray:
+    """Combine probabilities from the image with the known clinical values of a patient.
+
+    Args:
+        spec: The model.
+        task: A task with combinations.
+        probabilities: `(N, K)` of the image.
+        known: Known values of the patient, from `read_values`.
+
+    Returns:
+        Probabilities `(N, K)`.
+    """
+    chosen = next(each for each in task.combinations if set(each.known) == set(known))
+    values = {v.column: np.array((known[v.column] - v.centre) / v.scale) for v in spec.clinical if v.column in known}
+    return adjust(task, probabilities, chosen.adjustments, values)

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, cast, get_a
 
 import numpy as np
 
-from ichprog import detection, hub, preprocessing, registry, sources, zoo
+from ichprog import calibration, detection, hub, preprocessing, registry, sources, zoo
 from ichprog import scan as scan_package
-from ichprog.clinical import encode, leave_one_out, read_values
+from ichprog.clinical import combine, encode, leave_one_out, read_values
 from ichprog.cohort import Patient
 from ichprog.errors import InvalidValueError, PluginError, ScanError, UnknownNameError
 from ichprog.hub import WeightFile
@@ -167,6 +167,7 @@ class Model:
         brain: "Brain" = "auto",
         detector: "Model | None" = None,
         clinical: Mapping[str, Any] | None = None,
+        coverage: float | None = None,
     ) -> "Iterator[tuple[Prediction, Scan | ScanError]]":
         """Yield a prediction for each scan, with the checked scan or the error of the scan.
 
@@ -177,12 +178,14 @@ class Model:
             brain: As in `predict`.
             detector: A model that finds the haemorrhage of each prediction; it may be this model.
             clinical: As in `predict`.
+            coverage: As in `predict`.
 
         Raises:
             InvalidValueError: The detector finds no haemorrhages, its input differs in `brain_only`, or a clinical
-                value is not allowed.
+                value or the coverage is not allowed.
             UnknownNameError: The model does not use a clinical value.
         """
+        reliability = self._resolve_coverage(coverage)
         read_values(self.spec, clinical or {})  # the scans may be an iterator, whose rows come later
         for source in scans if isinstance(scans, list) else ():
             self.clinical_values(source, clinical)  # refuses wrong values before a scan is read
@@ -207,6 +210,7 @@ class Model:
                     continue
                 outputs = self._run_folds(inputs, first.result())
                 prediction = self._prediction(source, scan, outputs, provenance, known)
+                prediction = self._calibrate(prediction, grids[0], reliability)
                 if detector is not None:
                     found = prediction if detector is self else detector._predict_grid(source, scan, grids[-1])
                     prediction = self._with_haemorrhage(prediction, detection.describe(found, detector.spec, scan))
@@ -252,7 +256,7 @@ class Model:
 
     def _inputs(self, grid: np.ndarray, known: Mapping[str, float]) -> tuple[np.ndarray, np.ndarray | None]:
         """Return the grids and clinical values of one scan: with all known values, and without each of them."""
-        if not self.spec.clinical:
+        if self.spec.fusion is None:
             return grid[None], None
         clinical = leave_one_out(self.spec, known)
         return np.repeat(grid[None], len(clinical), axis=0), clinical
@@ -264,9 +268,15 @@ class Model:
         contributions = {}
         for task in self.spec.tasks:
             if task.uses_clinical:
-                p = np.mean([output[task.name].probabilities[:, -1] for output in outputs], axis=0, dtype=float)
-                odds = np.log(np.clip(p, 1e-12, 1)) - np.log(np.clip(1 - p, 1e-12, 1))
-                contributions[task.name] = dict(zip(known, (odds[0] - odds[1:]).tolist(), strict=True))
+                p = np.mean([output[task.name].probabilities for output in outputs], axis=0, dtype=float)
+            elif task.combinations:
+                alone = np.mean([output[task.name].probabilities for output in outputs], axis=0, dtype=float)
+                without = [{k: v for k, v in known.items() if k != left_out} for left_out in known]
+                p = np.concatenate([combine(self.spec, task, alone, each) for each in (known, *without)])
+            else:
+                continue
+            odds = calibration.log_odds(p[:, -1])
+            contributions[task.name] = dict(zip(known, (odds[0] - odds[1:]).tolist(), strict=True))
         missing = tuple(value.column for value in self.spec.clinical if value.column not in known)
         return ClinicalUse(dict(known), missing, contributions)
 
@@ -305,7 +315,7 @@ class Model:
         """Return the prediction of a scan from the outputs of all folds for the rows of `_inputs`."""
         geometry = scan.hu.shape, scan.source_shape, scan.source_affine  # the scan itself is large
         tasks = {
-            task.name: _mean_over_folds(task, [output[task.name] for output in outputs], self.spec.input, geometry)
+            task.name: _mean_over_folds(self.spec, task, [output[task.name] for output in outputs], geometry, known)
             for task in self.spec.tasks
         }
         return Prediction(
@@ -317,6 +327,36 @@ class Model:
             patient=sources.patient_of(source),
             clinical=self._clinical_use(known, outputs),
         )
+
+    def _resolve_coverage(self, coverage: float | None) -> float | None:
+        """Return the coverage of conformal sets, None for a model without calibration."""
+        if coverage is not None and not 0 < coverage < 1:
+            raise InvalidValueError("coverage", coverage, "a number between 0 and 1, such as 0.9")
+        if self.spec.calibration is not None:
+            return calibration.COVERAGE if coverage is None else coverage
+        if coverage is not None:
+            raise InvalidValueError(
+                "coverage", coverage, f"None, because {self.spec.name} has no calibration",
+                "`ichprog calibrate` makes one from a cohort with labels.",
+            )  # fmt: skip
+        return None
+
+    def _calibrate(self, prediction: Prediction, grid: np.ndarray, coverage: float | None) -> Prediction:
+        """Return a prediction with calibrated probabilities, conformal sets and the distance of its scan."""
+        known = self.spec.calibration
+        if known is None or coverage is None:
+            return prediction
+        tasks = dict(prediction.tasks)
+        for name, fitted in known.tasks.items():
+            task, raw = self.spec.task(name), np.array(list(tasks[name].probabilities.values()))
+            (p,) = calibration.adjust(task, raw[None], fitted.adjustments)
+            tasks[name] = dataclasses.replace(
+                tasks[name],
+                calibrated=dict(zip(task.labels, p.tolist(), strict=True)),
+                label_set=calibration.conformal_set(task, fitted, p, coverage),
+            )
+        distance = calibration.measure_distance(known.inputs, calibration.input_statistics(grid))
+        return dataclasses.replace(prediction, tasks=tasks, coverage=coverage, input_distance=distance)
 
     def _load_grids(
         self, source: "ScanSource", *, brain: "Brain", detector: "Model | None"
@@ -445,6 +485,7 @@ def predict(  # type: ignore[overload-overlap]  # a pair (array, affine) is a tu
     on_error: OnError = ...,
     haemorrhage: bool | str | Model = ...,
     clinical: Mapping[str, Any] | None = ...,
+    coverage: float | None = ...,
 ) -> Prediction: ...
 @overload
 def predict(
@@ -455,6 +496,7 @@ def predict(
     on_error: OnError = ...,
     haemorrhage: bool | str | Model = ...,
     clinical: Mapping[str, Any] | None = ...,
+    coverage: float | None = ...,
 ) -> Prediction | Any: ...
 @overload
 def predict(  # type: ignore[overload-overlap]
@@ -465,6 +507,7 @@ def predict(  # type: ignore[overload-overlap]
     on_error: OnError = ...,
     haemorrhage: bool | str | Model = ...,
     clinical: Mapping[str, Any] | None = ...,
+    coverage: float | None = ...,
 ) -> list[Prediction]: ...
 @overload
 def predict(
@@ -475,6 +518,7 @@ def predict(
     on_error: OnError = ...,
     haemorrhage: bool | str | Model = ...,
     clinical: Mapping[str, Any] | None = ...,
+    coverage: float | None = ...,
 ) -> Iterator[Prediction]: ...
 def predict(
     model: Model | str,
@@ -484,6 +528,7 @@ def predict(
     on_error: OnError = "raise",
     haemorrhage: bool | str | Model = False,
     clinical: Mapping[str, Any] | None = None,
+    coverage: float | None = None,
 ) -> Prediction | list[Prediction] | Iterator[Prediction]:
     """Predict every task of a model for one scan or several.
 
@@ -501,6 +546,8 @@ def predict(
             check `no-blood` then uses the answer of this model.
         clinical: What is known of the patient, by column of the model's `clinical`, such as `{"age": 71}`. Any value
             may be missing. The rows of a table of patients have their own values.
+        coverage: Probability with which the conformal set of each task holds the true label, for a model with a
+            calibration; 0.9 by default.
 
     Returns:
         A Prediction for one scan. A list for a list, a tuple, a folder of scans, a table or a Cohort. An iterator for
@@ -508,7 +555,8 @@ def predict(
 
     Raises:
         InvalidValueError: `scans` holds something that is no scan, `on_error` is unknown, or `brain` is the path of a
-            missing mask. Or a clinical value is not a number, outside the range of the spec, or given twice.
+            missing mask. Or a clinical value is not a number, outside the range of the spec, or given twice. Or the
+            coverage is not between 0 and 1, or the model has no calibration.
         UnknownNameError: There is no such model, brain mode or brain extractor, or the model does not use a clinical
             value.
         ScanError: A scan cannot be read, or the model cannot predict it.
@@ -523,7 +571,7 @@ def predict(
     brain, found, is_single = _resolve_inputs(scans, brain, on_error)
     loaded = load_model(model) if isinstance(model, str) else model
     detector = _load_detector(haemorrhage, loaded.spec)
-    results = loaded.predict_iter(found, brain=brain, detector=detector, clinical=clinical)
+    results = loaded.predict_iter(found, brain=brain, detector=detector, clinical=clinical, coverage=coverage)
     return _collect(_raise_or_keep(results, on_error), found, is_single)
 
 
@@ -655,7 +703,7 @@ def explain(
     tasks = [spec.tasks[0]] if task is None else [spec.task(name) for name in _as_list(task)]
     labels = {each.name: _label_of(each, label, is_only=len(tasks) == 1) for each in tasks}
     known = loaded.clinical_values(scan, clinical)  # refuses wrong values before the scan is read
-    values = encode(spec, known) if spec.clinical else None
+    values = None if spec.fusion is None else encode(spec, known)
     methods = _load_methods(_as_list(method), options)
     if all(each.requires == "features" for each in methods.values()):
         loaded.fold_runtimes[0].prefetch_explanation()  # in a thread, while torch is imported and the scan is read
@@ -823,18 +871,23 @@ def _as_list(names: str | Sequence[str]) -> list[str]:
 
 
 def _mean_over_folds(
-    task: Task, outputs: Sequence[TaskOutput], contract: InputSpec, geometry: "Geometry"
+    spec: ModelSpec, task: Task, outputs: Sequence[TaskOutput], geometry: "Geometry", known: Mapping[str, float]
 ) -> TaskPrediction:
     """Return the prediction of one task from the outputs of all folds.
 
     Args:
+        spec: The specification of the model.
         task: The task.
         outputs: Output of each fold.
-        contract: Input contract of the model.
         geometry: Shape of the scan in LPS order, shape of the source, and affine of the source.
+        known: Known clinical values.
     """
+    contract = spec.input
     probabilities = np.stack([output.probabilities[0] for output in outputs]).astype(float)
-    means = dict(zip(task.labels, probabilities.mean(0).tolist(), strict=True))
+    mean = probabilities.mean(0)
+    if task.combinations:
+        (mean,), probabilities = (combine(spec, task, each, known) for each in (mean[None], probabilities))
+    means = dict(zip(task.labels, mean.tolist(), strict=True))
     std = None
     if len(outputs) > 1:
         std = dict(zip(task.labels, probabilities.std(0, ddof=1).tolist(), strict=True))

@@ -83,6 +83,9 @@ class TaskPrediction:
         logits: Logits of the head, the mean over folds.
         std: Standard deviation of each probability between folds; None with one fold.
         segmentation: The regions in the scan if the task is also answered voxel by voxel; otherwise None.
+        calibrated: Calibrated probability of each label; None if the model has no calibration of the task.
+        label_set: The labels of a conformal set, which holds the true label with the coverage of the prediction; None
+            without calibration.
     """
 
     label: str
@@ -90,6 +93,8 @@ class TaskPrediction:
     logits: tuple[float, ...]
     std: Mapping[str, float] | None
     segmentation: Segmentation | None = None
+    calibrated: Mapping[str, float] | None = None
+    label_set: tuple[str, ...] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the prediction as plain data, ready for JSON."""
@@ -98,6 +103,8 @@ class TaskPrediction:
             "probabilities": dict(self.probabilities),
             "logits": list(self.logits),
             "std": None if self.std is None else dict(self.std),
+            **({} if self.calibrated is None else {"calibrated": dict(self.calibrated)}),
+            **({} if self.label_set is None else {"label_set": list(self.label_set)}),
             **({} if self.segmentation is None else self.segmentation.to_dict()),
         }
 
@@ -127,6 +134,41 @@ class ClinicalUse:
 
 
 @dataclass(frozen=True)
+class InputDistance:
+    """How far the grid of a scan is from those of the patients of a model's calibration.
+
+    Attributes:
+        distance: Mahalanobis distance of the statistics of the grid.
+        threshold: Distance beyond which the scan is unlike these patients.
+        statistic: The statistic that differs most from its mean, in standard deviations.
+        value: Value of this statistic.
+        usual: Range of this statistic: its mean less and plus three standard deviations.
+    """
+
+    distance: float
+    threshold: float
+    statistic: str
+    value: float
+    usual: tuple[float, float]
+
+    @property
+    def is_unusual(self) -> bool:
+        """Return whether the scan is unlike the patients of the calibration."""
+        return self.distance > self.threshold
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the distance as plain data, ready for JSON."""
+        return {
+            "distance": self.distance,
+            "threshold": self.threshold,
+            "is_unusual": self.is_unusual,
+            "statistic": self.statistic,
+            "value": self.value,
+            "usual": list(self.usual),
+        }
+
+
+@dataclass(frozen=True)
 class Prediction(Mapping[str, TaskPrediction]):
     """The prediction of a model for one scan: a mapping from task names to `TaskPrediction`.
 
@@ -140,6 +182,8 @@ class Prediction(Mapping[str, TaskPrediction]):
         patient: Name of the patient in the cohort; None if the scan does not come from a cohort.
         haemorrhage: The haemorrhage in the scan, found by another model; None if it was not requested.
         clinical: The clinical values that were used, and what each changed; None if the model uses the image alone.
+        coverage: Probability with which the `label_set` of a task holds the true label; None without calibration.
+        input_distance: Whether the scan is like those of the calibration; None without calibration.
 
     Example:
         ```python
@@ -158,6 +202,29 @@ class Prediction(Mapping[str, TaskPrediction]):
     patient: str | None = None
     haemorrhage: "Haemorrhage | None" = None
     clinical: ClinicalUse | None = None
+    coverage: float | None = None
+    input_distance: InputDistance | None = None
+
+    @property
+    def abstained(self) -> dict[str, str]:
+        """Return why there is no reliable answer, for each such task by name; empty if every answer can be used.
+
+        A task abstains if its conformal set holds every label, or if the scan is unlike those of the calibration. Its
+        probabilities are reported all the same.
+        """
+        found = self.input_distance
+        if found is not None and found.is_unusual:
+            reason = (
+                f"the scan is unlike those of the calibration: distance {found.distance:.1f}, threshold "
+                f"{found.threshold:.1f}; {found.statistic} is {found.value:.3g}, usually {found.usual[0]:.3g} to "
+                f"{found.usual[1]:.3g}"
+            )
+            return dict.fromkeys(self.tasks, reason)
+        return {
+            name: f"every label is possible at a coverage of {self.coverage:.0%}"
+            for name, task in self.tasks.items()
+            if task.label_set is not None and len(task.label_set) == len(task.probabilities)
+        }
 
     def __getitem__(self, task: str) -> TaskPrediction:
         """Return the prediction of one task.
@@ -195,6 +262,8 @@ class Prediction(Mapping[str, TaskPrediction]):
             "warnings": [warning.to_dict() for warning in self.warnings],
             "provenance": dict(self.provenance),
             **({} if self.clinical is None else {"clinical": self.clinical.to_dict()}),
+            **({} if self.coverage is None else {"coverage": self.coverage, "abstained": self.abstained}),
+            **({} if self.input_distance is None else {"input_distance": self.input_distance.to_dict()}),
             **({} if self.haemorrhage is None else {"haemorrhage": self.haemorrhage.to_dict()}),
             **({} if self.error is None else {"error": dict(self.error)}),
         }
@@ -458,7 +527,7 @@ def results_file(
         columns += [f"{task.name}_label", *(f"{task.name}_{label}" for label in task.labels), f"{task.name}_std"]
         if task.mask is not None:
             columns += [f"{task.name}_{part}_ml" for part in ("total", *task.mask.regions)]
-    columns += _clinical_columns(spec)
+    columns += [*_clinical_columns(spec), *_calibration_columns(spec)]
     notice = spec.notice if spec.dense_task is None else _with_limits(spec.notice, spec)
     if detector is not None:
         columns += [f"{_BLOOD}{column}" for column in _haemorrhage_columns(detector)]
@@ -540,8 +609,35 @@ _BLOOD = "blood_"  # of the columns of a haemorrhage among the columns of tasks
 def _clinical_columns(spec: ModelSpec) -> list[str]:
     """Return the columns of clinical values, and of what each changed."""
     names = [value.column for value in spec.clinical]
-    fused = [task.name for task in spec.tasks if task.uses_clinical]
+    fused = [task.name for task in spec.tasks if task.uses_clinical or task.combinations]
     return [*(f"{_CLINICAL}{name}" for name in names), *(f"{task}_change_{name}" for task in fused for name in names)]
+
+
+def _calibration_columns(spec: ModelSpec) -> list[str]:
+    """Return the columns of `_calibration_values`."""
+    if spec.calibration is None:
+        return []
+    columns = []
+    for name in spec.calibration.tasks:
+        columns += [*(f"{name}_calibrated_{label}" for label in spec.task(name).labels), f"{name}_set"]
+    abstained = [f"{task.name}_abstained" for task in spec.tasks]
+    return [*columns, "coverage", *abstained, "input_distance", "input_distance_threshold"]
+
+
+def _calibration_values(prediction: Prediction) -> dict[str, Any]:
+    """Return calibrated probabilities, conformal sets and the distance of a scan by column."""
+    values: dict[str, Any] = {}
+    for name, task in prediction.tasks.items():
+        if task.calibrated is not None and task.label_set is not None:
+            values |= {f"{name}_calibrated_{label}": value for label, value in task.calibrated.items()}
+            values[f"{name}_set"] = " | ".join(task.label_set)
+    if prediction.coverage is not None:
+        values["coverage"] = prediction.coverage
+        values |= {f"{name}_abstained": reason for name, reason in prediction.abstained.items()}
+    if prediction.input_distance is not None:
+        values["input_distance"] = prediction.input_distance.distance
+        values["input_distance_threshold"] = prediction.input_distance.threshold
+    return values
 
 
 def _all_columns(columns: list[str], with_patients: bool) -> list[str]:
@@ -568,6 +664,7 @@ def _row(prediction: Prediction) -> dict[str, Any]:
         columns |= {f"{_CLINICAL}{name}": use.used.get(name) for name in (*use.used, *use.missing)}
         for name, changes in use.contributions.items():
             columns |= {f"{name}_change_{column}": change for column, change in changes.items()}
+    columns |= _calibration_values(prediction)
     if prediction.haemorrhage is not None:
         found = _haemorrhage_values(prediction.haemorrhage)
         columns |= {f"{_BLOOD}{column}": value for column, value in found.items()}

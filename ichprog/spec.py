@@ -7,8 +7,9 @@ unknown field is an error.
 A spec carries the `schema_version` of its format. `ModelSpec.from_dict` upgrades older versions and refuses newer ones.
 """
 
+import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources.abc import Traversable
 from typing import Any, Literal
@@ -150,6 +151,35 @@ class ClinicalValue:
 
 
 @dataclass(frozen=True)
+class Adjustment:
+    """A linear change of log-odds: slope * log-odds + intercept + the sum of coefficient * clinical value.
+
+    Attributes:
+        slope: Factor of the log-odds, above 0.
+        intercept: Number that is added.
+        coefficients: Factor of each clinical value, by column. The values are in units of the spec: less the centre,
+            divided by the scale.
+    """
+
+    slope: float
+    intercept: float
+    coefficients: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Combination:
+    """A combination of a task's answer from the image with clinical values, for one set of known values.
+
+    Attributes:
+        known: Columns of the known values.
+        adjustments: For each label but the first, the change of the log-odds of this label or a later one.
+    """
+
+    known: tuple[str, ...]
+    adjustments: tuple[Adjustment, ...]
+
+
+@dataclass(frozen=True)
 class Task:
     """One task of a model.
 
@@ -165,6 +195,8 @@ class Task:
         mask: Source of the true regions if the task is also answered voxel by voxel, by a dense head; otherwise null.
         uses_clinical: Whether the head gets the features after the fusion with clinical values, instead of those of the
             image alone.
+        combinations: Combinations of the answer from the image with clinical values, one for each set of known values;
+            empty if there are none.
     """
 
     name: str
@@ -176,6 +208,7 @@ class Task:
     loss_weight: float
     mask: MaskTarget | None = None
     uses_clinical: bool = False
+    combinations: tuple[Combination, ...] = ()
 
     @property
     def kind(self) -> Literal["binary", "ordinal", "nominal"]:
@@ -318,6 +351,55 @@ class GoldenOutput:
 
 
 @dataclass(frozen=True)
+class TaskCalibration:
+    """What patients outside the training tell about the probabilities of a task.
+
+    Attributes:
+        patients: Number of patients with a label.
+        adjustments: For each label but the first, the change of the log-odds of this label or a later one that makes
+            them agree with the labels. For unordered labels, one change for each label.
+        set_limits: Lowest calibrated probability of a label in a conformal set, by coverage in percent, such as "90". A
+            coverage that so few patients cannot give is left out.
+    """
+
+    patients: int
+    adjustments: tuple[Adjustment, ...]
+    set_limits: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class InputDistribution:
+    """The distribution of statistics of the grid, over patients like those of the training.
+
+    Attributes:
+        mean: Mean of each statistic, by name.
+        scale: Standard deviation of each statistic, by name.
+        precision: Inverse of the correlation matrix of the statistics, in their order, with shrinkage.
+        threshold: Mahalanobis distance beyond which a scan is unlike these patients.
+    """
+
+    mean: Mapping[str, float]
+    scale: Mapping[str, float]
+    precision: tuple[tuple[float, ...], ...]
+    threshold: float
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a model knows about its own reliability, from patients on whom its networks were not trained.
+
+    Attributes:
+        patients: The patients, in words.
+        tasks: Calibration of each task with enough labels, by name.
+        inputs: Distribution of the inputs.
+    """
+
+    patients: str
+    tasks: Mapping[str, TaskCalibration]
+    inputs: InputDistribution
+
+
+@dataclass(frozen=True)
 class ModelSpec:
     """A complete description of one model.
 
@@ -335,7 +417,8 @@ class ModelSpec:
         notice: Sentence that accompanies every output.
         golden_output: Reproducible input with its logits, or null.
         clinical: Values of a patient that the model can use in addition to the scan. Any of them may be missing.
-        fusion: Combination of the features of the image with the clinical values; null without clinical values.
+        fusion: Combination of the features of the image with the clinical values; null if there is none.
+        calibration: Recalibration, conformal sets and the distribution of inputs; null if they are not known.
 
     Example:
         >>> from ichprog import zoo
@@ -358,6 +441,7 @@ class ModelSpec:
     golden_output: GoldenOutput | None
     clinical: tuple[ClinicalValue, ...] = ()
     fusion: PluginRef | None = None
+    calibration: Calibration | None = None
 
     def __post_init__(self) -> None:
         _check(self)
@@ -513,6 +597,8 @@ def _check(spec: ModelSpec) -> None:
     for task in spec.tasks:
         _check_task(task)
     _check_clinical(spec)
+    if spec.calibration is not None:
+        _check_calibration(spec, spec.calibration)
     window, ranges = spec.input.window, spec.input.expected_ranges
     if not window.low < window.high:
         raise SpecError(f"Invalid input.window {[window.low, window.high]}. Expected low < high.")
@@ -533,10 +619,12 @@ def _check_clinical(spec: ModelSpec) -> None:
     if len(set(columns)) != len(columns):
         raise SpecError(f"Invalid clinical: the columns are {columns}. Expected different ones.")
     fused = [task for task in spec.tasks if task.uses_clinical]
-    if len({bool(columns), spec.fusion is not None, bool(fused)}) > 1:
+    combined = [task for task in spec.tasks if task.combinations]
+    if (spec.fusion is not None) != bool(fused) or bool(columns) != bool(fused or combined) or (fused and combined):
         raise SpecError(
-            f"Invalid clinical: {len(columns)} values, {'a' if spec.fusion else 'no'} fusion, and {len(fused)} tasks "
-            "with uses_clinical. Expected all of them, or none."
+            f"Invalid clinical: {len(columns)} values, {'a' if spec.fusion else 'no'} fusion, {len(fused)} tasks with "
+            f"uses_clinical, and {len(combined)} with combinations. Expected values with a fusion and uses_clinical, "
+            "values with combinations, or nothing of all."
         )
     for value in spec.clinical:
         if not value.lowest < value.highest or not value.scale > 0:
@@ -544,12 +632,52 @@ def _check_clinical(spec: ModelSpec) -> None:
                 f"Invalid clinical.{value.column}: lowest {value.lowest:g}, highest {value.highest:g}, scale "
                 f"{value.scale:g}. Expected lowest < highest, and scale > 0."
             )
-    for task in fused:
+    for task in (*fused, *combined):
         if task.target.column in columns:
             raise SpecError(
-                f"Invalid tasks.{task.name}.uses_clinical: the column {task.target.column!r} would predict itself. Set "
-                "uses_clinical to false, or remove the column from clinical."
+                f"Invalid tasks.{task.name}: the clinical value {task.target.column!r} would predict itself. Set "
+                "uses_clinical to false and leave out combinations, or remove the column from clinical."
             )
+    for task in combined:
+        _check_combinations(task, columns)
+
+
+def _check_combinations(task: Task, columns: list[str]) -> None:
+    path = f"tasks.{task.name}.combinations"
+    expected = {frozenset(known) for n in range(len(columns) + 1) for known in itertools.combinations(columns, n)}
+    given = [frozenset(each.known) for each in task.combinations]
+    if set(given) != expected or len(given) != len(expected):
+        shown = [sorted(known) for known in given]
+        raise SpecError(f"Invalid {path}: known is {shown}. Expected every subset of {columns} once.")
+    if task.kind == "nominal":
+        raise SpecError(f"Invalid {path}. Expected none, because the labels have no order.")
+    for each in task.combinations:
+        _check_adjustments(task, each.adjustments, each.known, path)
+
+
+def _check_adjustments(task: Task, adjustments: Sequence[Adjustment], known: Sequence[str], path: str) -> None:
+    number = len(task.labels) - (task.kind != "nominal")
+    if len(adjustments) != number:
+        raise SpecError(f"Invalid {path}: {len(adjustments)} adjustments. Expected {number}.")
+    for each in adjustments:
+        if not each.slope > 0:
+            raise SpecError(f"Invalid {path}: slope {each.slope:g}. Expected a number above 0.")
+        if set(each.coefficients) != set(known):
+            raise SpecError(f"Invalid {path}: coefficients of {sorted(each.coefficients)}. Expected {sorted(known)}.")
+
+
+def _check_calibration(spec: ModelSpec, calibration: Calibration) -> None:
+    for name, each in calibration.tasks.items():
+        schema.check_name("calibration.tasks", f"task of {spec.name}", name, [task.name for task in spec.tasks])
+        _check_adjustments(spec.task(name), each.adjustments, (), f"calibration.tasks.{name}")
+    inputs = calibration.inputs
+    number = len(inputs.mean)
+    shape = {len(inputs.precision), *map(len, inputs.precision)}
+    if list(inputs.scale) != list(inputs.mean) or shape != {number} or not all(v > 0 for v in inputs.scale.values()):
+        raise SpecError(
+            f"Invalid calibration.inputs: {number} means, {len(inputs.scale)} scales, and a precision with rows and "
+            f"columns {sorted(shape)}. Expected the same statistics in all of them, and scales above 0."
+        )
 
 
 def _check_task(task: Task) -> None:

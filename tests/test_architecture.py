@@ -22,6 +22,7 @@ LAYERS = [
         "scan",
         "preprocessing",
         "results",
+        "calibration",
         "cohort",
         "clinical",
         "clinical_scores",
@@ -46,6 +47,8 @@ SIDEWAYS = {
     ("io", "errors"),
     ("parallel", "errors"),
     ("parallel", "io"),
+    ("calibration", "results"),  # it describes how unusual a scan is
+    ("clinical", "calibration"),  # combinations with clinical values are changes of log-odds
     ("clinical_scores", "results"),  # a haemorrhage has variables of the scores
     ("reporting", "metrics"),  # labels of metrics in tables
     ("evaluation", "train"),  # leakage control reads the folds and the run directory

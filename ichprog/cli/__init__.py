@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from ichprog.cli import (
+    calibrate,
     cohorts,
     demo,
     evaluate,
@@ -26,9 +27,11 @@ from ichprog.errors import IchprogError, missing_extra
 
 # Extras whose packages a command imports; a command that is not listed needs none.
 EXTRA_OF_COMMAND = {
+    "calibrate": "study",
     "demo": "simulate,report",
     "evaluate": "study",
     "export": "export",
+    "fuse": "study",
     "simulate": "simulate",
     "study": "study",
     "train": "train",
@@ -81,7 +84,7 @@ def _log_to_stderr(ctx: click.Context, level: int) -> None:
 for command in (
     models.models, spec.spec, plugins.plugins, models.fetch, models.doctor, predict.predict, predict.explain,
     haemorrhage.haemorrhage, cohorts.cohort, demo.demo, simulate.simulate, train.train, study.study, evaluate.evaluate,
-    export.export, export.publish,
+    calibrate.calibrate, calibrate.fuse, export.export, export.publish,
 ):  # fmt: skip
     main.add_command(command)
 

@@ -16,6 +16,7 @@ from ichprog.cli.scans import (
     find_scans,
     format_clinical,
     format_haemorrhage,
+    format_reliability,
     format_scores,
     load_model,
     output,
@@ -65,6 +66,10 @@ _options = click.option(
 )
 @with_options(score_options)
 @click.option(
+    "--coverage", type=float, metavar="SHARE",
+    help="Probability with which the set of labels holds the true one, for a calibrated model; 0.9 by default.",
+)  # fmt: skip
+@click.option(
     "--explain", "methods", multiple=True, metavar="METHOD", help="Saliency method; repeatable. Needs --maps."
 )
 @_tasks
@@ -86,6 +91,7 @@ def predict(
     detector_name: str,
     scores: bool,
     clinical: tuple[str, ...],
+    coverage: float | None,
     methods: tuple[str, ...],
     tasks: tuple[str, ...],
     options: tuple[str, ...],
@@ -112,7 +118,7 @@ def predict(
     has_failed = False
     with ExitStack() as stack:
         add = stack.enter_context(_results_file(output, model, detector, sources, with_scores=scores))
-        results = model.predict_iter(sources, brain=brain, detector=detector, clinical=for_model)
+        results = model.predict_iter(sources, brain=brain, detector=detector, clinical=for_model, coverage=coverage)
         for source, stem, (prediction, examined) in with_progress(sources, results):
             computed = computer.scores(source, prediction.haemorrhage)
             add(prediction, computed)
@@ -275,6 +281,8 @@ def _print_prediction(prediction: "Prediction", scores: "ClinicalScores | None",
     click.echo(_format_prediction(prediction))
     if prediction.clinical is not None:
         click.echo(format_clinical(prediction.clinical))
+    if prediction.coverage is not None:
+        click.echo(format_reliability(prediction))
     if scores is not None:
         click.echo(format_scores(scores))
     print_warnings(prediction.scan, prediction.warnings)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ichprog.clinical_scores import ClinicalScores, ScoreRange, ScoreVariable
     from ichprog.errors import ScanWarning
     from ichprog.model import Model
-    from ichprog.results import ClinicalUse, Haemorrhage
+    from ichprog.results import ClinicalUse, Haemorrhage, Prediction
     from ichprog.sources import ScanSource
 
 _Result = TypeVar("_Result")
@@ -189,6 +189,21 @@ def format_clinical(use: "ClinicalUse") -> str:
         used.append(f"{name} {value:g} (log-odds of {changes})")
     missing = f"not known: {', '.join(use.missing)}" if use.missing else ""
     return "  clinical values: " + "; ".join(each for each in (*used, missing) if each)
+
+
+def format_reliability(prediction: "Prediction") -> str:
+    """Return lines with the calibrated probabilities and label sets, and why the model abstains."""
+    lines = []
+    for name, task in prediction.tasks.items():
+        if task.calibrated is not None and task.label_set is not None:
+            label, p = max(task.calibrated.items(), key=lambda each: each[1])
+            labels = " or ".join(task.label_set)
+            lines.append(f"  {name}: calibrated {label} {p:.3f}; at {prediction.coverage:.0%} coverage: {labels}")
+    reasons: dict[str, list[str]] = {}
+    for name, reason in prediction.abstained.items():
+        reasons.setdefault(reason, []).append(name)
+    lines += [f"  abstains from {', '.join(names)}: {reason}" for reason, names in reasons.items()]
+    return "\n".join(lines)
 
 
 def format_scores(scores: "ClinicalScores") -> str:

@@ -1,14 +1,18 @@
 """Evaluation of a model on a cohort.
 
-`evaluate` predicts a cohort with leakage control and computes metrics. `check_leakage` finds the folds that may predict
+`evaluate` predicts a cohort with leakage control and computes metrics, `calibrate` and `fuse` write a model that was
+calibrated or combined with clinical values on a cohort. `check_leakage` finds the folds that may predict
 each patient. `validation` computes the figures of an external validation, and `report` writes them. `summary` reduces
 an evaluation to counts and sums, and `pooling` combines those of several hospitals. `predictions` reads and writes the
 table of predictions. `localization` compares saliency maps with lesion masks. `faithfulness` tests whether maps follow
 the network. The package knows no study.
 """
 
-from ichprog.evaluation.evaluate import SEVERAL_FOLDS, Evaluation, evaluate
+from ichprog.evaluation.calibrate import calibrate
+from ichprog.evaluation.cohort_predictions import SEVERAL_FOLDS
+from ichprog.evaluation.evaluate import Evaluation, evaluate
 from ichprog.evaluation.faithfulness import deletion_insertion, parameter_randomisation
+from ichprog.evaluation.fuse import Fused, FusedTask, fuse
 from ichprog.evaluation.leakage import LeakageReport, check_leakage
 from ichprog.evaluation.localization import MapMetrics, measure_maps, summarise_maps
 from ichprog.evaluation.pooling import PooledEvaluation, PooledTask, pool_summaries
@@ -20,6 +24,8 @@ __all__ = [
     "SPLITS",
     "Evaluation",
     "EventValidation",
+    "Fused",
+    "FusedTask",
     "LeakageReport",
     "MapMetrics",
     "ModelComparison",
@@ -29,9 +35,11 @@ __all__ = [
     "Recalibration",
     "TaskPredictions",
     "align",
+    "calibrate",
     "check_leakage",
     "deletion_insertion",
     "evaluate",
+    "fuse",
     "measure_maps",
     "parameter_randomisation",
     "pool_summaries",

@@ -1,8 +1,7 @@
 """Evaluate a model on a cohort with leakage control."""
 
-import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -11,21 +10,19 @@ import numpy as np
 
 from ichprog import metrics as metrics_package
 from ichprog.cohort import Cohort, Origin
-from ichprog.errors import CohortError, InvalidValueError, ScanError, missing_extra
+from ichprog.errors import CohortError, InvalidValueError, missing_extra
 from ichprog.evaluation import validation
-from ichprog.evaluation.leakage import LeakageReport, check_leakage
+from ichprog.evaluation.cohort_predictions import Plan, plan_patients, predict_patients, tabulate
+from ichprog.evaluation.leakage import LeakageReport
 from ichprog.evaluation.predictions import Predictions, TaskPredictions
 from ichprog.evaluation.validation import EventValidation, ModelComparison
 from ichprog.io import write_json
 from ichprog.metrics.calibration import calibration_curve
 from ichprog.model import Model, load_model, resolve_brain
-from ichprog.results import Prediction
 from ichprog.spec import ModelSpec, Task
 
 if TYPE_CHECKING:
     from ichprog.scan.brain import Brain
-
-SEVERAL_FOLDS = -1  # stored as the fold of a prediction that is the mean of several folds
 
 Metrics = dict[str, dict[str, metrics_package.Interval]]  # by task and metric
 Curves = dict[str, dict[str, dict[str, np.ndarray]]]  # by task and event
@@ -240,18 +237,20 @@ def evaluate(
     loaded = load_model(model) if isinstance(model, str) else model
     other = load_model(compare) if isinstance(compare, str) else compare
     spec = loaded.spec
-    plan = _plan(loaded, table)
+    plan = plan_patients(loaded, table)
     validation.check_two_labels(spec, table.source, plan.labels, plan.scored)
     other_plan = None if other is None else _plan_comparison(loaded, other, table, plan)
 
-    results = _predict(loaded, table, plan, brain, progress=progress)
-    predictions = _tabulate(spec, table, plan, results)
+    results = predict_patients(loaded, table, plan, brain, progress=progress)
+    predictions = tabulate(spec, table, plan, results)
     labelled = {task: each.labelled() for task, each in predictions.items()}
     labelled = {task: each for task, each in labelled.items() if len(each)}
     entries = {(spec.name, task, "test"): each for task, each in predictions.items() if len(each)}
     comparison = None
     if other is not None and other_plan is not None:
-        others = _tabulate(other.spec, table, other_plan, _predict(other, table, other_plan, brain, progress=progress))
+        others = tabulate(
+            other.spec, table, other_plan, predict_patients(other, table, other_plan, brain, progress=progress)
+        )
         name = other.spec.name if other.spec.name != spec.name else f"{spec.name} (second)"
         entries |= {(name, task, "test"): each for task, each in others.items() if len(each)}
         comparison = _compare(loaded, other, name, predictions, others, other_plan, n_bootstrap=n_bootstrap, seed=seed)
@@ -262,6 +261,13 @@ def evaluate(
         )
         for task, each in labelled.items()
     }  # fmt: skip
+    fitted = [task.name for task in spec.tasks if task.combinations]
+    if fitted:
+        note = (
+            f"The combination of {', '.join(fitted)} with clinical values was fitted to patients that ichprog does not "
+        )
+        note += "know. If they are among these, the metrics are too good."
+        plan = replace(plan, leakage=replace(plan.leakage, sentence=f"{plan.leakage.sentence} {note}"))
     names = [patient.name for patient in table.patients]
     used = {fold for index in plan.scored for fold in plan.leakage.folds[index]}
     provenance = loaded.provenance()
@@ -295,43 +301,7 @@ def evaluate(
     )
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """Which patients of a cohort a model predicts, and with which folds.
-
-    Attributes:
-        labels: Indices of the true labels `(N,)` by task, -1 if unknown.
-        unscored: Column of the labels of each other task.
-        leakage: The folds that may predict each patient.
-        left_out: Indices of the patients that no fold may predict.
-        unlabelled: Indices of the other patients without a label.
-        scored: Indices of the patients to predict.
-    """
-
-    labels: dict[str, np.ndarray]
-    unscored: dict[str, str]
-    leakage: LeakageReport
-    left_out: list[int]
-    unlabelled: list[int]
-    scored: list[int]
-
-
-def _plan(model: Model, cohort: Cohort) -> _Plan:
-    labels, unscored = _read_labels(model.spec, cohort)
-    leakage = check_leakage(model.spec, model.weights, cohort)
-    has_label = np.any([values >= 0 for values in labels.values()], axis=0)
-    left_out = [index for index, folds in enumerate(leakage.folds) if not folds]
-    unlabelled = [index for index, folds in enumerate(leakage.folds) if folds and not has_label[index]]
-    scored = [index for index, folds in enumerate(leakage.folds) if folds and has_label[index]]
-    if not scored:
-        raise CohortError(
-            f"{cohort.source}: no patient can be scored: {len(left_out)} may not be predicted, {len(unlabelled)} have "
-            f"no label of {model.spec.name}. {leakage.sentence}"
-        )
-    return _Plan(labels, unscored, leakage, left_out, unlabelled, scored)
-
-
-def _plan_comparison(first: Model, second: Model, cohort: Cohort, plan: _Plan) -> _Plan:
+def _plan_comparison(first: Model, second: Model, cohort: Cohort, plan: Plan) -> Plan:
     """Return the plan of the second model, for patients and tasks that both models have."""
     if _identity(first) == _identity(second):
         raise InvalidValueError(
@@ -339,7 +309,7 @@ def _plan_comparison(first: Model, second: Model, cohort: Cohort, plan: _Plan) -
             "Both have the same weights. Choose other weights, or leave the comparison out.",
         )  # fmt: skip
     shared = [task for task in validation.shared_tasks(first.spec, second.spec) if task in plan.labels]
-    other = _plan(second, cohort)
+    other = plan_patients(second, cohort)
     both = [index for index in other.scored if index in set(plan.scored)]
     if not shared or not both:
         raise CohortError(
@@ -361,7 +331,7 @@ def _compare(
     name: str,
     predictions: Mapping[str, TaskPredictions],
     others: Mapping[str, TaskPredictions],
-    plan: _Plan,
+    plan: Plan,
     *,
     n_bootstrap: int,
     seed: int,
@@ -371,76 +341,6 @@ def _compare(
     }
     left_out = [task.name for task in first.spec.tasks if task.name not in tasks]
     return validation.compare_models(name, plan.leakage.sentence, tasks, left_out, n_bootstrap=n_bootstrap, seed=seed)
-
-
-def _read_labels(spec: ModelSpec, cohort: Cohort) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Return the true labels `(N,)` of each task with a labelled patient, and the column of each other task."""
-    present = set().union(*(patient.columns for patient in cohort.patients))
-    labels = {task.name: cohort.labels(task) for task in spec.tasks if task.target.column in present}
-    labels = {task: values for task, values in labels.items() if (values >= 0).any()}
-    columns = {task.name: task.target.column for task in spec.tasks}
-    if not labels:
-        raise CohortError(
-            f"{cohort.source}: no patient has a label of {spec.name}. Fill one of the columns "
-            f"{', '.join(dict.fromkeys(columns.values()))}."
-        )
-    return labels, {task: column for task, column in columns.items() if task not in labels}
-
-
-@dataclass
-class _ScanResults:
-    """Results by index of the patient in the cohort."""
-
-    predictions: dict[int, tuple[Prediction, int]] = field(default_factory=dict)  # with the stored fold
-    failed: dict[int, dict[str, Any]] = field(default_factory=dict)
-    warnings: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
-
-
-def _predict(model: Model, cohort: Cohort, plan: _Plan, brain: "Brain", *, progress: bool) -> _ScanResults:
-    """Predict each patient by one fold, or by the mean of all folds."""
-    from tqdm import tqdm
-
-    results = _ScanResults()
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for index in plan.scored:
-        groups.setdefault(plan.leakage.folds[index], []).append(index)
-    with tqdm(total=len(plan.scored), unit="scan", file=sys.stderr, disable=not progress) as bar:
-        for folds, indices in groups.items():
-            member = model.fold(folds[0]) if len(folds) == 1 else model
-            scans = [cohort.patients[index].scan for index in indices]
-            for index, (prediction, scan) in zip(indices, member.predict_iter(scans, brain=brain), strict=True):
-                bar.update()
-                if isinstance(scan, ScanError):
-                    patient = cohort.patients[index].name
-                    error = prediction.error or {}
-                    results.failed[index] = {"patient": patient, "scan": prediction.scan, **error}
-                    continue
-                results.predictions[index] = prediction, folds[0] if len(folds) == 1 else SEVERAL_FOLDS
-                if scan.warnings:
-                    results.warnings[index] = [warning.to_dict() for warning in scan.warnings]
-            for runtime in member.fold_runtimes:
-                runtime.release_memory()
-    return results
-
-
-def _tabulate(spec: ModelSpec, cohort: Cohort, plan: _Plan, results: _ScanResults) -> dict[str, TaskPredictions]:
-    """Return the predictions of each task with labels."""
-    return {task: _task_predictions(spec.task(task), cohort, truth, results) for task, truth in plan.labels.items()}
-
-
-def _task_predictions(task: Task, cohort: Cohort, truth: np.ndarray, results: _ScanResults) -> TaskPredictions:
-    """Return the predictions of one task in the order of the cohort."""
-    indices = sorted(results.predictions)
-    predictions = [results.predictions[index] for index in indices]
-    probabilities = [
-        [prediction[task.name].probabilities[label] for label in task.labels] for prediction, _ in predictions
-    ]
-    return TaskPredictions(
-        tuple(cohort.patients[index].name for index in indices),
-        np.array([fold for _, fold in predictions], np.int64),
-        truth[indices],
-        np.array(probabilities, np.float64).reshape(-1, len(task.labels)),
-    )
 
 
 def _calibrate(task: Task, predictions: TaskPredictions) -> dict[str, dict[str, np.ndarray]]:

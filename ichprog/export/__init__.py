@@ -10,7 +10,7 @@ from importlib import import_module
 from pathlib import Path
 
 from ichprog import hub
-from ichprog.errors import UnknownNameError, missing_extra
+from ichprog.errors import SpecError, UnknownNameError, missing_extra
 from ichprog.export.model_card import CAUTION, build_card, card_sections, config_json, markdown_table
 from ichprog.export.upload import HubUpload, prepare_upload, publish
 from ichprog.model import Model
@@ -46,6 +46,7 @@ def export(model: Model | str, out: str | Path, *, format: str = "onnx") -> Path
     Raises:
         UnknownNameError: There is no such format or model.
         WeightsError: The weights cannot be obtained or do not fit.
+        SpecError: The model combines answers from the image with clinical values, which is no part of its network.
         PluginError: A plugin uses an operation that ONNX lacks, or supports only one batch size.
         IchprogError: A package that the format needs is not installed.
 
@@ -58,6 +59,11 @@ def export(model: Model | str, out: str | Path, *, format: str = "onnx") -> Path
     """
     check_format(format)
     spec, files = hub.fetch(model) if isinstance(model, str) else (model.spec, model.weights)
+    if any(task.combinations for task in spec.tasks):
+        raise SpecError(
+            f"{spec.name} cannot be exported: its combination with clinical values is no part of the network. Export "
+            "the image model, and use the combination in config.json, or a model with a fusion."
+        )
     folder = Path(out)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".export-", dir=folder.parent) as scratch:

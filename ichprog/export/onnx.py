@@ -76,7 +76,7 @@ class _HeadProbabilities(nn.Module):
 def _convert_model(spec: ModelSpec, files: Sequence[WeightFile]) -> Any:
     """Return the folds of a model as an ONNX program; an error names the plugin that cannot be converted."""
     ensemble, grids = _FoldEnsemble(spec, files).eval(), torch.zeros(2, 1, *spec.input.shape)
-    inputs = {"grid": grids} | ({"clinical": torch.zeros(2, 2 * len(spec.clinical))} if spec.clinical else {})
+    inputs = {"grid": grids} | ({"clinical": torch.zeros(2, 2 * len(spec.clinical))} if spec.fusion else {})
     try:
         return _convert_module(ensemble, inputs, _output_names(spec))
     except Exception as error:  # a plugin may fail in any way

@@ -237,7 +237,7 @@ class CrossValidation:
 
 def _encode_clinical(spec: ModelSpec, cohort: Cohort) -> np.ndarray | None:
     """Return the clinical values of all patients `(N, 2 V)`, or None for a model of the image alone."""
-    if not spec.clinical:
+    if spec.fusion is None:
         return None
     columns = {value.column: cohort.numbers(value.column) for value in spec.clinical}
     rows = []

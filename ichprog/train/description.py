@@ -21,8 +21,8 @@ def describe_training(spec: ModelSpec, name: str | None, origin: Origin, folds: 
     """Return the description of a model that is trained from another description.
 
     Network, tasks and preprocessing stay. Of weights of the other description nothing stays: no weight files, golden
-    output, measured intervals of volumes, or thresholds, which become 0.5. A description without weights keeps its
-    thresholds.
+    output, measured intervals of volumes, calibration, combinations with clinical values, or thresholds, which become
+    0.5. A description without weights keeps its thresholds.
 
     Args:
         spec: The description to train by.
@@ -49,11 +49,13 @@ def describe_training(spec: ModelSpec, name: str | None, origin: Origin, folds: 
         limits=(*_training_limits(origin, folds, protocol), _OPEN_LIMIT),
         notice=_notice(origin),
         golden_output=None,
+        clinical=() if spec.fusion is None else spec.clinical,
+        calibration=None,
     )
 
 
 def _clinical_inputs(spec: ModelSpec) -> str:
-    columns = [value.column for value in spec.clinical]
+    columns = [value.column for value in spec.clinical] if spec.fusion is not None else []
     return f" and, if known, {_join(columns)}" if columns else ""
 
 
@@ -138,7 +140,7 @@ def describe_labels(task: Task, origin: Origin) -> str:
 def _describe_task(task: Task, origin: Origin, *, keep_threshold: bool) -> Task:
     threshold = task.threshold if task.threshold is None or keep_threshold else 0.5
     mask = task.mask and replace(task.mask, volume_intervals={})
-    return replace(task, meaning=describe_labels(task, origin), threshold=threshold, mask=mask)
+    return replace(task, meaning=describe_labels(task, origin), threshold=threshold, mask=mask, combinations=())
 
 
 def _data_terms(origin: Origin) -> str:

@@ -5,6 +5,8 @@
                  /log.csv         one row per epoch
                  /predictions.csv, validation.csv
                                   predictions of the test part and of the validation part
+                 /validation_inputs.csv
+                                  statistics of the grids of the validation part, for the calibration
                  /result.json     written last: the fold is done
         fold<K>.safetensors       the weights of a fold
         config.json  out_of_fold.csv  log.csv       of all folds that are done
@@ -31,12 +33,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ichprog.calibration import input_statistics
 from ichprog.cohort import Cohort
 from ichprog.errors import RunError
 from ichprog.io import atomic_write, file_lock, write_csv, write_json
 from ichprog.model import DEPENDENCIES
 from ichprog.networks import Network
-from ichprog.spec import GoldenOutput, ModelSpec
+from ichprog.spec import Calibration, GoldenOutput, ModelSpec
+from ichprog.train.calibration import fit_calibration
 from ichprog.train.description import add_results, keep_written
 from ichprog.train.fold_job import FoldJob, FoldResult
 from ichprog.train.folds import Fold
@@ -215,6 +219,11 @@ class RunDir:
             ("validation.csv", job.parts.validation, result.validation),
         ):
             write_csv(folder / name, _columns(spec), _prediction_rows(spec, job, patients, result.network, logits))
+        statistics = [
+            {"patient": job.names[patient], **input_statistics(np.load(job.grids[patient]))}
+            for patient in job.parts.validation
+        ]
+        write_csv(folder / "validation_inputs.csv", list(statistics[0]), statistics)
         write_json(
             folder / "result.json",
             {
@@ -270,12 +279,31 @@ class RunDir:
             aucs = list(compute_aucs(spec, tested))
             merged = replace(
                 self._with_written_texts(add_results(spec, aucs, folds), record),
+                calibration=self._fit_calibration(spec, list(results)),
                 weights=replace(spec.weights, sha256=checksums),
                 golden_output=GoldenOutput(seed=0, shape=spec.input.shape, logits=logits),
             )
             record |= {"results": {str(fold): result for fold, result in results.items()}}
             write_json(self.path / "run.json", record | {"out_of_fold": [asdict(auc) for auc in aucs]})
             write_json(self.path / "config.json", merged.to_dict())
+
+    def _fit_calibration(self, spec: ModelSpec, folds: Sequence[int]) -> Calibration | None:
+        """Fit the calibration to the validation parts of the folds; None if they are too few."""
+        rows = [row for fold in folds for row in read_csv(self.fold_dir(fold) / "validation.csv")]
+        tables = [self.fold_dir(fold) / "validation_inputs.csv" for fold in folds]
+        inputs = [
+            {name: float(value) for name, value in row.items() if name != "patient"}
+            for table in tables
+            if table.is_file()  # folds that an older version trained have none
+            for row in read_csv(table)
+        ]
+        predictions = {}
+        for task in spec.tasks:
+            truth = [task.labels.index(row[f"{task.name}_true"]) if row[f"{task.name}_true"] else -1 for row in rows]
+            p = [[float(row[f"{task.name}_{label}"]) for label in task.labels] for row in rows]
+            predictions[task.name] = np.array(truth), np.array(p)
+        number = len({row["patient"] for row in rows})
+        return fit_calibration(spec, predictions, inputs, f"{number} patients, the validation parts of the training.")
 
     def _with_written_texts(self, spec: ModelSpec, record: Mapping[str, Any]) -> ModelSpec:
         """Return a description with the texts that the authors have written into `config.json`."""

@@ -79,7 +79,7 @@ class OpenVinoRuntime:
 
     def _clinical_inputs(self, clinical: np.ndarray | None, number: int) -> list[list[np.ndarray]]:
         """Return the second input of the graph for each grid; empty for a model without clinical values."""
-        if not self.spec.clinical:
+        if self.spec.fusion is None:
             return [[] for _ in range(number)]
         if clinical is None:
             clinical = np.zeros((number, 2 * len(self.spec.clinical)), np.float32)
@@ -208,7 +208,7 @@ class OpenVinoRuntime:
         """Compile the graph from a grid to the outputs of all tasks."""
         import torch
 
-        values = 2 * len(self.spec.clinical)
+        values = 0 if self.spec.fusion is None else 2 * len(self.spec.clinical)
         graph = self._compile(self._convert(_with_outputs(network), shape, values))
         random = np.random.default_rng(0)
         inputs = [random.random((1, 1, *shape), np.float32)]
