@@ -135,7 +135,7 @@ def test_every_command_and_option_is_documented():
         )
     )
     assert set(pages) == set(main.commands)
-    for name in ("explain", "haemorrhage", "evaluate"):
+    for name in ("explain", "haemorrhage", "evaluate", "calibrate", "fuse"):
         pages[name] += pages["predict"]
     for option in options_of(main):
         assert re.search(rf"`ichprog {option.opts[0]}\b", text), option.opts

@@ -68,7 +68,7 @@ def _described(fitted: "Calibration") -> dict[str, Any]:
 @click.command()
 @click.argument("name", metavar="NAME")
 @_cohorts
-@click.option("--columns", required=True, metavar="COLUMN,...", help="Columns of clinical values, such as age,gcs.")
+@click.option("--columns", required=True, metavar="COLUMN,...", help="Columns of clinical values, separated by commas.")
 @click.option("--task", "tasks", multiple=True, help="Task to combine; repeatable. By default, all that can be.")
 @_output
 @with_options(loading)

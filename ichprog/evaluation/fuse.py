@@ -151,7 +151,7 @@ def _clinical_values(spec: ModelSpec, cohort: Cohort, columns: Sequence[str]) ->
     names = list(dict.fromkeys(columns))
     if not 1 <= len(names) <= MOST_COLUMNS:
         raise InvalidValueError("columns", names, f"one to {MOST_COLUMNS} columns")
-    known = {value.column: value for each in zoo.list_models() for value in each.clinical}
+    known = zoo.clinical_values()
     described = []
     for name in names:
         if not cohort.has_column(name):

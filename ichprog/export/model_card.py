@@ -98,6 +98,8 @@ def card_sections(spec: ModelSpec, *, warning: str = "warning") -> dict[str, str
 The true label is the last one whose bound the patient's number in the column of the cohort meets, otherwise the first.
 The predicted label is the last one for which the probability of this label or a later one exceeds the threshold.
 Backbone: `{spec.backbone.name}`{_format_options(spec.backbone)}.""",
+        **_clinical_section(spec),
+        **_calibration_section(spec),
         "Preprocessing": f"""\
 {chr(10).join(f"{number}. {step}" for number, step in enumerate(_preprocessing_steps(spec), 1))}
 
@@ -112,6 +114,34 @@ The library, ichprog, is under the MIT licence. This licence covers weights or d
         "Limits": "\n".join(f"- {limit}" for limit in spec.limits),
         "Citation": " ".join(part for part in (cited.text, doi, cited.url) if part),
     }
+
+
+def _clinical_section(spec: ModelSpec) -> dict[str, str]:
+    """Return the section on clinical values, if the model uses any."""
+    if not spec.clinical:
+        return {}
+    rows = [[f"`{v.column}`", v.unit, f"{v.lowest:g} to {v.highest:g}"] for v in spec.clinical]
+    users = ", ".join(f"`{task.name}`" for task in spec.tasks if task.uses_clinical or task.combinations)
+    how = "a regression on the answers of the networks" if spec.fusion is None else f"the fusion `{spec.fusion.name}`"
+    text = f"Used for {users} by {how}, in addition to the image. Any value may be missing, and none is replaced."
+    return {"Clinical values": f"{markdown_table(['value', 'unit', 'allowed'], rows)}\n\n{text}"}
+
+
+def _calibration_section(spec: ModelSpec) -> dict[str, str]:
+    """Return the section on the calibration, if the model has one."""
+    if spec.calibration is None:
+        return {}
+    rows = []
+    for name, each in spec.calibration.tasks.items():
+        changes = "; ".join(f"slope {a.slope:.2f}, intercept {a.intercept:+.2f}" for a in each.adjustments)
+        limit = f"{each.set_limits['90']:.3f}" if "90" in each.set_limits else "none"
+        rows.append([f"`{name}`", str(each.patients), changes, limit])
+    head = ["task", "patients", "change of the log-odds", "lowest probability of a label in a set for 90 %"]
+    text = (
+        f"{spec.calibration.patients} A scan is unusual beyond a distance of {spec.calibration.inputs.threshold:.1f}. "
+        "The calibration holds for patients like these."
+    )
+    return {"Calibration": f"{markdown_table(head, rows)}\n\n{text}"}
 
 
 def read_run_summary(folder: Path, weights: Sequence[WeightFile]) -> dict[str, Any] | None:

@@ -64,6 +64,9 @@ class VariantFile:
         backbone: Backbone instead of the model's own.
         head: Head of all tasks instead of the model's own heads.
         loss_weights: Loss weights of tasks, by task.
+        clinical: Columns of clinical values that a model of the zoo uses, such as "age". The tasks whose own column is
+            not among them use the values.
+        fusion: Fusion of these values with the features of the image; "film" by default.
         shape: Shape of the grid: slices, rows, columns.
         protocol: Protocol fields that differ from the `[protocol]` table.
         start_from: Earlier variant whose backbone each fold starts from. With `freeze_backbone` in `protocol`, only the
@@ -77,6 +80,8 @@ class VariantFile:
     backbone: PluginRef | None = None
     head: PluginRef | None = None
     loss_weights: Mapping[str, float] = field(default_factory=dict)
+    clinical: tuple[str, ...] = ()
+    fusion: PluginRef | None = None
     shape: tuple[int, int, int] | None = None
     protocol: Mapping[str, Any] = field(default_factory=dict)
     start_from: str | None = None

@@ -5,9 +5,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ichprog import zoo
 from ichprog.errors import SpecError
 from ichprog.schema import check_name
-from ichprog.spec import ModelSpec
+from ichprog.spec import ModelSpec, PluginRef
 from ichprog.study.study_file import VariantFile
 from ichprog.train import PRESETS, Protocol, resolve_spec
 
@@ -68,6 +69,8 @@ def build_variant(
         backbone=table.backbone or spec.backbone,
         input=replace(spec.input, shape=table.shape or spec.input.shape),
     )
+    if table.clinical or table.fusion:
+        changed = _with_clinical(changed, table, where)
     own = build_protocol(table.protocol, protocol, f"{where}.protocol")
     for name in _FOLD_FIELDS:
         if getattr(own, name) != getattr(protocol, name):
@@ -75,6 +78,20 @@ def build_variant(
                 f"{where}.protocol.{name}: defines the folds, which all variants share. Set it in [protocol] instead."
             )
     return Variant(table.name, changed, own, saliency if table.saliency is None else table.saliency, table.start_from)
+
+
+def _with_clinical(spec: ModelSpec, table: VariantFile, where: str) -> ModelSpec:
+    """Return a model whose tasks use clinical values, except those whose own column is among the values."""
+    if not table.clinical:
+        raise SpecError(f"{where}.fusion: needs `clinical`, the columns of the clinical values.")
+    known = zoo.clinical_values()
+    for column in table.clinical:
+        check_name(f"{where}.clinical", "clinical value", column, known)
+    tasks = tuple(replace(task, uses_clinical=task.target.column not in table.clinical) for task in spec.tasks)
+    if not any(task.uses_clinical for task in tasks):
+        raise SpecError(f"{where}.clinical: every task of the variant would predict itself. Leave a column out.")
+    values = tuple(known[column] for column in dict.fromkeys(table.clinical))
+    return replace(spec, tasks=tasks, clinical=values, fusion=table.fusion or PluginRef("film", {}))
 
 
 def _load_spec(model: str, folder: Path) -> ModelSpec:

@@ -12,7 +12,7 @@ from typing import Any
 from ichprog import registry
 from ichprog.errors import IchprogError, PluginError, SpecError, UnknownNameError
 from ichprog.registry import SESSION, Entry
-from ichprog.spec import ModelSpec
+from ichprog.spec import ClinicalValue, ModelSpec
 
 DEFAULT = "densenet121.prognosis_gcs3_age"
 DETECTOR = "compact.haemorrhage"  # finds haemorrhages by default
@@ -76,6 +76,16 @@ def find_entry(name: str) -> Entry:
         names = sorted({entry.name for entry in available})
         raise UnknownNameError("model", name, names, hint="Run `ichprog models` for a list.")
     return registry.single_entry(matches)
+
+
+def clinical_values() -> dict[str, ClinicalValue]:
+    """Return every clinical value that a model of the zoo uses, by column, with its unit, range and scale.
+
+    Example:
+        >>> clinical_values()["age"].unit
+        'years'
+    """
+    return {value.column: value for spec in list_models() for value in spec.clinical}
 
 
 def register_model(spec: ModelSpec | Mapping[str, Any]) -> None:

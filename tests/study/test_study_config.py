@@ -58,8 +58,10 @@ def test_every_template_is_a_commented_study(preset, read):
 
 def test_the_paper_preset_has_seven_image_models_with_published_loss_weights(read):
     study = read(study_file.template("paper"))
-    image = [variant for variant in study.variants if variant.spec.tasks[0].name == "prognosis"]
+    outcome = [variant for variant in study.variants if variant.spec.tasks[0].name == "prognosis"]
+    image = [variant for variant in outcome if not variant.spec.clinical]
     assert len(image) == 7
+    assert [variant.spec.fusion.name for variant in outcome if variant.spec.clinical] == ["film", "concat"]
     assert {variant.spec.name for variant in study.variants} == set(reference_pipeline.PUBLISHED)
     weights = {v.name: [task.loss_weight for task in v.spec.tasks] for v in image}
     assert weights["prognosis_age"] == [0.5, 0.3]
@@ -232,3 +234,17 @@ def test_the_study_templates_are_valid_by_the_schema(preset):
     validator.validate(tomllib.loads(study_file.template(preset)))
     with pytest.raises(jsonschema.ValidationError):
         validator.validate(tomllib.loads(study_file.template(preset)) | {"fold": 3})
+
+
+def test_a_variant_with_clinical_values_predicts_no_task_from_its_own_column(read):
+    text = study_file.template("default").replace('fusion = { name = "film", options = {} }\n', "")
+    variant = read(text).variants[-1]
+    assert [(task.name, task.uses_clinical) for task in variant.spec.tasks] == [
+        ("prognosis", True), ("gcs", False), ("age", False),
+    ]  # fmt: skip
+    assert variant.spec.fusion.name == "film"
+    assert [value.unit for value in variant.spec.clinical] == ["years", "points"]
+    with pytest.raises(SpecError, match=r"clinical: Unknown clinical value 'agee'. Did you mean age"):
+        read(text.replace('clinical = ["age", "gcs"]', 'clinical = ["agee"]'))
+    with pytest.raises(SpecError, match=r"fusion: needs `clinical`"):
+        read(text.replace('clinical = ["age", "gcs"]', 'fusion = { name = "concat", options = {} }'))
