@@ -3,7 +3,7 @@
 Each score is fitted to simulated patients with a haemorrhage, and compared on other such patients and on scans that
 differ from them: noise, thick slices, contrast, a phantom of the body, no haemorrhage and, with `--real COHORT.csv`,
 real heads. The script prints for each kind the AUROC against the other patients and the share beyond the threshold, and
-for the outcome the coverage of conformal sets. The table stands on `docs/calibration.md`, between its markers.
+for the outcome the coverage of conformal sets. It writes the table into `docs/calibration.md`.
 """
 
 import argparse

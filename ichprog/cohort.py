@@ -191,7 +191,7 @@ class Cohort:
             first_rows.setdefault(name, number)
             if not scan:
                 problems.append((number, f"{_who(patient)}: column scan is blank; it takes a path"))
-            elif check_scans and not patient.scan.exists():
+            elif check_scans and not _exists(patient.scan):
                 text = f"scan {patient.scan} does not exist; paths are relative to the table"
                 problems.append((number, f"{_who(patient)}: {text}"))
         _raise_problems(str(table), _by_row(problems))
@@ -676,6 +676,14 @@ def _value_problems(patients: Sequence[Patient], column: str) -> list[tuple[int,
             text = f"is {cell}. Expected {expected}, or blank."
         problems.append((patient.row or 0, f"{_who(patient)}: column {written}{spelling} {text}"))
     return problems
+
+
+def _exists(path: Path) -> bool:
+    """Return whether a path exists; a name that no file can have does not."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
 
 
 def _parse_number(cell: str) -> float | None:

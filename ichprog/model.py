@@ -17,7 +17,7 @@ from ichprog import calibration, detection, hub, preprocessing, registry, source
 from ichprog import scan as scan_package
 from ichprog.clinical import combine, encode, leave_one_out, read_values
 from ichprog.cohort import Patient
-from ichprog.errors import InvalidValueError, PluginError, ScanError, UnknownNameError
+from ichprog.errors import InvalidValueError, PluginError, ScanError, UnknownNameError, WeightsError
 from ichprog.hub import WeightFile
 from ichprog.results import ClinicalUse, Haemorrhage, Prediction, Saliency, Segmentation, TaskPrediction
 from ichprog.runtime import Runtime, RuntimeConfig, TaskOutput, build_runtimes, resolve_runtime
@@ -158,7 +158,8 @@ class Model:
         Returns:
             For each fold, the output of each task.
         """
-        return [runtime.run(np.ascontiguousarray(grids, np.float32), clinical) for runtime in self.fold_runtimes]
+        inputs = np.ascontiguousarray(grids, np.float32), clinical
+        return [self._run(runtime, *inputs) for runtime in self.fold_runtimes]
 
     def predict_iter(
         self,
@@ -201,7 +202,7 @@ class Model:
                 grids, finish = loaded
                 known = self.clinical_values(source, clinical)
                 inputs = self._inputs(grids[0], known)
-                first = executor.submit(self.fold_runtimes[0].run, *inputs)
+                first = executor.submit(self._run, self.fold_runtimes[0], *inputs)
                 try:  # the remaining checks do not change the grid
                     scan = finish()
                     provenance = self.provenance(scan)
@@ -287,14 +288,26 @@ class Model:
         outputs = [first]
         for previous, runtime in itertools.pairwise(self.fold_runtimes):
             previous.release_memory()  # so that many folds need no more memory than one
-            outputs.append(runtime.run(*inputs))
+            outputs.append(self._run(runtime, *inputs))
+        return outputs
+
+    def _run(self, runtime: Runtime, grids: np.ndarray, clinical: np.ndarray | None) -> dict[str, TaskOutput]:
+        """Run a fold, and refuse numbers that are not finite, whatever made them."""
+        outputs = runtime.run(grids, clinical)
+        for task, output in outputs.items():
+            if not all(np.isfinite(each).all() for each in output if each is not None):
+                fold = self.weights[self.fold_runtimes.index(runtime)].fold
+                raise WeightsError(
+                    f"{self.spec.name}, fold {fold}: the answer of {task} is not a finite number. Run `ichprog doctor` "
+                    "for the model, and try the runtime torch in float32."
+                )
         return outputs
 
     def _predict_grid(self, source: "ScanSource", scan: Scan, grid: np.ndarray) -> Prediction:
         """Return the prediction of a checked scan with its grid."""
         known = self.clinical_values(source, None)
         inputs = self._inputs(grid, known)
-        outputs = self._run_folds(inputs, self.fold_runtimes[0].run(*inputs))
+        outputs = self._run_folds(inputs, self._run(self.fold_runtimes[0], *inputs))
         return self._prediction(source, scan, outputs, self.provenance(scan), known)
 
     def _with_haemorrhage(self, prediction: Prediction, haemorrhage: Haemorrhage) -> Prediction:
@@ -394,9 +407,8 @@ class Model:
         golden = self.spec.golden_output
         if golden is None:
             grid = np.random.default_rng(0).random((1, *self.spec.input.shape), np.float32)
-            outputs = [output.logits for fold in self.predict_grids(grid) for output in fold.values()]
-            finite = all(bool(np.isfinite(logits).all()) for logits in outputs)
-            return {"state": "none stored" if finite else "differs", "difference": None if finite else float("nan")}
+            self.predict_grids(grid)  # raises an error if an answer is not finite
+            return {"state": "none stored", "difference": None}
         grid = np.random.default_rng(golden.seed).random((1, *golden.shape), np.float32)
         difference = max(
             float(np.abs(output.logits[0] - golden.logits[str(file.fold)][task]).max())

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ichprog import registry
 from ichprog.errors import IchprogError, PluginError, SpecError, WeightsError
 from ichprog.heads import DenseLogits
+from ichprog.limits import MAX_WEIGHT_BYTES
 from ichprog.registry import Registry
 from ichprog.spec import ModelSpec, PluginRef
 
@@ -319,6 +320,8 @@ def _read_state(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     try:
+        if (size := path.stat().st_size) > MAX_WEIGHT_BYTES:
+            raise WeightsError(f"{path}: refused, because it has {size} bytes. At most {MAX_WEIGHT_BYTES} are read.")
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise WeightsError(f"{path}: cannot be read as safetensors: {error}") from error
@@ -330,6 +333,16 @@ def _load_state(module: nn.Module, state: dict[str, Tensor], path: Path, spec: M
     problems = [f"{key} is missing" for key in own.keys() - state.keys()]
     problems += [f"{key} is not part of the network" for key in state.keys() - own.keys()]
     problems += [
+        f"{key} is of type {str(state[key].dtype).removeprefix('torch.')}"
+        for key in own.keys() & state.keys()
+        if own[key].is_floating_point() != state[key].is_floating_point()
+    ]
+    problems += [
+        f"{key} holds numbers that are not finite"
+        for key in own.keys() & state.keys()
+        if state[key].is_floating_point() and not bool(torch.isfinite(state[key]).all())
+    ]
+    problems += [
         f"{key} has shape {list(state[key].shape)} instead of {list(own[key].shape)}"
         for key in own.keys() & state.keys()
         if state[key].shape != own[key].shape
@@ -338,7 +351,7 @@ def _load_state(module: nn.Module, state: dict[str, Tensor], path: Path, spec: M
         shown = "; ".join(sorted(problems)[:5]) + ("; ..." if len(problems) > 5 else "")
         raise WeightsError(
             f"{path}: {len(problems)} of {len(own)} keys do not fit {spec.name}: {shown}. "
-            "The weights belong to another network than the one in the spec."
+            "The weights are damaged, or belong to another network than the one in the spec."
         )
     module.load_state_dict(state)
 

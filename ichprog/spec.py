@@ -9,13 +9,17 @@ A spec carries the `schema_version` of its format. `ModelSpec.from_dict` upgrade
 
 import itertools
 import json
+import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources.abc import Traversable
+from pathlib import PurePosixPath
 from typing import Any, Literal
 
 from ichprog import schema
 from ichprog.errors import SpecError, UnknownNameError
+from ichprog.limits import MAX_DESCRIPTION_BYTES, MAX_GRID_CELLS
 
 SCHEMA_VERSION = 1
 """Version of the format that `ModelSpec.to_dict` writes."""
@@ -23,6 +27,8 @@ SCHEMA_VERSION = 1
 REQUIRES = "ichprog>=0.1"
 """The oldest version of this library that reads the format; written into each spec for the message of older ones."""
 
+
+_NAME = re.compile(r"[A-Za-z0-9][\w.+-]{0,199}", re.ASCII)
 
 TO_BE_WRITTEN = "To be written"
 """Mark of a text that the authors of a model still have to write."""
@@ -501,9 +507,15 @@ class ModelSpec:
             SpecError: The file cannot be read, is not JSON or is not a valid spec.
         """
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
+            with path.open("rb") as file:
+                text = file.read(MAX_DESCRIPTION_BYTES + 1)
+            if len(text) > MAX_DESCRIPTION_BYTES:
+                raise SpecError(f"{path}: is larger than {MAX_DESCRIPTION_BYTES} bytes, so it is no model description.")
+            data = json.loads(text.decode("utf-8"))
         except (OSError, ValueError) as error:
             raise SpecError(f"{path}: cannot be read as JSON: {error}") from error
+        except RecursionError:
+            raise SpecError(f"{path}: cannot be read as JSON: it is nested too deeply.") from None
         return cls.from_dict(data, source=str(path))
 
 
@@ -602,8 +614,14 @@ def _check(spec: ModelSpec) -> None:
     window, ranges = spec.input.window, spec.input.expected_ranges
     if not window.low < window.high:
         raise SpecError(f"Invalid input.window {[window.low, window.high]}. Expected low < high.")
-    if min(spec.input.shape) < 1:
-        raise SpecError(f"Invalid input.shape {list(spec.input.shape)}. Expected positive numbers.")
+    if min(spec.input.shape) < 1 or math.prod(spec.input.shape) > MAX_GRID_CELLS:
+        expected = f"positive numbers with a product of at most {MAX_GRID_CELLS}"
+        raise SpecError(f"Invalid input.shape {list(spec.input.shape)}. Expected {expected}.")
+    if not _NAME.fullmatch(spec.name):
+        raise SpecError(f"Invalid name {spec.name!r}. Expected letters, digits, dots, hyphens and underscores.")
+    parts = PurePosixPath(spec.weights.folder).parts
+    if "\\" in spec.weights.folder or ".." in parts or spec.weights.folder.startswith("/"):
+        raise SpecError(f"Invalid weights.folder {spec.weights.folder!r}. Expected a folder below that of the model.")
     for code, (low, high) in ranges.items():
         if low is not None and high is not None and low > high:
             raise SpecError(f"Invalid input.expected_ranges.{code} {[low, high]}. Expected [lowest, highest].")

@@ -15,7 +15,7 @@ from ichprog import zoo
 PACKAGE = Path(ichprog.__file__).parent
 # From the lowest to the highest. A module imports lower layers, and its own layer only if SIDEWAYS allows it.
 LAYERS = [
-    {"errors", "schema", "spec", "io", "parallel"},
+    {"errors", "limits", "schema", "spec", "io", "parallel"},
     {"registry"},
     {
         "zoo",
@@ -43,6 +43,8 @@ LAYERS = [
 SIDEWAYS = {
     ("schema", "errors"),
     ("spec", "errors"),
+    ("spec", "limits"),
+    ("limits", "errors"),
     ("spec", "schema"),
     ("io", "errors"),
     ("parallel", "errors"),

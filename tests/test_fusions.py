@@ -214,7 +214,7 @@ def test_leave_one_out_encodes_every_pattern():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"fusion": None}, "2 values, no fusion, and 1 tasks"),
+        ({"fusion": None}, "2 values, no fusion, 1 tasks"),
         ({"clinical": ()}, "0 values, a fusion"),
         ({"clinical": (AGE, AGE)}, "Expected different ones"),
         ({"clinical": (dataclasses.replace(AGE, scale=0),)}, "scale > 0"),

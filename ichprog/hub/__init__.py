@@ -275,6 +275,9 @@ def _local_weights(published: Weights, fold: int | None, folder: Path, root: Pat
     try:
         names = [path.name for path in folder.iterdir()]
         chosen = _match_folds(published.format, names, fold, str(folder))
+        for name in chosen.values():
+            if not (folder / name).is_file():  # reading a pipe would wait for ever
+                raise WeightsError(f"{folder / name}: is no regular file.")
         hashes = {k: (folder / name, sha256_of(folder / name)) for k, name in chosen.items()}
     except OSError as error:
         raise WeightsError(f"The folder of weights {folder} cannot be read: {error}.") from error

@@ -13,16 +13,21 @@ import json
 import logging
 import mmap
 import re
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from ichprog.errors import WeightsError
 from ichprog.io import file_lock, write_json
+from ichprog.limits import MAX_WEIGHT_BYTES
 from ichprog.spec import Weights
+
+if TYPE_CHECKING:
+    import torch
 
 RETRY_HINT = "Nothing was stored. Try again; if the error stays, a proxy or mirror changes files on the way."
 
@@ -228,6 +233,37 @@ def sha256_of(path: Path) -> str:
             return hashlib.sha256(content).hexdigest()
 
 
+def _check_size(path: Path, source: str) -> None:
+    """Refuse a file that is larger than any weights, packed or unpacked."""
+    size = path.stat().st_size
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                size = max(size, sum(member.file_size for member in archive.infolist()))
+    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+        raise WeightsError(f"{source}: cannot be read ({type(error).__name__}). Download it again.") from error
+    if size > MAX_WEIGHT_BYTES:
+        raise WeightsError(f"{source}: refused, because it has {size} bytes. At most {MAX_WEIGHT_BYTES} are read.")
+
+
+def _check_tensors(state: "Mapping[str, torch.Tensor]", source: str) -> None:
+    """Refuse tensors that are no weights: of another kind or type, or not finite."""
+    import torch
+
+    kinds = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64)  # a counter of batches is int64
+    size = 0
+    for key, values in state.items():
+        if values.layout != torch.strided or values.is_quantized or values.dtype not in kinds:
+            kind = f"{values.dtype}, {values.layout}".replace("torch.", "")
+            raise WeightsError(f"{source}: {key} is a tensor of {kind}. Expected dense floating-point numbers.")
+        size += values.numel() * values.element_size()
+        if size > MAX_WEIGHT_BYTES:
+            raise WeightsError(f"{source}: its tensors have more than {MAX_WEIGHT_BYTES} bytes, so that none is read.")
+    for key, values in state.items():
+        if values.is_floating_point() and not bool(torch.isfinite(values).all()):
+            raise WeightsError(f"{source}: {key} holds numbers that are not finite. The file is damaged.")
+
+
 def _convert(path: Path, published: Weights, source: str, target: Path) -> Path:
     """Return the file as safetensors with this project's keys: `path` if it is already, else a new file at `target`."""
     import pickle
@@ -235,6 +271,7 @@ def _convert(path: Path, published: Weights, source: str, target: Path) -> Path:
     import safetensors.torch
     import torch
 
+    _check_size(path, source)
     try:
         if published.format == "pickle":
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -252,6 +289,7 @@ def _convert(path: Path, published: Weights, source: str, target: Path) -> Path:
         ) from error
     if not isinstance(state, dict) or not all(isinstance(k, str) and torch.is_tensor(v) for k, v in state.items()):
         raise WeightsError(f"{source}: must be a flat state dict (names to tensors), is a {type(state).__name__}.")
+    _check_tensors(state, source)
     if published.format != "pickle" and not published.keys:
         return path
     # Tensors of a pickle may share memory; safetensors needs one copy of each.

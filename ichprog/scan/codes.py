@@ -31,6 +31,7 @@ READ_WARNINGS = (
 ERRORS = (
     Code("not-found", "no such file or folder"),
     Code("unreadable", "an empty, damaged or truncated file, or neither NIfTI nor DICOM"),
+    Code("too-large", "more voxels, files or bytes than any head CT has", "voxels, files or bytes"),
     Code("not-scalar", "voxels that are colours or complex numbers"),
     Code("not-finite", "voxels that are NaN or infinite", "voxels"),
     Code("not-3d", "a single slice or a line", "voxels"),

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from ichprog.errors import ScanError, ScanWarning
+from ichprog.limits import check_voxels
 from ichprog.scan.series import (
     AIR_HU,
     TOLERANCE_MM,
@@ -87,6 +88,17 @@ def read_series(path: Path) -> Series:
             "too-few-slices"); several are equally suitable ("several-series"); the series forms no volume
             ("mixed-positions", "uneven-slices-shape", "gap"); or pixels cannot be decoded ("pixel-data").
     """
+    try:
+        with np.errstate(all="ignore"):
+            return _read_series(path)
+    except ScanError:
+        raise
+    except Exception as error:  # values of damaged headers make anything fail, and no file can be named then
+        message = f"{path}: a header of the series is damaged: {type(error).__name__}: {error}. Export it again."
+        raise ScanError(message, code="unreadable") from error
+
+
+def _read_series(path: Path) -> Series:
     with ExitStack() as opened:
         images, files = read_images(iter_files(path, opened))
         if not images:
@@ -107,6 +119,7 @@ def _read_planes(stack: Stack, path: Path) -> tuple[np.ndarray, list[ScanWarning
         message = f"{path}: slices of {stack} differ in rows, columns or pixel size: {geometries}. Export one series."
         unit = "rows, columns, mm, mm"
         raise ScanError(message, code="uneven-slices-shape", measured=geometries, expected="one geometry", unit=unit)
+    check_voxels((len(stack.images), *map(int, geometries[0][:2])), str(path))
     planes = np.empty((len(stack.images), *map(int, geometries[0][:2])), np.float32)
     for plane, hu in zip(planes, read_hu(stack.images), strict=True):
         plane[:] = hu
@@ -161,6 +174,7 @@ def _regrid(
     origin, pixel_mm = first.numbers("ImagePositionPatient", 3), first.numbers("PixelSpacing", 2)
     if not (straight and even):
         across = drift[:, ::-1] / pixel_mm * (not straight)
+        check_voxels((count, *planes.shape[1:] + np.ceil(np.ptp(across, axis=0))), str(path))
         planes, corner = _interpolate_planes(planes, depths, across, step * np.arange(count))
         origin = origin + (corner * pixel_mm)[::-1] @ stack.axes[:2]
     done = {

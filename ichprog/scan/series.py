@@ -13,6 +13,7 @@ from typing import IO, Any, cast
 import numpy as np
 
 from ichprog.errors import ScanError
+from ichprog.limits import MAX_DICOM_BYTES, MAX_DICOM_FILES
 
 AIR_HU = -1024.0
 _TISSUE_HU = 200.0
@@ -167,8 +168,13 @@ def iter_files(path: Path, opened: ExitStack) -> Iterator[tuple[str, Callable[[]
             archive = opened.enter_context(zipfile.ZipFile(path))
         except (OSError, zipfile.BadZipFile) as error:
             raise ScanError(f"{path}: cannot be read as a zip: {error}. Copy it again.", code="unreadable") from error
-        for name in sorted(member.filename for member in archive.infolist() if not member.is_dir()):
-            yield name, functools.partial(archive.open, name)
+        for member in sorted(archive.infolist(), key=lambda each: each.filename):
+            if member.file_size > MAX_DICOM_BYTES:
+                size, most = member.file_size, f"<= {MAX_DICOM_BYTES}"
+                message = f"{path}: {member.filename} has {size} bytes when unpacked; {most} are read."
+                raise ScanError(message, code="too-large", measured=size, expected=most, unit="bytes")
+            if not member.is_dir():
+                yield member.filename, functools.partial(archive.open, member)
     else:
         yield path.name, functools.partial(_open, path)
 
@@ -186,36 +192,48 @@ def has_dicom_magic(start: bytes) -> bool:
 
 def read_images(files: Iterable[tuple[str, Callable[[], IO[bytes]]]]) -> tuple[list[Image], dict[str, int]]:
     """Return every image once, and the number of DICOM files, other files and repeated images."""
-    from pydicom import dcmread
-
     images: dict[tuple[Any, ...], Image] = {}
     count = {"dicom": 0, "repeated": 0, "other": 0}
-    for name, opener in files:
+    for number, (name, opener) in enumerate(files):
+        if number >= MAX_DICOM_FILES:
+            message = f"{name}: more than {MAX_DICOM_FILES} files. Give the folder of one study."
+            raise ScanError(message, code="too-large", measured=number, expected=f"<= {MAX_DICOM_FILES}", unit="files")
         try:
-            with opener() as file:
-                start = file.read(132)
-                if not has_dicom_magic(start):
-                    count["other"] += 1
-                    continue
-                file.seek(0)
-                header = dcmread(file, stop_before_pixels=True, force=True, specific_tags=[*_TAGS.split()])
-                ended = not file.read(1)
+            found = _images_of_file(name, opener)
+            # some anonymisers give every slice the same UID, so the position identifies the image
+            identities = [
+                tuple(map(image.text, ("SeriesInstanceUID", "SOPInstanceUID", "ImagePositionPatient")))
+                for image in found
+            ]
+        except ScanError:
+            raise
         except Exception as error:  # a damaged file makes pydicom and zipfile raise almost anything
             raise _unreadable(name, error) from error
-        found = [Image(name, opener, number, frame) for number, frame in enumerate(_frames(header))]
-        if not found[0].text("SeriesInstanceUID"):
-            if start[128:] == b"DICM" and header.file_meta.get("MediaStorageSOPClassUID") != _DICOMDIR:
-                raise _unreadable(name, "its header ends early")
-            count["other"] += 1  # a DICOMDIR, or another file that starts like DICOM by chance
-            continue
-        if found[0].text("Modality") == "CT" and ended and header.file_meta.get("TransferSyntaxUID") != _DEFLATED:
-            raise _unreadable(name, "it ends before its pixels")
-        count["dicom"] += 1
-        for image in found:
-            # some anonymisers give every slice the same UID, so the position identifies the image
-            same = tuple(map(image.text, ("SeriesInstanceUID", "SOPInstanceUID", "ImagePositionPatient")))
+        count["dicom" if found else "other"] += 1
+        for image, same in zip(found, identities, strict=True):
             count["repeated"] += images.setdefault((same, same[1] or name, image.frame), image) is not image
     return list(images.values()), count
+
+
+def _images_of_file(name: str, opener: Callable[[], IO[bytes]]) -> list[Image]:
+    """Return the images of a file; none if it is a DICOMDIR, or only starts like DICOM by chance."""
+    from pydicom import dcmread
+
+    with opener() as file:
+        start = file.read(132)
+        if not has_dicom_magic(start):
+            return []
+        file.seek(0)
+        header = dcmread(file, stop_before_pixels=True, force=True, specific_tags=[*_TAGS.split()])
+        ended = not file.read(1)
+    found = [Image(name, opener, number, frame) for number, frame in enumerate(_frames(header))]
+    if not found[0].text("SeriesInstanceUID"):
+        if start[128:] == b"DICM" and header.file_meta.get("MediaStorageSOPClassUID") != _DICOMDIR:
+            raise _unreadable(name, "its header ends early")
+        return []
+    if found[0].text("Modality") == "CT" and ended and header.file_meta.get("TransferSyntaxUID") != _DEFLATED:
+        raise _unreadable(name, "it ends before its pixels")
+    return found
 
 
 def _unreadable(name: str, cause: object) -> ScanError:

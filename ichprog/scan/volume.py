@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ichprog.errors import InvalidValueError, ScanError, ScanWarning
+from ichprog.limits import check_voxels
 from ichprog.scan.morphology import cut_bands, resample_slices, triangle_weights
 
 if TYPE_CHECKING:
@@ -332,7 +333,9 @@ def _scan_from_pair(pair: tuple[Any, ...]) -> Scan:
 
 
 def _scan_from_image(image: Any, name: str, record: dict[str, Any]) -> Scan:
-    scan = _scan_from_array(read_voxels(image), image.affine, name, record)
+    check_voxels(image.shape, name)
+    with np.errstate(all="ignore"):  # the result is checked for numbers that are not finite
+        scan = _scan_from_array(read_voxels(image), image.affine, name, record)
     header = image.header
     if hasattr(header, "get_sform") and not (int(header["sform_code"]) or int(header["qform_code"])):
         warning = ScanWarning(
@@ -359,8 +362,10 @@ def _scan_from_array(
     _validate_shape(source_shape, name)
     data = data.reshape(source_shape[:3])
     _validate_affine(affine, name)
-    if data.dtype.kind == "f" and not np.isfinite(data).all():
-        count = int(data.size - np.isfinite(data).sum())
+    with np.errstate(all="ignore"):
+        values = data.astype(np.float32) if data.dtype.kind == "f" else data
+    if data.dtype.kind == "f" and not np.isfinite(values).all():
+        count = int(data.size - np.isfinite(values).sum())
         raise ScanError(
             f"{name}: {count} of {data.size} voxels are NaN or infinite. Every voxel needs a value in HU.",
             code="not-finite",
@@ -368,7 +373,7 @@ def _scan_from_array(
             expected=0,
             unit="voxels",
         )
-    reordered, lps_affine = to_lps(data, affine)
+    reordered, lps_affine = to_lps(values, affine)
     hu = reordered.astype(np.float32, order="F")  # the memory order of a file: row by row, slice by slice
     record = {
         **record,

@@ -332,8 +332,8 @@ def test_a_missing_repository_revision_or_folder_is_named() -> None:
         hub.weights(make_spec(repo="org/other"))
     with pytest.raises(WeightsError, match="no such revision"):
         hub.weights(make_spec(revision="f" * 40))
-    with pytest.raises(WeightsError, match=r"Invalid location .*Expected the form hf-hub:"):
-        hub.weights(make_spec(folder="../../elsewhere"))
+    with pytest.raises(WeightsError, match="no such folder"):
+        hub.weights(make_spec(folder="elsewhere"))
 
 
 def test_an_unreachable_endpoint_is_reported_within_five_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
