@@ -1,19 +1,16 @@
 """The results: a `Prediction` of a scan, its `Segmentation`, a `Haemorrhage`, and a `Saliency`."""
 
-import csv
 import functools
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TextIO, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 
 from ichprog.errors import InvalidValueError, ScanError, ScanWarning, UnknownNameError, missing_extra
 from ichprog.io import atomic_write
-from ichprog.spec import MaskTarget, ModelSpec, Task
+from ichprog.spec import MaskTarget, Task
 
 if TYPE_CHECKING:
     import nibabel as nib
@@ -496,84 +493,6 @@ class Saliency:
         return target
 
 
-@contextmanager
-def results_file(
-    target: Path,
-    spec: ModelSpec,
-    *,
-    with_patients: bool = False,
-    detector: ModelSpec | None = None,
-    score_columns: Iterable[str] = (),
-) -> Iterator[Callable[..., None]]:
-    """Open a file of predictions, which appears whole when the block ends without an error.
-
-    Args:
-        target: A path that ends in .csv (one row per scan), .json (one list) or .jsonl (one line per scan). Its folder
-            is created if missing.
-        spec: The model that predicts.
-        with_patients: Whether a .csv has the column `patient`, for scans of a cohort.
-        detector: The model that finds haemorrhages, if the predictions have them.
-        score_columns: Columns of clinical scores in a .csv, if they are added.
-
-    Yields:
-        A function `add(prediction, scores=None)` that adds one prediction, with clinical scores or without.
-
-    Raises:
-        UnknownNameError: The path has another suffix.
-        OSError: The file cannot be written.
-    """
-    columns = []
-    for task in spec.tasks:
-        columns += [f"{task.name}_label", *(f"{task.name}_{label}" for label in task.labels), f"{task.name}_std"]
-        if task.mask is not None:
-            columns += [f"{task.name}_{part}_ml" for part in ("total", *task.mask.regions)]
-    columns += [*_clinical_columns(spec), *_calibration_columns(spec)]
-    notice = spec.notice if spec.dense_task is None else _with_limits(spec.notice, spec)
-    if detector is not None:
-        columns += [f"{_BLOOD}{column}" for column in _haemorrhage_columns(detector)]
-        notice = _with_limits(notice, detector)
-    with _open_results(target, _all_columns([*columns, *score_columns], with_patients), _row, notice) as add:
-        yield add
-
-
-@contextmanager
-def haemorrhage_file(
-    target: Path, spec: ModelSpec, *, with_patients: bool = False, score_columns: Iterable[str] = ()
-) -> Iterator[Callable[..., None]]:
-    """Open a file of haemorrhages, which appears whole when the block ends without an error.
-
-    Args:
-        target: As in `results_file`.
-        spec: The model that finds haemorrhages.
-        with_patients: As in `results_file`.
-        score_columns: As in `results_file`.
-
-    Yields:
-        A function `add(haemorrhage, scores=None)` that adds one haemorrhage, with clinical scores or without.
-
-    Raises:
-        UnknownNameError: The path has another suffix.
-        OSError: The file cannot be written.
-    """
-    columns = _all_columns([*_haemorrhage_columns(spec), *score_columns], with_patients)
-    with _open_results(target, columns, _haemorrhage_row, _with_limits(spec.notice, spec)) as add:
-        yield add
-
-
-@contextmanager
-def _open_results(
-    target: Path, columns: list[str], to_row: Callable[[Any], dict[str, Any]], notice: str
-) -> Iterator[Callable[..., None]]:
-    """Open a file of results of one kind, which appears whole when the block ends without an error."""
-    if target.suffix not in _WRITERS:
-        raise UnknownNameError("format of results", target.suffix or target.name, _WRITERS)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(target) as partial, partial.open("w", encoding="utf-8", newline="") as file:
-        with _WRITERS[target.suffix](file, columns, to_row, notice) as add:
-            yield add
-        file.flush()
-
-
 def to_frame(results: "Prediction | Haemorrhage | Iterable[Prediction | Haemorrhage]") -> "pd.DataFrame":
     """Return predictions or haemorrhages as a pandas table with one row per scan. This function needs pandas.
 
@@ -598,30 +517,12 @@ def to_frame(results: "Prediction | Haemorrhage | Iterable[Prediction | Haemorrh
     except ImportError as error:
         raise missing_extra("pandas", "pandas", "A table of predictions") from error
     several = [results] if isinstance(results, Prediction | Haemorrhage) else results
-    rows = [_row(each) if isinstance(each, Prediction) else _haemorrhage_row(each) for each in several]
+    rows = [prediction_row(each) if isinstance(each, Prediction) else haemorrhage_row(each) for each in several]
     return pd.DataFrame(rows)
 
 
-_CLINICAL = "clinical_"  # of the columns of clinical values
-_BLOOD = "blood_"  # of the columns of a haemorrhage among the columns of tasks
-
-
-def _clinical_columns(spec: ModelSpec) -> list[str]:
-    """Return the columns of clinical values, and of what each changed."""
-    names = [value.column for value in spec.clinical]
-    fused = [task.name for task in spec.tasks if task.uses_clinical or task.combinations]
-    return [*(f"{_CLINICAL}{name}" for name in names), *(f"{task}_change_{name}" for task in fused for name in names)]
-
-
-def _calibration_columns(spec: ModelSpec) -> list[str]:
-    """Return the columns of `_calibration_values`."""
-    if spec.calibration is None:
-        return []
-    columns = []
-    for name in spec.calibration.tasks:
-        columns += [*(f"{name}_calibrated_{label}" for label in spec.task(name).labels), f"{name}_set"]
-    abstained = [f"{task.name}_abstained" for task in spec.tasks]
-    return [*columns, "coverage", *abstained, "input_distance", "input_distance_threshold"]
+CLINICAL = "clinical_"  # of the columns of clinical values
+BLOOD = "blood_"  # of the columns of a haemorrhage among the columns of tasks
 
 
 def _calibration_values(prediction: Prediction) -> dict[str, Any]:
@@ -640,18 +541,12 @@ def _calibration_values(prediction: Prediction) -> dict[str, Any]:
     return values
 
 
-def _all_columns(columns: list[str], with_patients: bool) -> list[str]:
-    first = [*(["patient"] if with_patients else []), "scan", "model", "status"]
-    return [*first, *columns, "warnings", "error_code", "error_message", "notice"]
+def prediction_row(prediction: Prediction) -> dict[str, Any]:
+    """Return a prediction as one row of a table.
 
-
-def _with_limits(notice: str, spec: ModelSpec) -> str:
-    """Return the notice of a table, followed by the first limit of a model that measures volumes."""
-    return " ".join([notice, *spec.limits[:1]])
-
-
-def _row(prediction: Prediction) -> dict[str, Any]:
-    """Return a prediction as one row of a table."""
+    Args:
+        prediction: The prediction.
+    """
     columns: dict[str, Any] = {}
     for name, task in prediction.tasks.items():
         columns[f"{name}_label"] = task.label
@@ -661,18 +556,22 @@ def _row(prediction: Prediction) -> dict[str, Any]:
             columns |= {f"{name}_{part}_ml": value for part, value in task.segmentation.volume_ml.items()}
     if prediction.clinical is not None:
         use = prediction.clinical
-        columns |= {f"{_CLINICAL}{name}": use.used.get(name) for name in (*use.used, *use.missing)}
+        columns |= {f"{CLINICAL}{name}": use.used.get(name) for name in (*use.used, *use.missing)}
         for name, changes in use.contributions.items():
             columns |= {f"{name}_change_{column}": change for column, change in changes.items()}
     columns |= _calibration_values(prediction)
     if prediction.haemorrhage is not None:
         found = _haemorrhage_values(prediction.haemorrhage)
-        columns |= {f"{_BLOOD}{column}": value for column, value in found.items()}
+        columns |= {f"{BLOOD}{column}": value for column, value in found.items()}
     return _row_of(prediction, columns)
 
 
-def _haemorrhage_row(haemorrhage: Haemorrhage) -> dict[str, Any]:
-    """Return a haemorrhage as one row of a table."""
+def haemorrhage_row(haemorrhage: Haemorrhage) -> dict[str, Any]:
+    """Return a haemorrhage as one row of a table.
+
+    Args:
+        haemorrhage: The haemorrhage.
+    """
     values = {} if haemorrhage.error is not None else _haemorrhage_values(haemorrhage)
     return _row_of(haemorrhage.prediction, values)
 
@@ -687,16 +586,6 @@ def _row_of(prediction: Prediction, columns: dict[str, Any]) -> dict[str, Any]:
     if prediction.error is not None:
         row |= {"error_code": prediction.error["code"], "error_message": prediction.error["message"]}
     return row
-
-
-def _haemorrhage_columns(spec: ModelSpec) -> list[str]:
-    """Return the columns of `_haemorrhage_values`."""
-    task = spec.dense_task
-    parts = ("total", *task.mask.regions) if task is not None and task.mask is not None else ()
-    volumes = [f"{part}_{kind}" for part in parts for kind in ("ml", "low_ml", "high_ml")]
-    place = ["intraventricular", "infratentorial", "side", "location"]
-    shift = ["midline_shift_mm", "midline_shift_low_mm", "midline_shift_high_mm"]
-    return ["present", "probability", "threshold", *volumes, *place, *shift]
 
 
 def _haemorrhage_values(haemorrhage: Haemorrhage) -> dict[str, Any]:
@@ -726,43 +615,3 @@ def with_scores(result: Prediction | Haemorrhage, scores: Scores | None) -> dict
         scores: The scores of the patient, or None.
     """
     return result.to_dict() | ({} if scores is None else {"scores": scores.to_dict()})
-
-
-@contextmanager
-def _csv(
-    file: TextIO, columns: list[str], to_row: Callable[[Any], dict[str, Any]], notice: str
-) -> Iterator[Callable[..., None]]:
-    table = csv.DictWriter(file, columns, extrasaction="ignore")
-    table.writeheader()
-
-    def add(result: Any, scores: Scores | None = None) -> None:
-        nonlocal notice
-        row = to_row(result) | ({} if scores is None else scores.to_row()) | {"notice": notice}
-        table.writerow({key: f"{value:.4f}" if isinstance(value, float) else value for key, value in row.items()})
-        notice = ""  # the first row states the notice for the whole table
-
-    yield add
-
-
-@contextmanager
-def _json(file: TextIO, *_: Any) -> Iterator[Callable[..., None]]:
-    between = "[\n"
-
-    def add(result: Any, scores: Scores | None = None) -> None:
-        nonlocal between
-        file.write(between + json.dumps(with_scores(result, scores), ensure_ascii=False))
-        between = ",\n"
-
-    yield add
-    file.write("\n]\n" if between != "[\n" else "[]\n")
-
-
-@contextmanager
-def _jsonl(file: TextIO, *_: Any) -> Iterator[Callable[..., None]]:
-    def add(result: Any, scores: Scores | None = None) -> None:
-        print(json.dumps(with_scores(result, scores), ensure_ascii=False), file=file)
-
-    yield add
-
-
-_WRITERS = {".csv": _csv, ".json": _json, ".jsonl": _jsonl}

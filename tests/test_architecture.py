@@ -22,6 +22,7 @@ LAYERS = [
         "scan",
         "preprocessing",
         "results",
+        "result_files",
         "calibration",
         "cohort",
         "clinical",
@@ -49,6 +50,7 @@ SIDEWAYS = {
     ("io", "errors"),
     ("parallel", "errors"),
     ("parallel", "io"),
+    ("result_files", "results"),
     ("calibration", "results"),  # it describes how unusual a scan is
     ("clinical", "calibration"),  # combinations with clinical values are changes of log-odds
     ("clinical_scores", "results"),  # a haemorrhage has variables of the scores

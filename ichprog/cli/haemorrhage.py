@@ -1,8 +1,7 @@
 """Find and measure haemorrhages."""
 
 import json
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,21 +14,27 @@ from ichprog.cli.scans import (
     find_scans,
     format_haemorrhage,
     format_scores,
+    key_of,
     load_model,
+    open_results,
     output,
     print_limits,
+    print_line,
     print_notice,
     print_warnings,
     read_clinical,
+    resume_options,
     save_image,
     scans_argument,
     score_options,
+    take_shard,
     with_progress,
 )
 from ichprog.errors import ScanError
 
 if TYPE_CHECKING:
     from ichprog.model import Model
+    from ichprog.result_files import ResultsFile
     from ichprog.results import Haemorrhage
     from ichprog.sources import ScanSource
 
@@ -43,6 +48,7 @@ if TYPE_CHECKING:
 @with_options(loading)
 @brain
 @output
+@with_options(resume_options)
 @with_options(score_options)
 @click.option("--masks", type=click.Path(path_type=Path), metavar="DIR", help="Folder for the masks of haemorrhages.")
 @as_json
@@ -54,6 +60,10 @@ def haemorrhage(
     name: str,
     brain: Any,
     output: Path | None,
+    resume: bool,
+    retry_failed: bool,
+    overwrite: bool,
+    shard: str | None,
     scores: bool,
     clinical: tuple[str, ...],
     masks: Path | None,
@@ -66,28 +76,38 @@ def haemorrhage(
     """
     from ichprog.results import with_scores
 
-    sources = find_scans(scans)
+    if (resume or overwrite) and output is None:
+        raise click.UsageError("--resume and --overwrite need -o: the file of results.")
+    sources = take_shard(find_scans(scans), shard)
     if clinical and not scores:
         raise click.UsageError("--clinical needs --scores.")
-    computer = ScoreComputer(sources, read_clinical(clinical, sources), is_requested=scores)
+    given = read_clinical(clinical, sources)
+    computer = ScoreComputer(sources, given, is_requested=scores)
     model = load_model(name, brain, loading)
-    has_failed = False
-    with ExitStack() as stack:
-        add = stack.enter_context(_results_file(output, model, sources, with_scores=scores))
-        for source, stem, (found, examined) in with_progress(sources, model.haemorrhage_iter(sources, brain=brain)):
+    has_failed, has_files = False, any((output, masks))
+    settings = {
+        "weights": [file.sha256 for file in model.weights], "precision": model.precision, "brain": str(brain),
+        "scores": given if scores else None,
+    }  # fmt: skip
+    choices = {"resume": resume, "retry_failed": retry_failed, "overwrite": overwrite}
+    opened = None if output is None else _results_file(output, model, sources, settings, choices, with_scores=scores)
+    with open_results(opened, sources) as (file, todo):
+        results = model.haemorrhage_iter(todo, brain=brain)
+        for source, stem, (found, examined) in with_progress(sources, results, todo):
             computed = computer.scores(source, found)
-            add(found, computed)
             if as_json:
-                click.echo(json.dumps(with_scores(found, computed)))
+                print_line(json.dumps(with_scores(found, computed)), has_files=has_files)
             else:
-                click.echo(_format(found))
-                if computed is not None:
-                    click.echo(format_scores(computed))
+                lines = [_format(found)] if computed is None else [_format(found), format_scores(computed)]
+                print_line("\n".join(lines), has_files=has_files)
                 print_warnings(found.scan, found.warnings)
             if isinstance(examined, ScanError):
                 has_failed = True
             elif masks:
                 save_image(found.mask, masks / f"{stem}_haemorrhage.nii.gz")
+            if file is not None:  # last, so that a scan with a result has its mask
+                file.add(found, computed)
+        has_failed |= file is not None and "failed" in file.done.values()
     if not as_json:
         print_limits(model)
     print_notice(model)
@@ -95,18 +115,28 @@ def haemorrhage(
 
 
 def _results_file(
-    output: Path | None, model: "Model", sources: "list[ScanSource]", *, with_scores: bool
-) -> "AbstractContextManager[Callable[..., None]]":
-    """Open the file of results; without a path, return a function that adds nothing."""
+    output: Path,
+    model: "Model",
+    sources: "list[ScanSource]",
+    settings: dict[str, Any],
+    choices: dict[str, bool],
+    *,
+    with_scores: bool,
+) -> "AbstractContextManager[ResultsFile]":
+    """Return the file of results, which a context opens."""
     from ichprog.clinical_scores import SCORE_COLUMNS
-    from ichprog.results import haemorrhage_file
+    from ichprog.result_files import haemorrhage_file
     from ichprog.sources import patient_of
 
-    if output is None:
-        return nullcontext(lambda *_: None)
-    has_patients = any(patient_of(source) is not None for source in sources)
-    columns = SCORE_COLUMNS if with_scores else ()
-    return haemorrhage_file(output, model.spec, with_patients=has_patients, score_columns=columns)
+    return haemorrhage_file(
+        output,
+        model.spec,
+        with_patients=any(patient_of(source) is not None for source in sources),
+        score_columns=SCORE_COLUMNS if with_scores else (),
+        order=[key_of(source) for source in sources],
+        settings=settings,
+        **choices,
+    )
 
 
 def _format(found: "Haemorrhage") -> str:

@@ -1,8 +1,8 @@
 """Predict and explain scans."""
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,15 +18,20 @@ from ichprog.cli.scans import (
     format_haemorrhage,
     format_reliability,
     format_scores,
+    key_of,
     load_model,
+    open_results,
     output,
     print_limits,
+    print_line,
     print_notice,
     print_warnings,
     read_clinical,
+    resume_options,
     save_image,
     scans_argument,
     score_options,
+    take_shard,
     with_progress,
 )
 from ichprog.errors import ScanError
@@ -34,6 +39,7 @@ from ichprog.errors import ScanError
 if TYPE_CHECKING:
     from ichprog.clinical_scores import ClinicalScores
     from ichprog.model import Model
+    from ichprog.result_files import ResultsFile
     from ichprog.results import Prediction, Saliency
     from ichprog.scan import Scan
     from ichprog.sources import ScanSource
@@ -64,6 +70,7 @@ _options = click.option(
     metavar="NAME",
     help="Model for --haemorrhage and --scores.",
 )
+@with_options(resume_options)
 @with_options(score_options)
 @click.option(
     "--coverage", type=float, metavar="SHARE",
@@ -89,6 +96,10 @@ def predict(
     output: Path | None,
     haemorrhage: bool,
     detector_name: str,
+    resume: bool,
+    retry_failed: bool,
+    overwrite: bool,
+    shard: str | None,
     scores: bool,
     clinical: tuple[str, ...],
     coverage: float | None,
@@ -109,21 +120,33 @@ def predict(
     if detector_name != zoo.DETECTOR and not (haemorrhage or scores):
         raise click.UsageError("--haemorrhage-model needs --haemorrhage or --scores.")
     chosen = parse_assignments("--option", options, _LAYER)
-    sources = find_scans(scans)
+    if (resume or overwrite) and output is None:
+        raise click.UsageError("--resume and --overwrite need -o: the file of results.")
+    sources = take_shard(find_scans(scans), shard)
     given = read_clinical(clinical, sources)
     for_model, for_scores = _split_clinical(given, name, with_scores=scores)
     computer = ScoreComputer(sources, for_scores, is_requested=scores)
     model = load_model(name, brain, loading)
     detector = load_model(detector_name, brain, {**loading, "fold": None}) if haemorrhage or scores else None
-    has_failed = False
-    with ExitStack() as stack:
-        add = stack.enter_context(_results_file(output, model, detector, sources, with_scores=scores))
-        results = model.predict_iter(sources, brain=brain, detector=detector, clinical=for_model, coverage=coverage)
-        for source, stem, (prediction, examined) in with_progress(sources, results):
+    has_failed, has_files = False, any((output, maps, masks))
+    settings = {
+        "weights": [file.sha256 for file in model.weights], "precision": model.precision, "brain": str(brain),
+        "clinical": for_model, "coverage": coverage, "scores": for_scores if scores else None,
+    }  # fmt: skip
+    choices = {"resume": resume, "retry_failed": retry_failed, "overwrite": overwrite}
+    opened = (
+        None
+        if output is None
+        else _results_file(output, model, detector, sources, settings, choices, with_scores=scores)
+    )
+    with open_results(opened, sources) as (file, todo):
+        results = model.predict_iter(todo, brain=brain, detector=detector, clinical=for_model, coverage=coverage)
+        for source, stem, (prediction, examined) in with_progress(sources, results, todo):
             computed = computer.scores(source, prediction.haemorrhage)
-            add(prediction, computed)
-            _print_prediction(prediction, computed, as_json=as_json)
+            _print_prediction(prediction, computed, as_json=as_json, has_files=has_files)
             if isinstance(examined, ScanError):
+                if file is not None:
+                    file.add(prediction, computed)
                 has_failed = True
                 continue
             if masks:
@@ -133,6 +156,9 @@ def predict(
             if maps:
                 used = {} if prediction.clinical is None else {"clinical": prediction.clinical.used}
                 _save_maps(model, examined, maps, stem, tasks, methods, None, chosen | used)
+            if file is not None:  # last, so that a scan with a result has its maps and masks
+                file.add(prediction, computed)
+        has_failed |= file is not None and "failed" in file.done.values()
     if detector is not None and not as_json:
         print_limits(detector)
     print_notice(model)
@@ -158,26 +184,29 @@ def _split_clinical(given: dict[str, Any], model: str, *, with_scores: bool) -> 
 
 
 def _results_file(
-    output: Path | None,
+    output: Path,
     model: "Model",
     detector: "Model | None",
     sources: "list[ScanSource]",
+    settings: dict[str, Any],
+    choices: dict[str, bool],
     *,
     with_scores: bool,
-) -> "AbstractContextManager[Callable[..., None]]":
-    """Open the file of results; without a path, return a function that adds nothing."""
+) -> "AbstractContextManager[ResultsFile]":
+    """Return the file of results, which a context opens."""
     from ichprog.clinical_scores import SCORE_COLUMNS
-    from ichprog.results import results_file
+    from ichprog.result_files import results_file
     from ichprog.sources import patient_of
 
-    if output is None:
-        return nullcontext(lambda *_: None)
     return results_file(
         output,
         model.spec,
         with_patients=any(patient_of(source) is not None for source in sources),
         detector=None if detector is None else detector.spec,
         score_columns=SCORE_COLUMNS if with_scores else (),
+        order=[key_of(source) for source in sources],
+        settings=settings,
+        **choices,
     )
 
 
@@ -271,20 +300,23 @@ def _save_maps(
     ]
 
 
-def _print_prediction(prediction: "Prediction", scores: "ClinicalScores | None", *, as_json: bool) -> None:
+def _print_prediction(
+    prediction: "Prediction", scores: "ClinicalScores | None", *, as_json: bool, has_files: bool
+) -> None:
     """Print a prediction with its scores, and as text also its warnings and those of its haemorrhage."""
     from ichprog.results import with_scores
 
     if as_json:
-        click.echo(json.dumps(with_scores(prediction, scores)))
+        print_line(json.dumps(with_scores(prediction, scores)), has_files=has_files)
         return
-    click.echo(_format_prediction(prediction))
+    lines = [_format_prediction(prediction)]
     if prediction.clinical is not None:
-        click.echo(format_clinical(prediction.clinical))
+        lines.append(format_clinical(prediction.clinical))
     if prediction.coverage is not None:
-        click.echo(format_reliability(prediction))
+        lines.append(format_reliability(prediction))
     if scores is not None:
-        click.echo(format_scores(scores))
+        lines.append(format_scores(scores))
+    print_line("\n".join(lines), has_files=has_files)
     print_warnings(prediction.scan, prediction.warnings)
     if prediction.haemorrhage is not None:
         others = [warning for warning in prediction.haemorrhage.warnings if warning not in prediction.warnings]

@@ -1,8 +1,9 @@
 """Share between commands how scans are found, and how progress, files, warnings and clinical scores are written."""
 
+import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from ichprog.clinical_scores import ClinicalScores, ScoreRange, ScoreVariable
     from ichprog.errors import ScanWarning
     from ichprog.model import Model
+    from ichprog.result_files import ResultsFile
     from ichprog.results import ClinicalUse, Haemorrhage, Prediction
     from ichprog.sources import ScanSource
 
@@ -27,6 +29,14 @@ _CLINICAL_EXAMPLE = "location=lobar"
 
 scans_argument = click.argument("scans", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="SCAN...")
 output = click.option("-o", "--output", type=click.Path(path_type=Path), help="File of results: .csv, .json or .jsonl.")
+resume_options = [
+    click.option("--resume", is_flag=True, help="Continue an interrupted run: predict only scans without a result."),
+    click.option("--retry-failed", is_flag=True, help="With --resume, also try the scans that failed."),
+    click.option("--overwrite", is_flag=True, help="Replace results that exist."),
+    click.option(
+        "--shard", metavar="K/N", help="Take only every N-th scan, from the K-th; for N jobs on several machines."
+    ),
+]
 score_options = [
     click.option("--scores", is_flag=True, help="Compute the ICH and FUNC scores of each patient."),
     click.option(
@@ -117,13 +127,81 @@ class ScoreComputer:
         return own | self._given
 
 
+def take_shard(sources: "list[ScanSource]", shard: str | None) -> "list[ScanSource]":
+    """Return the scans of a shard K/N: every N-th one, from the K-th."""
+    if shard is None:
+        return sources
+    first, slash, count = shard.partition("/")
+    if not (slash and first.isdigit() and count.isdigit() and 1 <= int(first) <= int(count)):
+        raise click.UsageError(f"Invalid --shard {shard!r}. Expected K/N with K from 1 to N, such as 3/16.")
+    return sources[int(first) - 1 :: int(count)]
+
+
+def key_of(source: "ScanSource") -> tuple[str, str]:
+    """Return the patient and the scan by which a file of results knows a source."""
+    from ichprog.sources import name_of, patient_of
+
+    return patient_of(source) or "", name_of(source)
+
+
+@contextmanager
+def open_results(
+    opened: "AbstractContextManager[ResultsFile] | None", sources: "list[ScanSource]"
+) -> "Iterator[tuple[ResultsFile | None, list[ScanSource]]]":
+    """Open a file of results, and yield it with the scans that have no result yet.
+
+    If the command is interrupted, a sentence says how to continue.
+
+    Args:
+        opened: From `result_files.results_file`, or None for no file.
+        sources: All scans.
+    """
+    if opened is None:
+        yield None, sources
+        return
+    with opened as file:
+        todo = [source for source in sources if key_of(source) not in file.done]
+        if len(todo) < len(sources):
+            click.echo(f"{len(sources) - len(todo)} of {len(sources)} scans have results in {file.target}.", err=True)
+        try:
+            yield file, todo
+        except KeyboardInterrupt:
+            done = f"{len(file.done)} of {len(sources)} results are in {file.journal}."
+            click.echo(f"\nInterrupted. {done} Continue with --resume.", err=True)
+            raise
+
+
+def print_line(text: str, *, has_files: bool) -> None:
+    """Print a line. If nobody reads the output any more, end, or continue silently for the sake of files.
+
+    Args:
+        text: The line.
+        has_files: Whether the command writes files, too.
+    """
+    try:
+        click.echo(text)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not has_files:
+            raise SystemExit(0) from None
+
+
 def with_progress(
-    sources: "list[ScanSource]", results: Iterable[_Result]
+    sources: "list[ScanSource]", results: Iterable[_Result], todo: "list[ScanSource] | None" = None
 ) -> "Iterator[tuple[ScanSource, str, _Result]]":
-    """Yield each scan with a stem for its files and its result, and show a progress bar on a terminal."""
+    """Yield each scan with a stem for its files and its result, and show a progress bar on a terminal.
+
+    Args:
+        sources: All scans, which determine the stems.
+        results: Results of `todo`.
+        todo: The scans with results; all of them by default.
+    """
     is_shown = sys.stderr.isatty() and len(sources) > 1
-    with _progress_bar(len(sources)) if is_shown else nullcontext() as bar:
-        for source, stem, result in zip(sources, stems(sources), results, strict=True):
+    stem_of = dict(zip(map(key_of, sources), stems(sources), strict=True))
+    todo = sources if todo is None else todo
+    with _progress_bar(len(sources), len(sources) - len(todo)) if is_shown else nullcontext() as bar:
+        for source, result in zip(todo, results, strict=True):
+            stem = stem_of[key_of(source)]
             if bar is not None:
                 bar.clear()  # frees the line for the output of this scan
             yield source, stem, result
@@ -131,10 +209,10 @@ def with_progress(
                 bar.update()
 
 
-def _progress_bar(total: int) -> Any:
+def _progress_bar(total: int, done: int) -> Any:
     from tqdm import tqdm
 
-    return tqdm(total=total, unit="scan", mininterval=0, file=sys.stderr)
+    return tqdm(total=total, initial=done, unit="scan", mininterval=0, file=sys.stderr)
 
 
 def stems(sources: "list[ScanSource]") -> list[str]:

@@ -179,8 +179,8 @@ def test_explain_writes_maps(run, bright_model, small_scan, tmp_path):
 def test_results_appear_whole_or_not_at_all(run, bright_model, small_scan, tmp_path):
     out = tmp_path / "out.csv"
     out.write_text("unchanged")
-    result = run("predict", small_scan, "-m", bright_model, "-o", out, "--explain", "grad_cam", "--maps",
-                 small_scan, code=1)  # fmt: skip
+    result = run("predict", small_scan, "-m", bright_model, "-o", out, "--overwrite", "--explain", "grad_cam",
+                 "--maps", small_scan, code=1)  # fmt: skip
     assert "small.nii.gz" in result.stderr
     assert out.read_text() == "unchanged"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bright", "out.csv", "small.nii.gz"]
