@@ -1,10 +1,11 @@
 """Train the embedded outcome models again and measure them: `python docs/embedded.py FOLDER --workers 2`.
 
-The script simulates patients straight onto the grid of the model and trains three networks of the image. Then it trains
-their fusion with age and GCS, on the fixed features. It measures both models on simulated patients of other seeds, and
-writes the weights and the specs into `ichprog/zoo/`, and the results into the specs and `docs/embedded.json`. Finished
-steps in FOLDER are reused, so an interrupted run can be continued. `--only-measure` only measures. `--ablation` trains
-the network of the image for a few steps, each time without one part, and writes `docs/embedded-ablation.json`.
+The script simulates patients straight onto the grid of the model and trains networks of the image, one after the other;
+the last ones are published. Then it trains their fusion with age and GCS, on the fixed features. It calibrates both
+models and measures them, on simulated patients of other seeds. It writes the weights and the specs into `ichprog/zoo/`,
+and the results into the specs and `docs/embedded.json`. Finished steps in FOLDER are reused, so an interrupted run can
+be continued. `--only-measure` only measures. `--ablation` trains the network of the image for a few steps, each time
+without one part, and writes `docs/embedded-ablation.json`.
 
 Training does not use `ichprog train`, because it learns from what only a simulation knows: the probabilities of the
 labels given the image instead of labels, and the causes of the image.
@@ -26,6 +27,7 @@ import numpy as np
 
 import ichprog
 from ichprog import metrics, networks, preprocessing
+from ichprog.calibration import COVERAGE, adjust, conformal_set, input_statistics
 from ichprog.clinical import encode
 from ichprog.io import atomic_write
 from ichprog.parallel import parallel_map
@@ -33,10 +35,12 @@ from ichprog.scan import load, load_regions
 from ichprog.simulate import MASK_VALUES, simulate
 from ichprog.simulate.population import MARKS, SITES
 from ichprog.spec import GoldenOutput, ModelSpec, PluginRef
+from ichprog.train.calibration import fit_calibration
 
 NAME, FUSED = "compact.prognosis_gcs3_age_v2", "compact.prognosis_gcs3_age_clinical"
 DOCS, ZOO = Path(__file__).parent, Path(ichprog.__file__).parent / "zoo"
 TRAINED_ON = {"patients": 4000, "seed": 1}
+CALIBRATED_ON = {"patients": 500, "seed": 6}
 MEASURED_ON = [{"patients": 500, "seed": seed} for seed in (2, 3, 4, 5)]
 FULL_SCANS = {"patients": 200, "seed": 2}
 CYCLES = (1600, 600, 600, 3000, 1000)  # optimiser steps
@@ -314,14 +318,18 @@ def train(spec: ModelSpec, patients: Patients, run: Path) -> None:
 
     run.mkdir(exist_ok=True)
     training = Training(spec, patients, Design())
-    for number, steps in enumerate(CYCLES):
-        file = run / f"fold{number}.safetensors"
+    for file, steps in zip(weight_files(run), CYCLES, strict=True):
         if file.exists():
             training.average.module.load_state_dict(load_file(file))
             continue
         state = training.run_cycle(steps, file.stem)
         with atomic_write(file) as part:
             save_file(state, part)
+
+
+def weight_files(run: Path) -> list[Path]:
+    """Return the weight file of each cycle of the training; the last `NETWORKS` of them are published."""
+    return [run / f"fold{number}.safetensors" for number in range(len(CYCLES))]
 
 
 def train_fusion(spec: ModelSpec, patients: Patients, run: Path, target: Path) -> None:
@@ -336,13 +344,13 @@ def train_fusion(spec: ModelSpec, patients: Patients, run: Path, target: Path) -
     target.mkdir(exist_ok=True)
     chosen = np.flatnonzero(patients.flags[:, 0] == 1)
     known_of = np.array([[name in pattern for name in ("age", "gcs")] for pattern in PATTERNS], np.float32)
-    for number in range(len(CYCLES)):
-        file = target / f"fold{number}.safetensors"
+    for number, source in enumerate(weight_files(run)[-NETWORKS:]):
+        file = target / source.name
         if file.exists():
             continue
         torch.manual_seed(number)
         random, network = np.random.default_rng(number), networks.build(spec)
-        network.load_state_dict(load_file(run / file.name), strict=False)  # the fusion is new
+        network.load_state_dict(load_file(source), strict=False)  # the fusion is new
         network.eval()
         with torch.no_grad():
             features = torch.cat(
@@ -351,9 +359,7 @@ def train_fusion(spec: ModelSpec, patients: Patients, run: Path, target: Path) -
                     for i in range(0, len(chosen), 32)
                 ]
             )
-        encoded = np.stack(
-            [encode(spec, dict(zip(("age", "gcs"), row, strict=True))) for row in patients.values[chosen]]
-        )
+        encoded = encode_patterns(spec, patients.values[chosen], [("age", "gcs")] * len(chosen))
         task = next(task for task in spec.tasks if task.uses_clinical)
         head, fusion = network.heads[task.name], network.fusion
         trained = [*fusion.parameters(), *head.parameters()]
@@ -384,7 +390,7 @@ def measure_fused(cohorts: Sequence[Patients], training: Patients) -> list[dict[
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    model = ichprog.load_model(FUSED)
+    spec = ModelSpec.read(ZOO / f"{FUSED}.json")
     bleeds = [each.flags[:, 0] == 1 for each in cohorts]
     truth, given, values, grids = (
         np.concatenate([getattr(each, name)[b] for each, b in zip(cohorts, bleeds, strict=True)])
@@ -398,23 +404,8 @@ def measure_fused(cohorts: Sequence[Patients], training: Patients) -> list[dict[
     delong, compare = metrics.comparisons.delong_interval, metrics.comparisons.delong
     figures, scores = [], {}
     for column, known in enumerate(PATTERNS):
-        encoded = np.stack(
-            [
-                encode(model.spec, {n: v for n, v in zip(("age", "gcs"), row, strict=True) if n in known})
-                for row in values
-            ]
-        )
-        parts = [
-            np.mean(
-                [
-                    fold["prognosis"].probabilities[:, 1]
-                    for fold in model.predict_grids(grids[i : i + 32].astype(np.float32), encoded[i : i + 32])
-                ],
-                axis=0,
-            )
-            for i in range(0, len(grids), 32)
-        ]
-        scores[known] = p = np.concatenate(parts)
+        encoded = encode_patterns(spec, values, [known] * len(values))
+        scores[known] = p = mean_probabilities(spec, grids, encoded)["prognosis"][:, 1]
         difference, error, _ = compare(poor, p, given[:, column])
         estimates = metrics.calibration.calibration_estimates(poor, p)
         figures.append(
@@ -436,14 +427,18 @@ def measure_fused(cohorts: Sequence[Patients], training: Patients) -> list[dict[
 
 
 def publish(spec: ModelSpec, run: Path) -> ModelSpec:
-    """Copy the weights into the zoo, and write the spec with their checksums and golden output."""
+    """Copy the weights of the last networks into the zoo, and write the spec with their checksums and golden output."""
     folder = ZOO / spec.name
     folder.mkdir(exist_ok=True)
+    for old in folder.glob("*.safetensors"):
+        old.unlink()
     checksums = {}
-    for file in sorted(run.glob("fold*.safetensors")):
-        (folder / file.name).write_bytes(file.read_bytes())
-        checksums[file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
-    spec = dataclasses.replace(spec, weights=dataclasses.replace(spec.weights, sha256=checksums), golden_output=None)
+    for number, file in enumerate(weight_files(run)[-NETWORKS:]):
+        name = f"fold{number}.safetensors"
+        (folder / name).write_bytes(file.read_bytes())
+        checksums[name] = hashlib.sha256(file.read_bytes()).hexdigest()
+    weights = dataclasses.replace(spec.weights, sha256=checksums)
+    spec = dataclasses.replace(spec, weights=weights, golden_output=None, calibration=None)
     _write(spec)
     grid = np.random.default_rng(0).random((1, *spec.input.shape), np.float32)
     outputs = ichprog.load_model(spec.name, runtime="torch").predict_grids(grid)
@@ -456,19 +451,76 @@ def publish(spec: ModelSpec, run: Path) -> ModelSpec:
     return spec
 
 
+def mean_probabilities(spec: ModelSpec, grids: np.ndarray, clinical: np.ndarray | None = None) -> dict[str, np.ndarray]:
+    """Return the probabilities `(N, K)` of each task, the mean over the networks.
+
+    Args:
+        spec: The model.
+        grids: `(N, D, H, W)`.
+        clinical: `(N, 2 V)` clinical values from `clinical.encode`.
+    """
+    model = ichprog.load_model(spec.name)
+    parts: dict[str, list[np.ndarray]] = {task.name: [] for task in spec.tasks}
+    for start in range(0, len(grids), 32):
+        rows = slice(start, start + 32)
+        outputs = model.predict_grids(grids[rows].astype(np.float32), None if clinical is None else clinical[rows])
+        for task, found in parts.items():
+            found.append(np.mean([fold[task].probabilities for fold in outputs], axis=0, dtype=float))
+    return {task: np.concatenate(found) for task, found in parts.items()}
+
+
 def predict(spec: ModelSpec, grids: np.ndarray) -> np.ndarray:
     """Return the probability of each of the `QUESTIONS`, `(N, 4)`, the mean over the networks."""
-    model = ichprog.load_model(spec.name)
-    parts = []
-    for start in range(0, len(grids), 32):
-        outputs = model.predict_grids(grids[start : start + 32].astype(np.float32))
-        parts.append(
-            [
-                np.mean([fold[task].probabilities[:, first:].sum(1) for fold in outputs], axis=0)
-                for task, first, _ in QUESTIONS
-            ]
-        )
-    return np.concatenate([np.transpose(part) for part in parts])
+    found = mean_probabilities(spec, grids)
+    return np.column_stack([found[task][:, first:].sum(1) for task, first, _ in QUESTIONS])
+
+
+def calibrate(spec: ModelSpec, patients: Patients) -> ModelSpec:
+    """Calibrate a model on patients with a haemorrhage, of whom any clinical values are known, and write its spec."""
+    bled = np.flatnonzero(patients.flags[:, 0] == 1)
+    grids, labels, clinical = patients.grids[bled], patients.labels[bled].astype(int), None
+    if spec.clinical:
+        patterns = np.random.default_rng(0).integers(len(PATTERNS), size=len(bled))
+        clinical = encode_patterns(spec, patients.values[bled], [list(PATTERNS)[number] for number in patterns])
+    truth = {"prognosis": labels[:, 0], "gcs": labels[:, 1] + labels[:, 2], "age": labels[:, 3]}
+    found = mean_probabilities(spec, grids, clinical)
+    about = f"{len(bled)} simulated patients with a haemorrhage (seed {CALIBRATED_ON['seed']}, preset realistic)."
+    statistics = [input_statistics(grid) for grid in grids]
+    fitted = fit_calibration(spec, {task: (truth[task], p) for task, p in found.items()}, statistics, about)
+    spec = dataclasses.replace(spec, calibration=fitted)
+    _write(spec)
+    return spec
+
+
+def encode_patterns(spec: ModelSpec, values: np.ndarray, known: Sequence[Sequence[str]]) -> np.ndarray:
+    """Return the clinical values of patients `(N, 2 V)`, of which only some are known.
+
+    Args:
+        spec: The model.
+        values: `(N, 2)` age and GCS.
+        known: Names of the known values of each patient.
+    """
+    return np.stack(
+        [
+            encode(spec, {name: value for name, value in zip(("age", "gcs"), row, strict=True) if name in names})
+            for row, names in zip(values, known, strict=True)
+        ]
+    )
+
+
+def measure_sets(spec: ModelSpec, patients: Patients, known: Sequence[str] = ()) -> dict[str, float]:
+    """Return the share of patients with a haemorrhage whose conformal set for 90 % holds the label, by task."""
+    bled = np.flatnonzero(patients.flags[:, 0] == 1)
+    labels = patients.labels[bled].astype(int)
+    truth = {"prognosis": labels[:, 0], "gcs": labels[:, 1] + labels[:, 2], "age": labels[:, 3]}
+    clinical = encode_patterns(spec, patients.values[bled], [known] * len(bled)) if spec.clinical else None
+    found, covered = mean_probabilities(spec, patients.grids[bled], clinical), {}
+    for name, fitted in spec.calibration.tasks.items() if spec.calibration else ():
+        task, p = spec.task(name), adjust(spec.task(name), found[name], fitted.adjustments)
+        sets = [conformal_set(task, fitted, row, COVERAGE) for row in p]
+        hits = [task.labels[label] in labels for label, labels in zip(truth[name], sets, strict=True)]
+        covered[name] = round(float(np.mean(hits)), 3)
+    return covered
 
 
 def measure(probabilities: Sequence[np.ndarray], cohorts: Sequence[Patients]) -> list[dict[str, Any]]:
@@ -586,14 +638,27 @@ def main() -> None:
         return
     if not args.only_measure:
         train(spec, training, args.folder / "run")
-        spec = publish(spec, args.folder / "run")
+        calibration = patients(CALIBRATED_ON)
+        spec = calibrate(publish(spec, args.folder / "run"), calibration)
         train_fusion(fused, training, args.folder / "run", args.folder / "fused")
-        fused = publish(fused, args.folder / "fused")
+        fused = calibrate(publish(fused, args.folder / "fused"), calibration)
     cohorts = [patients(options) for options in MEASURED_ON]
     figures = measure([predict(spec, each.grids) for each in cohorts], cohorts)
     by_pattern = measure_fused(cohorts, training)
+    sets = {
+        "image": [measure_sets(spec, each) for each in cohorts],
+        **{
+            " and ".join(known) or "nothing": [measure_sets(fused, each, known) for each in cohorts]
+            for known in PATTERNS
+        },
+    }
     full = simulate(args.folder / "full", **FULL_SCANS, workers=args.workers, progress=_progress("full scans"))
-    results = {"figures": figures, "fused": by_pattern, "full_scans": measure_full_scans(spec, full, cohorts[0])}
+    results = {
+        "figures": figures,
+        "fused": by_pattern,
+        "sets": sets,
+        "full_scans": measure_full_scans(spec, full, cohorts[0]),
+    }
     (DOCS / "embedded.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     for each, lines in ((spec, _format_results(figures)), (fused, _format_fused(by_pattern))):
         limits = (limit for limit in each.limits if not limit.startswith(_FIGURE))

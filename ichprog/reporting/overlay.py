@@ -7,7 +7,8 @@ import numpy as np
 
 from ichprog.errors import ScanError, missing_extra
 from ichprog.results import Prediction, Saliency
-from ichprog.scan import read
+from ichprog.scan import Scan, brain_mask, read
+from ichprog.scan.brain import is_brain_only
 from ichprog.scan.volume import AIR_HU, background
 
 if TYPE_CHECKING:
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
 
 _WINDOW_HU = (0.0, 80.0)  # from black to white: width 80, level 40
 _MARGIN_MM = 8.0
+_BAR_MM = 50.0
+_COLOURS = "coolwarm"  # told apart by people who confuse red and green
+_PERCENTILE = 99.5  # of the map in the brain that has the full colour
 
 
 def plot(
@@ -28,13 +32,16 @@ def plot(
     """Draw saliency maps over slices of their scan.
 
     The first row shows slices of the scan, each further row one map. The slices are spread over the region in which the
-    maps are strongest, from foot to head. The patient's right is on the left, as in radiology. Each map is scaled by
-    its own largest value. Red increases the score of the label, blue decreases it. An empty map is labelled as empty.
+    maps are strongest, from foot to head. The patient's right is on the left, as in radiology. Maps are shown in the
+    brain only. The full colour is the 99.5th percentile of a map's absolute values there, so that no single voxel sets
+    the scale. Red increases the score of the label, blue decreases it. An empty map is labelled as empty. If the
+    prediction used clinical values, bars show by how much each of them changed the log-odds.
 
     Args:
         result: One map, several maps, or the result of `explain` for several tasks or methods.
         scan: Scan that was explained.
-        prediction: Prediction whose probabilities are printed above the slices.
+        prediction: Prediction whose probabilities are printed above the slices, and whose clinical values are drawn
+            below.
         outline: Image in the space of the scan whose region is outlined, such as the mask of a haemorrhage.
         slices: Number of slices.
 
@@ -61,18 +68,29 @@ def plot(
     shape = loaded.hu.shape
     values = [_read_aligned(shape, each.image, f"The map of {each.task}") for each in maps]
     region = None if outline is None else _read_aligned(shape, outline, "The outline") > 0
+    brain = _find_brain(loaded)
+    values = [_scale(each, brain) for each in values]
     chosen = _choose_slices(values, region, slices)
     box = _head_box(loaded.hu, loaded.spacing)
-    width, height = (side.stop - side.start for side in box)
-    rows = 1 + len(maps)
-    figure = Figure(figsize=(2.6 * len(chosen), 2.6 * height / width * rows + 0.9), layout="constrained")
-    grid = figure.subplots(rows, len(chosen), squeeze=False)
+    changes = _changes(prediction)
+    width, height = ((side.stop - side.start) * mm for side, mm in zip(box, loaded.spacing, strict=False))
+    rows, bars = 1 + len(maps), 0.3 + 0.25 * len(changes) if changes else 0.0
+    size = 2.6 * len(chosen) + 0.6, 2.6 * height / width * rows + 0.9 + bars
+    figure = Figure(figsize=size, layout="constrained")
+    parts = figure.subfigures(
+        2 if changes else 1, 1, squeeze=False, height_ratios=[size[1] - bars, *([bars] * bool(changes))]
+    )
+    grid = parts[0, 0].subplots(rows, len(chosen), squeeze=False)
     for row, axes in enumerate(grid):
         for axis, k in zip(axes, chosen, strict=True):
-            _draw_slice(axis, loaded.hu[box], k, values[row - 1][box] if row else None, region, box)
+            _draw_slice(axis, loaded, k, values[row - 1] if row else None, region, box)
         axes[0].set_ylabel(_map_label(maps[row - 1]) if row else "scan", fontsize=9)
     for axis, k in zip(grid[0], chosen, strict=True):
         axis.set_title(f"slice {k + 1} of {shape[2]}", fontsize=8)
+    _label_sides(grid[0, 0], loaded.spacing, box)
+    _draw_scale(parts[0, 0], grid[1:])
+    if changes:
+        _draw_changes(parts[1, 0].subplots(), changes)
     figure.suptitle(_title(maps, prediction), fontsize=10)
     return figure
 
@@ -83,25 +101,89 @@ def _as_list(result: Saliency | Sequence[Saliency] | Mapping[Any, Saliency]) -> 
     return list(result.values() if isinstance(result, Mapping) else result)
 
 
+def _find_brain(scan: Scan) -> np.ndarray:
+    """Return the brain mask, or the whole scan if no brain is found in it."""
+    if scan.brain is not None:
+        return scan.brain
+    if is_brain_only(scan, "auto"):
+        return scan.foreground
+    try:
+        return read(brain_mask(scan)).hu > 0
+    except ScanError:
+        return np.ones(scan.hu.shape, bool)
+
+
+def _scale(values: np.ndarray, brain: np.ndarray) -> np.ndarray:
+    """Return a map in the brain, from -1 to 1; 0 everywhere if it is empty there."""
+    inside = np.abs(values[brain])
+    top = float(np.percentile(inside, _PERCENTILE)) if inside.size else 0.0
+    top = top or float(inside.max(initial=0))
+    return np.where(brain, np.clip(values / top, -1, 1), 0) if top > 0 else np.zeros_like(values)
+
+
 def _draw_slice(
-    axis: Any, hu: np.ndarray, k: int, values: np.ndarray | None, region: np.ndarray | None, box: tuple[slice, slice]
+    axis: Any, scan: Scan, k: int, values: np.ndarray | None, region: np.ndarray | None, box: tuple[slice, slice]
 ) -> None:
-    axis.imshow(hu[:, :, k].T, cmap="gray", vmin=_WINDOW_HU[0], vmax=_WINDOW_HU[1])
+    look = {"aspect": scan.spacing[1] / scan.spacing[0]}
+    axis.imshow(scan.hu[box][:, :, k].T, cmap="gray", vmin=_WINDOW_HU[0], vmax=_WINDOW_HU[1], **look)
     axis.set_xticks([])
     axis.set_yticks([])
-    if values is not None:
-        _draw_map(axis, values, k)
+    if values is not None and not values.any():
+        axis.text(0.5, 0.5, "empty map", color="white", ha="center", va="center", transform=axis.transAxes)
+    elif values is not None:
+        shown = values[box][:, :, k].T
+        alpha = np.clip(np.abs(shown) * 1.4, 0, 0.75)
+        axis.imshow(shown, cmap=_COLOURS, vmin=-1, vmax=1, alpha=alpha, **look)
     if region is not None and region[box][:, :, k].any():
         axis.contour(region[box][:, :, k].T, [0.5], colors="yellow", linewidths=0.8)
 
 
-def _draw_map(axis: Any, values: np.ndarray, k: int) -> None:
-    top = float(np.abs(values).max())
-    if top == 0:
-        axis.text(0.5, 0.5, "empty map", color="white", ha="center", va="center", transform=axis.transAxes)
-        return
-    scaled = values[:, :, k].T / top
-    axis.imshow(scaled, cmap="coolwarm", vmin=-1, vmax=1, alpha=np.clip(np.abs(scaled) * 1.4, 0, 0.75))
+def _label_sides(axis: Any, spacing: tuple[float, ...], box: tuple[slice, slice]) -> None:
+    """Write the letters of the sides, and draw a bar of known length."""
+    style = {"color": "white", "fontsize": 8, "va": "center", "transform": axis.transAxes}
+    axis.text(0.03, 0.5, "R", ha="left", **style)
+    axis.text(0.97, 0.5, "L", ha="right", **style)
+    voxels = _BAR_MM / spacing[0]
+    left, low = 0.05 * (box[0].stop - box[0].start), 0.95 * (box[1].stop - box[1].start)
+    axis.plot([left, left + voxels], [low, low], color="white", linewidth=2)
+    axis.text(
+        left + voxels / 2, low - 2 / spacing[1], f"{_BAR_MM:g} mm", color="white", fontsize=7, ha="center", va="bottom"
+    )
+
+
+def _draw_scale(figure: Any, axes: np.ndarray) -> None:
+    """Draw the colour bar of the maps."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    bar = figure.colorbar(ScalarMappable(Normalize(-1, 1), _COLOURS), ax=axes, shrink=0.6, aspect=30)
+    bar.set_ticks([-1, 0, 1], labels=["against", "0", "for the label"], fontsize=7)
+    bar.set_label(f"scaled by percentile {_PERCENTILE:g} in the brain", fontsize=7)
+
+
+def _changes(prediction: Prediction | None) -> dict[str, float]:
+    """Return the change of the log-odds by each clinical value, with a label for its bar."""
+    if prediction is None or prediction.clinical is None:
+        return {}
+    use = prediction.clinical
+    return {
+        f"{task}: {name} {use.used[name]:g}": change
+        for task, changes in use.contributions.items()
+        for name, change in changes.items()
+    }
+
+
+def _draw_changes(axis: Any, changes: dict[str, float]) -> None:
+    values = list(changes.values())
+    colours = ["tab:red" if value > 0 else "tab:blue" for value in values]
+    bars = axis.barh(range(len(values)), values, color=colours, height=0.6)
+    axis.bar_label(bars, [f"{value:+.2f}" for value in values], fontsize=7, padding=2)
+    axis.set_yticks(range(len(values)), list(changes), fontsize=8)
+    axis.invert_yaxis()
+    axis.margins(x=0.15)
+    axis.axvline(0, color="grey", linewidth=0.8)
+    axis.set_xlabel("change of the log-odds by each clinical value", fontsize=8)
+    axis.tick_params(axis="x", labelsize=7)
 
 
 def _read_aligned(shape: tuple[int, ...], image: Any, name: str) -> np.ndarray:
@@ -121,8 +203,9 @@ def _read_aligned(shape: tuple[int, ...], image: Any, name: str) -> np.ndarray:
 
 def _choose_slices(maps: list[np.ndarray], region: np.ndarray | None, count: int) -> list[int]:
     """Choose slices evenly over the extent of the strong slices of the maps and of the outlined region."""
-    strength = sum(np.abs(values).max((0, 1)) / max(float(np.abs(values).max()), 1e-30) for values in maps)
-    strength = np.asarray(strength) / len(maps) + (0 if region is None else 2.0 * region.any((0, 1)))
+    sums = [np.abs(values).sum((0, 1)) for values in maps]
+    strength = np.mean([each / max(float(each.max()), 1e-30) for each in sums], axis=0)
+    strength = strength + (0 if region is None else 2.0 * region.any((0, 1)))
     strong = np.flatnonzero(strength > 0.3 * strength.max())
     if not strong.size:
         strong = np.arange(len(strength))

@@ -9,6 +9,7 @@ import pytest
 
 import ichprog
 from ichprog import IchprogError, ScanError
+from ichprog.results import ClinicalUse
 
 from support.phantoms import brain_hu
 
@@ -24,9 +25,14 @@ def explained(bright_model, tmp_path):
     return path, maps, ichprog.predict(model, path)
 
 
+def slice_axes(figure):
+    """Return the axes of all slices, without the colour bar."""
+    return [axis for axis in figure.get_axes() if axis.get_label() != "<colorbar>"]
+
+
 def drawn(figure, width):
     """Return the images of each row of slices."""
-    axes = figure.get_axes()
+    axes = slice_axes(figure)
     return [[a.images for a in axes[i : i + width]] for i in range(0, len(axes), width)]
 
 
@@ -62,8 +68,8 @@ def test_an_outline_is_drawn_if_one_is_given(explained):
     path, maps, _ = explained
     mask = nib.Nifti1Image((np.asarray(nib.load(path).dataobj) == 68).astype(np.uint8), nib.load(path).affine)
     plain, lined = (ichprog.plot(maps, path, outline=o, slices=2) for o in (None, mask))
-    assert not any(a.collections for a in plain.get_axes())
-    assert any(a.collections for a in lined.get_axes())
+    assert not any(a.collections for a in slice_axes(plain))
+    assert any(a.collections for a in slice_axes(lined))
 
 
 def test_an_empty_map_is_labelled_instead_of_drawn(explained):
@@ -88,3 +94,33 @@ def test_a_missing_matplotlib_names_the_extra_to_install(explained, monkeypatch)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(IchprogError, match=r"needs matplotlib. Install it with: pip install 'ichprog\[report\]'\."):
         ichprog.plot(maps, path)
+
+
+def test_one_voxel_does_not_set_the_scale_and_nothing_is_drawn_outside_the_brain(explained):
+    path, maps, _ = explained
+    saliency = maps["prognosis", "guided_backprop"]
+    grid = np.random.default_rng(0).random(saliency.grid_map.shape).astype(np.float32)
+    grid[grid.shape[0] // 2, grid.shape[1] // 2, grid.shape[2] // 2] = 1000
+    figure = ichprog.plot(dataclasses.replace(saliency, grid_map=grid), path, slices=1)
+    background, overlay = drawn(figure, 1)[1][0]
+    picture, colours = np.asarray(background.get_array()), np.asarray(overlay.get_array())
+    assert np.median(colours[picture > 0]) > 0.3
+    assert not colours[picture == 0].any()
+
+
+def test_sides_and_scale_are_labelled(explained):
+    path, maps, _ = explained
+    figure = ichprog.plot(maps, path, slices=2)
+    assert {"R", "L", "50 mm"} <= {text.get_text() for text in slice_axes(figure)[0].texts}
+    (bar,) = [axis for axis in figure.get_axes() if axis.get_label() == "<colorbar>"]
+    assert bar.get_ylabel() == "scaled by percentile 99.5 in the brain"
+
+
+def test_clinical_values_are_bars_with_their_changes(explained):
+    path, maps, prediction = explained
+    use = ClinicalUse({"age": 71.0, "gcs": 9.0}, (), {"prognosis": {"age": 0.5, "gcs": -0.25}})
+    figure = ichprog.plot(maps, path, prediction=dataclasses.replace(prediction, clinical=use), slices=2)
+    axis = figure.get_axes()[-1]
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["prognosis: age 71", "prognosis: gcs 9"]
+    assert [bar.get_width() for bar in axis.patches] == [0.5, -0.25]
+    assert {"+0.50", "-0.25"} <= {text.get_text() for text in axis.texts}

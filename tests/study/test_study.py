@@ -277,7 +277,7 @@ def smoke(tmp_path_factory):
         assert command("study", "new", toml, "--preset", "smoke").exit_code == 0
         text = toml.read_text()
         for before, after in (
-            ("patients = 24", "patients = 16"),
+            ("patients = 24", "patients = 16\nmatrix = 64"),  # few pixels are simulated and read faster
             ("epochs = 6", "epochs = 1"),
             ("n_bootstrap = 200", "n_bootstrap = 50"),
         ):
