@@ -10,12 +10,12 @@ import numpy as np
 from ichprog import scan as scan_package
 from ichprog.cohort import Cohort, Patient
 from ichprog.errors import InvalidValueError
-from ichprog.scan import Scan
+from ichprog.scan import DicomStudy, Scan
 
 if TYPE_CHECKING:
     import nibabel as nib
 
-    SingleScan = nib.spatialimages.SpatialImage | tuple[np.ndarray, np.ndarray] | Scan | Patient
+    SingleScan = nib.spatialimages.SpatialImage | tuple[np.ndarray, np.ndarray] | Scan | Patient | DicomStudy
     ScanSource = str | Path | SingleScan
 
 TABLE_SUFFIXES = (".csv", ".tsv")
@@ -30,7 +30,7 @@ def find_scans(source: Any) -> "list[ScanSource]":
 
     Args:
         source: A path, a Cohort, or a scan in memory. A folder of scans is searched, and a table of patients is read.
-            A folder that holds one DICOM study is one scan.
+            A folder that holds one DICOM study is one scan; of several studies in one folder or .zip, each is one.
 
     Returns:
         Sources of one scan each: patients in the order of their table, files in the order of their paths. A path that
@@ -104,7 +104,7 @@ def scan_of(source: "ScanSource") -> Any:
 def name_of(source: "ScanSource") -> str:
     """Return the name of a scan before the scan is read."""
     scan = scan_of(source)
-    if isinstance(scan, str | Path):
+    if isinstance(scan, str | Path | DicomStudy):
         return str(scan)
     if isinstance(scan, Scan):
         return scan.name
@@ -119,7 +119,7 @@ def patient_of(source: "ScanSource") -> str | None:
 def _is_scan_in_memory(source: Any) -> bool:
     """Return whether an object is a Scan, a row of a cohort, a nibabel image, or an array with its affine."""
     is_pair = isinstance(source, tuple) and len(source) == 2 and all(map(_is_array, source))
-    return isinstance(source, Scan | Patient) or hasattr(source, "dataobj") or is_pair
+    return isinstance(source, Scan | Patient | DicomStudy) or hasattr(source, "dataobj") or is_pair
 
 
 def _is_array(value: Any) -> bool:

@@ -19,6 +19,7 @@ from ichprog.cli import (
     process,
     simulate,
     spec,
+    studies,
     study,
     train,
 )
@@ -84,7 +85,7 @@ def _log_to_stderr(ctx: click.Context, level: int) -> None:
 for command in (
     models.models, spec.spec, plugins.plugins, models.fetch, models.doctor, predict.predict, predict.explain,
     haemorrhage.haemorrhage, cohorts.cohort, demo.demo, simulate.simulate, train.train, study.study, evaluate.evaluate,
-    calibrate.calibrate, calibrate.fuse, export.export, export.publish,
+    calibrate.calibrate, calibrate.fuse, studies.scans, export.export, export.publish,
 ):  # fmt: skip
     main.add_command(command)
 

@@ -11,6 +11,7 @@ from ichprog import zoo
 from ichprog.cli.options import as_json, brain, loading, with_options
 from ichprog.cli.scans import (
     ScoreComputer,
+    dicom_options,
     find_scans,
     format_haemorrhage,
     format_scores,
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @with_options(loading)
 @brain
+@with_options(dicom_options)
 @output
 @with_options(resume_options)
 @with_options(score_options)
@@ -59,6 +61,8 @@ def haemorrhage(
     scans: tuple[Path, ...],
     name: str,
     brain: Any,
+    study: str | None,
+    series: str | None,
     output: Path | None,
     resume: bool,
     retry_failed: bool,
@@ -78,7 +82,7 @@ def haemorrhage(
 
     if (resume or overwrite) and output is None:
         raise click.UsageError("--resume and --overwrite need -o: the file of results.")
-    sources = take_shard(find_scans(scans), shard)
+    sources = take_shard(find_scans(scans, study=study, series=series), shard)
     if clinical and not scores:
         raise click.UsageError("--clinical needs --scores.")
     given = read_clinical(clinical, sources)

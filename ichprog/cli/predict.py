@@ -13,6 +13,7 @@ from ichprog import zoo
 from ichprog.cli.options import as_json, brain, find_spec, loading, model_option, parse_assignments, with_options
 from ichprog.cli.scans import (
     ScoreComputer,
+    dicom_options,
     find_scans,
     format_clinical,
     format_haemorrhage,
@@ -60,6 +61,7 @@ _options = click.option(
 @model_option
 @with_options(loading)
 @brain
+@with_options(dicom_options)
 @output
 @click.option("--haemorrhage", is_flag=True, help="Find the haemorrhage of each scan as well.")
 @click.option(
@@ -93,6 +95,8 @@ def predict(
     scans: tuple[Path, ...],
     name: str,
     brain: Any,
+    study: str | None,
+    series: str | None,
     output: Path | None,
     haemorrhage: bool,
     detector_name: str,
@@ -122,7 +126,7 @@ def predict(
     chosen = parse_assignments("--option", options, _LAYER)
     if (resume or overwrite) and output is None:
         raise click.UsageError("--resume and --overwrite need -o: the file of results.")
-    sources = take_shard(find_scans(scans), shard)
+    sources = take_shard(find_scans(scans, study=study, series=series), shard)
     given = read_clinical(clinical, sources)
     for_model, for_scores = _split_clinical(given, name, with_scores=scores)
     computer = ScoreComputer(sources, for_scores, is_requested=scores)
@@ -215,6 +219,7 @@ def _results_file(
 @model_option
 @with_options(loading)
 @brain
+@with_options(dicom_options)
 @_tasks
 @click.option("--label", help="Label to explain. By default, the task's last label, which is the most severe.")
 @click.option(
@@ -237,6 +242,8 @@ def explain(
     scans: tuple[Path, ...],
     name: str,
     brain: str,
+    study: str | None,
+    series: str | None,
     tasks: tuple[str, ...],
     label: str | None,
     methods: tuple[str, ...],
@@ -248,7 +255,7 @@ def explain(
 ) -> None:
     """Write saliency maps of every SCAN as NIfTI in the scan's own space."""
     chosen = parse_assignments("--option", options, _LAYER)
-    sources = find_scans(scans)
+    sources = find_scans(scans, study=study, series=series)
     given = read_clinical(clinical, sources)
     model = load_model(name, brain, loading)
     values = [model.clinical_values(source, given) for source in sources]  # refuses wrong ones before a scan is read

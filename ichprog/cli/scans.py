@@ -1,5 +1,6 @@
 """Share between commands how scans are found, and how progress, files, warnings and clinical scores are written."""
 
+import dataclasses
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -29,6 +30,10 @@ _CLINICAL_EXAMPLE = "location=lobar"
 
 scans_argument = click.argument("scans", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="SCAN...")
 output = click.option("-o", "--output", type=click.Path(path_type=Path), help="File of results: .csv, .json or .jsonl.")
+dicom_options = [
+    click.option("--study", metavar="NAME", help="Take only this DICOM study: a name or UID from `ichprog scans`."),
+    click.option("--series", metavar="NAME", help="Read this DICOM series, by number or UID, instead of the best."),
+]
 resume_options = [
     click.option("--resume", is_flag=True, help="Continue an interrupted run: predict only scans without a result."),
     click.option("--retry-failed", is_flag=True, help="With --resume, also try the scans that failed."),
@@ -56,12 +61,33 @@ def load_model(name: str, brain: str, loading: dict[str, Any]) -> "Model":
     return model
 
 
-def find_scans(paths: tuple[Path, ...]) -> "list[ScanSource]":
-    """Return every scan behind the paths once, as `predict` resolves them."""
+def find_scans(paths: tuple[Path, ...], *, study: str | None = None, series: str | None = None) -> "list[ScanSource]":
+    """Return every scan behind the paths once, as `predict` resolves them.
+
+    Args:
+        paths: Files, folders and tables.
+        study: Pseudonym or Study Instance UID of the only study to take.
+        series: Number or Series Instance UID of the series to read.
+
+    Raises:
+        click.UsageError: No scan is a study of this name, or no scan is DICOM.
+    """
+    from ichprog.scan.studies import pseudonym, study_of
     from ichprog.sources import name_of, resolve
 
     resolved, _ = resolve(paths)
-    return list({name_of(source): source for source in resolved}.values())
+    sources = {name_of(source): source for source in resolved}
+    if study is None and series is None:
+        return list(sources.values())
+    chosen: list[ScanSource] = [
+        dataclasses.replace(found, series=series)
+        for found in filter(None, map(study_of, sources.values()))
+        if study in (None, found.uid, pseudonym(found.uid))
+    ]
+    if not chosen:
+        wanted = "a DICOM study" if study is None else f"the study {study!r}"
+        raise click.UsageError(f"None of the scans is {wanted}. `ichprog scans` lists the studies.")
+    return chosen
 
 
 def read_clinical(assignments: tuple[str, ...], sources: "list[ScanSource]") -> dict[str, Any]:

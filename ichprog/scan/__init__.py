@@ -1,17 +1,18 @@
 """Head CTs on disk: reading, brain isolation and checks, with a `Scan` as the result.
 
-`volume` holds `Scan` and reads NIfTI. `series` selects a DICOM series and `dicom` reads it as a volume. `brain`
-isolates the brain. `validation` refuses impossible scans, and `checks` warns about unusual ones. Both use
-`measurements`. This package knows no networks and no registry.
+`volume` holds `Scan` and reads NIfTI. `studies` finds DICOM studies, `series` selects a series of one, and `dicom`
+reads it as a volume. `brain` isolates the brain. `validation` refuses impossible scans, and `checks` warns about
+unusual ones. Both use `measurements`. This package knows no networks and no registry.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ichprog.errors import ScanError
 from ichprog.scan.brain import (
     BrainExtractor,
     BrainMode,
@@ -28,6 +29,7 @@ from ichprog.scan.checks import (
     register_check,
     resolve_ranges,
 )
+from ichprog.scan.studies import DicomStudy, StudySummary, describe_study, find_studies, write_mapping
 from ichprog.scan.validation import validate_ct, validate_geometry
 from ichprog.scan.volume import Scan, load_regions, read, source_image, source_slices
 from ichprog.spec import ExpectedRanges
@@ -41,11 +43,15 @@ __all__ = [
     "CHECKS",
     "BrainExtractor",
     "BrainMode",
+    "DicomStudy",
     "Scan",
+    "StudySummary",
     "brain_key",
     "brain_mask",
+    "describe_study",
     "extract_brain",
     "find_scans",
+    "find_studies",
     "format_range",
     "load",
     "load_deferred",
@@ -56,6 +62,7 @@ __all__ = [
     "source_image",
     "source_slices",
     "validate_brain_mode",
+    "write_mapping",
 ]
 
 
@@ -139,32 +146,66 @@ def brain_mask(scan: Any, *, brain: "Brain" = "extract") -> "nib.Nifti1Image":
     return head.image(np.asarray(mask, np.uint8))
 
 
-def find_scans(path: str | Path) -> list[Path]:
-    """Find the scans in a folder.
+def find_scans(path: str | Path) -> "list[Path | DicomStudy]":
+    """Find the scans in a folder or a .zip.
 
-    A folder is one scan if it, or its subfolders together, hold the DICOM files of one study. Otherwise every NIfTI
-    file and every .zip in the folder is a scan, and the subfolders are searched in the same way.
+    A folder is one scan if it, or its subfolders together, hold the DICOM files of one study. Of several studies in one
+    folder or .zip, each is a scan. Otherwise every NIfTI file and every .zip in the folder is a scan, and the
+    subfolders are searched in the same way.
 
     Args:
-        path: A file, a DICOM folder, or a folder of scans.
+        path: A file, a DICOM folder, a .zip, or a folder of scans.
 
     Returns:
-        Sorted paths that `read` takes, or the path itself if it is no folder or holds no scans.
+        Sorted sources that `read` takes, or the path itself if it holds no scans.
     """
     path = Path(path)
-    return _scans_in(path) or [path] if path.is_dir() else [path]
+    if path.suffix.lower() == ".zip" and path.is_file():
+        return _studies_of(path)
+    if not path.is_dir():
+        return [path]
+    study_of = {path / name: study for study in find_studies(path) for name in study.files}
+    return _scans_in(path, study_of) or [path]
 
 
-def _scans_in(folder: Path) -> list[Path]:
-    from ichprog.scan import dicom
+def _studies_of(path: Path) -> "list[Path | DicomStudy]":
+    """Return the studies in a .zip; the path itself if there is one at most, or if reading it reports an error."""
+    try:
+        studies = find_studies(path)
+    except ScanError:
+        return [path]
+    return [*studies] if len(studies) > 1 else [path]
 
+
+def _scans_in(folder: Path, study_of: "Mapping[Path, DicomStudy]") -> "list[Path | DicomStudy]":
+    """Return the scans in a folder.
+
+    Args:
+        folder: The folder.
+        study_of: The study of each DICOM file in the folder and its subfolders.
+    """
     entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
     files = [entry for entry in entries if entry.is_file()]
     folders = [entry for entry in entries if entry.is_dir()]
-    if any(dicom.is_dicom(file) for file in files):
-        return [folder]
-    studies = [uid for inner in folders if (uid := dicom.study_uid(inner)) is not None]
-    if len(studies) > 1 and len(set(studies)) == 1:
-        return [folder]
-    scans = [file for file in files if file.name.endswith((".nii", ".nii.gz", ".zip"))]
-    return sorted(scans + [scan for inner in folders for scan in _scans_in(inner)])
+    below = {file: study for file, study in study_of.items() if file.is_relative_to(folder)}
+    places: dict[str, set[str]] = {}  # files and subfolders that hold each study
+    for file, study in below.items():
+        places.setdefault(study.uid, set()).add(file.relative_to(folder).parts[0])
+    if any(file in below for file in files) or any(len(each) > 1 for each in places.values()):
+        if len(places) == 1:
+            return [folder]
+        return [
+            dataclasses.replace(
+                next(study for study in below.values() if study.uid == uid), path=folder,
+                files=frozenset(str(file.relative_to(folder)) for file, each in below.items() if each.uid == uid),
+            )
+            for uid in places
+        ]  # fmt: skip
+    scans: list[Path | DicomStudy] = []
+    for file in files:
+        if file.name.endswith((".nii", ".nii.gz")):
+            scans.append(file)
+        elif file.name.endswith(".zip"):
+            scans += _studies_of(file)
+    scans += [scan for inner in folders for scan in _scans_in(inner, below)]
+    return sorted(scans, key=str)

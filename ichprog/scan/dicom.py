@@ -7,6 +7,7 @@ its pixels. Any other series is interpolated linearly once.
 
 import functools
 from collections import Counter
+from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,22 +60,7 @@ def is_dicom(path: Path) -> bool:
         return has_dicom_magic(file.read(132))
 
 
-def study_uid(folder: Path) -> str | None:
-    """Return the study UID of the first DICOM file in a folder and its subfolders, or None if there is none.
-
-    Args:
-        folder: A folder.
-    """
-    from pydicom import dcmread
-
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and is_dicom(path):
-            header = dcmread(path, stop_before_pixels=True, force=True, specific_tags=["StudyInstanceUID"])
-            return str(header.get("StudyInstanceUID", ""))
-    return None
-
-
-def read_series(path: Path) -> Series:
+def read_series(path: Path, *, files: Collection[str] | None = None, series: str | None = None) -> Series:
     """Read the axial non-contrast head CT from the export of a scanner or archive.
 
     Of several series of one study, these are preferred in order: a soft-tissue kernel, an original over a reformat,
@@ -82,6 +68,8 @@ def read_series(path: Path) -> Series:
 
     Args:
         path: A folder, which is searched with all subfolders; a .zip of one, which is not unpacked; or one DICOM file.
+        files: Names of the files to read, as `iter_files` yields them; by default all.
+        series: Series Instance UID or number of the series to read; by default the best one.
 
     Raises:
         ScanError: Nothing is readable (code "unreadable", "no-dicom"); no series is suitable ("no-ct", "contrast",
@@ -90,7 +78,7 @@ def read_series(path: Path) -> Series:
     """
     try:
         with np.errstate(all="ignore"):
-            return _read_series(path)
+            return _read_series(path, files, series)
     except ScanError:
         raise
     except Exception as error:  # values of damaged headers make anything fail, and no file can be named then
@@ -98,9 +86,13 @@ def read_series(path: Path) -> Series:
         raise ScanError(message, code="unreadable") from error
 
 
-def _read_series(path: Path) -> Series:
+def _read_series(path: Path, names: Collection[str] | None, series: str | None) -> Series:
     with ExitStack() as opened:
-        images, files = read_images(iter_files(path, opened))
+        chosen = (each for each in iter_files(path, opened) if names is None or each[0] in names)
+        images, files = read_images(chosen, series)
+        if not images and series is not None and files["dicom"]:
+            message = f"{path}: holds no series {series!r}. `ichprog scans` lists the series."
+            raise ScanError(message, code="no-ct", measured=0, expected="one series")
         if not images:
             kind = "folder" if path.is_dir() else "archive" if path.suffix.lower() == ".zip" else "file"
             message = f"{path}: the {kind} holds no scan: none of {files['other']} files is DICOM or NIfTI."

@@ -190,8 +190,15 @@ def has_dicom_magic(start: bytes) -> bool:
     return start[128:] == b"DICM" or (tag[:2] in (b"\x02\0", b"\x08\0") and tag[3:] == b"\0" and short)
 
 
-def read_images(files: Iterable[tuple[str, Callable[[], IO[bytes]]]]) -> tuple[list[Image], dict[str, int]]:
-    """Return every image once, and the number of DICOM files, other files and repeated images."""
+def read_images(
+    files: Iterable[tuple[str, Callable[[], IO[bytes]]]], series: str | None = None
+) -> tuple[list[Image], dict[str, int]]:
+    """Return every image once, and the number of DICOM files, other files and repeated images.
+
+    Args:
+        files: Name and opener of each file.
+        series: Series Instance UID or number of the only series whose images are returned.
+    """
     images: dict[tuple[Any, ...], Image] = {}
     count = {"dicom": 0, "repeated": 0, "other": 0}
     for number, (name, opener) in enumerate(files):
@@ -210,6 +217,8 @@ def read_images(files: Iterable[tuple[str, Callable[[], IO[bytes]]]]) -> tuple[l
         except Exception as error:  # a damaged file makes pydicom and zipfile raise almost anything
             raise _unreadable(name, error) from error
         count["dicom" if found else "other"] += 1
+        if series is not None and found and series not in map(found[0].text, ("SeriesInstanceUID", "SeriesNumber")):
+            continue
         for image, same in zip(found, identities, strict=True):
             count["repeated"] += images.setdefault((same, same[1] or name, image.frame), image) is not image
     return list(images.values()), count
@@ -273,7 +282,7 @@ def group_stacks(images: Iterable[Image]) -> list[Stack]:
 
 def choose_stack(stacks: list[Stack], path: Path) -> tuple[Stack, dict[str, Any]]:
     """Select one stack, without repeated slices, and record the selection."""
-    reasons = [(stack, _rejection_reason(stack)) for stack in stacks]
+    reasons = [(stack, rejection_reason(stack)) for stack in stacks]
     excluded = [(stack, why) for stack, why in reasons if why]
     left, reason, dropped = [stack for stack, why in reasons if not why], "the only axial non-contrast head CT", 0
     if not left:
@@ -303,8 +312,12 @@ def choose_stack(stacks: list[Stack], path: Path) -> tuple[Stack, dict[str, Any]
     }
 
 
-def _rejection_reason(stack: Stack) -> str:
-    """Return why a stack is no axial non-contrast head CT, or an empty text if it is one."""
+def rejection_reason(stack: Stack) -> str:
+    """Return why a stack is no axial non-contrast head CT, or an empty text if it is one.
+
+    Args:
+        stack: The stack.
+    """
     first, modality, unit = stack.images[0], stack.text("Modality"), stack.text("RescaleType").upper()
     description = stack.text("SeriesDescription").lower().replace("_", " ")
     names_part = _HEAD.search(description) or _ELSEWHERE.search(description)

@@ -11,6 +11,7 @@ import numpy as np
 from ichprog.errors import InvalidValueError, ScanError, ScanWarning
 from ichprog.limits import check_voxels
 from ichprog.scan.morphology import cut_bands, resample_slices, triangle_weights
+from ichprog.scan.studies import DicomStudy
 
 if TYPE_CHECKING:
     import nibabel as nib
@@ -216,7 +217,8 @@ def read(source: Any) -> Scan:
 
     Args:
         source: A NIfTI file (.nii, .nii.gz), a DICOM folder, a .zip of one, one DICOM file, a nibabel image, a tuple
-            of an array and its `(4, 4)` affine from voxels to RAS mm, or a Scan, which is returned unchanged.
+            of an array and its `(4, 4)` affine from voxels to RAS mm, a study that `find_scans` returns, or a Scan,
+            which is returned unchanged.
 
     Raises:
         InvalidValueError: The source is of another type.
@@ -236,6 +238,8 @@ def read(source: Any) -> Scan:
         return _scan_from_image(source, image_name(source), {"format": type(source).__name__})
     if isinstance(source, tuple):
         return _scan_from_pair(source)
+    if isinstance(source, DicomStudy):
+        return _scan_from_series(source.path, str(source), files=source.files, series=source.series)
     if not isinstance(source, str | Path):
         expected = "a path to NIfTI or DICOM, a nibabel image, or a tuple (array, affine)"
         raise InvalidValueError("type of scan", type(source).__name__, expected)
@@ -259,8 +263,14 @@ def read(source: Any) -> Scan:
             "file).",
             code="unreadable",
         )
-    series = dicom.read_series(path)
-    return _scan_from_array(series.hu, series.affine, str(path), {"format": "DICOM", **series.record}, series.warnings)
+    return _scan_from_series(path, str(path))
+
+
+def _scan_from_series(path: Path, name: str, **choice: Any) -> Scan:
+    from ichprog.scan import dicom
+
+    series = dicom.read_series(path, **choice)
+    return _scan_from_array(series.hu, series.affine, name, {"format": "DICOM", **series.record}, series.warnings)
 
 
 def image_name(image: Any) -> str:
