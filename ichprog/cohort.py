@@ -12,13 +12,17 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from ichprog.errors import CohortError, UnknownNameError
 from ichprog.io import write_csv
+from ichprog.notebook import card
 from ichprog.spec import Task
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 REQUIRED = ("patient", "scan")
 CHECKED: Mapping[str, tuple[Callable[[float], bool], str]] = {
@@ -27,6 +31,7 @@ CHECKED: Mapping[str, tuple[Callable[[float], bool], str]] = {
     "age": (lambda value: 0 <= value <= 120, "years from 0 to 120"),
 }  # allowed values of well-known columns; every other column may hold anything
 _DELIMITERS = ",;\t"
+_SHOWN = 10  # patients in a notebook
 _MAX_PROBLEMS = 10  # problems listed in one error message
 
 SIMULATION_RECORD = "simulation.json"
@@ -171,6 +176,32 @@ class Cohort:
         return cls._from_rows(rows, problems, Path(path), check_scans=scans)
 
     @classmethod
+    def from_frame(cls, frame: "pd.DataFrame", *, folder: str | Path = ".", scans: bool = True) -> "Cohort":
+        """Make a cohort of a pandas table with the columns `patient` and `scan`.
+
+        Args:
+            frame: The table. A missing value is a blank cell.
+            folder: Folder at which relative paths of scans start.
+            scans: Whether every scan must exist.
+
+        Raises:
+            CohortError: A column is missing, or rows are wrong; the message names the rows.
+
+        Example:
+            ```python
+            cohort = Cohort.from_frame(pd.read_excel("patients.xlsx"), folder="scans")
+            ```
+        """
+        if missing := [column for column in REQUIRED if column not in (str(c).casefold() for c in frame.columns)]:
+            raise CohortError(f"The table has no column {' or '.join(missing)}. Its columns: {list(frame.columns)}.")
+        cells = frame.astype(object).where(frame.notna(), "")
+        rows = {
+            number: Columns({str(column): str(cell).strip() for column, cell in zip(frame.columns, row, strict=True)})
+            for number, row in enumerate(cells.itertuples(index=False, name=None), start=2)
+        }
+        return cls._from_rows(rows, [], Path(folder) / "table", check_scans=scans)
+
+    @classmethod
     def _from_rows(
         cls, rows: Mapping[int, Columns], problems: list[tuple[int, str]], table: Path, *, check_scans: bool
     ) -> "Cohort":
@@ -282,6 +313,13 @@ class Cohort:
     def __repr__(self) -> str:
         columns = f"columns: {', '.join(self.columns)}, " if self.columns else ""
         return f"Cohort({len(self)} patient{'s' * (len(self) != 1)}, {columns}source: {self.source!r})"
+
+    def _repr_html_(self) -> str:
+        """Show the first patients as a table in a notebook."""
+        shown = self.patients[:_SHOWN]
+        rows = [[p.name, p.scan.name, *(p.columns.get(column, "") for column in self.columns)] for p in shown]
+        notes = [f"{len(self) - len(shown)} more patients."] if len(self) > len(shown) else []
+        return card(f"{len(self)} patients of {self.source}", ["patient", "scan", *self.columns], rows, notes)
 
     @property
     def columns(self) -> tuple[str, ...]:

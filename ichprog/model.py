@@ -19,6 +19,7 @@ from ichprog.clinical import combine, encode, leave_one_out, read_values
 from ichprog.cohort import Patient
 from ichprog.errors import InvalidValueError, PluginError, ScanError, UnknownNameError, WeightsError
 from ichprog.hub import WeightFile
+from ichprog.notebook import card
 from ichprog.results import ClinicalUse, Haemorrhage, Prediction, Saliency, Segmentation, TaskPrediction
 from ichprog.runtime import Runtime, RuntimeConfig, TaskOutput, build_runtimes, resolve_runtime
 from ichprog.scan import BrainExtractor, BrainMode, Scan
@@ -93,6 +94,13 @@ class Model:
     def __repr__(self) -> str:
         folds = ", ".join(str(file.fold) for file in self.weights)
         return f"<Model {self.spec.name}, folds {folds}, {self.runtime} on {self.device}, {self.precision}>"
+
+    def _repr_html_(self) -> str:
+        """Show the model as a table in a notebook."""
+        rows = [["tasks", ", ".join(task.name for task in self.spec.tasks)], ["runtime", self.runtime]]
+        rows += [["device", self.device], ["precision", self.precision]]
+        rows.append(["folds", ", ".join(str(file.fold) for file in self.weights)])
+        return card(self.spec.name, ["", ""], rows, [self.spec.summary, self.spec.notice])
 
     def fold(self, fold: int) -> "Model":
         """Return a model with one fold only. It shares the fold's network with this model.

@@ -10,6 +10,7 @@ import numpy as np
 
 from ichprog.errors import InvalidValueError, ScanError, ScanWarning, UnknownNameError, missing_extra
 from ichprog.io import atomic_write
+from ichprog.notebook import card
 from ichprog.spec import MaskTarget, Task
 
 if TYPE_CHECKING:
@@ -165,7 +166,7 @@ class InputDistance:
         }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Prediction(Mapping[str, TaskPrediction]):
     """The prediction of a model for one scan: a mapping from task names to `TaskPrediction`.
 
@@ -201,6 +202,35 @@ class Prediction(Mapping[str, TaskPrediction]):
     clinical: ClinicalUse | None = None
     coverage: float | None = None
     input_distance: InputDistance | None = None
+
+    def __repr__(self) -> str:
+        if self.error is not None:
+            return f"<Prediction {self.scan}: no result, {self.error['code']}>"
+        answers = [f"{name} {task.label} {task.probabilities[task.label]:.3f}" for name, task in self.tasks.items()]
+        return f"<Prediction {self.scan}: {', '.join(answers)}>"
+
+    def _repr_html_(self) -> str:
+        """Show the probabilities as a table in a notebook."""
+        if self.error is not None:
+            return card(self.scan, ["error", "message"], [[self.error["code"], self.error["message"]]])
+        head, rows = ["task", "label", "probability", "between folds"], []
+        is_calibrated = any(task.calibrated is not None for task in self.tasks.values())
+        head += ["calibrated", f"set for {self.coverage:.0%}"] if is_calibrated and self.coverage else []
+        for name, task in self.tasks.items():
+            for label, p in task.probabilities.items():
+                spread = "" if task.std is None else f"± {task.std[label]:.3f}"
+                row = [name, f"{label} (predicted)" if label == task.label else label, f"{p:.3f}", spread]
+                if is_calibrated:
+                    known, labels = task.calibrated or {}, task.label_set or ()
+                    row += [f"{known[label]:.3f}" if label in known else "", "yes" if label in labels else ""]
+                rows.append(row)
+        notes = [f"Abstains from {name}: {reason}." for name, reason in self.abstained.items()]
+        if self.clinical is not None:
+            used = ", ".join(f"{name} {value:g}" for name, value in self.clinical.used.items()) or "none"
+            notes.append(f"Clinical values: {used}; missing: {', '.join(self.clinical.missing) or 'none'}.")
+        notes += [f"{warning.code}: {warning.message}" for warning in self.warnings]
+        notes.append(str(self.provenance.get("notice", "")))
+        return card(f"{self.model}: {self.scan}", head, rows, notes)
 
     @property
     def abstained(self) -> dict[str, str]:
@@ -457,6 +487,14 @@ class Saliency:
         """Return the map as an image with the shape and affine of the scan. It is computed on first use."""
         return self.to_image(self.grid_map)
 
+    def _repr_html_(self) -> str:
+        """Show what the map is in a notebook."""
+        shape = " x ".join(map(str, self.grid_map.shape))
+        rows = [["task", f"{self.task}: {self.label}"], ["method", self.method], ["resolution", shape]]
+        rows.append(["empty", "yes" if self.empty else "no"])
+        notes = ["ichprog.plot(saliency, scan) draws the map.", str(self.provenance.get("notice", ""))]
+        return card(f"{self.model}: {self.scan}", ["", ""], rows, notes)
+
     def to_dict(self) -> dict[str, Any]:
         """Return everything except the map itself as plain data, ready for JSON."""
         return {
@@ -474,6 +512,9 @@ class Saliency:
     def save(self, path: str | Path) -> Path:
         """Write the image as NIfTI, atomically.
 
+        The values are stored with 16 bits and a scale, which makes the file several times smaller. They differ from
+        those of `image` by at most 1/65,534 of the range of the map. The header says what the map is.
+
         Args:
             path: A file name that ends in .nii or .nii.gz.
 
@@ -488,8 +529,13 @@ class Saliency:
             raise InvalidValueError("file name of a map", str(path), "a name that ends in .nii or .nii.gz")
         import nibabel as nib
 
+        image = nib.Nifti1Image(np.asarray(self.image.dataobj, np.float32), self.image.affine)
+        image.set_data_dtype(np.int16)  # nibabel chooses the scale
+        image.header["descrip"] = f"{self.method} of {self.task} {self.label}, {self.model}".encode("ascii", "replace")[
+            :79
+        ]
         with atomic_write(target) as partial:
-            nib.save(self.image, partial)
+            nib.save(image, partial)
         return target
 
 

@@ -20,6 +20,7 @@ from typing import Any, Literal
 from ichprog import schema
 from ichprog.errors import SpecError, UnknownNameError
 from ichprog.limits import MAX_DESCRIPTION_BYTES, MAX_GRID_CELLS
+from ichprog.notebook import card
 
 SCHEMA_VERSION = 1
 """Version of the format that `ModelSpec.to_dict` writes."""
@@ -451,6 +452,11 @@ class ModelSpec:
 
     def __post_init__(self) -> None:
         _check(self)
+
+    def _repr_html_(self) -> str:
+        """Show the tasks as a table in a notebook."""
+        rows = [[task.name, ", ".join(task.labels), task.head.name, task.meaning] for task in self.tasks]
+        return card(self.name, ["task", "labels", "head", "meaning"], rows, [self.summary, self.notice])
 
     def task(self, name: str) -> Task:
         """Return the task of a name.

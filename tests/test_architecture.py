@@ -15,7 +15,7 @@ from ichprog import zoo
 PACKAGE = Path(ichprog.__file__).parent
 # From the lowest to the highest. A module imports lower layers, and its own layer only if SIDEWAYS allows it.
 LAYERS = [
-    {"errors", "limits", "schema", "spec", "io", "parallel"},
+    {"errors", "limits", "notebook", "schema", "spec", "io", "parallel"},
     {"registry"},
     {
         "zoo",
@@ -45,6 +45,7 @@ SIDEWAYS = {
     ("schema", "errors"),
     ("spec", "errors"),
     ("spec", "limits"),
+    ("spec", "notebook"),
     ("limits", "errors"),
     ("spec", "schema"),
     ("io", "errors"),

@@ -234,6 +234,7 @@ def _results_file(
     help="Clinical value of the patient, which stays fixed; repeatable.",
 )
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path(), help="Folder for the maps.")
+@click.option("--png", is_flag=True, help="Also draw the maps of each scan over its slices.")
 @as_json
 @click.pass_context
 def explain(
@@ -250,6 +251,7 @@ def explain(
     options: tuple[str, ...],
     clinical: tuple[str, ...],
     output: Path,
+    png: bool,
     as_json: bool,
     **loading: Any,
 ) -> None:
@@ -270,7 +272,12 @@ def explain(
         if not as_json:
             print_warnings(examined.name, examined.warnings)
         options_of_scan = chosen | {"clinical": known}
-        for path, saliency in _save_maps(model, examined, output, stem, tasks, methods, label, options_of_scan):
+        written = _save_maps(model, examined, output, stem, tasks, methods, label, options_of_scan)
+        if png:
+            picture = _draw_maps([saliency for _, saliency in written], examined, output / f"{stem}.png")
+            if not as_json:
+                click.echo(str(picture))
+        for path, saliency in written:
             if as_json:
                 click.echo(json.dumps(saliency.to_dict() | {"map": str(path)}))
             else:
@@ -305,6 +312,16 @@ def _save_maps(
         (saliency.save(folder / f"{stem}_{task}_{method}.nii.gz"), saliency)
         for (task, method), saliency in maps.items()
     ]
+
+
+def _draw_maps(maps: "list[Saliency]", scan: "Scan", target: Path) -> Path:
+    """Draw maps over the slices of their scan."""
+    from ichprog.io import atomic_write
+
+    figure = ichprog.plot(maps, scan)
+    with atomic_write(target) as partial:
+        figure.savefig(partial, dpi=110)
+    return target
 
 
 def _print_prediction(

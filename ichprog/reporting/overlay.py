@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _WINDOW_HU = (0.0, 80.0)  # from black to white: width 80, level 40
 _MARGIN_MM = 8.0
 _BAR_MM = 50.0
-_COLOURS = "coolwarm"  # told apart by people who confuse red and green
+_COLOURS = "coolwarm"  # suits people who confuse red and green
 _PERCENTILE = 99.5  # of the map in the brain that has the full colour
 
 
