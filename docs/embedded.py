@@ -27,7 +27,7 @@ import numpy as np
 
 import ichprog
 from ichprog import metrics, networks, preprocessing
-from ichprog.calibration import COVERAGE, adjust, conformal_set, input_statistics
+from ichprog.calibration import COVERAGE, adjust, conformal_set, input_statistics, log_odds
 from ichprog.clinical import encode
 from ichprog.io import atomic_write
 from ichprog.parallel import parallel_map
@@ -40,7 +40,7 @@ from ichprog.train.calibration import fit_calibration
 NAME, FUSED = "compact.prognosis_gcs3_age_v2", "compact.prognosis_gcs3_age_clinical"
 DOCS, ZOO = Path(__file__).parent, Path(ichprog.__file__).parent / "zoo"
 TRAINED_ON = {"patients": 4000, "seed": 1}
-CALIBRATED_ON = {"patients": 500, "seed": 6}
+CALIBRATED_ON = {"patients": 1500, "seed": 6}
 MEASURED_ON = [{"patients": 500, "seed": seed} for seed in (2, 3, 4, 5)]
 FULL_SCANS = {"patients": 200, "seed": 2}
 CYCLES = (1600, 600, 600, 3000)  # optimiser steps
@@ -421,6 +421,11 @@ def measure_fused(cohorts: Sequence[Patients], training: Patients) -> list[dict[
         )
     better = max(scores[()], alone, key=lambda p: delong(poor, p)[0])
     gain, error, _ = compare(poor, scores["age", "gcs"], better)
+    columns = list(PATTERNS)
+    for name, other in (("age", ("gcs",)), ("gcs", ("age",))):  # of each contribution, with the other value known
+        true = log_odds(given[:, columns.index(("age", "gcs"))]) - log_odds(given[:, columns.index(other)])
+        ours = log_odds(scores["age", "gcs"]) - log_odds(scores[other])
+        figures[-1][f"sign_of_{name}"] = round(float(np.mean(np.sign(true) == np.sign(ours))), 3)
     figures[-1]["clinical_alone"] = _rounded(delong(poor, alone))
     figures[-1]["gain"] = _rounded((gain, gain - 1.96 * error, gain + 1.96 * error))
     return figures

@@ -87,6 +87,24 @@ def test_single_folds_give_the_same_files_as_all_at_once(trained, cohort, spec, 
     assert weights.stat().st_mtime_ns == written
 
 
+def test_a_run_with_enough_validation_patients_is_calibrated(trained, cohort, spec, tmp_path, options, monkeypatch):
+    assert ichprog.load_model(f"local-dir:{trained}", runtime="torch").spec.calibration is None  # too few
+    monkeypatch.setattr("ichprog.train.calibration.MIN_PATIENTS", 10)
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    train(cohort, spec, run, folds=4, protocol=QUICK, options=options, resume=True)
+    model = ichprog.load_model(f"local-dir:{run}", runtime="torch")
+    membership = json.loads((run / "run.json").read_text())["membership"]
+    patients = {name for fold in membership.values() for name in fold["validation"]}
+    assert model.spec.calibration.patients == f"{len(patients)} patients, the validation parts of the training."
+    prediction = ichprog.predict(model, cohort.patients[0].scan, coverage=0.8)
+    assert prediction["prognosis"].label_set
+    assert not prediction.input_distance.is_unusual
+    for fold in range(4):
+        rows = read_table(run / "folds" / str(fold) / "validation_inputs.csv")
+        assert [row["patient"] for row in rows] == membership[str(fold)]["validation"]
+
+
 def test_a_fold_locked_by_another_process_is_refused(cohort, spec, tmp_path, options):
     from filelock import FileLock
 
