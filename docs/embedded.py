@@ -17,7 +17,7 @@ import dataclasses
 import hashlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -43,10 +43,10 @@ TRAINED_ON = {"patients": 4000, "seed": 1}
 CALIBRATED_ON = {"patients": 1500, "seed": 6}
 MEASURED_ON = [{"patients": 500, "seed": seed} for seed in (2, 3, 4, 5)]
 FULL_SCANS = {"patients": 200, "seed": 2}
-CYCLES = (1600, 600, 600, 3000)  # optimiser steps
-NETWORKS = 1  # those of the last cycles; the average of several was no better than the last one
+CYCLES = ((1600, 4e-3), (600, 4e-3), (600, 4e-3), (3000, 4e-3), *[(350, 1.5e-3)] * 3)  # steps, highest learning rate
+NETWORKS = 3  # those of the last cycles
 ABLATION_STEPS = 300
-BATCH, LEARNING_RATE, WEIGHT_DECAY, AVERAGE = 16, 4e-3, 1e-3, 0.99
+BATCH, WEIGHT_DECAY, AVERAGE = 16, 1e-3, 0.99
 STATISTICS_OF = 640  # patients
 TASK_WEIGHTS = (1.0, 1.0, 1.0, 1.0)  # of the four probabilities
 CAUSES_WEIGHT, CELLS_WEIGHT = 1.0, 10.0
@@ -217,13 +217,13 @@ class Training:
         self.scale = patients.sizes.mean(0), patients.sizes.std(0)
         self.order: list[int] = []
 
-    def run_cycle(self, steps: int, name: str) -> dict[str, Any]:
+    def run_cycle(self, steps: int, rate: float, name: str) -> dict[str, Any]:
         """Train for one rise and fall of the learning rate, and return the weights of the averaged network."""
         import torch
 
         self.network.load_state_dict(self.average.module.state_dict())
-        optimiser = torch.optim.AdamW(self.modules.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, LEARNING_RATE, steps, pct_start=0.15)
+        optimiser = torch.optim.AdamW(self.modules.parameters(), rate, weight_decay=WEIGHT_DECAY)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, steps, pct_start=0.15)
         self.modules.train()
         losses = []
         for step in range(1, steps + 1):
@@ -318,11 +318,11 @@ def train(spec: ModelSpec, patients: Patients, run: Path) -> None:
 
     run.mkdir(exist_ok=True)
     training = Training(spec, patients, Design())
-    for file, steps in zip(weight_files(run), CYCLES, strict=True):
+    for file, (steps, rate) in zip(weight_files(run), CYCLES, strict=True):
         if file.exists():
             training.average.module.load_state_dict(load_file(file))
             continue
-        state = training.run_cycle(steps, file.stem)
+        state = training.run_cycle(steps, rate, file.stem)
         with atomic_write(file) as part:
             save_file(state, part)
 
@@ -384,13 +384,12 @@ def train_fusion(spec: ModelSpec, patients: Patients, run: Path, target: Path) -
             save_file({key: each.contiguous() for key, each in network.state_dict().items()}, part)
 
 
-def measure_fused(cohorts: Sequence[Patients], training: Patients) -> list[dict[str, Any]]:
-    """Return the AUC of a poor outcome for each pattern of known values, and the best possible one."""
+def measure_fused(spec: ModelSpec, cohorts: Sequence[Patients], training: Patients) -> list[dict[str, Any]]:
+    """Return the AUC of a poor outcome for each pattern of known values, the best possible one, and the sets."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    spec = ModelSpec.read(ZOO / f"{FUSED}.json")
     bleeds = [each.flags[:, 0] == 1 for each in cohorts]
     truth, given, values, grids = (
         np.concatenate([getattr(each, name)[b] for each, b in zip(cohorts, bleeds, strict=True)])
@@ -405,12 +404,14 @@ def measure_fused(cohorts: Sequence[Patients], training: Patients) -> list[dict[
     figures, scores = [], {}
     for column, known in enumerate(PATTERNS):
         encoded = encode_patterns(spec, values, [known] * len(values))
-        scores[known] = p = mean_probabilities(spec, grids, encoded)["prognosis"][:, 1]
+        found = mean_probabilities(spec, grids, encoded)
+        scores[known] = p = found["prognosis"][:, 1]
         difference, error, _ = compare(poor, p, given[:, column])
         estimates = metrics.calibration.calibration_estimates(poor, p)
         figures.append(
             {
                 "known": list(known),
+                "sets": measure_sets(spec, found, truth),
                 "patients": len(p),
                 "model": _rounded(delong(poor, p)),
                 "best": _rounded(delong(poor, given[:, column])),
@@ -474,20 +475,24 @@ def mean_probabilities(spec: ModelSpec, grids: np.ndarray, clinical: np.ndarray 
     return {task: np.concatenate(found) for task, found in parts.items()}
 
 
-def predict(spec: ModelSpec, grids: np.ndarray) -> np.ndarray:
-    """Return the probability of each of the `QUESTIONS`, `(N, 4)`, the mean over the networks."""
-    found = mean_probabilities(spec, grids)
+def answers(found: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Return the probability of each of the `QUESTIONS`, `(N, 4)`, from those of the tasks."""
     return np.column_stack([found[task][:, first:].sum(1) for task, first, _ in QUESTIONS])
+
+
+def true_labels(labels: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the label indices `(N,)` of each task from the answers to the `QUESTIONS`."""
+    known = labels.astype(int)
+    return {"prognosis": known[:, 0], "gcs": known[:, 1] + known[:, 2], "age": known[:, 3]}
 
 
 def calibrate(spec: ModelSpec, patients: Patients) -> ModelSpec:
     """Calibrate a model on patients with a haemorrhage, of whom any clinical values are known, and write its spec."""
     bled = np.flatnonzero(patients.flags[:, 0] == 1)
-    grids, labels, clinical = patients.grids[bled], patients.labels[bled].astype(int), None
+    grids, truth, clinical = patients.grids[bled], true_labels(patients.labels[bled]), None
     if spec.clinical:
         patterns = np.random.default_rng(0).integers(len(PATTERNS), size=len(bled))
         clinical = encode_patterns(spec, patients.values[bled], [list(PATTERNS)[number] for number in patterns])
-    truth = {"prognosis": labels[:, 0], "gcs": labels[:, 1] + labels[:, 2], "age": labels[:, 3]}
     found = mean_probabilities(spec, grids, clinical)
     about = f"{len(bled)} simulated patients with a haemorrhage (seed {CALIBRATED_ON['seed']}, preset realistic)."
     statistics = [input_statistics(grid) for grid in grids]
@@ -513,13 +518,15 @@ def encode_patterns(spec: ModelSpec, values: np.ndarray, known: Sequence[Sequenc
     )
 
 
-def measure_sets(spec: ModelSpec, patients: Patients, known: Sequence[str] = ()) -> dict[str, float]:
-    """Return the share of patients with a haemorrhage whose conformal set for 90 % holds the label, by task."""
-    bled = np.flatnonzero(patients.flags[:, 0] == 1)
-    labels = patients.labels[bled].astype(int)
-    truth = {"prognosis": labels[:, 0], "gcs": labels[:, 1] + labels[:, 2], "age": labels[:, 3]}
-    clinical = encode_patterns(spec, patients.values[bled], [known] * len(bled)) if spec.clinical else None
-    found, covered = mean_probabilities(spec, patients.grids[bled], clinical), {}
+def measure_sets(spec: ModelSpec, found: Mapping[str, np.ndarray], labels: np.ndarray) -> dict[str, float]:
+    """Return the share of patients whose conformal set for 90 % holds the label, by task.
+
+    Args:
+        spec: The model.
+        found: Probabilities `(N, K)` of each task.
+        labels: Answers to the `QUESTIONS` `(N, 4)`.
+    """
+    covered, truth = {}, true_labels(labels)
     for name, fitted in spec.calibration.tasks.items() if spec.calibration else ():
         task, p = spec.task(name), adjust(spec.task(name), found[name], fitted.adjustments)
         sets = [conformal_set(task, fitted, row, COVERAGE) for row in p]
@@ -566,17 +573,17 @@ def measure_full_scans(spec: ModelSpec, cohort: Path, patients: Patients) -> dic
     """Return how much the probabilities of full scans differ from those of scans on the grid, for the same patients."""
     model = ichprog.load_model(spec.name)
     rows = _read(cohort)
-    answers = [ichprog.predict(model, cohort.parent / row["scan"]) for row in rows]
+    predictions = [ichprog.predict(model, cohort.parent / row["scan"]) for row in rows]
     full = np.array(
         [
             [
                 sum(each[task].probabilities[label] for label in spec.task(task).labels[first:])
                 for task, first, _ in QUESTIONS
             ]
-            for each in answers
+            for each in predictions
         ]
     )
-    on_grid = predict(spec, patients.grids[: len(rows)])
+    on_grid = answers(mean_probabilities(spec, patients.grids[: len(rows)]))
     return {
         "patients": len(rows),
         "mean_difference": _rounded(np.abs(full - on_grid).mean(0)),
@@ -600,7 +607,7 @@ def ablate(spec: ModelSpec, patients: Patients, cohorts: Sequence[Patients], fol
         backbone = PluginRef("compact", {**spec.backbone.options, "coordinates": design.coordinates})
         changed = dataclasses.replace(spec, tasks=heads, backbone=backbone)
         training = Training(changed, patients, design)
-        training.run_cycle(ABLATION_STEPS, name)
+        training.run_cycle(ABLATION_STEPS, CYCLES[0][1], name)
         network = training.average.module.eval()
         scores = []
         with torch.no_grad():
@@ -648,15 +655,12 @@ def main() -> None:
         train_fusion(fused, training, args.folder / "run", args.folder / "fused")
         fused = calibrate(publish(fused, args.folder / "fused"), calibration)
     cohorts = [patients(options) for options in MEASURED_ON]
-    figures = measure([predict(spec, each.grids) for each in cohorts], cohorts)
-    by_pattern = measure_fused(cohorts, training)
-    sets = {
-        "image": [measure_sets(spec, each) for each in cohorts],
-        **{
-            " and ".join(known) or "nothing": [measure_sets(fused, each, known) for each in cohorts]
-            for known in PATTERNS
-        },
-    }
+    found = [mean_probabilities(spec, each.grids) for each in cohorts]
+    figures = measure([answers(each) for each in found], cohorts)
+    bled = [each.flags[:, 0] == 1 for each in cohorts]
+    of_bled = {task: np.concatenate([each[task][b] for each, b in zip(found, bled, strict=True)]) for task in found[0]}
+    sets = measure_sets(spec, of_bled, np.concatenate([c.labels[b] for c, b in zip(cohorts, bled, strict=True)]))
+    by_pattern = measure_fused(fused, cohorts, training)
     full = simulate(args.folder / "full", **FULL_SCANS, workers=args.workers, progress=_progress("full scans"))
     results = {
         "figures": figures,
