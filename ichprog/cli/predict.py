@@ -1,5 +1,6 @@
 """Predict and explain scans."""
 
+import itertools
 import json
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -32,6 +33,7 @@ from ichprog.cli.scans import (
     save_image,
     scans_argument,
     score_options,
+    stems,
     take_shard,
     with_progress,
 )
@@ -235,6 +237,7 @@ def _results_file(
 )
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path(), help="Folder for the maps.")
 @click.option("--png", is_flag=True, help="Also draw the maps of each scan over its slices.")
+@click.option("--resume", is_flag=True, help="Explain only scans whose maps are not there yet.")
 @as_json
 @click.pass_context
 def explain(
@@ -252,6 +255,7 @@ def explain(
     clinical: tuple[str, ...],
     output: Path,
     png: bool,
+    resume: bool,
     as_json: bool,
     **loading: Any,
 ) -> None:
@@ -261,9 +265,16 @@ def explain(
     given = read_clinical(clinical, sources)
     model = load_model(name, brain, loading)
     values = [model.clinical_values(source, given) for source in sources]  # refuses wrong ones before a scan is read
-    has_failed = False
-    results = with_progress(sources, _examine(model, sources, brain))
-    for (source, stem, examined), known in zip(results, values, strict=True):
+    todo = list(zip(sources, values, strict=True))
+    if resume:
+        names = tasks or (model.spec.tasks[0].name,)
+        suffixes = [f"_{task}_{method}.nii.gz" for task in names for method in methods] + [".png"] * png
+        missing = [not all((output / (stem + suffix)).is_file() for suffix in suffixes) for stem in stems(sources)]
+        todo = list(itertools.compress(todo, missing))
+        click.echo(f"{len(sources) - len(todo)} of {len(sources)} scans have their maps in {output}.", err=True)
+    has_failed, left = False, [source for source, _ in todo]
+    results = with_progress(sources, _examine(model, left, brain), left)
+    for (source, stem, examined), (_, known) in zip(results, todo, strict=True):
         if isinstance(examined, ScanError):
             has_failed = True
             failed = model.error_prediction(source, examined)

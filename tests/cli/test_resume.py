@@ -174,3 +174,24 @@ def test_a_reader_that_ends_early_does_not_cost_the_file(folder):
     assert "Broken pipe" not in messages
     assert "Traceback" not in messages
     assert len(read_table(Path(folder) / "results.csv")) == SCANS
+
+
+def test_only_scans_without_maps_are_explained_again(folder, bright_model, monkeypatch):
+    command = ["explain", str(folder / "scans"), "-m", bright_model, "--runtime", "torch", "--method", "grad_cam"]
+    command += ["-o", str(folder / "maps")]
+    assert CliRunner().invoke(main, command).exit_code == 1  # one scan cannot be read
+    maps = {path.name: path.read_bytes() for path in (folder / "maps").iterdir()}
+    assert len(maps) == SCANS - 1
+    (folder / "maps" / "1_prognosis_grad_cam.nii.gz").unlink()
+    explained = []
+    original = Model.load_scan
+
+    def load_scan(self, source, **options):
+        explained.append(Path(str(source)).name)
+        return original(self, source, **options)
+
+    monkeypatch.setattr(Model, "load_scan", load_scan)
+    resumed = CliRunner().invoke(main, [*command, "--resume"])
+    assert "3 of 5 scans have their maps" in resumed.stderr
+    assert [name for name in explained if name.endswith(".gz")][:2] == ["1.nii.gz", "3.nii.gz"]
+    assert {path.name: path.read_bytes() for path in (folder / "maps").iterdir()} == maps
