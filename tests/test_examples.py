@@ -6,7 +6,11 @@ from pathlib import Path
 
 import pytest
 
-EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
+SLOW = ("evaluate", "swap_backbone")  # these train or predict many patients
+EXAMPLES = [
+    pytest.param(path, id=path.stem, marks=pytest.mark.slow if path.stem in SLOW else ())
+    for path in sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
+]
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +20,7 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("examples")
 
 
-@pytest.mark.parametrize("script", EXAMPLES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("script", EXAMPLES)
 def test_an_example_runs(script, folder, monkeypatch):
     monkeypatch.setenv("ICHPROG_CACHE", str(folder / "cache"))
     process = subprocess.run([sys.executable, script, folder], capture_output=True, text=True, check=False)

@@ -79,6 +79,7 @@ def drive(tmp_path, folder, spec, out, launcher=(sys.executable,), **environment
     )
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_files(trained, folder, spec, tmp_path):
     """Killed in the first pass, between two passes, while a fold is finished, and in a pass of a later fold."""
     out = tmp_path / "run"
