@@ -40,7 +40,7 @@ from ichprog.train.calibration import fit_calibration
 NAME, FUSED = "compact.prognosis_gcs3_age_v2", "compact.prognosis_gcs3_age_clinical"
 DOCS, ZOO = Path(__file__).parent, Path(ichprog.__file__).parent / "zoo"
 TRAINED_ON = {"patients": 4000, "seed": 1}
-CALIBRATED_ON = {"patients": 1500, "seed": 6}
+CALIBRATED_ON = {"patients": 500, "seed": 6}
 MEASURED_ON = [{"patients": 500, "seed": seed} for seed in (2, 3, 4, 5)]
 FULL_SCANS = {"patients": 200, "seed": 2}
 CYCLES = (1600, 600, 600, 3000)  # optimiser steps

@@ -29,7 +29,7 @@ REQUIRES = "ichprog>=0.1"
 """The oldest version of this library that reads the format; written into each spec for the message of older ones."""
 
 
-_NAME = re.compile(r"[A-Za-z0-9][\w.+-]{0,199}", re.ASCII)
+_NAME = re.compile(r"[A-Za-z0-9][\w.+@-]{0,199}", re.ASCII)
 
 TO_BE_WRITTEN = "To be written"
 """Mark of a text that the authors of a model still have to write."""
@@ -624,7 +624,7 @@ def _check(spec: ModelSpec) -> None:
         expected = f"positive numbers with a product of at most {MAX_GRID_CELLS}"
         raise SpecError(f"Invalid input.shape {list(spec.input.shape)}. Expected {expected}.")
     if not _NAME.fullmatch(spec.name):
-        raise SpecError(f"Invalid name {spec.name!r}. Expected letters, digits, dots, hyphens and underscores.")
+        raise SpecError(f"Invalid name {spec.name!r}. Expected letters, digits and any of . - _ + @.")
     parts = PurePosixPath(spec.weights.folder).parts
     if "\\" in spec.weights.folder or ".." in parts or spec.weights.folder.startswith("/"):
         raise SpecError(f"Invalid weights.folder {spec.weights.folder!r}. Expected a folder below that of the model.")
