@@ -150,6 +150,7 @@ def draw_people(**options):
     return [draw_person(np.random.default_rng([9, number]), realism) for number in range(3000)]
 
 
+@pytest.mark.slow
 def test_labels_share_more_or_fewer_causes_with_the_image():
     areas = []
     for factor in (0.0, 1.0, 3.0):

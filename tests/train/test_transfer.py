@@ -100,7 +100,7 @@ def test_the_command_starts_from_a_run(started, folder, tmp_path):
 
     from ichprog.cli import main
 
-    table = next(path for path in folder.glob("*.csv"))
+    table = folder / "cohort.csv"
     assert len(Cohort.read(table))
     done = CliRunner().invoke(
         main,
