@@ -78,7 +78,7 @@ def conformal_set(
         task: The task.
         calibration: Its calibration.
         probabilities: Calibrated probabilities `(K,)`.
-        coverage: Probability with which the set holds the true label, rounded up to a whole percent.
+        coverage: Probability with which the set holds the true label, rounded up to a whole percent of 50 or more.
 
     Example:
         >>> from ichprog import zoo
@@ -87,8 +87,8 @@ def conformal_set(
         >>> conformal_set(task, calibration, np.array([0.8, 0.2]), 0.9)
         ('good',)
     """
-    percent = str(int(np.ceil(round(coverage * 100, 6))))
-    limit = calibration.set_limits.get(percent, -np.inf)
+    percent = max(50, int(np.ceil(round(coverage * 100, 6))))  # a calibration holds no limits below 50
+    limit = calibration.set_limits.get(str(percent), -np.inf)
     chosen = probabilities >= min(limit, probabilities.max())
     return tuple(label for label, is_in in zip(task.labels, chosen, strict=True) if is_in)
 

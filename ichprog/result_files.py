@@ -101,6 +101,16 @@ class ResultsFile:
 
     def _read(self, run: Mapping[str, Any]) -> None:
         """Read the results of an interrupted run, or of a finished one."""
+        existing = self.journal if self.journal.exists() else self.target
+        try:
+            self._read_existing(run)
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise RunError(
+                f"{existing} cannot be read as results ({type(error).__name__}). Choose another file, or replace it "
+                "with --overwrite."
+            ) from error
+
+    def _read_existing(self, run: Mapping[str, Any]) -> None:
         if self.journal.exists():
             first, *lines = self.journal.read_text(encoding="utf-8").split("\n")
             self._check_run(run, json.loads(first)["run"])
@@ -330,7 +340,10 @@ def _write_jsonl(file: TextIO, records: list[Record], *_: Any) -> None:
 
 def _read_csv(path: Path) -> list[Record]:
     with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
+        reader = csv.DictReader(file)
+        if "scan" not in (reader.fieldnames or ()):
+            raise ValueError("the table has no column scan")
+        return list(reader)
 
 
 def _read_json(path: Path) -> list[Record]:

@@ -648,7 +648,7 @@ def _check_clinical(spec: ModelSpec) -> None:
         raise SpecError(
             f"Invalid clinical: {len(columns)} values, {'a' if spec.fusion else 'no'} fusion, {len(fused)} tasks with "
             f"uses_clinical, and {len(combined)} with combinations. Expected values with a fusion and uses_clinical, "
-            "values with combinations, or nothing of all."
+            "values with combinations, or none of these."
         )
     for value in spec.clinical:
         if not value.lowest < value.highest or not value.scale > 0:

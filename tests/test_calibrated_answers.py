@@ -112,6 +112,8 @@ def test_a_coverage_that_the_patients_cannot_give_yields_every_label():
     fitted = fit_task(BINARY, truth, p)
     assert "99" not in fitted.set_limits  # needs 99 patients
     assert conformal_set(BINARY, fitted, np.array([0.999, 0.001]), 0.99) == BINARY.labels
+    low, half = (conformal_set(BINARY, fitted, p[0], coverage) for coverage in (0.3, 0.5))
+    assert low == half
 
 
 def test_the_interval_of_the_coverage_is_that_of_many_calibrations():
@@ -207,7 +209,7 @@ def test_a_wrong_combination_is_refused_when_the_model_is_read():
         combined(alone, known, task="age")
     with pytest.raises(SpecError, match="coefficients of"):
         combined(alone, Combination(("age",), (Adjustment(1, 0),)))
-    with pytest.raises(SpecError, match="or nothing of all"):
+    with pytest.raises(SpecError, match="or none of these"):
         combined()
 
 

@@ -11,6 +11,7 @@ from ichprog import zoo
 from ichprog.cli.options import as_json, brain, loading, with_options
 from ichprog.cli.scans import (
     ScoreComputer,
+    check_resume,
     dicom_options,
     find_scans,
     format_haemorrhage,
@@ -80,8 +81,7 @@ def haemorrhage(
     """
     from ichprog.results import with_scores
 
-    if (resume or overwrite) and output is None:
-        raise click.UsageError("--resume and --overwrite need -o: the file of results.")
+    check_resume(output, resume=resume, retry_failed=retry_failed, overwrite=overwrite)
     sources = take_shard(find_scans(scans, study=study, series=series), shard)
     if clinical and not scores:
         raise click.UsageError("--clinical needs --scores.")

@@ -14,6 +14,7 @@ from ichprog import zoo
 from ichprog.cli.options import as_json, brain, find_spec, loading, model_option, parse_assignments, with_options
 from ichprog.cli.scans import (
     ScoreComputer,
+    check_resume,
     dicom_options,
     find_scans,
     format_clinical,
@@ -126,8 +127,7 @@ def predict(
     if detector_name != zoo.DETECTOR and not (haemorrhage or scores):
         raise click.UsageError("--haemorrhage-model needs --haemorrhage or --scores.")
     chosen = parse_assignments("--option", options, _LAYER)
-    if (resume or overwrite) and output is None:
-        raise click.UsageError("--resume and --overwrite need -o: the file of results.")
+    check_resume(output, resume=resume, retry_failed=retry_failed, overwrite=overwrite)
     sources = take_shard(find_scans(scans, study=study, series=series), shard)
     given = read_clinical(clinical, sources)
     for_model, for_scores = _split_clinical(given, name, with_scores=scores)

@@ -153,6 +153,24 @@ class ScoreComputer:
         return own | self._given
 
 
+def check_resume(output: Path | None, *, resume: bool, retry_failed: bool, overwrite: bool) -> None:
+    """Check that the options of an existing file of results suit each other.
+
+    Args:
+        output: File of results, or None.
+        resume: Whether `--resume` is given.
+        retry_failed: Whether `--retry-failed` is given.
+        overwrite: Whether `--overwrite` is given.
+
+    Raises:
+        click.UsageError: An option is given without another one that it needs.
+    """
+    if (resume or overwrite) and output is None:
+        raise click.UsageError("--resume and --overwrite need -o: the file of results.")
+    if retry_failed and not resume:
+        raise click.UsageError("--retry-failed needs --resume.")
+
+
 def take_shard(sources: "list[ScanSource]", shard: str | None) -> "list[ScanSource]":
     """Return the scans of a shard K/N: every N-th one, from the K-th."""
     if shard is None:

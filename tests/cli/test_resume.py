@@ -133,6 +133,16 @@ def test_shards_together_give_all_scans(folder, predict):
     assert "Expected K/N with K from 1 to N" in predict("x.csv", "--shard", "3/2").output
 
 
+@pytest.mark.parametrize("name", ["results.csv", "results.json", "results.csv.journal"])
+def test_a_file_that_holds_no_results_is_refused_and_kept(name, folder, predict):
+    (folder / name).write_text("no results")
+    result = predict(name.removesuffix(".journal"), "--resume")
+    assert result.exit_code == 1
+    assert f"{name} cannot be read as results" in result.output
+    assert (folder / name).read_text() == "no results"
+    assert predict("other.csv", "--retry-failed").exit_code == 2
+
+
 def test_resuming_needs_a_file(folder, bright_model):
     result = CliRunner().invoke(main, ["predict", str(folder / "scans"), "-m", bright_model, "--resume"])
     assert result.exit_code == 2
