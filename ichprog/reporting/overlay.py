@@ -75,7 +75,7 @@ def plot(
     changes = _changes(prediction)
     width, height = ((side.stop - side.start) * mm for side, mm in zip(box, loaded.spacing, strict=False))
     rows, bars = 1 + len(maps), 0.3 + 0.25 * len(changes) if changes else 0.0
-    size = 2.6 * len(chosen) + 0.6, 2.6 * height / width * rows + 0.9 + bars
+    size = 2.6 * len(chosen) + 1.2, 2.6 * height / width * rows + 0.9 + bars
     figure = Figure(figsize=size, layout="constrained")
     parts = figure.subfigures(
         2 if changes else 1, 1, squeeze=False, height_ratios=[size[1] - bars, *([bars] * bool(changes))]
@@ -156,7 +156,9 @@ def _draw_scale(figure: Any, axes: np.ndarray) -> None:
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 
-    bar = figure.colorbar(ScalarMappable(Normalize(-1, 1), _COLOURS), ax=axes, shrink=0.6, aspect=30)
+    bar = figure.colorbar(
+        ScalarMappable(Normalize(-1, 1), _COLOURS), ax=axes, shrink=0.6, aspect=30, fraction=0.03, pad=0.01
+    )
     bar.set_ticks([-1, 0, 1], labels=["against", "0", "for the label"], fontsize=7)
     bar.set_label(f"scaled by percentile {_PERCENTILE:g} in the brain", fontsize=7)
 

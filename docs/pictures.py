@@ -1,0 +1,225 @@
+"""Draw the pictures of the documentation: `python docs/pictures.py FOLDER`.
+
+All patients are simulated, and no embedded model was trained on them. FOLDER keeps their scans for another run. The
+pictures go to `docs/pictures/`. `--only NAME` draws one picture. `--maps N` measures the maps of N patients instead and
+writes `docs/maps.json`.
+"""
+
+import argparse
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+
+import ichprog
+from ichprog import networks, preprocessing
+from ichprog.cohort import Cohort
+from ichprog.evaluation.localization import measure_maps, summarise_maps
+from ichprog.io import atomic_write, write_json
+from ichprog.simulate import Patient, simulate
+
+MODEL = "compact.prognosis_gcs3_age_v2"
+METHODS = ("guided_backprop", "grad_cam", "guided_grad_cam")
+SEED, PATIENT = 7, 37  # no embedded model was trained, calibrated or measured on patients of this seed
+DOCS = Path(__file__).parent
+PICTURES = DOCS / "pictures"
+INK, PALE, BLUE, RED = "#37474f", "#eceff1", "#3b6ea8", "#b5483a"
+RESOLUTION_DPI = 80
+NOTICE = "Simulated patient. For research only, not for patient care."
+
+
+def patient_files(folder: Path, *, skull: bool = False) -> tuple[Path, Path]:
+    """Return the scan and the mask of the patient of the pictures, simulated if the files are missing."""
+    patient, place = Patient(SEED, PATIENT), folder / ("heads" if skull else "brains")
+    scan, mask = patient.paths(place, dicom=False)
+    return (scan, mask) if scan.exists() and mask.exists() else patient.save(place, skull=skull)
+
+
+def draw_multi_task(_: Path) -> Any:
+    """Draw one backbone with three heads next to three networks of one task each."""
+    from matplotlib.figure import Figure
+    from matplotlib.patches import FancyBboxPatch
+
+    figure = Figure(figsize=(9.5, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+
+    def box(axis: Any, x: float, y: float, width: float, text: str, colour: str) -> None:
+        patch = FancyBboxPatch((x, y - 0.35), width, 0.7, boxstyle="round,pad=0.05", facecolor=colour, edgecolor=INK)
+        axis.add_patch(patch)
+        axis.text(x + width / 2, y, text, ha="center", va="center", fontsize=9, color=INK)
+
+    def arrow(axis: Any, start: tuple[float, float], end: tuple[float, float]) -> None:
+        axis.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": INK})
+
+    tasks = ("outcome", "GCS", "age group")
+    for axis, title in ((left, "Multi-task: one network"), (right, "Single-task: one network for each answer")):
+        axis.set(xlim=(-0.2, 9.2), ylim=(-0.4, 4.4), title=title)
+        axis.title.set_size(10)
+        axis.axis("off")
+    box(left, 0, 2, 1.6, "head CT", PALE)
+    box(left, 2.7, 2, 2.2, "backbone", "#cfd8dc")
+    arrow(left, (1.7, 2), (2.6, 2))
+    for row, task in zip((3.4, 2, 0.6), tasks, strict=True):
+        box(left, 6.2, row, 2.8, f"head: {task}", "#d7e3f1")
+        arrow(left, (5.0, 2), (6.1, row))
+        box(right, 0, row, 1.6, "head CT", PALE)
+        box(right, 2.7, row, 2.2, "backbone", "#cfd8dc")
+        box(right, 6.2, row, 2.8, f"head: {task}", "#d7e3f1")
+        arrow(right, (1.7, row), (2.6, row))
+        arrow(right, (5.0, row), (6.1, row))
+    return figure
+
+
+def draw_preprocessing(folder: Path) -> Any:
+    """Draw what the network sees of a whole head, and inputs that go wrong, with the warning of each."""
+    from matplotlib.figure import Figure
+
+    scan, _ = patient_files(folder, skull=True)
+    model, image = ichprog.load_model(MODEL, runtime="torch"), nib.load(scan)
+    affine, hu = image.affine, np.asarray(image.dataobj, np.float32)
+    grid = preprocessing.prepare(model.load_scan(scan).hu, model.spec.input)
+    brain = np.asarray(ichprog.brain_mask(scan).dataobj) > 0
+    k = int(brain.sum((0, 1)).argmax())
+    steps = [
+        ("1. the scan, -1000 to 1000 HU", hu[:, :, k], -1000, 1000),
+        ("2. the brain window, 0 to 100 HU", hu[:, :, k], 0, 100),
+        ("3. the brain, extracted", np.where(brain, hu, 0)[:, :, k], 0, 100),
+        (f"4. the grid, {' x '.join(map(str, grid.shape))}", grid[k * len(grid) // hu.shape[2]].T, 0, 1),
+    ]
+    window = np.clip((hu + 1000) / 2000 * 255, 0, 255).astype(np.uint8)
+    wrong = [
+        ("grey values instead of HU", window, affine, "auto"),
+        ("half of the slices", hu[:, :, : hu.shape[2] // 2], affine, "auto"),
+        ("wrong voxel size", hu, affine @ np.diag([0.5, 0.5, 1, 1]), "auto"),
+        ("skull left in", hu, affine, "given"),
+    ]
+    figure = Figure(figsize=(11, 7.4), layout="constrained")
+    axes = figure.subplots(2, 4)
+    for axis, (title, values, low, high) in zip(axes[0], steps, strict=True):
+        axis.imshow(values.T, cmap="gray", vmin=low, vmax=high)
+        axis.set_title(title, fontsize=9, color=INK)
+    for axis, (title, values, about, choice) in zip(axes[1], wrong, strict=True):
+        shown = values[:, :, min(k, values.shape[2] - 1)]
+        axis.imshow(shown.T, cmap="gray", vmin=0, vmax=255 if values.dtype == np.uint8 else 100)
+        axis.set_title(title, fontsize=9, color=RED)
+        axis.set_xlabel(_complaint(model, nib.Nifti1Image(values, about), choice), fontsize=8, color=INK)
+    for axis in axes.ravel():
+        axis.set_xticks([])
+        axis.set_yticks([])
+    figure.suptitle(f"What the network sees, and inputs that go wrong. {NOTICE}", fontsize=10)
+    return figure
+
+
+def _complaint(model: Any, image: Any, brain: str) -> str:
+    """Return the codes of the warnings about a scan, or of the error that refuses it."""
+    prediction = ichprog.predict(model, [image], brain=brain, on_error="record")[0]
+    if prediction.error is not None:
+        return f"refused: {prediction.error['code']}"
+    return "warnings:\n" + ("\n".join(warning.code for warning in prediction.warnings[:4]) or "none")
+
+
+def draw_methods(folder: Path) -> Any:
+    """Draw the map of each method for the outcome, with the haemorrhage outlined."""
+    scan, mask = patient_files(folder)
+    model = ichprog.load_model(MODEL, runtime="torch")
+    maps = ichprog.explain(model, scan, method=list(METHODS))
+    return ichprog.plot(maps, scan, prediction=ichprog.predict(model, scan), outline=mask, slices=4)
+
+
+def draw_tasks(folder: Path) -> Any:
+    """Draw the map of each task by one method."""
+    scan, mask = patient_files(folder)
+    model = ichprog.load_model(MODEL, runtime="torch")
+    maps = ichprog.explain(model, scan, task=[task.name for task in model.spec.tasks], method=["guided_grad_cam"])
+    return ichprog.plot(maps, scan, prediction=ichprog.predict(model, scan), outline=mask, slices=4)
+
+
+def draw_random_network(folder: Path) -> Any:
+    """Draw guided backpropagation and Grad-CAM of the trained network and of one with random weights."""
+    import torch
+    from matplotlib.figure import Figure
+    from safetensors.torch import save_file
+
+    scan, mask = patient_files(folder)
+    trained, random = ichprog.load_model(MODEL, runtime="torch"), folder / "random"
+    random.mkdir(exist_ok=True)
+    torch.manual_seed(0)
+    file = random / "fold0.safetensors"
+    save_file(networks.build(trained.spec).state_dict(), file)
+    description = trained.spec.to_dict() | {"golden_output": None, "calibration": None}
+    description["weights"] |= {"sha256": {file.name: hashlib.sha256(file.read_bytes()).hexdigest()}, "folder": ""}
+    write_json(random / "config.json", description)
+    untrained = ichprog.load_model(f"local-dir:{random}", runtime="torch")
+    hu, blood = (np.asarray(nib.load(path).dataobj, np.float32) for path in (scan, mask))
+    k = int((blood > 0).sum((0, 1)).argmax())
+    inside = [np.flatnonzero((hu[:, :, k] > 0).any(1 - axis)) for axis in range(2)]
+    left, right, front, back = (at for each in inside for at in (each[0] - 10, each[-1] + 10))
+    figure = Figure(figsize=(10, 3.2), layout="constrained")
+    axes = figure.subplots(1, 5)
+    panels: list[tuple[str, np.ndarray | None]] = [("scan, haemorrhage outlined", None)]
+    for method in ("guided_backprop", "grad_cam"):
+        for name, model in (("trained", trained), ("random weights", untrained)):
+            image = ichprog.explain(model, scan, method=method).image
+            panels.append((f"{method}\n{name}", np.asarray(image.dataobj, np.float32)[:, :, k]))
+    for axis, (title, values) in zip(axes, panels, strict=True):
+        axis.imshow(hu[:, :, k].T, cmap="gray", vmin=0, vmax=80)
+        if values is not None:
+            top = np.percentile(np.abs(values[hu[:, :, k] > 0]), 99.5) or 1.0
+            shown = np.clip(values / top, -1, 1).T
+            axis.imshow(shown, cmap="coolwarm", vmin=-1, vmax=1, alpha=np.clip(np.abs(shown) * 1.4, 0, 0.8))
+        axis.set(xlim=(left, right), ylim=(back, front))
+        axis.contour(blood[:, :, k].T > 0, [0.5], colors="yellow", linewidths=0.8)
+        axis.set_title(title, fontsize=8, color=INK)
+        axis.set_xticks([])
+        axis.set_yticks([])
+    figure.suptitle(NOTICE, fontsize=9)
+    return figure
+
+
+def measure(folder: Path, patients: int) -> None:
+    """Measure the maps of patients with a haemorrhage, and write the means."""
+    table = simulate(folder / "cohort", patients=patients, seed=SEED, matrix=256)
+    cohort = Cohort.read(table)
+    rows = list(measure_maps({MODEL: ichprog.load_model(MODEL, runtime="torch")}, cohort, folds=None, methods=METHODS))
+    bled = [row for row in rows if row.lesion_share > 0]
+    write_json(DOCS / "maps.json", {"model": MODEL, "seed": SEED, "rows": summarise_maps(bled)})
+
+
+DRAWINGS: dict[str, Callable[[Path], Any]] = {
+    "multi-task.svg": draw_multi_task,
+    "preprocessing.png": draw_preprocessing,
+    "methods.png": draw_methods,
+    "tasks.png": draw_tasks,
+    "random-network.png": draw_random_network,
+}
+
+
+def main() -> None:
+    """Draw the chosen pictures, or measure maps."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--only", choices=DRAWINGS, metavar="NAME", help="draw one picture")
+    parser.add_argument("--maps", type=int, metavar="N", help="measure the maps of N patients instead")
+    args = parser.parse_args()
+    if args.maps:
+        measure(args.folder, args.maps)
+        return
+    PICTURES.mkdir(exist_ok=True)
+    for name, draw in DRAWINGS.items():
+        if args.only in (None, name):
+            figure = draw(args.folder)
+            with atomic_write(PICTURES / name) as part:
+                figure.savefig(part, dpi=RESOLUTION_DPI, format=name.rpartition(".")[2], metadata=_no_date(name))
+            print(PICTURES / name)
+
+
+def _no_date(name: str) -> dict[str, Any]:
+    """Return metadata without a date, so that an unchanged picture is an unchanged file."""
+    return {"Date": None} if name.endswith(".svg") else {}
+
+
+if __name__ == "__main__":
+    main()
