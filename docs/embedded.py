@@ -43,7 +43,7 @@ TRAINED_ON = {"patients": 4000, "seed": 1}
 CALIBRATED_ON = {"patients": 500, "seed": 6}
 MEASURED_ON = [{"patients": 500, "seed": seed} for seed in (2, 3, 4, 5)]
 FULL_SCANS = {"patients": 200, "seed": 2}
-CYCLES = (1600, 600, 600, 3000)  # optimiser steps
+CYCLES = (1600, 600, 600, 3000, 2800)  # optimiser steps
 NETWORKS = 1  # those of the last cycles; the average of two was no better than the last one
 ABLATION_STEPS = 300
 BATCH, LEARNING_RATE, WEIGHT_DECAY, AVERAGE = 16, 4e-3, 1e-3, 0.99
@@ -210,7 +210,8 @@ class Training:
         )
         self.cells = nn.Conv3d(channels, patients.cells.shape[1] + 1, 1)
         nn.init.constant_(self.cells.bias, RARE)  # type: ignore[arg-type]
-        self.modules = nn.ModuleList([self.network, self.causes, self.cells])
+        self.auxiliary = nn.ModuleList([self.causes, self.cells])
+        self.modules = nn.ModuleList([self.network, self.auxiliary])
         self.average = torch.optim.swa_utils.AveragedModel(
             self.network, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(AVERAGE)
         )
@@ -319,12 +320,16 @@ def train(spec: ModelSpec, patients: Patients, run: Path) -> None:
     run.mkdir(exist_ok=True)
     training = Training(spec, patients, Design())
     for file, steps in zip(weight_files(run), CYCLES, strict=True):
+        other = file.with_name(f"auxiliary-{file.name}")  # without its other outputs, a network learns them again
         if file.exists():
             training.average.module.load_state_dict(load_file(file))
+            if other.exists():
+                training.auxiliary.load_state_dict(load_file(other))
             continue
         state = training.run_cycle(steps, file.stem)
-        with atomic_write(file) as part:
-            save_file(state, part)
+        for path, values in ((other, training.auxiliary.state_dict()), (file, state)):
+            with atomic_write(path) as part:
+                save_file(values, part)
 
 
 def weight_files(run: Path) -> list[Path]:
