@@ -21,11 +21,13 @@ class Table:
         rows: Rows, as `ichprog.reporting.tables` takes them.
         columns: Names of the columns, or a mapping from names to headings.
         caption: What the table shows.
+        folded: Whether the table is closed until the reader opens it.
     """
 
     rows: Sequence[Row]
     columns: Columns
     caption: str = ""
+    folded: bool = False
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the report with a heading: paragraphs, then tables, then pictures.
+    """A part of the report with a heading: paragraphs, then pictures, then tables.
 
     Attributes:
         title: Heading.

@@ -51,7 +51,7 @@ def checklist_section(rows: list[dict[str, str]]) -> Section:
         "The items of TRIPOD+AI (Collins et al., BMJ 2024;385:e078378, doi 10.1136/bmj-2023-078378) in this project's "
         "own words, with the answers that the run can give. Use the official form for a submission."
     )
-    return Section("TRIPOD+AI", [source], [Table(rows, COLUMNS)])
+    return Section("TRIPOD+AI", [source], [Table(rows, COLUMNS, "The checklist", folded=True)])
 
 
 def _answer(item: Mapping[str, str], facts: Mapping[str, object], kind: str) -> str:

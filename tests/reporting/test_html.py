@@ -97,3 +97,15 @@ def test_a_report_refuses_a_picture_that_it_cannot_embed(name, message, tmp_path
     with pytest.raises(RunError, match=message):
         html.write_report(tmp_path / "report.html", "A study", [section])
     assert not (tmp_path / "report.html").exists()
+
+
+def test_pictures_come_before_tables_and_a_folded_table_opens_on_a_click(sections, tmp_path):
+    results = sections[1]
+    table = html.Table(results.tables[0].rows, results.tables[0].columns, "All of it", folded=True)
+    path = html.write_report(
+        tmp_path / "report.html", "A study", [html.Section("Results", [], [table], results.pictures)]
+    )
+    text = path.read_text(encoding="utf-8")
+    assert text.index("<figure>") < text.index("<details>") < text.index("<summary>All of it</summary>")
+    assert "<details open" not in text
+    assert "<caption>" not in text

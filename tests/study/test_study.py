@@ -86,6 +86,45 @@ def results(example):
     return analysis.analyse(*example)
 
 
+def summarise(study, cohort, results, out):
+    """Return the section with the answer of a study."""
+    from ichprog.study.sections import ReportContext
+    from ichprog.study.sections.summary import summary
+
+    return next(summary(ReportContext(study, out, cohort, results, {})))
+
+
+def test_the_summary_answers_the_question_with_the_interval_of_the_comparison(example, results, tmp_path):
+    study, cohort, predictions = example
+    question, answer, without_image, meaning = summarise(study, cohort, results, tmp_path).text
+    assert "also learns gcs and age (all)" in question
+    assert "prognosis alone (one)" in question
+    row = next(
+        r for r in results.comparisons if (r["variant"], r["metric"], r["task"]) == ("all", "auroc", "prognosis")
+    )
+    assert row["low"] > 0
+    assert "Answer: Yes." in answer
+    assert f"{row['difference']:.3f} ({row['low']:.3f} to {row['high']:.3f})" in answer
+    assert "89 patients, 3 folds" in answer
+    assert "majority reaches 0.500" in without_image
+    predicted = predictions.entries["all", "prognosis", "test"].labelled()
+    poor, good = (predicted.probabilities[predicted.truth == label, 1] for label in (1, 0))
+    right = (poor[:, None] > good).mean() + 0.5 * (poor[:, None] == good).mean()
+    assert f"in {100 * right:.0f} of 100 such pairs" in meaning
+
+
+def test_the_summary_does_not_claim_what_an_interval_around_zero_does_not_show(example, tmp_path):
+    study, cohort, predictions = example
+    twin = {
+        key: predictions.entries["one", "prognosis", key[2]] if key[:2] == ("all", "prognosis") else value
+        for key, value in predictions.entries.items()
+    }
+    results = analysis.analyse(study, cohort, Predictions(twin))
+    answer = summarise(study, cohort, results, tmp_path).text[1]
+    assert "cannot tell, because the interval includes zero" in answer
+    assert "Yes" not in answer
+
+
 def test_metrics_are_computed_on_all_test_parts_together(example, results):
     from sklearn.metrics import cohen_kappa_score, mean_squared_error, roc_auc_score
 
@@ -322,8 +361,16 @@ def test_the_report_contains_every_section_table_and_figure(smoke):
     text = (out / "report.html").read_text()
     page = Page(text)
     for heading in [
-        *("What was compared", "Patients", "Results: prognosis", "Results: gcs", "Probabilities", "Subgroups"),
-        *("The most confident mistakes", "Saliency", "Training", "Limits", "TRIPOD+AI"),
+        *(
+            "Summary",
+            "What was compared",
+            "Patients",
+            "Results: prognosis",
+            "Results: gcs",
+            "Probabilities",
+            "Subgroups",
+        ),
+        *("Mistakes", "Saliency", "Training", "Limits", "TRIPOD+AI"),
     ]:
         assert heading in page.headings
     assert all(source.startswith("data:image/") for source in page.pictures)

@@ -4,7 +4,7 @@ Each function takes a `ReportContext` and yields the sections of its topic, or n
 """
 
 from ichprog.reporting.html import Section
-from ichprog.study.sections import cohort, maps, tasks, training
+from ichprog.study.sections import cohort, maps, summary, tasks, training
 from ichprog.study.sections.context import ReportContext
 
 __all__ = ["ReportContext", "build_sections"]
@@ -17,7 +17,7 @@ def build_sections(context: ReportContext, *, saliency_patients: int) -> list[Se
         context: Results of the study.
         saliency_patients: Number of patients whose saliency maps are measured.
     """
-    sections = [*cohort.comparison(context), *cohort.patients(context)]
+    sections = [*summary.summary(context), *cohort.comparison(context), *cohort.patients(context)]
     for task in context.tasks:
         sections += tasks.results(context, task)
     for build in (

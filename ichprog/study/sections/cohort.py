@@ -42,11 +42,18 @@ def subgroups(context: ReportContext) -> Iterator[Section]:
     columns |= {"with_last_label": task.labels[-1]}
     columns |= {each.name: each.label for each in registered(task.kind) if each.in_subgroups}
     table = context.write_table("subgroups", rows, columns, f"{task.name} by groups of patients.")
-    label = f"{readable_name(PRIMARY)} of {best}"
+    label = f"{readable_name(PRIMARY)} (variant {best})"
     intervals = {f"{row['column']} {row['group']}": row[PRIMARY] for row in rows if row["variant"] == best}
     drawn = figures.forest(intervals, label, line=0.5)
     yield Section(
-        "Subgroups", [], [table], [context.write_figure("subgroups", drawn, f"{label} by groups of patients.")]
+        "Subgroups",
+        [],
+        [table],
+        [
+            context.write_figure(
+                "subgroups", drawn, f"{readable_name(PRIMARY)} by groups of patients, for the variant {best}."
+            )
+        ],
     )
 
 

@@ -81,7 +81,15 @@ class ReportContext:
         """
         return sum(each.name == task.name for each in self.tasks) > 1
 
-    def write_table(self, name: str, rows: Sequence[tables.Row], columns: tables.Columns, caption: str) -> Table:
+    def write_table(
+        self,
+        name: str,
+        rows: Sequence[tables.Row],
+        columns: tables.Columns,
+        caption: str,
+        *,
+        folded: bool = False,
+    ) -> Table:
         """Write a table into the folder of the study, and return the table for the report.
 
         Args:
@@ -89,9 +97,10 @@ class ReportContext:
             rows: Rows.
             columns: Columns.
             caption: What the table shows.
+            folded: Whether the table is closed until the reader opens it.
         """
         tables.write(rows, columns, self.out / "tables", name, caption)
-        return Table(rows, columns, caption)
+        return Table(rows, columns, caption, folded)
 
     def write_figure(self, name: str, figure: "Figure", caption: str, *, raster: bool = False) -> Picture:
         """Write a figure into the folder of the study, and return the picture for the report.

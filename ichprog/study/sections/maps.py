@@ -1,4 +1,4 @@
-"""Sections with pictures of scans: the most confident mistakes, saliency maps."""
+"""Sections with pictures of scans: mistakes, saliency maps."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -10,17 +10,19 @@ from ichprog.study.sections.context import ReportContext
 
 
 def mistakes(context: ReportContext) -> Iterator[Section]:
-    """Yield the most confident mistakes of each variant, with maps of the best one."""
+    """Yield the mistakes of each variant that were most certain, with maps of the best variant."""
     columns = {"variant": "variant", "patient": "patient", "fold": "fold", "truth": "truth"}
     columns |= {"predicted": "predicted", "probability": "probability"}
     rows = [row for row in context.results.mistakes if not context.study.is_curve_run(row["variant"])]
-    table = context.write_table(
-        "mistakes", rows, columns, "The most confident mistakes of each variant, on test parts."
+    caption = (
+        "Mistakes on test parts: for each variant those with the lowest probability of the true label, lowest first."
     )
+    table = context.write_table("mistakes", rows, columns, caption, folded=True)
     best = context.best_run
     of_best = [row for row in rows if row["variant"] == best] if best in context.study.runs else []
     pictures = [_draw_mistake(context, row) for row in of_best]
-    yield Section("The most confident mistakes", [], [table], pictures)
+    text = f"The pictures are of {best}. With a probability near that of the other label, a mistake is narrow."
+    yield Section("Mistakes", [text] if pictures else [], [table], pictures)
 
 
 def _draw_mistake(context: ReportContext, row: Row) -> Picture:
@@ -35,8 +37,8 @@ def _draw_mistake(context: ReportContext, row: Row) -> Picture:
     saliency: Any = explain(model, scan, task=study.stratify_by, label=row["predicted"], method=method)
     drawn = plot(saliency, scan, prediction=predict(model, scan))
     caption = (
-        f"{patient}: true label {row['truth']}, predicted {row['predicted']} with probability {row['probability']:.2f} "
-        f"by {variant}."
+        f"Predicted {row['predicted']} with a probability of {row['probability']:.2f}; the true label was "
+        f"{row['truth']}. Patient {patient}, variant {variant}."
     )
     return context.write_figure(f"mistake-{patient}", drawn, caption, raster=True)
 

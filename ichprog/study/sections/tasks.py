@@ -67,7 +67,8 @@ def _metric_tables(
     if task.kind == "binary":
         columns = {"variant": "variant"}
         columns |= {each.name + AT_HALF: each.label for each in registered(task.kind) if each.at_threshold}
-        yield context.write_table(f"{name}-at-half", rows, columns, f"{title}: the same at a threshold of 0.5.")
+        caption = f"{title}: the same at a threshold of 0.5."
+        yield context.write_table(f"{name}-at-half", rows, columns, caption, folded=True)
 
 
 def _mean_of_folds(context: ReportContext, run: str, task: Task) -> float | None:
@@ -134,7 +135,7 @@ def _comparison_table(context: ReportContext, task: Task, name: str, title: str)
             "p_holm": "p (Holm)", "p_folds": "p (folds)", "n": "patients", "method": "test",
         }  # fmt: skip
         caption = f"{title}: paired comparisons. p (folds) is Student's test over folds, corrected for their overlap."
-        yield context.write_table(f"{name}-compared", rows, columns, caption)
+        yield context.write_table(f"{name}-compared", rows, columns, caption, folded=True)
 
 
 def _write_fold_table(
