@@ -11,6 +11,17 @@ _MAX_NAMES = 12  # names listed in one message
 class IchprogError(Exception):
     """Base class of every error that this library raises on purpose."""
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the message and the attributes, whatever arguments the class takes."""
+        return _restore_error, (type(self), self.args, self.__dict__)
+
+
+def _restore_error(kind: type[IchprogError], args: tuple[Any, ...], attributes: dict[str, Any]) -> IchprogError:
+    error = kind.__new__(kind, *args)
+    error.args = args
+    error.__dict__.update(attributes)
+    return error
+
 
 class UnknownNameError(IchprogError):
     """A name that is not in the list of known names.

@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from platform import python_version
+from socket import gethostname
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, cast, get_args, overload
 
 import numpy as np
@@ -17,7 +18,7 @@ from ichprog import calibration, detection, hub, preprocessing, registry, source
 from ichprog import scan as scan_package
 from ichprog.clinical import combine, encode, leave_one_out, read_values
 from ichprog.cohort import Patient
-from ichprog.errors import InvalidValueError, PluginError, ScanError, UnknownNameError, WeightsError
+from ichprog.errors import InvalidValueError, PluginError, RunError, ScanError, UnknownNameError, WeightsError
 from ichprog.hub import WeightFile
 from ichprog.notebook import card
 from ichprog.results import ClinicalUse, Haemorrhage, Prediction, Saliency, Segmentation, TaskPrediction
@@ -46,11 +47,15 @@ DEPENDENCIES = ("ichprog", "torch", "monai", "openvino", "numpy", "nibabel", "py
 class Model:
     """A model with its weights. `load_model` returns one, `predict` and `explain` take one.
 
+    A model from `load_model` can be pickled. The pickle holds its name and the checksums of its weights; whoever reads
+    the pickle loads the model, and refuses other weights and other versions of packages.
+
     Args:
         spec: The specification of the model.
         weights: Weight file of each fold.
         fold_runtimes: Runtime of each fold.
         config: The configuration of the runtimes.
+        loading: Arguments of `load_model` by which another process loads the model; None if there are none.
 
     Attributes:
         runtime: The runtime of the networks, "openvino" or "torch".
@@ -65,14 +70,22 @@ class Model:
         weights: Sequence[WeightFile],
         fold_runtimes: Sequence[Runtime],
         config: RuntimeConfig,
+        loading: Mapping[str, Any] | None = None,
     ) -> None:
         self.spec, self.weights, self.fold_runtimes = spec, tuple(weights), tuple(fold_runtimes)
-        self._config = config
+        self._config, self._loading = config, loading
         self.runtime, self.device, self.precision = config.runtime, config.device, config.precision
         self.fallback_reason = config.fallback_reason
 
     @classmethod
-    def build(cls, spec: ModelSpec, weights: Sequence[WeightFile], config: RuntimeConfig, cache: Path) -> "Model":
+    def build(
+        cls,
+        spec: ModelSpec,
+        weights: Sequence[WeightFile],
+        config: RuntimeConfig,
+        cache: Path,
+        loading: Mapping[str, Any] | None = None,
+    ) -> "Model":
         """Build the networks of a spec and fill them with weights.
 
         Args:
@@ -80,6 +93,7 @@ class Model:
             weights: Weight file of each fold.
             config: The requested runtime, from `runtime.resolve_runtime`.
             cache: The cache folder for compiled networks.
+            loading: As in `Model`.
 
         Raises:
             WeightsError: The weights do not fit the network.
@@ -89,7 +103,18 @@ class Model:
         """
         scan_package.resolve_ranges(spec.input.expected_ranges)  # refuses unknown checks before a scan is read
         runtimes, config = build_runtimes(spec, weights, config, cache)
-        return cls(spec, weights, runtimes, config)
+        return cls(spec, weights, runtimes, config, loading)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle how the model is loaded, instead of the model."""
+        if self._loading is None:
+            raise InvalidValueError("model", self.spec.name, "a model from `load_model`, to send it to other processes")
+        return _reload, (dict(self._loading), self._identity())
+
+    def _identity(self) -> dict[str, Any]:
+        """Return what must be equal in every process for equal predictions."""
+        weights = {f"fold {file.fold}": file.sha256 for file in self.weights}
+        return {"weights": weights, "versions": _versions(), "precision": self.precision}
 
     def __repr__(self) -> str:
         folds = ", ".join(str(file.fold) for file in self.weights)
@@ -117,7 +142,8 @@ class Model:
             <Model compact.prognosis_gcs3_age, folds 0, openvino on cpu, float32>
         """
         position = self._position(fold)
-        return Model(self.spec, [self.weights[position]], [self.fold_runtimes[position]], self._config)
+        loading = None if self._loading is None else {**self._loading, "fold": fold}
+        return Model(self.spec, [self.weights[position]], [self.fold_runtimes[position]], self._config, loading)
 
     def torch_module(self, fold: int | None = None) -> "nn.Module":
         """Return the torch network of a fold, in evaluation mode.
@@ -406,6 +432,10 @@ class Model:
         name, patient = sources.name_of(source), sources.patient_of(source)
         return Prediction(name, self.spec.name, {}, (), self.provenance(), details, patient)
 
+    def error_haemorrhage(self, source: "ScanSource", error: ScanError) -> Haemorrhage:
+        """Return a haemorrhage without values that records the error of a scan."""
+        return detection.describe(self.error_prediction(source, error), self.spec, None)
+
     def check_golden_output(self) -> dict[str, Any]:
         """Run the golden input of the spec and compare the logits with the stored ones.
 
@@ -487,9 +517,25 @@ def load_model(
         >>> ichprog.load_model("compact.prognosis_gcs3_age", fold=0)
         <Model compact.prognosis_gcs3_age, folds 0, openvino on cpu, float32>
     """
-    config = resolve_runtime(runtime, device, precision)
-    spec, files = hub.fetch(name, fold=fold, cache_dir=cache_dir, offline=offline)
-    return Model.build(spec, files, config, hub.cache_folder(cache_dir))
+    config, cache = resolve_runtime(runtime, device, precision), hub.cache_folder(cache_dir)
+    spec, files = hub.fetch(name, fold=fold, cache_dir=cache, offline=offline)
+    loading = {
+        "name": name, "fold": fold, "device": device, "runtime": runtime, "precision": precision,
+        "cache_dir": cache.absolute(), "offline": offline,
+    }  # fmt: skip
+    return Model.build(spec, files, config, cache, loading)
+
+
+def _reload(loading: dict[str, Any], expected: Mapping[str, Any]) -> Model:
+    """Load a model in another process, and refuse one that may predict other numbers."""
+    model = load_model(**loading)
+    for key, found in model._identity().items():
+        if found != expected[key]:
+            raise RunError(
+                f"{loading['name']} on {gethostname()}: {key} are {found}. Expected {expected[key]}, as in the process "
+                "that sent the model. Use the same environment, cache and device in all processes."
+            )
+    return model
 
 
 # A path may be one scan, a folder of scans or a table, which only the disk can tell. The result is typed as

@@ -1,4 +1,4 @@
-"""Files of results: CSV, JSON or JSON Lines, which survive an interruption and can be resumed.
+"""Files of results: CSV, Parquet, JSON or JSON Lines, which survive an interruption and can be resumed.
 
 While a file is written, each result is appended to a journal next to it, `FILE.journal`, and flushed to the disk. The
 file itself appears, whole, when all results are there; then the journal is removed. So an interrupted run loses no
@@ -6,15 +6,17 @@ result, and a resumed run ends with the same bytes as an uninterrupted one.
 """
 
 import csv
+import itertools
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple
 
-from ichprog.errors import RunError, UnknownNameError
+from ichprog.errors import RunError, UnknownNameError, missing_extra
 from ichprog.io import atomic_write, file_lock
+from ichprog.journal import Journal, check_run
 from ichprog.results import (
     BLOOD,
     CLINICAL,
@@ -29,10 +31,103 @@ from ichprog.spec import ModelSpec
 
 Record = dict[str, Any]
 Key = tuple[str, str]  # name of the patient, or "", and of the scan
+Columns = dict[str, type]  # `str` or `float` by name
+
+_ROW_GROUP = 10_000  # rows of a .parquet that are in memory together
+
+
+class Entry(NamedTuple):
+    """One result of a file.
+
+    Attributes:
+        key: Name of the patient, or "", and of the scan.
+        status: "ok" or "failed".
+        record: What the file holds of the result, as plain data.
+    """
+
+    key: Key
+    status: str
+    record: Record
+
+
+@dataclass(frozen=True)
+class ResultsTable:
+    """How results become the rows of a table. `prediction_table` and `haemorrhage_table` return one.
+
+    Attributes:
+        columns: Names of the columns with the type of their values, `str` or `float`.
+        to_row: Returns a result as a row.
+        notice: The notice of the whole table, which its first row states.
+    """
+
+    columns: Columns
+    to_row: Callable[[Any], Record]
+    notice: str
+
+    def entry(self, result: Prediction | Haemorrhage, scores: Scores | None, suffix: str) -> Entry:
+        """Return a result as an entry of a file.
+
+        Args:
+            result: The result of a scan.
+            scores: Clinical scores of the patient.
+            suffix: Suffix of the file: a table holds rows, another file the whole result.
+        """
+        if suffix in _TABLES:
+            row = self.to_row(result) | ({} if scores is None else scores.to_row())
+            form = _cell if suffix == ".csv" else _value
+            record = {column: form(row[column]) for column in self.columns if column in row}
+        else:
+            record = with_scores(result, scores)
+        status = "ok" if result.error is None else "failed"
+        return Entry((result.patient or "", result.scan), status, json.loads(json.dumps(record)))
+
+
+def prediction_table(
+    spec: ModelSpec,
+    *,
+    with_patients: bool = False,
+    detector: ModelSpec | None = None,
+    score_columns: Iterable[str] = (),
+) -> ResultsTable:
+    """Return the table of the predictions of a model.
+
+    Args:
+        spec: The model that predicts.
+        with_patients: Whether there is a column `patient`, for scans of a cohort.
+        detector: The model that finds haemorrhages, if the predictions have them.
+        score_columns: Columns of clinical scores, if they are added.
+    """
+    columns: Columns = {}
+    for task in spec.tasks:
+        columns |= {f"{task.name}_label": str, **dict.fromkeys((f"{task.name}_{x}" for x in task.labels), float)}
+        columns[f"{task.name}_std"] = float
+        if task.mask is not None:
+            columns |= dict.fromkeys((f"{task.name}_{part}_ml" for part in ("total", *task.mask.regions)), float)
+    columns |= {**_clinical_columns(spec), **_calibration_columns(spec)}
+    notice = spec.notice if spec.dense_task is None else _with_limits(spec.notice, spec)
+    if detector is not None:
+        columns |= {f"{BLOOD}{column}": kind for column, kind in _haemorrhage_columns(detector).items()}
+        notice = _with_limits(notice, detector)
+    columns |= dict.fromkeys(score_columns, float)
+    return ResultsTable(_all_columns(columns, with_patients), prediction_row, notice)
+
+
+def haemorrhage_table(
+    spec: ModelSpec, *, with_patients: bool = False, score_columns: Iterable[str] = ()
+) -> ResultsTable:
+    """Return the table of the haemorrhages that a model finds.
+
+    Args:
+        spec: The model that finds haemorrhages.
+        with_patients: As in `prediction_table`.
+        score_columns: As in `prediction_table`.
+    """
+    columns = {**_haemorrhage_columns(spec), **dict.fromkeys(score_columns, float)}
+    return ResultsTable(_all_columns(columns, with_patients), haemorrhage_row, _with_limits(spec.notice, spec))
 
 
 class ResultsFile:
-    """A file of results that is being written. `results_file` and `haemorrhage_file` open one.
+    """A file of results that is being written. `results_file` opens one.
 
     Attributes:
         target: Path of the file.
@@ -40,12 +135,11 @@ class ResultsFile:
         done: Status of each result that is there, "ok" or "failed", by patient and scan.
     """
 
-    def __init__(self, target: Path, columns: list[str], to_row: Callable[[Any], Record], notice: str) -> None:
+    def __init__(self, target: Path, table: ResultsTable, run: Mapping[str, Any]) -> None:
         self.target, self.journal = target, target.with_name(f"{target.name}.journal")
         self.done: dict[Key, str] = {}
-        self._columns, self._to_row, self._notice = columns, to_row, notice
-        self._records: dict[Key, Record] = {}
-        self._file: TextIO | None = None
+        self._table, self._journal = table, Journal(self.journal, run)
+        self._positions: dict[Key, int] = {}  # in the journal
 
     def add(self, result: Prediction | Haemorrhage, scores: Scores | None = None) -> None:
         """Add a result, with clinical scores or without. It is on the disk when this function returns.
@@ -54,252 +148,142 @@ class ResultsFile:
             result: The result of a scan.
             scores: Clinical scores of the patient.
         """
-        if self.target.suffix == ".csv":
-            row = self._to_row(result) | ({} if scores is None else scores.to_row())
-            record = {column: _cell(row[column]) for column in self._columns if column in row}
-        else:
-            record = with_scores(result, scores)
-        key, status = (result.patient or "", result.scan), "ok" if result.error is None else "failed"
-        self._keep(key, status, json.loads(json.dumps(record)))
-        if self._file is not None:
-            print(json.dumps({"key": key, "status": status, "record": record}), file=self._file, flush=True)
-            os.fsync(self._file.fileno())
+        self.add_entry(self._table.entry(result, scores, self.target.suffix))
 
-    def _keep(self, key: Key, status: str, record: Record) -> None:
-        self.done[key], self._records[key] = status, record
-
-    def open(self, run: Mapping[str, Any], *, resume: bool, retry_failed: bool, overwrite: bool) -> None:
-        """Begin or continue the journal.
+    def add_entry(self, entry: Entry) -> None:
+        """Add an entry of the table, which another process may have made.
 
         Args:
-            run: What determines the results, as plain data.
-            resume: Whether to keep the results of an interrupted or finished run.
-            retry_failed: Whether not to keep those of scans that failed.
-            overwrite: Whether to drop the results of another run.
-
-        Raises:
-            RunError: There are results already, or results of another run.
+            entry: Result of `ResultsTable.entry`.
         """
-        run = json.loads(json.dumps(run))
+        self._positions[entry.key] = self._journal.add(entry._asdict())
+        self.done[entry.key] = entry.status
+
+    def _open(self, *, resume: bool, retry_failed: bool, overwrite: bool) -> None:
+        """Begin or continue the journal."""
         if not resume and not overwrite and (self.target.exists() or self.journal.exists()):
             existing = self.target if self.target.exists() else self.journal
             raise RunError(
                 f"{existing} exists. Continue the run with --resume, replace its results with --overwrite, or choose "
                 "another file."
             )
-        if resume:
-            self._read(run)
-        if retry_failed:
-            for key in [key for key, status in self.done.items() if status == "failed"]:
-                del self.done[key], self._records[key]
-        with atomic_write(self.journal) as partial, partial.open("w", encoding="utf-8") as file:
-            print(json.dumps({"run": run}), file=file)
-            for key, status in self.done.items():
-                print(json.dumps({"key": key, "status": status, "record": self._records[key]}), file=file)
-            file.flush()
-        self._file = self.journal.open("a", encoding="utf-8")
+        positions = self._journal.begin(self._kept(retry_failed=retry_failed) if resume else ())
+        self._positions = dict(zip(self.done, positions, strict=True))
 
-    def _read(self, run: Mapping[str, Any]) -> None:
-        """Read the results of an interrupted run, or of a finished one."""
+    def _kept(self, *, retry_failed: bool) -> Iterator[Record]:
+        """Yield the results of an interrupted run, or of a finished one."""
         existing = self.journal if self.journal.exists() else self.target
         try:
-            self._read_existing(run)
+            for entry in self._existing():
+                if entry.key not in self.done and not (retry_failed and entry.status == "failed"):
+                    self.done[entry.key] = entry.status
+                    yield entry._asdict()
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise RunError(
                 f"{existing} cannot be read as results ({type(error).__name__}). Choose another file, or replace it "
                 "with --overwrite."
             ) from error
 
-    def _read_existing(self, run: Mapping[str, Any]) -> None:
+    def _existing(self) -> Iterator[Entry]:
         if self.journal.exists():
-            first, *lines = self.journal.read_text(encoding="utf-8").split("\n")
-            self._check_run(run, json.loads(first)["run"])
-            for line in lines[:-1]:  # a line without an end was cut by the interruption
-                entry = json.loads(line)
-                self._keep((entry["key"][0], entry["key"][1]), entry["status"], entry["record"])
+            for entry in self._journal.read():
+                yield Entry((entry["key"][0], entry["key"][1]), entry["status"], entry["record"])
         elif self.target.exists():
-            for record in _READERS[self.target.suffix](self.target):
-                if record.get("model") != run["model"]:
-                    raise self._other_run("model", record.get("model"), run["model"])
+            model = self._journal.run["model"]
+            for record in _FORMATS[self.target.suffix].read(self.target):
+                check_run(self.target, {"model": model}, {"model": record.get("model")})
                 status = record.get("status") or ("failed" if "error" in record else "ok")
-                self._keep((record.get("patient") or "", record["scan"]), status, record)
+                yield Entry((record.get("patient") or "", record["scan"]), status, record)
 
-    def _check_run(self, run: Mapping[str, Any], existing: Mapping[str, Any]) -> None:
-        for key in run:
-            if existing.get(key) != run[key]:
-                raise self._other_run(key, existing.get(key), run[key])
-
-    def _other_run(self, key: str, existing: Any, requested: Any) -> RunError:
-        return RunError(
-            f"{self.target} belongs to another run: {key} was {existing}, is {requested}. Choose another file, or "
-            "replace its results with --overwrite."
-        )
-
-    def close(self) -> None:
-        """Close the journal, and keep it for a later run."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
-    def finish(self, order: Iterable[Key] | None = None) -> None:
-        """Write the file and remove the journal.
-
-        Args:
-            order: Patient and scan of each result in the order of the file; by default the order of their addition.
-        """
-        self.close()
-        records = [self._records[key] for key in (self._records if order is None else order)]
-        with atomic_write(self.target) as partial, partial.open("w", encoding="utf-8", newline="") as file:
-            _WRITERS[self.target.suffix](file, records, self._columns, self._notice)
-            file.flush()
-        self.journal.unlink(missing_ok=True)
+    def _finish(self, order: Iterable[Key] | None) -> None:
+        """Write the file and remove the journal."""
+        keys = self._positions if order is None else order
+        records = (self._journal.at(self._positions[key])["record"] for key in keys)
+        with atomic_write(self.target) as partial:
+            _FORMATS[self.target.suffix].write(partial, records, self._table)
+        self._journal.remove()
 
 
 @contextmanager
 def results_file(
     target: Path,
-    spec: ModelSpec,
+    table: ResultsTable,
+    run: Mapping[str, Any],
     *,
-    with_patients: bool = False,
-    detector: ModelSpec | None = None,
-    score_columns: Iterable[str] = (),
     order: Iterable[Key] | None = None,
-    settings: Mapping[str, Any] | None = None,
     resume: bool = False,
     retry_failed: bool = False,
     overwrite: bool = False,
 ) -> Iterator[ResultsFile]:
-    """Open a file of predictions, which appears whole when the block ends without an error.
+    """Open a file of results, which appears whole when the block ends without an error.
 
     After an error or an interruption the journal stays, and `resume` continues from it.
 
     Args:
-        target: A path that ends in .csv (one row per scan), .json (one list) or .jsonl (one line per scan). Its folder
-            is created if missing.
-        spec: The model that predicts.
-        with_patients: Whether a .csv has the column `patient`, for scans of a cohort.
-        detector: The model that finds haemorrhages, if the predictions have them.
-        score_columns: Columns of clinical scores in a .csv, if they are added.
+        target: A path that ends in .csv or .parquet (one row per scan), .json (one list) or .jsonl (one line per scan).
+            Its folder is created if missing.
+        table: The table of the results.
+        run: What determines the results, as plain data with the key `model`; other results are not resumed.
         order: Patient and scan of each result in the order of the file; by default the order of their addition.
-        settings: What else determines the results, as plain data; a run with other settings is not resumed.
         resume: Whether to keep the results of an interrupted or finished run.
         retry_failed: Whether not to keep those of scans that failed.
         overwrite: Whether to replace existing results.
 
     Yields:
-        The file, whose method `add` adds one prediction.
+        The file, whose method `add` adds one result.
 
     Raises:
         UnknownNameError: The path has another suffix.
         RunError: There are results already, or results of another run, or another process writes the file.
+        IchprogError: The path ends in .parquet, and pyarrow is not installed.
         OSError: The file cannot be written.
     """
-    columns = []
-    for task in spec.tasks:
-        columns += [f"{task.name}_label", *(f"{task.name}_{label}" for label in task.labels), f"{task.name}_std"]
-        if task.mask is not None:
-            columns += [f"{task.name}_{part}_ml" for part in ("total", *task.mask.regions)]
-    columns += [*_clinical_columns(spec), *_calibration_columns(spec)]
-    notice = spec.notice if spec.dense_task is None else _with_limits(spec.notice, spec)
-    if detector is not None:
-        columns += [f"{BLOOD}{column}" for column in _haemorrhage_columns(detector)]
-        notice = _with_limits(notice, detector)
-    run = _run(spec, detector, settings)
-    file = ResultsFile(target, _all_columns([*columns, *score_columns], with_patients), prediction_row, notice)
-    with _opened(file, run, order, resume=resume, retry_failed=retry_failed, overwrite=overwrite):
-        yield file
-
-
-@contextmanager
-def haemorrhage_file(
-    target: Path,
-    spec: ModelSpec,
-    *,
-    with_patients: bool = False,
-    score_columns: Iterable[str] = (),
-    order: Iterable[Key] | None = None,
-    settings: Mapping[str, Any] | None = None,
-    resume: bool = False,
-    retry_failed: bool = False,
-    overwrite: bool = False,
-) -> Iterator[ResultsFile]:
-    """Open a file of haemorrhages, which appears whole when the block ends without an error.
-
-    Args:
-        target: As in `results_file`.
-        spec: The model that finds haemorrhages.
-        with_patients: As in `results_file`.
-        score_columns: As in `results_file`.
-        order: As in `results_file`.
-        settings: As in `results_file`.
-        resume: As in `results_file`.
-        retry_failed: As in `results_file`.
-        overwrite: As in `results_file`.
-
-    Yields:
-        The file, whose method `add` adds one haemorrhage.
-
-    Raises:
-        UnknownNameError, RunError, OSError: As in `results_file`.
-    """
-    columns = _all_columns([*_haemorrhage_columns(spec), *score_columns], with_patients)
-    file = ResultsFile(target, columns, haemorrhage_row, _with_limits(spec.notice, spec))
-    run = _run(spec, None, settings)
-    with _opened(file, run, order, resume=resume, retry_failed=retry_failed, overwrite=overwrite):
-        yield file
-
-
-@contextmanager
-def _opened(file: ResultsFile, run: Record, order: Iterable[Key] | None, **choices: bool) -> Iterator[None]:
-    """Write the file when the block ends, and keep its journal after an error."""
-    if file.target.suffix not in _WRITERS:
-        raise UnknownNameError("format of results", file.target.suffix or file.target.name, _WRITERS)
-    file.target.parent.mkdir(parents=True, exist_ok=True)
+    if target.suffix not in _FORMATS:
+        raise UnknownNameError("format of results", target.suffix or target.name, _FORMATS)
+    if target.suffix == ".parquet":
+        _import_pyarrow()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    file = ResultsFile(target, table, run)
     lock = file.journal.with_name(f".{file.journal.name}.lock")
     try:
         with file_lock(lock, timeout_s=0):
-            file.open(run, **choices)
+            file._open(resume=resume, retry_failed=retry_failed, overwrite=overwrite)
             try:
-                yield
-                file.finish(order)
+                yield file
+                file._finish(order)
             finally:
-                file.close()
+                file._journal.close()
                 if not file.done:
-                    file.journal.unlink(missing_ok=True)  # nothing is lost
+                    file._journal.remove()  # nothing is lost
                 lock.unlink(missing_ok=True)
     except TimeoutError:
-        raise RunError(
-            f"{file.target} is being written by another process. Wait for it, or choose another file."
-        ) from None
+        raise RunError(f"{target} is being written by another process. Wait for it, or choose another file.") from None
 
 
-def _run(spec: ModelSpec, detector: ModelSpec | None, settings: Mapping[str, Any] | None) -> Record:
-    """Return what determines results."""
-    models = {"model": spec.name} | ({} if detector is None else {"detector": detector.name})
-    return models | dict(settings or {})
-
-
-def _clinical_columns(spec: ModelSpec) -> list[str]:
+def _clinical_columns(spec: ModelSpec) -> Columns:
     """Return the columns of clinical values, and of what each changed."""
     names = [value.column for value in spec.clinical]
     fused = [task.name for task in spec.tasks if task.uses_clinical or task.combinations]
-    return [*(f"{CLINICAL}{name}" for name in names), *(f"{task}_change_{name}" for task in fused for name in names)]
+    changes = [f"{task}_change_{name}" for task in fused for name in names]
+    return dict.fromkeys([*(f"{CLINICAL}{name}" for name in names), *changes], float)
 
 
-def _calibration_columns(spec: ModelSpec) -> list[str]:
+def _calibration_columns(spec: ModelSpec) -> Columns:
     """Return the columns of `_calibration_values`."""
     if spec.calibration is None:
-        return []
-    columns = []
+        return {}
+    columns: Columns = {}
     for name in spec.calibration.tasks:
-        columns += [*(f"{name}_calibrated_{label}" for label in spec.task(name).labels), f"{name}_set"]
-    abstained = [f"{task.name}_abstained" for task in spec.tasks]
-    return [*columns, "coverage", *abstained, "input_distance", "input_distance_threshold"]
+        columns |= dict.fromkeys((f"{name}_calibrated_{label}" for label in spec.task(name).labels), float)
+        columns[f"{name}_set"] = str
+    abstained = dict.fromkeys((f"{task.name}_abstained" for task in spec.tasks), str)
+    return {**columns, "coverage": float, **abstained, "input_distance": float, "input_distance_threshold": float}
 
 
-def _all_columns(columns: list[str], with_patients: bool) -> list[str]:
+def _all_columns(columns: Columns, with_patients: bool) -> Columns:
     first = [*(["patient"] if with_patients else []), "scan", "model", "status"]
-    return [*first, *columns, "warnings", "error_code", "error_message", "notice"]
+    last = ["warnings", "error_code", "error_message", "notice"]
+    return {**dict.fromkeys(first, str), **columns, **dict.fromkeys(last, str)}
 
 
 def _with_limits(notice: str, spec: ModelSpec) -> str:
@@ -307,14 +291,19 @@ def _with_limits(notice: str, spec: ModelSpec) -> str:
     return " ".join([notice, *spec.limits[:1]])
 
 
-def _haemorrhage_columns(spec: ModelSpec) -> list[str]:
+def _haemorrhage_columns(spec: ModelSpec) -> Columns:
     """Return the columns of `_haemorrhage_values`."""
     task = spec.dense_task
     parts = ("total", *task.mask.regions) if task is not None and task.mask is not None else ()
     volumes = [f"{part}_{kind}" for part in parts for kind in ("ml", "low_ml", "high_ml")]
-    place = ["intraventricular", "infratentorial", "side", "location"]
     shift = ["midline_shift_mm", "midline_shift_low_mm", "midline_shift_high_mm"]
-    return ["present", "probability", "threshold", *volumes, *place, *shift]
+    return {
+        "present": str,
+        **dict.fromkeys(["probability", "threshold", *volumes, "intraventricular", "infratentorial"], float),
+        "side": str,
+        "location": str,
+        **dict.fromkeys(shift, float),
+    }
 
 
 def _cell(value: Any) -> str:
@@ -322,20 +311,41 @@ def _cell(value: Any) -> str:
     return "" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
-def _write_csv(file: TextIO, records: list[Record], columns: list[str], notice: str) -> None:
-    table = csv.DictWriter(file, columns, extrasaction="ignore", restval="")
-    table.writeheader()
-    for number, record in enumerate(records):  # the first row states the notice for the whole table
-        table.writerow(record | {"notice": "" if number else notice})
+def _value(value: Any) -> Any:
+    """Return a value as a typed cell."""
+    return float(value) if isinstance(value, int | float) else value
 
 
-def _write_json(file: TextIO, records: list[Record], *_: Any) -> None:
-    lines = ",\n".join(json.dumps(record, ensure_ascii=False) for record in records)
-    file.write(f"[\n{lines}\n]\n" if records else "[]\n")
+def _write_csv(path: Path, records: Iterator[Record], table: ResultsTable) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(table.columns), extrasaction="ignore", restval="")
+        writer.writeheader()
+        for number, record in enumerate(records):  # the first row states the notice for the whole table
+            writer.writerow(record | {"notice": "" if number else table.notice})
 
 
-def _write_jsonl(file: TextIO, records: list[Record], *_: Any) -> None:
-    file.writelines(f"{json.dumps(record, ensure_ascii=False)}\n" for record in records)
+def _write_parquet(path: Path, records: Iterator[Record], table: ResultsTable) -> None:
+    pyarrow, parquet = _import_pyarrow()
+    kinds = {str: pyarrow.string(), float: pyarrow.float64()}
+    schema = pyarrow.schema([(column, kinds[kind]) for column, kind in table.columns.items()])
+    rows = (record | {"notice": None if number else table.notice} for number, record in enumerate(records))
+    with parquet.ParquetWriter(path, schema) as writer:
+        while group := list(itertools.islice(rows, _ROW_GROUP)):
+            writer.write_table(pyarrow.Table.from_pylist(group, schema))
+
+
+def _write_json(path: Path, records: Iterator[Record], _: ResultsTable) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        separator = "[\n"
+        for record in records:
+            file.write(separator + json.dumps(record, ensure_ascii=False))
+            separator = ",\n"
+        file.write("[]\n" if separator == "[\n" else "\n]\n")
+
+
+def _write_jsonl(path: Path, records: Iterator[Record], _: ResultsTable) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(f"{json.dumps(record, ensure_ascii=False)}\n" for record in records)
 
 
 def _read_csv(path: Path) -> list[Record]:
@@ -344,6 +354,12 @@ def _read_csv(path: Path) -> list[Record]:
         if "scan" not in (reader.fieldnames or ()):
             raise ValueError("the table has no column scan")
         return list(reader)
+
+
+def _read_parquet(path: Path) -> list[Record]:
+    _, parquet = _import_pyarrow()
+    rows: list[Record] = parquet.read_table(path).to_pylist()
+    return [{column: value for column, value in row.items() if value is not None} for row in rows]
 
 
 def _read_json(path: Path) -> list[Record]:
@@ -355,5 +371,25 @@ def _read_jsonl(path: Path) -> list[Record]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-_WRITERS = {".csv": _write_csv, ".json": _write_json, ".jsonl": _write_jsonl}
-_READERS: dict[str, Callable[[Path], list[Record]]] = {".csv": _read_csv, ".json": _read_json, ".jsonl": _read_jsonl}
+def _import_pyarrow() -> tuple[Any, Any]:
+    """Return the modules `pyarrow` and `pyarrow.parquet`."""
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise missing_extra("parquet", "pyarrow", "Parquet") from error
+    return pyarrow, parquet
+
+
+class _Format(NamedTuple):
+    write: Callable[[Path, Iterator[Record], ResultsTable], None]
+    read: Callable[[Path], list[Record]]
+
+
+_FORMATS = {
+    ".csv": _Format(_write_csv, _read_csv),
+    ".parquet": _Format(_write_parquet, _read_parquet),
+    ".json": _Format(_write_json, _read_json),
+    ".jsonl": _Format(_write_jsonl, _read_jsonl),
+}
+_TABLES = {".csv", ".parquet"}

@@ -15,7 +15,7 @@ from ichprog import zoo
 PACKAGE = Path(ichprog.__file__).parent
 # From the lowest to the highest. A module imports lower layers, and its own layer only if SIDEWAYS allows it.
 LAYERS = [
-    {"errors", "limits", "notebook", "schema", "spec", "io", "parallel"},
+    {"errors", "limits", "notebook", "schema", "spec", "io", "journal", "parallel"},
     {"registry"},
     {
         "zoo",
@@ -49,6 +49,8 @@ SIDEWAYS = {
     ("limits", "errors"),
     ("spec", "schema"),
     ("io", "errors"),
+    ("journal", "errors"),
+    ("journal", "io"),
     ("parallel", "errors"),
     ("parallel", "io"),
     ("result_files", "results"),

@@ -19,7 +19,7 @@ from ichprog import heads, networks, preprocessing, registry, testing, zoo
 from ichprog.cohort import Cohort
 from ichprog.errors import CohortError, PluginError, RunError, SpecError, UnknownNameError
 from ichprog.export import export
-from ichprog.result_files import results_file
+from ichprog.result_files import prediction_table, results_file
 from ichprog.spec import MaskTarget, ModelSpec, PluginRef, Target, Task, VolumeInterval, Weights
 from ichprog.train import PRESETS, TrainOptions, grid_cache, train
 from ichprog.train.grid_cache import RegionSource
@@ -135,7 +135,7 @@ def test_a_scan_without_a_region_has_no_volume(threshold_model, tmp_path):
     assert prediction["lesion"].label == "absent"
     assert prediction["lesion"].segmentation.volume_ml == {"total": 0, "dense": 0, "denser": 0}
     assert max(prediction["lesion"].segmentation.region_probabilities.values()) < 0.1
-    with results_file(tmp_path / "results.csv", model.spec) as file:
+    with results_file(tmp_path / "results.csv", prediction_table(model.spec), {"model": model.spec.name}) as file:
         file.add(prediction)
     (row,) = csv.DictReader((tmp_path / "results.csv").read_text().splitlines())
     assert row["lesion_total_ml"] == row["lesion_denser_ml"] == "0.0000"

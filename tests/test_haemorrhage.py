@@ -11,7 +11,7 @@ import pytest
 
 import ichprog
 from ichprog.errors import InvalidValueError, ScanError
-from ichprog.result_files import haemorrhage_file, results_file
+from ichprog.result_files import haemorrhage_table, prediction_table, results_file
 from ichprog.scan.morphology import dilate_mm
 from ichprog.simulate import MASK_VALUES
 
@@ -206,7 +206,7 @@ def test_absent_blood_is_a_warning_for_a_model_of_bleeding_patients(detector, br
 
 def test_a_table_of_haemorrhages_has_volumes_with_intervals_and_limits(detector, bleeding, tmp_path):
     results = ichprog.haemorrhage([bleeding, "none.nii.gz"], model=detector, on_error="record")
-    with haemorrhage_file(tmp_path / "out.csv", detector.spec) as file:
+    with results_file(tmp_path / "out.csv", haemorrhage_table(detector.spec), {"model": detector.spec.name}) as file:
         for result in results:
             file.add(result)
     first, second = csv.DictReader((tmp_path / "out.csv").read_text().splitlines())
@@ -225,7 +225,8 @@ def test_a_table_of_haemorrhages_has_volumes_with_intervals_and_limits(detector,
 def test_a_table_of_predictions_has_columns_for_the_haemorrhage(detector, bright_model, bleeding, tmp_path):
     outcome = torch_model(bright_model)
     prediction = ichprog.predict(outcome, bleeding, haemorrhage=detector)
-    with results_file(tmp_path / "out.csv", outcome.spec, detector=detector.spec) as file:
+    table = prediction_table(outcome.spec, detector=detector.spec)
+    with results_file(tmp_path / "out.csv", table, {"model": outcome.spec.name}) as file:
         file.add(prediction)
     (row,) = csv.DictReader((tmp_path / "out.csv").read_text().splitlines())
     assert float(row["blood_total_ml"]) == pytest.approx(prediction.haemorrhage.volume_ml["total"], abs=1e-4)

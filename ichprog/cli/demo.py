@@ -32,7 +32,7 @@ def demo(folder: Path, as_json: bool) -> None:
     from ichprog.clinical_scores import check_clinical, from_haemorrhage
     from ichprog.io import atomic_write
     from ichprog.reporting.overlay import plot
-    from ichprog.result_files import results_file
+    from ichprog.result_files import prediction_table, results_file
     from ichprog.simulate import Patient
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -45,7 +45,9 @@ def demo(folder: Path, as_json: bool) -> None:
     values = {value.column: columns[value.column] for value in fused_model.spec.clinical}
     fused = ichprog.predict(fused_model, scan, clinical=values)
     blood = ichprog.haemorrhage(scan_path, model=ichprog.load_model(zoo.DETECTOR, runtime="torch"))
-    with results_file(folder / "results.csv", model.spec, overwrite=True) as file:
+    with results_file(
+        folder / "results.csv", prediction_table(model.spec), {"model": model.spec.name}, overwrite=True
+    ) as file:
         file.add(prediction)
     scores = from_haemorrhage(blood, check_clinical(values))
     maps = ichprog.explain(model, scan, task=[task.name for task in model.spec.tasks], method=[_METHOD])

@@ -1,7 +1,7 @@
 """Find and measure haemorrhages."""
 
 import json
-from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,34 +10,37 @@ import click
 from ichprog import zoo
 from ichprog.cli.options import as_json, brain, loading, with_options
 from ichprog.cli.scans import (
+    ResultsOptions,
     ScoreComputer,
-    check_resume,
     dicom_options,
     find_scans,
     format_haemorrhage,
     format_scores,
-    key_of,
+    format_warnings,
+    has_patients,
     load_model,
-    open_results,
     output,
     print_limits,
-    print_line,
     print_notice,
-    print_warnings,
+    print_outputs,
     read_clinical,
     resume_options,
     save_image,
     scans_argument,
     score_options,
     take_shard,
-    with_progress,
 )
+from ichprog.cli.workers import ScanOutput, Workers, with_workers
 from ichprog.errors import ScanError
+from ichprog.result_files import haemorrhage_table
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from ichprog.model import Model
-    from ichprog.result_files import ResultsFile
+    from ichprog.result_files import ResultsTable
     from ichprog.results import Haemorrhage
+    from ichprog.scan import Scan
     from ichprog.sources import ScanSource
 
 
@@ -54,6 +57,7 @@ if TYPE_CHECKING:
 @with_options(resume_options)
 @with_options(score_options)
 @click.option("--masks", type=click.Path(path_type=Path), metavar="DIR", help="Folder for the masks of haemorrhages.")
+@with_workers
 @as_json
 @click.pass_context
 def haemorrhage(
@@ -72,6 +76,7 @@ def haemorrhage(
     scores: bool,
     clinical: tuple[str, ...],
     masks: Path | None,
+    pool: Workers,
     as_json: bool,
     **loading: Any,
 ) -> None:
@@ -79,68 +84,61 @@ def haemorrhage(
 
     SCAN is a NIfTI file, a DICOM folder or a .zip of one, a folder of scans, or a table of patients (.csv).
     """
-    from ichprog.results import with_scores
-
-    check_resume(output, resume=resume, retry_failed=retry_failed, overwrite=overwrite)
+    results = ResultsOptions(output, resume, retry_failed, overwrite)
     sources = take_shard(find_scans(scans, study=study, series=series), shard)
     if clinical and not scores:
         raise click.UsageError("--clinical needs --scores.")
     given = read_clinical(clinical, sources)
     computer = ScoreComputer(sources, given, is_requested=scores)
     model = load_model(name, brain, loading)
-    has_failed, has_files = False, any((output, masks))
-    settings = {
-        "weights": [file.sha256 for file in model.weights], "precision": model.precision, "brain": str(brain),
-        "scores": given if scores else None,
+    table = haemorrhage_table(model.spec, with_patients=has_patients(sources), score_columns=computer.columns)
+    work = _FindHaemorrhage(model, brain, computer, table, results.suffix, masks, as_json)
+    run = {
+        "model": model.spec.name, "weights": [file.sha256 for file in model.weights], "precision": model.precision,
+        "brain": str(brain), "scores": given if scores else None,
     }  # fmt: skip
-    choices = {"resume": resume, "retry_failed": retry_failed, "overwrite": overwrite}
-    opened = None if output is None else _results_file(output, model, sources, settings, choices, with_scores=scores)
-    with open_results(opened, sources) as (file, todo):
-        results = model.haemorrhage_iter(todo, brain=brain)
-        for source, stem, (found, examined) in with_progress(sources, results, todo):
-            computed = computer.scores(source, found)
-            if as_json:
-                print_line(json.dumps(with_scores(found, computed)), has_files=has_files)
-            else:
-                lines = [_format(found)] if computed is None else [_format(found), format_scores(computed)]
-                print_line("\n".join(lines), has_files=has_files)
-                print_warnings(found.scan, found.warnings)
-            if isinstance(examined, ScanError):
-                has_failed = True
-            elif masks:
-                save_image(found.mask, masks / f"{stem}_haemorrhage.nii.gz")
-            if file is not None:  # last, so that a scan with a result has its mask
-                file.add(found, computed)
-        has_failed |= file is not None and "failed" in file.done.values()
+    with results.open(table, run, sources) as (file, todo):
+        has_failed = print_outputs(work, sources, todo, pool, file=file, has_files=any((output, masks)))
     if not as_json:
         print_limits(model)
     print_notice(model)
     ctx.exit(1 if has_failed else 0)
 
 
-def _results_file(
-    output: Path,
-    model: "Model",
-    sources: "list[ScanSource]",
-    settings: dict[str, Any],
-    choices: dict[str, bool],
-    *,
-    with_scores: bool,
-) -> "AbstractContextManager[ResultsFile]":
-    """Return the file of results, which a context opens."""
-    from ichprog.clinical_scores import SCORE_COLUMNS
-    from ichprog.result_files import haemorrhage_file
-    from ichprog.sources import patient_of
+@dataclass(frozen=True)
+class _FindHaemorrhage:
+    """What `ichprog haemorrhage` does with each scan."""
 
-    return haemorrhage_file(
-        output,
-        model.spec,
-        with_patients=any(patient_of(source) is not None for source in sources),
-        score_columns=SCORE_COLUMNS if with_scores else (),
-        order=[key_of(source) for source in sources],
-        settings=settings,
-        **choices,
-    )
+    model: "Model"
+    brain: Any
+    computer: ScoreComputer
+    table: "ResultsTable"
+    suffix: str | None
+    masks: Path | None
+    as_json: bool
+
+    def results(self, sources: "list[ScanSource]") -> "Iterator[tuple[Haemorrhage, Scan | ScanError]]":
+        """Yield the haemorrhage of each scan."""
+        return self.model.haemorrhage_iter(sources, brain=self.brain)
+
+    def error_result(self, source: "ScanSource", error: ScanError) -> "Haemorrhage":
+        """Return the haemorrhage of a scan with an error."""
+        return self.model.error_haemorrhage(source, error)
+
+    def finish(self, source: "ScanSource", stem: str, found: "Haemorrhage", examined: "Scan | ScanError") -> ScanOutput:
+        """Write the mask of a scan, and return its haemorrhage as text and entry."""
+        from ichprog.results import with_scores
+
+        computed, messages = self.computer.scores(source, found), ""
+        if self.masks and not isinstance(examined, ScanError):
+            save_image(found.mask, self.masks / f"{stem}_haemorrhage.nii.gz")
+        if self.as_json:
+            text = json.dumps(with_scores(found, computed))
+        else:
+            text = "\n".join([_format(found)] if computed is None else [_format(found), format_scores(computed)])
+            messages = "\n".join(format_warnings(found.scan, found.warnings))
+        entry = None if self.suffix is None else self.table.entry(found, computed, self.suffix)
+        return ScanOutput(text, messages, entry, isinstance(examined, ScanError))
 
 
 def _format(found: "Haemorrhage") -> str:

@@ -2,8 +2,7 @@
 
 import itertools
 import json
-from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,22 +12,21 @@ import ichprog
 from ichprog import zoo
 from ichprog.cli.options import as_json, brain, find_spec, loading, model_option, parse_assignments, with_options
 from ichprog.cli.scans import (
+    ResultsOptions,
     ScoreComputer,
-    check_resume,
     dicom_options,
     find_scans,
     format_clinical,
     format_haemorrhage,
     format_reliability,
     format_scores,
-    key_of,
+    format_warnings,
+    has_patients,
     load_model,
-    open_results,
     output,
     print_limits,
-    print_line,
     print_notice,
-    print_warnings,
+    print_outputs,
     read_clinical,
     resume_options,
     save_image,
@@ -36,14 +34,17 @@ from ichprog.cli.scans import (
     score_options,
     stems,
     take_shard,
-    with_progress,
 )
+from ichprog.cli.workers import ScanOutput, Workers, with_workers
 from ichprog.errors import ScanError
+from ichprog.result_files import prediction_table
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
     from ichprog.clinical_scores import ClinicalScores
     from ichprog.model import Model
-    from ichprog.result_files import ResultsFile
+    from ichprog.result_files import ResultsTable
     from ichprog.results import Prediction, Saliency
     from ichprog.scan import Scan
     from ichprog.sources import ScanSource
@@ -90,6 +91,7 @@ _options = click.option(
 @click.option(
     "--masks", type=click.Path(path_type=Path), metavar="DIR", help="Folder for the masks of brains and haemorrhages."
 )
+@with_workers
 @as_json
 @click.pass_context
 def predict(
@@ -115,6 +117,7 @@ def predict(
     options: tuple[str, ...],
     maps: Path | None,
     masks: Path | None,
+    pool: Workers,
     as_json: bool,
     **loading: Any,
 ) -> None:
@@ -126,49 +129,111 @@ def predict(
         raise click.UsageError("--explain and --maps need each other: a saliency method, and a folder for its maps.")
     if detector_name != zoo.DETECTOR and not (haemorrhage or scores):
         raise click.UsageError("--haemorrhage-model needs --haemorrhage or --scores.")
-    chosen = parse_assignments("--option", options, _LAYER)
-    check_resume(output, resume=resume, retry_failed=retry_failed, overwrite=overwrite)
+    results = ResultsOptions(output, resume, retry_failed, overwrite)
+    explained = (
+        None if maps is None else _MapOptions(maps, tasks, methods, parse_assignments("--option", options, _LAYER))
+    )
     sources = take_shard(find_scans(scans, study=study, series=series), shard)
     given = read_clinical(clinical, sources)
     for_model, for_scores = _split_clinical(given, name, with_scores=scores)
     computer = ScoreComputer(sources, for_scores, is_requested=scores)
     model = load_model(name, brain, loading)
     detector = load_model(detector_name, brain, {**loading, "fold": None}) if haemorrhage or scores else None
-    has_failed, has_files = False, any((output, maps, masks))
-    settings = {
+    table = prediction_table(
+        model.spec, with_patients=has_patients(sources), detector=None if detector is None else detector.spec,
+        score_columns=computer.columns,
+    )  # fmt: skip
+    work = _PredictScan(
+        model, detector, brain, for_model, coverage, computer, table, results.suffix, explained, masks, as_json
+    )
+    models = {"model": model.spec.name} | ({} if detector is None else {"detector": detector.spec.name})
+    run = models | {
         "weights": [file.sha256 for file in model.weights], "precision": model.precision, "brain": str(brain),
         "clinical": for_model, "coverage": coverage, "scores": for_scores if scores else None,
     }  # fmt: skip
-    choices = {"resume": resume, "retry_failed": retry_failed, "overwrite": overwrite}
-    opened = (
-        None
-        if output is None
-        else _results_file(output, model, detector, sources, settings, choices, with_scores=scores)
-    )
-    with open_results(opened, sources) as (file, todo):
-        results = model.predict_iter(todo, brain=brain, detector=detector, clinical=for_model, coverage=coverage)
-        for source, stem, (prediction, examined) in with_progress(sources, results, todo):
-            computed = computer.scores(source, prediction.haemorrhage)
-            _print_prediction(prediction, computed, as_json=as_json, has_files=has_files)
-            if isinstance(examined, ScanError):
-                if file is not None:
-                    file.add(prediction, computed)
-                has_failed = True
-                continue
-            if masks:
-                save_image(ichprog.brain_mask(examined), masks / f"{stem}_brain.nii.gz")
-                if prediction.haemorrhage is not None:
-                    save_image(prediction.haemorrhage.mask, masks / f"{stem}_haemorrhage.nii.gz")
-            if maps:
-                used = {} if prediction.clinical is None else {"clinical": prediction.clinical.used}
-                _save_maps(model, examined, maps, stem, tasks, methods, None, chosen | used)
-            if file is not None:  # last, so that a scan with a result has its maps and masks
-                file.add(prediction, computed)
-        has_failed |= file is not None and "failed" in file.done.values()
+    with results.open(table, run, sources) as (file, todo):
+        has_failed = print_outputs(work, sources, todo, pool, file=file, has_files=any((output, maps, masks)))
     if detector is not None and not as_json:
         print_limits(detector)
     print_notice(model)
     ctx.exit(1 if has_failed else 0)
+
+
+@dataclass(frozen=True)
+class _MapOptions:
+    """The saliency maps of each scan.
+
+    Attributes:
+        folder: Their folder.
+        tasks: Tasks to explain; empty for the first one of the model.
+        methods: Saliency methods.
+        options: Options of the methods.
+        label: The label to explain, or None for the last one of each task.
+    """
+
+    folder: Path
+    tasks: tuple[str, ...]
+    methods: tuple[str, ...]
+    options: dict[str, Any]
+    label: str | None = None
+
+    def save(
+        self, model: "Model", scan: "Scan", stem: str, known: "Mapping[str, float]"
+    ) -> "list[tuple[Path, Saliency]]":
+        """Compute and write the maps of a scan, and return each with its path."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        names = self.tasks or (model.spec.tasks[0].name,)
+        maps = ichprog.explain(
+            model, scan, task=names, label=self.label, method=self.methods, clinical=known, **self.options
+        )
+        return [
+            (saliency.save(self.folder / f"{stem}_{task}_{method}.nii.gz"), saliency)
+            for (task, method), saliency in maps.items()
+        ]
+
+
+@dataclass(frozen=True)
+class _PredictScan:
+    """What `ichprog predict` does with each scan."""
+
+    model: "Model"
+    detector: "Model | None"
+    brain: Any
+    clinical: dict[str, Any]
+    coverage: float | None
+    computer: ScoreComputer
+    table: "ResultsTable"
+    suffix: str | None
+    maps: _MapOptions | None
+    masks: Path | None
+    as_json: bool
+
+    def results(self, sources: "list[ScanSource]") -> "Iterator[tuple[Prediction, Scan | ScanError]]":
+        """Yield the prediction of each scan."""
+        return self.model.predict_iter(
+            sources, brain=self.brain, detector=self.detector, clinical=self.clinical, coverage=self.coverage
+        )
+
+    def error_result(self, source: "ScanSource", error: ScanError) -> "Prediction":
+        """Return the prediction of a scan with an error."""
+        return self.model.error_prediction(source, error)
+
+    def finish(
+        self, source: "ScanSource", stem: str, prediction: "Prediction", examined: "Scan | ScanError"
+    ) -> ScanOutput:
+        """Write the masks and maps of a scan, and return its prediction as text and entry."""
+        computed = self.computer.scores(source, prediction.haemorrhage)
+        if not isinstance(examined, ScanError):
+            if self.masks:
+                save_image(ichprog.brain_mask(examined), self.masks / f"{stem}_brain.nii.gz")
+                if prediction.haemorrhage is not None:
+                    save_image(prediction.haemorrhage.mask, self.masks / f"{stem}_haemorrhage.nii.gz")
+            if self.maps:
+                used = {} if prediction.clinical is None else prediction.clinical.used
+                self.maps.save(self.model, examined, stem, used)
+        text, messages = _describe_prediction(prediction, computed, as_json=self.as_json)
+        entry = None if self.suffix is None else self.table.entry(prediction, computed, self.suffix)
+        return ScanOutput(text, messages, entry, isinstance(examined, ScanError))
 
 
 def _split_clinical(given: dict[str, Any], model: str, *, with_scores: bool) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -186,33 +251,6 @@ def _split_clinical(given: dict[str, Any], model: str, *, with_scores: bool) -> 
     return (
         {name: value for name, value in given.items() if name in columns},
         {name: value for name, value in given.items() if name not in only_model},
-    )
-
-
-def _results_file(
-    output: Path,
-    model: "Model",
-    detector: "Model | None",
-    sources: "list[ScanSource]",
-    settings: dict[str, Any],
-    choices: dict[str, bool],
-    *,
-    with_scores: bool,
-) -> "AbstractContextManager[ResultsFile]":
-    """Return the file of results, which a context opens."""
-    from ichprog.clinical_scores import SCORE_COLUMNS
-    from ichprog.result_files import results_file
-    from ichprog.sources import patient_of
-
-    return results_file(
-        output,
-        model.spec,
-        with_patients=any(patient_of(source) is not None for source in sources),
-        detector=None if detector is None else detector.spec,
-        score_columns=SCORE_COLUMNS if with_scores else (),
-        order=[key_of(source) for source in sources],
-        settings=settings,
-        **choices,
     )
 
 
@@ -238,6 +276,7 @@ def _results_file(
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path(), help="Folder for the maps.")
 @click.option("--png", is_flag=True, help="Also draw the maps of each scan over its slices.")
 @click.option("--resume", is_flag=True, help="Explain only scans whose maps are not there yet.")
+@with_workers
 @as_json
 @click.pass_context
 def explain(
@@ -256,73 +295,73 @@ def explain(
     output: Path,
     png: bool,
     resume: bool,
+    pool: Workers,
     as_json: bool,
     **loading: Any,
 ) -> None:
     """Write saliency maps of every SCAN as NIfTI in the scan's own space."""
-    chosen = parse_assignments("--option", options, _LAYER)
+    maps = _MapOptions(output, tasks, methods, parse_assignments("--option", options, _LAYER), label)
     sources = find_scans(scans, study=study, series=series)
     given = read_clinical(clinical, sources)
     model = load_model(name, brain, loading)
-    values = [model.clinical_values(source, given) for source in sources]  # refuses wrong ones before a scan is read
-    todo = list(zip(sources, values, strict=True))
+    for source in sources:
+        model.clinical_values(source, given)  # refuses wrong ones before a scan is read
+    todo = sources
     if resume:
         names = tasks or (model.spec.tasks[0].name,)
         suffixes = [f"_{task}_{method}.nii.gz" for task in names for method in methods] + [".png"] * png
         missing = [not all((output / (stem + suffix)).is_file() for suffix in suffixes) for stem in stems(sources)]
-        todo = list(itertools.compress(todo, missing))
+        todo = list(itertools.compress(sources, missing))
         click.echo(f"{len(sources) - len(todo)} of {len(sources)} scans have their maps in {output}.", err=True)
-    has_failed, left = False, [source for source, _ in todo]
-    results = with_progress(sources, _examine(model, left, brain), left)
-    for (source, stem, examined), (_, known) in zip(results, todo, strict=True):
-        if isinstance(examined, ScanError):
-            has_failed = True
-            failed = model.error_prediction(source, examined)
-            click.echo(json.dumps(failed.to_dict()) if as_json else _format_prediction(failed), err=not as_json)
-            continue
-        if not as_json:
-            print_warnings(examined.name, examined.warnings)
-        options_of_scan = chosen | {"clinical": known}
-        written = _save_maps(model, examined, output, stem, tasks, methods, label, options_of_scan)
-        if png:
-            picture = _draw_maps([saliency for _, saliency in written], examined, output / f"{stem}.png")
-            if not as_json:
-                click.echo(str(picture))
-        for path, saliency in written:
-            if as_json:
-                click.echo(json.dumps(saliency.to_dict() | {"map": str(path)}))
-            else:
-                click.echo(f"{path}{'  (empty)' if saliency.empty else ''}")
+    has_failed = print_outputs(_ExplainScan(model, brain, given, maps, png, as_json), sources, todo, pool)
     print_notice(model)
     ctx.exit(1 if has_failed else 0)
 
 
-def _examine(model: "Model", sources: "list[ScanSource]", brain: Any) -> "Iterator[Scan | ScanError]":
-    """Yield each scan, read and checked, or its error."""
-    for source in sources:
-        try:
-            yield model.load_scan(source, brain=brain)
-        except ScanError as error:
-            yield error
+@dataclass(frozen=True)
+class _ExplainScan:
+    """What `ichprog explain` does with each scan."""
 
+    model: "Model"
+    brain: Any
+    clinical: dict[str, Any]
+    maps: _MapOptions
+    png: bool
+    as_json: bool
 
-def _save_maps(
-    model: "Model",
-    examined: "Scan",
-    folder: Path,
-    stem: str,
-    tasks: tuple[str, ...],
-    methods: tuple[str, ...],
-    label: str | None,
-    options: dict[str, Any],
-) -> "list[tuple[Path, Saliency]]":
-    folder.mkdir(parents=True, exist_ok=True)
-    names = tasks or (model.spec.tasks[0].name,)
-    maps = ichprog.explain(model, examined, task=names, label=label, method=methods, **options)
-    return [
-        (saliency.save(folder / f"{stem}_{task}_{method}.nii.gz"), saliency)
-        for (task, method), saliency in maps.items()
-    ]
+    def results(self, sources: "list[ScanSource]") -> "Iterator[tuple[Scan | ScanError, Scan | ScanError]]":
+        """Yield each scan, read and checked, or its error, twice: there is no other result yet."""
+        for source in sources:
+            found: Scan | ScanError
+            try:
+                found = self.model.load_scan(source, brain=self.brain)
+            except ScanError as error:
+                found = error
+            yield found, found
+
+    def error_result(self, source: "ScanSource", error: ScanError) -> ScanError:  # noqa: ARG002  # the error names it
+        """Return the error of a scan."""
+        return error
+
+    def finish(self, source: "ScanSource", stem: str, _: Any, examined: "Scan | ScanError") -> ScanOutput:
+        """Write the maps of a scan, and return their paths as text."""
+        if isinstance(examined, ScanError):
+            failed = self.model.error_prediction(source, examined)
+            if self.as_json:
+                return ScanOutput(json.dumps(failed.to_dict()), has_failed=True)
+            return ScanOutput(messages=_format_prediction(failed), has_failed=True)
+        known = self.model.clinical_values(source, self.clinical)
+        written, lines = self.maps.save(self.model, examined, stem, known), []
+        if self.png:
+            picture = _draw_maps([saliency for _, saliency in written], examined, self.maps.folder / f"{stem}.png")
+            lines += [] if self.as_json else [str(picture)]
+        for path, saliency in written:
+            if self.as_json:
+                lines.append(json.dumps(saliency.to_dict() | {"map": str(path)}))
+            else:
+                lines.append(f"{path}{'  (empty)' if saliency.empty else ''}")
+        warnings = [] if self.as_json else format_warnings(examined.name, examined.warnings)
+        return ScanOutput("\n".join(lines), "\n".join(warnings))
 
 
 def _draw_maps(maps: "list[Saliency]", scan: "Scan", target: Path) -> Path:
@@ -335,15 +374,14 @@ def _draw_maps(maps: "list[Saliency]", scan: "Scan", target: Path) -> Path:
     return target
 
 
-def _print_prediction(
-    prediction: "Prediction", scores: "ClinicalScores | None", *, as_json: bool, has_files: bool
-) -> None:
-    """Print a prediction with its scores, and as text also its warnings and those of its haemorrhage."""
+def _describe_prediction(
+    prediction: "Prediction", scores: "ClinicalScores | None", *, as_json: bool
+) -> tuple[str, str]:
+    """Return a prediction with its scores, and as text also its warnings and those of its haemorrhage."""
     from ichprog.results import with_scores
 
     if as_json:
-        print_line(json.dumps(with_scores(prediction, scores)), has_files=has_files)
-        return
+        return json.dumps(with_scores(prediction, scores)), ""
     lines = [_format_prediction(prediction)]
     if prediction.clinical is not None:
         lines.append(format_clinical(prediction.clinical))
@@ -351,11 +389,10 @@ def _print_prediction(
         lines.append(format_reliability(prediction))
     if scores is not None:
         lines.append(format_scores(scores))
-    print_line("\n".join(lines), has_files=has_files)
-    print_warnings(prediction.scan, prediction.warnings)
+    warnings = list(prediction.warnings)
     if prediction.haemorrhage is not None:
-        others = [warning for warning in prediction.haemorrhage.warnings if warning not in prediction.warnings]
-        print_warnings(prediction.scan, others)
+        warnings += [warning for warning in prediction.haemorrhage.warnings if warning not in prediction.warnings]
+    return "\n".join(lines), "\n".join(format_warnings(prediction.scan, warnings))
 
 
 def _format_prediction(prediction: "Prediction") -> str:

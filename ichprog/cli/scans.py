@@ -4,9 +4,9 @@ import dataclasses
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -18,18 +18,20 @@ from ichprog.errors import CohortError, InvalidValueError
 if TYPE_CHECKING:
     import nibabel as nib
 
+    from ichprog.cli.workers import ScanWork, Workers
     from ichprog.clinical_scores import ClinicalScores, ScoreRange, ScoreVariable
     from ichprog.errors import ScanWarning
     from ichprog.model import Model
-    from ichprog.result_files import ResultsFile
+    from ichprog.result_files import ResultsFile, ResultsTable
     from ichprog.results import ClinicalUse, Haemorrhage, Prediction
     from ichprog.sources import ScanSource
 
-_Result = TypeVar("_Result")
 _CLINICAL_EXAMPLE = "location=lobar"
 
 scans_argument = click.argument("scans", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="SCAN...")
-output = click.option("-o", "--output", type=click.Path(path_type=Path), help="File of results: .csv, .json or .jsonl.")
+output = click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="File of results: .csv, .parquet, .json or .jsonl."
+)
 dicom_options = [
     click.option("--study", metavar="NAME", help="Take only this DICOM study: a name or UID from `ichprog scans`."),
     click.option("--series", metavar="NAME", help="Read this DICOM series, by number or UID, instead of the best."),
@@ -129,6 +131,13 @@ class ScoreComputer:
         for source in sources if is_requested else ():
             self._values(source)  # refuses wrong values before a scan is read
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Return the columns of the scores in a table; none if no scores are requested."""
+        from ichprog.clinical_scores import SCORE_COLUMNS
+
+        return SCORE_COLUMNS if self._is_requested else ()
+
     def scores(self, source: "ScanSource", haemorrhage: "Haemorrhage | None") -> "ClinicalScores | None":
         """Return the scores of a patient; None if none are requested or the scan has an error."""
         from ichprog.clinical_scores import from_haemorrhage
@@ -153,22 +162,69 @@ class ScoreComputer:
         return own | self._given
 
 
-def check_resume(output: Path | None, *, resume: bool, retry_failed: bool, overwrite: bool) -> None:
-    """Check that the options of an existing file of results suit each other.
+@dataclasses.dataclass(frozen=True)
+class ResultsOptions:
+    """The file of results of a command: the values of -o, --resume, --retry-failed and --overwrite.
 
-    Args:
-        output: File of results, or None.
-        resume: Whether `--resume` is given.
-        retry_failed: Whether `--retry-failed` is given.
-        overwrite: Whether `--overwrite` is given.
-
-    Raises:
-        click.UsageError: An option is given without another one that it needs.
+    Attributes:
+        output: The file, or None.
+        resume: Whether to keep the results of an interrupted or finished run.
+        retry_failed: Whether not to keep those of scans that failed.
+        overwrite: Whether to replace existing results.
     """
-    if (resume or overwrite) and output is None:
-        raise click.UsageError("--resume and --overwrite need -o: the file of results.")
-    if retry_failed and not resume:
-        raise click.UsageError("--retry-failed needs --resume.")
+
+    output: Path | None
+    resume: bool
+    retry_failed: bool
+    overwrite: bool
+
+    def __post_init__(self) -> None:
+        """Check that the options suit each other.
+
+        Raises:
+            click.UsageError: An option is given without another one that it needs.
+        """
+        if (self.resume or self.overwrite) and self.output is None:
+            raise click.UsageError("--resume and --overwrite need -o: the file of results.")
+        if self.retry_failed and not self.resume:
+            raise click.UsageError("--retry-failed needs --resume.")
+
+    @property
+    def suffix(self) -> str | None:
+        """Return the suffix of the file, or None without a file."""
+        return None if self.output is None else self.output.suffix
+
+    @contextmanager
+    def open(
+        self, table: "ResultsTable", run: Mapping[str, Any], sources: "list[ScanSource]"
+    ) -> "Iterator[tuple[ResultsFile | None, list[ScanSource]]]":
+        """Open the file, and yield it with the scans that have no result yet.
+
+        If the command is interrupted, a sentence says how to continue.
+
+        Args:
+            table: The table of the results.
+            run: What determines the results, as in `result_files.results_file`.
+            sources: All scans.
+        """
+        from ichprog.result_files import results_file
+
+        if self.output is None:
+            yield None, sources
+            return
+        order = [key_of(source) for source in sources]
+        choices = {"resume": self.resume, "retry_failed": self.retry_failed, "overwrite": self.overwrite}
+        with results_file(self.output, table, run, order=order, **choices) as file:
+            todo = [source for source in sources if key_of(source) not in file.done]
+            if len(todo) < len(sources):
+                done = f"{len(sources) - len(todo)} of {len(sources)} scans have results in {file.target}."
+                click.echo(done, err=True)
+            try:
+                yield file, todo
+            except KeyboardInterrupt:
+                done = f"{len(file.done)} of {len(sources)} results are in {file.journal}."
+                click.echo(f"\nInterrupted. {done} Continue with --resume.", err=True)
+                raise
 
 
 def take_shard(sources: "list[ScanSource]", shard: str | None) -> "list[ScanSource]":
@@ -188,31 +244,11 @@ def key_of(source: "ScanSource") -> tuple[str, str]:
     return patient_of(source) or "", name_of(source)
 
 
-@contextmanager
-def open_results(
-    opened: "AbstractContextManager[ResultsFile] | None", sources: "list[ScanSource]"
-) -> "Iterator[tuple[ResultsFile | None, list[ScanSource]]]":
-    """Open a file of results, and yield it with the scans that have no result yet.
+def has_patients(sources: "list[ScanSource]") -> bool:
+    """Return whether a scan comes from a table of patients."""
+    from ichprog.sources import patient_of
 
-    If the command is interrupted, a sentence says how to continue.
-
-    Args:
-        opened: From `result_files.results_file`, or None for no file.
-        sources: All scans.
-    """
-    if opened is None:
-        yield None, sources
-        return
-    with opened as file:
-        todo = [source for source in sources if key_of(source) not in file.done]
-        if len(todo) < len(sources):
-            click.echo(f"{len(sources) - len(todo)} of {len(sources)} scans have results in {file.target}.", err=True)
-        try:
-            yield file, todo
-        except KeyboardInterrupt:
-            done = f"{len(file.done)} of {len(sources)} results are in {file.journal}."
-            click.echo(f"\nInterrupted. {done} Continue with --resume.", err=True)
-            raise
+    return any(patient_of(source) is not None for source in sources)
 
 
 def print_line(text: str, *, has_files: bool) -> None:
@@ -230,27 +266,50 @@ def print_line(text: str, *, has_files: bool) -> None:
             raise SystemExit(0) from None
 
 
-def with_progress(
-    sources: "list[ScanSource]", results: Iterable[_Result], todo: "list[ScanSource] | None" = None
-) -> "Iterator[tuple[ScanSource, str, _Result]]":
-    """Yield each scan with a stem for its files and its result, and show a progress bar on a terminal.
+def print_outputs(
+    work: "ScanWork",
+    sources: "list[ScanSource]",
+    todo: "list[ScanSource]",
+    pool: "Workers",
+    *,
+    file: "ResultsFile | None" = None,
+    has_files: bool = True,
+) -> bool:
+    """Work on scans, print and record what is left of each, and show a progress bar on a terminal.
 
     Args:
-        sources: All scans, which determine the stems.
-        results: Results of `todo`.
-        todo: The scans with results; all of them by default.
+        work: What is done with each scan.
+        sources: All scans, which determine the stems of the names of files.
+        todo: The scans to work on.
+        pool: Where to work.
+        file: File of results, or None.
+        has_files: Whether the command writes files, too.
+
+    Returns:
+        Whether a scan has an error.
     """
+    from ichprog.cli.workers import work_on_scans
+
     is_shown = sys.stderr.isatty() and len(sources) > 1
     stem_of = dict(zip(map(key_of, sources), stems(sources), strict=True))
-    todo = sources if todo is None else todo
-    with _progress_bar(len(sources), len(sources) - len(todo)) if is_shown else nullcontext() as bar:
-        for source, result in zip(todo, results, strict=True):
-            stem = stem_of[key_of(source)]
+    items, has_failed = [(source, stem_of[key_of(source)]) for source in todo], False
+    with (
+        pool.start() as where,
+        _progress_bar(len(sources), len(sources) - len(todo)) if is_shown else nullcontext() as bar,
+    ):
+        for result in work_on_scans(work, items, **where):
             if bar is not None:
                 bar.clear()  # frees the line for the output of this scan
-            yield source, stem, result
+            if result.text:
+                print_line(result.text, has_files=has_files)
+            if result.messages:
+                click.echo(result.messages, err=True)
+            has_failed |= result.has_failed
+            if file is not None and result.entry is not None:
+                file.add_entry(result.entry)
             if bar is not None:
                 bar.update()
+    return has_failed or (file is not None and "failed" in file.done.values())
 
 
 def _progress_bar(total: int, done: int) -> Any:
@@ -366,10 +425,9 @@ def print_limits(model: "Model") -> None:
         click.echo(f"Limits: {limit}")
 
 
-def print_warnings(name: str, warnings: "Iterable[ScanWarning]") -> None:
-    """Print the warnings about a scan with its name, to standard error."""
-    for warning in warnings:
-        click.echo(f"{name}: {warning.code}: {warning.message}", err=True)
+def format_warnings(name: str, warnings: "Iterable[ScanWarning]") -> list[str]:
+    """Return a line for each warning about a scan, with its name."""
+    return [f"{name}: {warning.code}: {warning.message}" for warning in warnings]
 
 
 def print_notice(model: "Model") -> None:

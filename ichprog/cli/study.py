@@ -1,13 +1,13 @@
 """Compare variants of a model on the same folds of one cohort: `ichprog study`."""
 
 from collections import Counter
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from ichprog.cli.options import as_json, parse_assignments, print_json, print_path
+from ichprog.cli.options import as_json, print_json, print_path
+from ichprog.cli.workers import Workers, with_workers
 from ichprog.errors import InvalidValueError
 
 if TYPE_CHECKING:
@@ -82,42 +82,25 @@ def power(
 @study.command()
 @_study
 @_output
-@click.option("--workers", default=1, show_default=True, help="Number of processes, or of Slurm jobs.")
-@click.option("--scheduler", metavar="ADDRESS", help="Run on the workers of this dask scheduler.")
-@click.option(
-    "--slurm", multiple=True, metavar="NAME=VALUE",
-    help="Run on Slurm with this option of a Slurm job, such as queue=gpu. Repeatable.",
-)  # fmt: skip
+@with_workers
 @_cache_dir
 @_saliency_patients
 @as_json
 def run(
     study: Path,
     output: Path | None,
-    workers: int,
-    scheduler: str | None,
-    slurm: tuple[str, ...],
+    pool: Workers,
     cache_dir: Path | None,
     saliency_patients: int,
     as_json: bool,
 ) -> None:
     """Run the missing jobs of a study, and write tables, figures and report.html."""
     import ichprog.study
-    from ichprog.parallel import cluster
 
-    if scheduler and slurm:
-        raise click.UsageError("--scheduler and --slurm exclude each other. Give one of them.")
     ichprog.study.require_packages()
-    options = parse_assignments("--slurm", slurm, "queue=gpu")
     plan, folder = ichprog.study.Study.read(study), output or study.with_suffix("")
-    with ExitStack() as stack:
-        executor = None
-        if scheduler or slurm:
-            executor = stack.enter_context(cluster(scheduler=scheduler, slurm=options or None, workers=workers))
-        local_workers = 1 if executor else workers  # this machine may be a login node
-        statuses = ichprog.study.run(
-            plan, folder, executor=executor, workers=local_workers, cache_dir=cache_dir, progress=_print_status
-        )
+    with pool.start() as where:
+        statuses = ichprog.study.run(plan, folder, cache_dir=cache_dir, progress=_print_status, **where)
     path = ichprog.study.report(plan, folder, saliency_patients=saliency_patients, cache_dir=cache_dir)
     print_path(path, as_json=as_json)
     click.echo(ichprog.study.research_notice(plan, folder), err=True)

@@ -30,7 +30,7 @@ from ichprog.cohort import Cohort
 from ichprog.errors import CohortError, IchprogError, RunError
 from ichprog.evaluation.predictions import SPLITS, Predictions, TaskPredictions
 from ichprog.io import atomic_write, file_lock
-from ichprog.parallel import run_jobs
+from ichprog.parallel import WorkerDiedError, map_unordered
 from ichprog.spec import Task
 from ichprog.study import manifest
 from ichprog.study.config import Study
@@ -130,9 +130,8 @@ def run(
     _prepare_grids(study, cohort, cache, remaining, workers)
     function = partial(run_job, study, out, cache)
     for jobs in _order(study, remaining):
-        run_jobs(
-            jobs, function, lambda job, error: _finish_job(out, job, error, report), executor=executor, workers=workers
-        )
+        for job, result in map_unordered(function, jobs, executor=executor, workers=workers):
+            _finish_job(out, job, str(result) if isinstance(result, WorkerDiedError) else result, report)
     statuses = status(study, out)
     collect(study, out, complete_runs(statuses)).write(out / "predictions.csv")
     return statuses

@@ -333,9 +333,8 @@ def test_several_processes_give_the_same_files_as_one_if_a_process_is_killed(
 def test_a_job_that_kills_every_process_fails_alone():
     from support import crashing_job
 
-    ended = {}
-    parallel.run_jobs(range(5), crashing_job.work, lambda item, error: ended.setdefault(item, error), workers=2)
-    assert ended.pop(2) == "its process died each time; it may need more memory than there is"
+    ended = dict(parallel.map_unordered(crashing_job.work, range(5), workers=2))
+    assert str(ended.pop(2)) == "its process died each time; it may need more memory than there is"
     assert ended == {0: None, 1: None, 3: "wrong", 4: None}
 
 
