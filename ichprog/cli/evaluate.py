@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from ichprog.cli.options import as_json, brain, loading, print_json, with_options
+from ichprog.cli.workers import Workers, with_workers
 from ichprog.io import write_json
 
 if TYPE_CHECKING:
@@ -51,8 +52,12 @@ if TYPE_CHECKING:
     "--min-count", default=5, show_default=True, type=click.IntRange(min=3),
     help="Smallest number of patients behind any number of --summary.",
 )  # fmt: skip
-@click.option("--pool", is_flag=True, help="Pool summaries of several sites: ichprog evaluate --pool FILE...")
+@click.option(
+    "--pool", "pool_summaries", is_flag=True, help="Pool summaries of several sites: ichprog evaluate --pool FILE..."
+)
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder of all results.")
+@click.option("--resume", is_flag=True, help="Continue an interrupted run: predict only scans without a result.")
+@with_workers
 @as_json
 @click.pass_context
 def evaluate(
@@ -72,7 +77,9 @@ def evaluate(
     compare: str | None,
     summary: Path | None,
     min_count: int,
-    pool: bool,
+    pool_summaries: bool,
+    resume: bool,
+    pool: Workers,
     **loading_options: Any,
 ) -> None:
     """Score the model NAME on the patients of COHORT, and exclude folds that were trained on a patient.
@@ -82,11 +89,13 @@ def evaluate(
     NAME is a name from `ichprog models`, hf-hub:org/repo[/folder]@revision, or local-dir:PATH. COHORT is a table of
     patients; several tables are joined. The output says so if it is unknown whether the model was trained on them.
     """
-    if pool:
+    if pool_summaries:
         _pool([Path(name), *cohorts], output, as_json=as_json)
         return
     if not cohorts:
         raise click.UsageError("Missing argument 'COHORT...'. Give the table of patients.")
+    if resume and output is None:
+        raise click.UsageError("--resume needs -o: the folder of all results.")
     from ichprog.cohort import Cohort
     from ichprog.evaluation import evaluate as evaluate_model
     from ichprog.model import load_model
@@ -96,14 +105,18 @@ def evaluate(
     for folder in (output, summary and summary.parent):
         if folder:
             folder.mkdir(parents=True, exist_ok=True)  # fails before the scans are predicted, not after
-    evaluation = evaluate_model(
-        load_model(name, **loading_options), cohort, brain=brain, n_bootstrap=n_bootstrap, seed=seed,
-        ci_method=ci_method, subgroups=subgroups, at_sensitivity=at_sensitivity, at_specificity=at_specificity,
-        compare=load_model(compare, **{**loading_options, "fold": None}) if compare else None,
-        progress=sys.stderr.isatty(),
-    )  # fmt: skip
+    journal = None if output is None else output / "predictions.journal"
+    with pool.start() as where:
+        evaluation = evaluate_model(
+            load_model(name, **loading_options), cohort, brain=brain, n_bootstrap=n_bootstrap, seed=seed,
+            ci_method=ci_method, subgroups=subgroups, at_sensitivity=at_sensitivity, at_specificity=at_specificity,
+            compare=load_model(compare, **{**loading_options, "fold": None}) if compare else None,
+            progress=sys.stderr.isatty(), journal=journal, resume=resume, **where,
+        )  # fmt: skip
     if output:
         evaluation.write(output)
+    if journal:
+        journal.unlink(missing_ok=True)
     if summary:
         write_json(summary, evaluation.summary(min_count=min_count))
     if as_json:

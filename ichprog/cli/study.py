@@ -82,6 +82,10 @@ def power(
 @study.command()
 @_study
 @_output
+@click.option(
+    "--job", "jobs", multiple=True, metavar="NAME",
+    help="Run only this job, and write no report. Repeatable. `ichprog study jobs` lists the jobs.",
+)  # fmt: skip
 @with_workers
 @_cache_dir
 @_saliency_patients
@@ -89,6 +93,7 @@ def power(
 def run(
     study: Path,
     output: Path | None,
+    jobs: tuple[str, ...],
     pool: Workers,
     cache_dir: Path | None,
     saliency_patients: int,
@@ -100,14 +105,44 @@ def run(
     ichprog.study.require_packages()
     plan, folder = ichprog.study.Study.read(study), output or study.with_suffix("")
     with pool.start() as where:
-        statuses = ichprog.study.run(plan, folder, cache_dir=cache_dir, progress=_print_status, **where)
-    path = ichprog.study.report(plan, folder, saliency_patients=saliency_patients, cache_dir=cache_dir)
-    print_path(path, as_json=as_json)
+        statuses = ichprog.study.run(
+            plan, folder, cache_dir=cache_dir, progress=_print_status, only=jobs or None, **where
+        )
+    if jobs:
+        print_path(folder, as_json=as_json)
+    else:
+        path = ichprog.study.report(plan, folder, saliency_patients=saliency_patients, cache_dir=cache_dir)
+        print_path(path, as_json=as_json)
     click.echo(ichprog.study.research_notice(plan, folder), err=True)
     unfinished = sum(each.state != "done" for each in statuses)
     if unfinished:
         click.echo(f"{unfinished} of {len(statuses)} jobs are not done. Run the command again to run them.", err=True)
         click.get_current_context().exit(1)
+
+
+@study.command()
+@_study
+@_output
+@click.option("--stage", type=int, help="List only the jobs of this stage, from 0.")
+@as_json
+def jobs(study: Path, output: Path | None, stage: int | None, as_json: bool) -> None:
+    """Print the names of the jobs that are not done, for `ichprog study run --job`.
+
+    The jobs of a stage need those of earlier stages, and can run at the same time.
+    """
+    import ichprog.study
+
+    plan = ichprog.study.Study.read(study)
+    stages = ichprog.study.stages(plan)
+    statuses = ichprog.study.status(plan, output or study.with_suffix(""))
+    listed = sorted((each for each in statuses if each.state != "done"), key=lambda each: stages[each.job.run])
+    listed = [each for each in listed if stage in (None, stages[each.job.run])]
+    if as_json:
+        found = [{"job": each.job.name, "stage": stages[each.job.run], "state": each.state} for each in listed]
+        print_json(found)
+    else:
+        for each in listed:
+            click.echo(each.job.name)
 
 
 @study.command()

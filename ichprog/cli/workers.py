@@ -53,16 +53,22 @@ class Workers:
     scheduler: str | None = None
     slurm: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        """Check that the options suit each other.
+
+        Raises:
+            click.UsageError: Both a scheduler and options of Slurm are given.
+        """
+        if self.scheduler and self.slurm:
+            raise click.UsageError("--scheduler and --slurm exclude each other. Give one of them.")
+
     @contextmanager
     def start(self) -> "Iterator[dict[str, Any]]":
         """Yield the arguments `executor` and `workers` of functions that distribute work.
 
         Raises:
-            click.UsageError: Options contradict each other.
             IchprogError: The cluster cannot be used.
         """
-        if self.scheduler and self.slurm:
-            raise click.UsageError("--scheduler and --slurm exclude each other. Give one of them.")
         if not (self.scheduler or self.slurm):
             yield {"executor": None, "workers": self.count}
             return

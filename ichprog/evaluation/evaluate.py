@@ -1,6 +1,7 @@
 """Evaluate a model on a cohort with leakage control."""
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,7 +13,7 @@ from ichprog import metrics as metrics_package
 from ichprog.cohort import Cohort, Origin
 from ichprog.errors import CohortError, InvalidValueError, missing_extra
 from ichprog.evaluation import validation
-from ichprog.evaluation.cohort_predictions import Plan, plan_patients, predict_patients, tabulate
+from ichprog.evaluation.cohort_predictions import Plan, open_journal, plan_patients, predict_patients, tabulate
 from ichprog.evaluation.leakage import LeakageReport
 from ichprog.evaluation.predictions import Predictions, TaskPredictions
 from ichprog.evaluation.validation import EventValidation, ModelComparison
@@ -189,6 +190,10 @@ def evaluate(
     at_specificity: Sequence[float] = (),
     compare: Model | str | None = None,
     progress: bool = False,
+    executor: Executor | None = None,
+    workers: int = 1,
+    journal: str | Path | None = None,
+    resume: bool = False,
 ) -> Evaluation:
     """Evaluate a model on a cohort.
 
@@ -208,6 +213,11 @@ def evaluate(
         at_specificity: Specificities at which an operating point is reported, each above 0 and at most 1.
         compare: Another model, which is compared on the patients that both may predict.
         progress: Whether to show a progress bar on standard error.
+        executor: Executor whose workers predict the scans, such as that of `parallel.cluster`. By default, processes of
+            this machine.
+        workers: Number of processes if there is no executor. 1 predicts in this process.
+        journal: File to which each prediction is written at once. It stays; delete it when it is not needed any more.
+        resume: Whether to use the predictions in the journal of an interrupted run.
 
     Raises:
         CohortError: The table is wrong, has the column of no task, has no patient that the model may predict, or has
@@ -215,7 +225,7 @@ def evaluate(
         InvalidValueError: A sensitivity or specificity is not above 0 and at most 1, or a model is compared with
             itself.
         SpecError: The models to compare share no task.
-        RunError: The model's run.json cannot be read.
+        RunError: The model's run.json cannot be read, or the journal cannot be used.
         UnknownNameError, SpecError, WeightsError, PluginError: As in `load_model`.
         IchprogError: The extra `study` is not installed.
 
@@ -230,6 +240,7 @@ def evaluate(
     """
     if find_spec("scipy") is None:
         raise missing_extra("study", "scipy", "Evaluating a model")
+    run = {"brain": str(brain)}
     brain = resolve_brain(brain)
     targets = validation.operating_targets(at_sensitivity, at_specificity)
     table = cohort if isinstance(cohort, Cohort) else Cohort.read(cohort, scans=False)
@@ -241,16 +252,18 @@ def evaluate(
     validation.check_two_labels(spec, table.source, plan.labels, plan.scored)
     other_plan = None if other is None else _plan_comparison(loaded, other, table, plan)
 
-    results = predict_patients(loaded, table, plan, brain, progress=progress)
+    where: dict[str, Any] = {"progress": progress, "executor": executor, "workers": workers}
+    with open_journal(None if journal is None else Path(journal), run, resume=resume) as kept:
+        results = predict_patients(loaded, table, plan, brain, journal=kept, **where)
+        if other is not None and other_plan is not None:
+            other_results = predict_patients(other, table, other_plan, brain, journal=kept, **where)
     predictions = tabulate(spec, table, plan, results)
     labelled = {task: each.labelled() for task, each in predictions.items()}
     labelled = {task: each for task, each in labelled.items() if len(each)}
     entries = {(spec.name, task, "test"): each for task, each in predictions.items() if len(each)}
     comparison = None
     if other is not None and other_plan is not None:
-        others = tabulate(
-            other.spec, table, other_plan, predict_patients(other, table, other_plan, brain, progress=progress)
-        )
+        others = tabulate(other.spec, table, other_plan, other_results)
         name = other.spec.name if other.spec.name != spec.name else f"{spec.name} (second)"
         entries |= {(name, task, "test"): each for task, each in others.items() if len(each)}
         comparison = _compare(loaded, other, name, predictions, others, other_plan, n_bootstrap=n_bootstrap, seed=seed)

@@ -8,7 +8,7 @@ for `run`. `compute_power` says how many patients and seeds a study needs.
 """
 
 from ichprog.study.config import Study
-from ichprog.study.jobs import Job, JobStatus, run, status
+from ichprog.study.jobs import Job, JobStatus, run, stages, status
 from ichprog.study.manifest import research_notice
 from ichprog.study.power import Assumptions, Power, compute_power
 from ichprog.study.report import report, require_packages
@@ -28,6 +28,7 @@ __all__ = [
     "research_notice",
     "run",
     "saliency_figure",
+    "stages",
     "status",
     "template",
 ]

@@ -27,7 +27,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ichprog.cohort import Cohort
-from ichprog.errors import CohortError, IchprogError, RunError
+from ichprog.errors import CohortError, IchprogError, RunError, UnknownNameError
 from ichprog.evaluation.predictions import SPLITS, Predictions, TaskPredictions
 from ichprog.io import atomic_write, file_lock
 from ichprog.parallel import WorkerDiedError, map_unordered
@@ -83,8 +83,11 @@ def run(
     workers: int = 1,
     cache_dir: str | Path | None = None,
     progress: Callable[[JobStatus], Any] | None = None,
+    only: Sequence[str] | None = None,
 ) -> list[JobStatus]:
     """Run the missing jobs of a study and collect the predictions.
+
+    Several processes may run the same study at the same time: each job is run by one of them.
 
     Args:
         study: Study.
@@ -94,15 +97,16 @@ def run(
         workers: Number of processes if there is no executor. 1 runs in this process.
         cache_dir: Folder of prepared grids. By default `$ICHPROG_CACHE` or `~/.cache/ichprog`.
         progress: Called with the status of each job that was done already, and of each job that ends.
+        only: Names of the jobs to run. By default all. The predictions are collected by a later call without `only`.
 
     Returns:
-        The final status of every job.
+        The final status of every job that was to be run.
 
     Raises:
         RunError: The folder holds another study or other files.
         CohortError: There are too few patients, a column is missing, or a scan cannot be used.
         SpecError: A variant cannot be built.
-        UnknownNameError: A plugin or a column does not exist.
+        UnknownNameError: A plugin, a column or a job does not exist.
         PluginError: A plugin of a variant fails.
 
     Example:
@@ -116,25 +120,36 @@ def run(
 
     out, cache = Path(out).absolute(), hub.cache_folder(cache_dir).absolute()
     manifest.refuse_foreign_folder(out)
-    manifest.simulate_patients(study, out, workers)
-    cohort = manifest.load_cohort(study, out)
-    manifest.open_folder(out, manifest.build_manifest(study, cohort))
+    chosen = _choose_jobs(study, only)
+    with file_lock(out / ".prepare.lock"):  # another process may prepare the same study
+        manifest.simulate_patients(study, out, workers)
+        cohort = manifest.load_cohort(study, out)
+        manifest.open_folder(out, manifest.build_manifest(study, cohort))
+        before = [each for each in status(study, out) if each.job in chosen]
+        remaining = [each.job for each in before if each.state != "done"]
+        _prepare_grids(study, cohort, cache, remaining, workers)
 
     report = progress or (lambda _: None)
-    remaining = []
-    for each in status(study, out):
+    for each in before:
         if each.state == "done":
             report(each)
-        else:
-            remaining.append(each.job)
-    _prepare_grids(study, cohort, cache, remaining, workers)
     function = partial(run_job, study, out, cache)
     for jobs in _order(study, remaining):
         for job, result in map_unordered(function, jobs, executor=executor, workers=workers):
             _finish_job(out, job, str(result) if isinstance(result, WorkerDiedError) else result, report)
     statuses = status(study, out)
-    collect(study, out, complete_runs(statuses)).write(out / "predictions.csv")
-    return statuses
+    if only is None:
+        collect(study, out, complete_runs(statuses)).write(out / "predictions.csv")
+    return [each for each in statuses if each.job in chosen]
+
+
+def _choose_jobs(study: Study, names: Sequence[str] | None) -> list[Job]:
+    """Return the jobs with these names, by default all."""
+    jobs = {job.name: job for job in _list_jobs(study)}
+    for name in names or ():
+        if name not in jobs:
+            raise UnknownNameError("job of the study", name, jobs)
+    return [job for name, job in jobs.items() if names is None or name in names]
 
 
 def status(study: Study, out: str | Path) -> list[JobStatus]:
@@ -295,15 +310,25 @@ def _prepare_grids(study: Study, cohort: Cohort, cache: Path, jobs: Sequence[Job
         grid_cache.prepare(scans, contract, brain=brain, folder=cache / "grids", workers=workers)
 
 
-def _order(study: Study, jobs: Sequence[Job]) -> list[list[Job]]:
-    """Return jobs in stages, so that each needs the results of earlier stages only."""
-    stages: dict[str, int] = {}
+def stages(study: Study) -> dict[str, int]:
+    """Return the stage of each run and baseline by name. A job needs results of jobs of earlier stages only.
+
+    Args:
+        study: Study.
+    """
+    found: dict[str, int] = {}
     for name, run in study.runs.items():
         start = study.start_of(run)
-        stages[name] = 0 if start is None else stages[start] + 1
+        found[name] = 0 if start is None else found[start] + 1
     for baseline in study.baselines:
-        stages[baseline.name] = stages[baseline.variant] + 1 if baseline.variant else 0
-    return [[job for job in jobs if stages[job.run] == stage] for stage in range(max(stages.values()) + 1)]
+        found[baseline.name] = found[baseline.variant] + 1 if baseline.variant else 0
+    return found
+
+
+def _order(study: Study, jobs: Sequence[Job]) -> list[list[Job]]:
+    """Return jobs in stages."""
+    stage_of = stages(study)
+    return [[job for job in jobs if stage_of[job.run] == stage] for stage in range(max(stage_of.values()) + 1)]
 
 
 def _list_jobs(study: Study) -> list[Job]:

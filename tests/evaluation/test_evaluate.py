@@ -450,3 +450,35 @@ def test_several_tables_are_joined(run, folder, tmp_path, run_command):
     done = json.loads(run_command(f"local-dir:{run}", folder / "north.csv", folder / "south.csv", "--json").stdout)
     assert done["scored"] == 22
     assert "trained on this table" in done["leakage"]
+
+
+def test_two_workers_give_the_evaluation_of_one_process(run, cohort, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    one, two = (evaluate(f"local-dir:{run}", cohort, n_bootstrap=10, workers=workers) for workers in (1, 2))
+    assert two.to_dict() == one.to_dict()
+
+
+def test_an_interrupted_evaluation_resumes_with_the_same_files(run, folder, tmp_path, run_command, monkeypatch):
+    given = f"local-dir:{run}", folder / "cohort.csv", "--n-bootstrap", 10
+    run_command(*given, "-o", tmp_path / "whole")
+    predicted, original = [], ichprog.model.Model._prediction
+
+    def interrupt(self, source, *arguments):
+        predicted.append(source.name)
+        if len(predicted) == 6:
+            raise KeyboardInterrupt
+        return original(self, source, *arguments)
+
+    monkeypatch.setattr(ichprog.model.Model, "_prediction", interrupt)
+    run_command(*given, "-o", tmp_path / "out")
+    assert (tmp_path / "out/predictions.journal").read_bytes().count(b"\n") == 6, "the run, and five patients"
+    refused = run_command(*given, "-o", tmp_path / "out")
+    assert "holds results of an interrupted run. Continue it with --resume" in refused.output
+    first = predicted[:5]
+    assert run_command(*given, "-o", tmp_path / "out", "--resume").exit_code == 0
+    assert len(predicted) == 6 + 22 - 5
+    assert not set(first) & set(predicted[6:])
+    for name in ("predictions.csv", "metrics.json", "evaluation.json", "report.html"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert not (tmp_path / "out/predictions.journal").exists()
+    assert run_command(*given, "--resume").exit_code == 2

@@ -11,10 +11,12 @@ import signal
 import nibabel as nib
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from filelock import FileLock
 
 import ichprog.train
 from ichprog import CohortError, RunError, SpecError, UnknownNameError, parallel, zoo
+from ichprog.cli import main
 from ichprog.cohort import Cohort
 from ichprog.evaluation.predictions import Predictions
 from ichprog.study import jobs, template
@@ -151,6 +153,28 @@ def test_a_learning_curve_trains_on_fewer_patients_with_the_same_test_parts(pati
     one, six = (predictions.entries[name, "prognosis", "test"] for name in ("one", "one@6"))
     assert one.patients == six.patients
     assert one.probabilities.tolist() != six.probabilities.tolist()
+
+
+def test_single_jobs_give_the_same_files(finished_study, patients_folder, make_study, tmp_path):
+    """Jobs may be started by any program, one at a time, in the order of their stages."""
+    study, out = make_study(), copied(finished_study, tmp_path / "out")
+    for name in ("runs/all/config.json", "baselines/majority.csv", "baselines/fusion.csv", "predictions.csv"):
+        (out / name).unlink()
+    path = patients_folder / "study.toml"
+    listed = CliRunner().invoke(main, ["study", "jobs", str(path), "-o", str(out), "--json"])
+    found = {each["job"]: each["stage"] for each in json.loads(listed.stdout)}
+    assert found == {"all-0": 0, "all-1": 0, "majority": 0, "fusion": 1}
+    first = CliRunner().invoke(main, ["study", "jobs", str(path), "-o", str(out), "--stage", "1"])
+    assert first.stdout.split() == ["fusion"]
+    for name in found:
+        command = ["study", "run", str(path), "-o", str(out), "--job", name, "--cache-dir", str(patients_folder / "c")]
+        done = CliRunner().invoke(main, command)
+        assert done.exit_code == 0, done.output
+    assert not (out / "predictions.csv").exists()
+    jobs.run(study, out, cache_dir=patients_folder / "c")
+    assert (out / "predictions.csv").read_bytes() == (finished_study / "predictions.csv").read_bytes()
+    with pytest.raises(UnknownNameError, match=r"Unknown job of the study 'al-0'\. Did you mean all-0"):
+        jobs.run(study, out, only=["al-0"])
 
 
 # failures

@@ -1,4 +1,4 @@
-"""A study on Slurm: a cluster of one node on the loopback, whose jobs are cancelled while they run."""
+"""Studies and predictions on Slurm: a cluster of one node on the loopback, whose jobs are cancelled while they run."""
 
 import getpass
 import os
@@ -7,15 +7,19 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 
+import nibabel as nib
+import numpy as np
 import pytest
 
 from ichprog import RunError, parallel
 from ichprog.study import jobs
 
+from support.phantoms import brain_hu
 from support.small_study import JOBS, job_names
 
 pytestmark = pytest.mark.usefixtures("one_thread", "one_thread_in_workers")
@@ -165,6 +169,29 @@ def test_slurm_jobs_give_the_same_files_as_one_process_if_some_are_killed(
         assert len(cancelled) == 2
         assert after
         assert not set(cancelled) & set(after), "other jobs replace the cancelled ones"
+
+
+@pytest.mark.slow
+def test_predicting_on_slurm_gives_the_bytes_of_one_process_if_a_job_is_cancelled(slurm, tmp_path, monkeypatch):
+    monkeypatch.setenv("ICHPROG_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "scans").mkdir()
+    for number in range(16):
+        image = nib.Nifti1Image(brain_hu((96, 96, 20), (50 + number, 40, 10)), np.diag([-2.2, -2.2, 7.0, 1.0]))
+        image.to_filename(tmp_path / "scans" / f"{number:02}.nii.gz")
+
+    def start(name, *arguments):
+        command = [sys.executable, "-m", "ichprog", "predict", "scans", "-m", "compact.prognosis_gcs3_age", "-o", name]
+        return subprocess.Popen([*command, *arguments], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+
+    start("one.jsonl").communicate()
+    options = ("--slurm", "queue=gpu", "--slurm", f"log_directory={tmp_path}", "--workers", "2")
+    process, journal = start("slurm.jsonl", *options), tmp_path / "slurm.jsonl.journal"
+    until(lambda: journal.exists() and journal.read_bytes().count(b"\n") > 2, seconds=120)
+    output_of("scancel", slurm_jobs("running")[0])
+    _, messages = process.communicate()
+    assert process.returncode == 0, messages
+    assert (tmp_path / "slurm.jsonl").read_bytes() == (tmp_path / "one.jsonl").read_bytes()
+    until(lambda: not slurm_jobs())
 
 
 @pytest.mark.slow

@@ -9,3 +9,10 @@ def work(item):
     if item == 2:
         os.kill(os.getpid(), signal.SIGKILL)
     return "wrong" if item == 3 else None
+
+
+def fail(item):
+    """Raise an error with attributes."""
+    from ichprog.errors import UnknownNameError
+
+    raise UnknownNameError("device", "gpu", ["cpu", "cuda"])
