@@ -47,8 +47,8 @@ DEPENDENCIES = ("ichprog", "torch", "monai", "openvino", "numpy", "nibabel", "py
 class Model:
     """A model with its weights. `load_model` returns one, `predict` and `explain` take one.
 
-    A model from `load_model` can be pickled. The pickle holds its name and the checksums of its weights; whoever reads
-    the pickle loads the model, and refuses other weights and other versions of packages.
+    A model from `load_model` can be pickled. The pickle holds its name and the checksums of its weights. A process that
+    reads the pickle loads the model, and refuses other weights and other versions of packages.
 
     Args:
         spec: The specification of the model.

@@ -1,6 +1,7 @@
 """Share between commands how scans are found, and how progress, files, warnings and clinical scores are written."""
 
 import dataclasses
+import functools
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -322,8 +323,10 @@ def stems(sources: "list[ScanSource]") -> list[str]:
     """Return a stem for the files of each scan: its name, with as many folder names as make the stems unique."""
     from ichprog.sources import name_of
 
+    resolve_folder = functools.cache(Path.resolve)  # thousands of scans share few folders
     paths = [Path(name_of(source)) for source in sources]
-    parts = [[*path.resolve().parts[:-1], path.resolve().name] for path in paths]
+    paths = [path.resolve() if path.name in ("", "..") else resolve_folder(path.parent) / path.name for path in paths]
+    parts = [list(path.parts) for path in paths]
     for names in parts:
         for suffix in (".nii.gz", ".nii", ".zip", ".dcm"):
             names[-1] = names[-1].removesuffix(suffix)

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import click
 
 from ichprog.cli.options import parse_assignments
-from ichprog.errors import ScanError
 from ichprog.parallel import WorkerDiedError, cluster, map_unordered
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor
 
+    from ichprog.errors import ScanError
     from ichprog.result_files import Entry
     from ichprog.scan import Scan
     from ichprog.sources import ScanSource
@@ -112,7 +112,7 @@ class ScanWork(Protocol):
     def results(self, sources: "list[ScanSource]") -> "Iterator[tuple[Any, Scan | ScanError]]":
         """Yield the result of each scan, with the checked scan or the error of the scan."""
 
-    def error_result(self, source: "ScanSource", error: ScanError) -> Any:
+    def error_result(self, source: "ScanSource", error: "ScanError") -> Any:
         """Return the result of a scan with an error."""
 
     def finish(self, source: "ScanSource", stem: str, result: Any, scan: "Scan | ScanError") -> ScanOutput:
@@ -150,9 +150,10 @@ def work_on_scans(
     function = functools.partial(_work_on_scan, work)
     for (source, stem), output in map_unordered(function, todo, executor=executor, workers=workers):
         if isinstance(output, WorkerDiedError):
+            from ichprog.scan import worker_died_error
             from ichprog.sources import name_of
 
-            error = ScanError(f"{name_of(source)}: {output}. Try it with --workers 1.", code="worker-died")
+            error = worker_died_error(name_of(source), output)
             yield work.finish(source, stem, work.error_result(source, error), error)
         else:
             yield output

@@ -24,7 +24,7 @@ from ichprog.journal import Journal
 from ichprog.model import Model
 from ichprog.parallel import WorkerDiedError, map_unordered
 from ichprog.results import Prediction
-from ichprog.scan import Scan
+from ichprog.scan import Scan, worker_died_error
 from ichprog.spec import ModelSpec, Task
 
 if TYPE_CHECKING:
@@ -210,7 +210,7 @@ def predict_patients(
     with tqdm(total=n, initial=n - len(todo), unit="scan", file=sys.stderr, disable=not progress) as bar:
         for job, result in done:
             if isinstance(result, WorkerDiedError):
-                error = ScanError(f"{job.patient.scan}: {result}. Try it with one worker.", code="worker-died")
+                error = worker_died_error(str(job.patient.scan), result)
                 result = _result_of(model.error_prediction(job.patient, error), error, job, model, with_inputs=False)
             journal.add(job.key, result)
             results.add(job.position, result)

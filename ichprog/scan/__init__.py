@@ -30,7 +30,7 @@ from ichprog.scan.checks import (
     resolve_ranges,
 )
 from ichprog.scan.studies import DicomStudy, StudySummary, describe_study, find_studies, write_mapping
-from ichprog.scan.validation import validate_ct, validate_geometry
+from ichprog.scan.validation import validate_ct, validate_geometry, worker_died_error
 from ichprog.scan.volume import Scan, load_regions, read, source_image, source_slices
 from ichprog.spec import ExpectedRanges
 
@@ -62,6 +62,7 @@ __all__ = [
     "source_image",
     "source_slices",
     "validate_brain_mode",
+    "worker_died_error",
     "write_mapping",
 ]
 

@@ -62,4 +62,5 @@ ERRORS = (
     ),
     Code("gap", "a gap of more than 25 mm between slices", "mm"),
     Code("pixel-data", "pixels that cannot be decoded"),
+    Code("worker-died", "with several workers: every worker died while it had the scan"),
 )

@@ -155,3 +155,13 @@ def _median(values: np.ndarray) -> float:
         counts += np.bincount(part.astype(int) - lowest, minlength=counts.size)
     middle = np.searchsorted(np.cumsum(counts), [(integers.size - 1) // 2, integers.size // 2], "right") + lowest
     return float(middle.mean())
+
+
+def worker_died_error(name: str, reason: object) -> ScanError:
+    """Return the error of a scan whose worker process died each time.
+
+    Args:
+        name: Name of the scan.
+        reason: How the worker died, as a sentence without full stop.
+    """
+    return ScanError(f"{name}: {reason}. Try the scan with one worker.", code="worker-died")
