@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from ichprog.registry import register_head as register_head
     from ichprog.registry import register_saliency as register_saliency
     from ichprog.reporting.overlay import plot as plot
+    from ichprog.reporting.prediction_report import save_report as save_report
     from ichprog.results import Haemorrhage as Haemorrhage
     from ichprog.results import Prediction as Prediction
     from ichprog.results import Saliency as Saliency
@@ -49,6 +50,7 @@ _MODULE_OF = {
     "haemorrhage": "model",
     "brain_mask": "model",
     "plot": "reporting.overlay",
+    "save_report": "reporting.prediction_report",
     "register_backbone": "registry",
     "register_brain_extractor": "registry",
     "register_fusion": "registry",

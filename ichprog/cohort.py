@@ -338,11 +338,11 @@ class Cohort:
         """
         records: dict[Path, Mapping[str, Any] | None] = {}
         for patient in self.patients:
-            for folder in _record_folders(patient):
+            for folder in _record_folders(patient.scan):
                 if folder not in records:
                     records[folder] = _read_simulation_record(folder / SIMULATION_RECORD)
         found = [
-            next((record for folder in _record_folders(patient) if (record := records[folder]) is not None), None)
+            next((record for folder in _record_folders(patient.scan) if (record := records[folder]) is not None), None)
             for patient in self.patients
         ]
         known = [record for record in found if record is not None]
@@ -633,9 +633,21 @@ def _cell_of(cells: Mapping[str, str], *starts: str) -> str:
     return next((cell for column, cell in cells.items() if column.startswith(starts)), "")
 
 
-def _record_folders(patient: Patient) -> Sequence[Path]:
+def is_simulated(scan: Path) -> bool:
+    """Return whether a scan is that of a simulated patient, as `Cohort.origin` decides it.
+
+    Args:
+        scan: Path of the scan.
+
+    Raises:
+        CohortError: The record of a simulation cannot be read.
+    """
+    return any(_read_simulation_record(folder / SIMULATION_RECORD) is not None for folder in _record_folders(scan))
+
+
+def _record_folders(scan: Path) -> Sequence[Path]:
     """Return the folders that may hold the record of the simulation of a patient. A scan may be a link."""
-    return list(dict.fromkeys([*patient.scan.absolute().parents[:2], *patient.scan.resolve().parents[:2]]))
+    return list(dict.fromkeys([*scan.absolute().parents[:2], *scan.resolve().parents[:2]]))
 
 
 def _read_simulation_record(path: Path) -> Mapping[str, Any] | None:

@@ -204,6 +204,42 @@ class ResultsFile:
         self._journal.remove()
 
 
+def read_records(path: Path) -> list[Record]:
+    """Read a file of results as plain data.
+
+    Args:
+        path: A .json or .jsonl file of `ichprog predict` or `ichprog haemorrhage`.
+
+    Raises:
+        UnknownNameError: The file has another suffix.
+        RunError: The file holds no results.
+        OSError: The file cannot be read.
+
+    Example:
+        ```python
+        for record in read_records(Path("results.jsonl")):
+            print(record["scan"], record["warnings"])
+        ```
+    """
+    if path.suffix not in (".json", ".jsonl"):
+        hint = "A .csv holds only a part of each result. Predict again with -o results.jsonl."
+        raise UnknownNameError("format of results", path.suffix or path.name, (".json", ".jsonl"), hint)
+    try:
+        records = _READERS[path.suffix](path)
+        if not records:
+            raise ValueError("the file is empty")
+        for number, record in enumerate(records, start=1):
+            if not (isinstance(record["scan"], str) and record["scan"] and isinstance(record["model"], str)):
+                raise ValueError(f"result {number} has no scan or no model")
+            if not {"tasks", "volume_ml", "error"} & record.keys():
+                raise ValueError(f"result {number} holds neither a prediction nor an error")
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise RunError(
+            f"{path} holds no results ({type(error).__name__}: {error}). Give a file that `ichprog predict -o` wrote."
+        ) from error
+    return records
+
+
 @contextmanager
 def results_file(
     target: Path,

@@ -17,6 +17,7 @@ from ichprog.cli import (
     plugins,
     predict,
     process,
+    reports,
     simulate,
     spec,
     studies,
@@ -33,6 +34,7 @@ EXTRA_OF_COMMAND = {
     "evaluate": "study",
     "export": "export",
     "fuse": "study",
+    "report": "report",
     "simulate": "simulate",
     "study": "study",
     "train": "train",
@@ -84,8 +86,8 @@ def _log_to_stderr(ctx: click.Context, level: int) -> None:
 
 for command in (
     models.models, spec.spec, plugins.plugins, models.fetch, models.doctor, predict.predict, predict.explain,
-    haemorrhage.haemorrhage, cohorts.cohort, demo.demo, simulate.simulate, train.train, study.study, evaluate.evaluate,
-    calibrate.calibrate, calibrate.fuse, studies.scans, export.export, export.publish,
+    reports.report, haemorrhage.haemorrhage, cohorts.cohort, demo.demo, simulate.simulate, train.train, study.study,
+    evaluate.evaluate, calibrate.calibrate, calibrate.fuse, studies.scans, export.export, export.publish,
 ):  # fmt: skip
     main.add_command(command)
 

@@ -11,6 +11,7 @@ import click
 import ichprog
 from ichprog import zoo
 from ichprog.cli.options import as_json, brain, find_spec, loading, model_option, parse_assignments, with_options
+from ichprog.cli.reports import ReportFolder, report_options
 from ichprog.cli.scans import (
     ResultsOptions,
     ScoreComputer,
@@ -22,6 +23,7 @@ from ichprog.cli.scans import (
     format_scores,
     format_warnings,
     has_patients,
+    key_of,
     load_model,
     output,
     print_limits,
@@ -48,6 +50,8 @@ if TYPE_CHECKING:
     from ichprog.results import Prediction, Saliency
     from ichprog.scan import Scan
     from ichprog.sources import ScanSource
+
+    Maps = dict[tuple[str, str], Saliency]
 
 _LAYER = "layer=features.transition3.conv"
 
@@ -83,7 +87,11 @@ _options = click.option(
     help="Probability with which the set of labels holds the true one, for a calibrated model; 0.9 by default.",
 )  # fmt: skip
 @click.option(
-    "--explain", "methods", multiple=True, metavar="METHOD", help="Saliency method; repeatable. Needs --maps."
+    "--explain",
+    "methods",
+    multiple=True,
+    metavar="METHOD",
+    help="Saliency method; repeatable. Needs --maps or --report.",
 )
 @_tasks
 @_options
@@ -91,6 +99,7 @@ _options = click.option(
 @click.option(
     "--masks", type=click.Path(path_type=Path), metavar="DIR", help="Folder for the masks of brains and haemorrhages."
 )
+@with_options(report_options)
 @with_workers
 @as_json
 @click.pass_context
@@ -117,6 +126,9 @@ def predict(
     options: tuple[str, ...],
     maps: Path | None,
     masks: Path | None,
+    report: Path | None,
+    identifiers: bool,
+    pdf: bool,
     pool: Workers,
     as_json: bool,
     **loading: Any,
@@ -125,18 +137,16 @@ def predict(
 
     SCAN is a NIfTI file, a DICOM folder or a .zip of one, a folder of scans, or a table of patients (.csv).
     """
-    if bool(methods) != (maps is not None):
-        raise click.UsageError("--explain and --maps need each other: a saliency method, and a folder for its maps.")
+    _check_maps(methods, maps, report)
     if detector_name != zoo.DETECTOR and not (haemorrhage or scores):
         raise click.UsageError("--haemorrhage-model needs --haemorrhage or --scores.")
     results = ResultsOptions(output, resume, retry_failed, overwrite)
-    explained = (
-        None if maps is None else _MapOptions(maps, tasks, methods, parse_assignments("--option", options, _LAYER))
-    )
+    chosen = _MapOptions(tasks, methods, parse_assignments("--option", options, _LAYER))
     sources = take_shard(find_scans(scans, study=study, series=series), shard)
     given = read_clinical(clinical, sources)
     for_model, for_scores = _split_clinical(given, name, with_scores=scores)
     computer = ScoreComputer(sources, for_scores, is_requested=scores)
+    reports = ReportFolder(report, [*map(key_of, sources)], has_pdf=pdf, has_identifiers=identifiers)
     model = load_model(name, brain, loading)
     detector = load_model(detector_name, brain, {**loading, "fold": None}) if haemorrhage or scores else None
     table = prediction_table(
@@ -144,19 +154,40 @@ def predict(
         score_columns=computer.columns,
     )  # fmt: skip
     work = _PredictScan(
-        model, detector, brain, for_model, coverage, computer, table, results.suffix, explained, masks, as_json
+        model,
+        detector,
+        brain,
+        for_model,
+        coverage,
+        computer,
+        table,
+        results.suffix,
+        chosen,
+        maps,
+        masks,
+        reports,
+        as_json,
     )
     models = {"model": model.spec.name} | ({} if detector is None else {"detector": detector.spec.name})
     run = models | {
         "weights": [file.sha256 for file in model.weights], "precision": model.precision, "brain": str(brain),
         "clinical": for_model, "coverage": coverage, "scores": for_scores if scores else None,
     }  # fmt: skip
-    with results.open(table, run, sources) as (file, todo):
-        has_failed = print_outputs(work, sources, todo, pool, file=file, has_files=any((output, maps, masks)))
+    with reports, results.open(table, run, sources) as (file, todo):
+        has_failed = print_outputs(work, sources, todo, pool, file=file, has_files=any((output, maps, masks, report)))
+    reports.print_path()
     if detector is not None and not as_json:
         print_limits(detector)
     print_notice(model)
     ctx.exit(1 if has_failed else 0)
+
+
+def _check_maps(methods: tuple[str, ...], maps: Path | None, report: Path | None) -> None:
+    """Check that saliency methods and the folders for their maps suit each other."""
+    if methods and maps is None and report is None:
+        raise click.UsageError("--explain needs --maps or --report: a folder for the maps, or for reports with them.")
+    if maps is not None and not methods:
+        raise click.UsageError("--maps needs --explain: a saliency method.")
 
 
 @dataclass(frozen=True)
@@ -164,32 +195,34 @@ class _MapOptions:
     """The saliency maps of each scan.
 
     Attributes:
-        folder: Their folder.
         tasks: Tasks to explain; empty for the first one of the model.
-        methods: Saliency methods.
+        methods: Saliency methods; empty for no maps.
         options: Options of the methods.
         label: The label to explain, or None for the last one of each task.
     """
 
-    folder: Path
     tasks: tuple[str, ...]
     methods: tuple[str, ...]
     options: dict[str, Any]
     label: str | None = None
 
-    def save(
-        self, model: "Model", scan: "Scan", stem: str, known: "Mapping[str, float]"
-    ) -> "list[tuple[Path, Saliency]]":
-        """Compute and write the maps of a scan, and return each with its path."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+    def compute(self, model: "Model", scan: "Scan", known: "Mapping[str, float]") -> "Maps":
+        """Return the maps of a scan by task and method."""
+        if not self.methods:
+            return {}
         names = self.tasks or (model.spec.tasks[0].name,)
-        maps = ichprog.explain(
+        return ichprog.explain(
             model, scan, task=names, label=self.label, method=self.methods, clinical=known, **self.options
         )
-        return [
-            (saliency.save(self.folder / f"{stem}_{task}_{method}.nii.gz"), saliency)
-            for (task, method), saliency in maps.items()
-        ]
+
+
+def _save_maps(maps: "Maps", folder: Path, stem: str) -> "list[tuple[Path, Saliency]]":
+    """Write the maps of a scan, and return each with its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return [
+        (saliency.save(folder / f"{stem}_{task}_{method}.nii.gz"), saliency)
+        for (task, method), saliency in maps.items()
+    ]
 
 
 @dataclass(frozen=True)
@@ -204,8 +237,10 @@ class _PredictScan:
     computer: ScoreComputer
     table: "ResultsTable"
     suffix: str | None
-    maps: _MapOptions | None
+    explanation: _MapOptions
+    maps: Path | None
     masks: Path | None
+    reports: ReportFolder
     as_json: bool
 
     def results(self, sources: "list[ScanSource]") -> "Iterator[tuple[Prediction, Scan | ScanError]]":
@@ -221,16 +256,18 @@ class _PredictScan:
     def finish(
         self, source: "ScanSource", stem: str, prediction: "Prediction", examined: "Scan | ScanError"
     ) -> ScanOutput:
-        """Write the masks and maps of a scan, and return its prediction as text and entry."""
-        computed = self.computer.scores(source, prediction.haemorrhage)
+        """Write the masks, maps and report of a scan, and return its prediction as text and entry."""
+        computed, saliency = self.computer.scores(source, prediction.haemorrhage), {}
         if not isinstance(examined, ScanError):
             if self.masks:
                 save_image(ichprog.brain_mask(examined), self.masks / f"{stem}_brain.nii.gz")
                 if prediction.haemorrhage is not None:
                     save_image(prediction.haemorrhage.mask, self.masks / f"{stem}_haemorrhage.nii.gz")
+            used = {} if prediction.clinical is None else prediction.clinical.used
+            saliency = self.explanation.compute(self.model, examined, used)
             if self.maps:
-                used = {} if prediction.clinical is None else prediction.clinical.used
-                self.maps.save(self.model, examined, stem, used)
+                _save_maps(saliency, self.maps, stem)
+        self.reports.add_prediction(source, prediction, computed, self.model.spec, examined, saliency)
         text, messages = _describe_prediction(prediction, computed, as_json=self.as_json)
         entry = None if self.suffix is None else self.table.entry(prediction, computed, self.suffix)
         return ScanOutput(text, messages, entry, isinstance(examined, ScanError))
@@ -300,7 +337,7 @@ def explain(
     **loading: Any,
 ) -> None:
     """Write saliency maps of every SCAN as NIfTI in the scan's own space."""
-    maps = _MapOptions(output, tasks, methods, parse_assignments("--option", options, _LAYER), label)
+    maps = _MapOptions(tasks, methods, parse_assignments("--option", options, _LAYER), label)
     sources = find_scans(scans, study=study, series=series)
     given = read_clinical(clinical, sources)
     model = load_model(name, brain, loading)
@@ -313,7 +350,7 @@ def explain(
         missing = [not all((output / (stem + suffix)).is_file() for suffix in suffixes) for stem in stems(sources)]
         todo = list(itertools.compress(sources, missing))
         click.echo(f"{len(sources) - len(todo)} of {len(sources)} scans have their maps in {output}.", err=True)
-    has_failed = print_outputs(_ExplainScan(model, brain, given, maps, png, as_json), sources, todo, pool)
+    has_failed = print_outputs(_ExplainScan(model, brain, given, maps, output, png, as_json), sources, todo, pool)
     print_notice(model)
     ctx.exit(1 if has_failed else 0)
 
@@ -326,6 +363,7 @@ class _ExplainScan:
     brain: Any
     clinical: dict[str, Any]
     maps: _MapOptions
+    folder: Path
     png: bool
     as_json: bool
 
@@ -351,9 +389,9 @@ class _ExplainScan:
                 return ScanOutput(json.dumps(failed.to_dict()), has_failed=True)
             return ScanOutput(messages=_format_prediction(failed), has_failed=True)
         known = self.model.clinical_values(source, self.clinical)
-        written, lines = self.maps.save(self.model, examined, stem, known), []
+        written, lines = _save_maps(self.maps.compute(self.model, examined, known), self.folder, stem), []
         if self.png:
-            picture = _draw_maps([saliency for _, saliency in written], examined, self.maps.folder / f"{stem}.png")
+            picture = _draw_maps([saliency for _, saliency in written], examined, self.folder / f"{stem}.png")
             lines += [] if self.as_json else [str(picture)]
         for path, saliency in written:
             if self.as_json:

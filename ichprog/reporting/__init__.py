@@ -3,6 +3,10 @@
 The package knows no study. `figures` draws charts, `maps` and `overlay` draw saliency maps over slices, and `tables`
 writes CSV, Markdown and LaTeX. `html` writes a self-contained report from the templates in `templates`. `tripod` fills
 the TRIPOD+AI checklist.
+
+`prediction_report` writes a result as one HTML file with a viewer, `report_index` a table of many reports, and `pdf` a
+printed page. `volumes` prepares scan, masks and maps for the viewer, and `privacy` leaves out what may identify a
+patient.
 """
 
 from ichprog.reporting.html import Picture, Section, Table, write_report

@@ -9,7 +9,6 @@ from ichprog.errors import ScanError, missing_extra
 from ichprog.results import Prediction, Saliency
 from ichprog.scan import Scan, brain_mask, read
 from ichprog.scan.brain import is_brain_only
-from ichprog.scan.volume import AIR_HU, background
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -68,10 +67,10 @@ def plot(
     shape = loaded.hu.shape
     values = [_read_aligned(shape, each.image, f"The map of {each.task}") for each in maps]
     region = None if outline is None else _read_aligned(shape, outline, "The outline") > 0
-    brain = _find_brain(loaded)
-    values = [_scale(each, brain) for each in values]
+    brain = find_brain(loaded)
+    values = [scale_map(each, brain)[0] for each in values]
     chosen = _choose_slices(values, region, slices)
-    box = _head_box(loaded.hu, loaded.spacing)
+    box = head_box(loaded)
     changes = _changes(prediction)
     width, height = ((side.stop - side.start) * mm for side, mm in zip(box, loaded.spacing, strict=False))
     rows, bars = 1 + len(maps), 0.3 + 0.25 * len(changes) if changes else 0.0
@@ -101,8 +100,12 @@ def _as_list(result: Saliency | Sequence[Saliency] | Mapping[Any, Saliency]) -> 
     return list(result.values() if isinstance(result, Mapping) else result)
 
 
-def _find_brain(scan: Scan) -> np.ndarray:
-    """Return the brain mask, or the whole scan if no brain is found in it."""
+def find_brain(scan: Scan) -> np.ndarray:
+    """Return the brain mask of a scan, or the whole scan if no brain is found in it.
+
+    Args:
+        scan: The scan.
+    """
     if scan.brain is not None:
         return scan.brain
     if is_brain_only(scan, "auto"):
@@ -113,12 +116,28 @@ def _find_brain(scan: Scan) -> np.ndarray:
         return np.ones(scan.hu.shape, bool)
 
 
-def _scale(values: np.ndarray, brain: np.ndarray) -> np.ndarray:
-    """Return a map in the brain, from -1 to 1; 0 everywhere if it is empty there."""
+def scale_map(values: np.ndarray, brain: np.ndarray) -> tuple[np.ndarray, float]:
+    """Return a map in the brain, from -1 to 1, and its absolute value that became 1.
+
+    This value is the 99.5th percentile of the absolute values in the brain. Larger ones are clipped.
+
+    Args:
+        values: `(i, j, k)` map.
+        brain: `(i, j, k)` bool mask.
+
+    Returns:
+        The map, 0 outside the brain, and 0 everywhere if it is empty in the brain; and the value, 0 for an empty map.
+
+    Example:
+        >>> scaled, top = scale_map(np.array([[[-2.0, 2.0, 9.0]]]), np.array([[[True, True, False]]]))
+        >>> scaled.tolist(), top
+        ([[[-1.0, 1.0, 0.0]]], 2.0)
+    """
     inside = np.abs(values[brain])
     top = float(np.percentile(inside, _PERCENTILE)) if inside.size else 0.0
     top = top or float(inside.max(initial=0))
-    return np.where(brain, np.clip(values / top, -1, 1), 0) if top > 0 else np.zeros_like(values)
+    scaled = np.where(brain, np.clip(values / top, -1, 1), 0) if top > 0 else np.zeros_like(values)
+    return scaled, top
 
 
 def _draw_slice(
@@ -215,16 +234,18 @@ def _choose_slices(maps: list[np.ndarray], region: np.ndarray | None, count: int
     return sorted({round(k) for k in np.linspace(low, high, min(count, high - low + 1))})
 
 
-def _head_box(hu: np.ndarray, spacing: tuple[float, ...]) -> tuple[slice, slice]:
-    """Return the rectangle of the head with a margin, over all slices."""
-    padding, _ = background(hu)
-    head = (np.abs(hu - padding) > 0.5) & (hu > AIR_HU)
+def head_box(scan: Scan) -> tuple[slice, slice]:
+    """Return the rectangle of the head with a margin, over all slices; the whole scan if nothing is denser than air.
+
+    Args:
+        scan: The scan.
+    """
     box = []
     for axis in range(2):
-        indices = np.flatnonzero(head.any((1 - axis, 2)))
-        margin = int(_MARGIN_MM / spacing[axis])
-        bounds = slice(max(0, int(indices[0]) - margin), int(indices[-1]) + margin + 1) if indices.size else slice(None)
-        box.append(bounds)
+        indices = np.flatnonzero(scan.foreground.any((1 - axis, 2)))
+        margin, size = int(_MARGIN_MM / scan.spacing[axis]), scan.hu.shape[axis]
+        low, high = (int(indices[0]) - margin, int(indices[-1]) + margin + 1) if indices.size else (0, size)
+        box.append(slice(max(0, low), min(size, high)))
     return box[0], box[1]
 
 
