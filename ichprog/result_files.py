@@ -225,7 +225,7 @@ def read_records(path: Path) -> list[Record]:
         hint = "A .csv holds only a part of each result. Predict again with -o results.jsonl."
         raise UnknownNameError("format of results", path.suffix or path.name, (".json", ".jsonl"), hint)
     try:
-        records = _READERS[path.suffix](path)
+        records = list(_FORMATS[path.suffix].read(path))
         if not records:
             raise ValueError("the file is empty")
         for number, record in enumerate(records, start=1):
