@@ -10,6 +10,7 @@ import click
 
 import ichprog
 from ichprog import zoo
+from ichprog.cli.dicom_objects import check_sources, dicom_out, write_objects
 from ichprog.cli.options import as_json, brain, find_spec, loading, model_option, parse_assignments, with_options
 from ichprog.cli.reports import ReportFolder, report_options
 from ichprog.cli.scans import (
@@ -91,7 +92,7 @@ _options = click.option(
     "methods",
     multiple=True,
     metavar="METHOD",
-    help="Saliency method; repeatable. Needs --maps or --report.",
+    help="Saliency method; repeatable. Needs --maps, --report or --dicom-out.",
 )
 @_tasks
 @_options
@@ -100,6 +101,7 @@ _options = click.option(
     "--masks", type=click.Path(path_type=Path), metavar="DIR", help="Folder for the masks of brains and haemorrhages."
 )
 @with_options(report_options)
+@dicom_out
 @with_workers
 @as_json
 @click.pass_context
@@ -129,6 +131,7 @@ def predict(
     report: Path | None,
     identifiers: bool,
     pdf: bool,
+    dicom_out: Path | None,
     pool: Workers,
     as_json: bool,
     **loading: Any,
@@ -137,12 +140,13 @@ def predict(
 
     SCAN is a NIfTI file, a DICOM folder or a .zip of one, a folder of scans, or a table of patients (.csv).
     """
-    _check_maps(methods, maps, report)
+    _check_maps(methods, maps, report, dicom_out)
     if detector_name != zoo.DETECTOR and not (haemorrhage or scores):
         raise click.UsageError("--haemorrhage-model needs --haemorrhage or --scores.")
     results = ResultsOptions(output, resume, retry_failed, overwrite)
     chosen = _MapOptions(tasks, methods, parse_assignments("--option", options, _LAYER))
     sources = take_shard(find_scans(scans, study=study, series=series), shard)
+    check_sources(sources, dicom_out)
     given = read_clinical(clinical, sources)
     for_model, for_scores = _split_clinical(given, name, with_scores=scores)
     computer = ScoreComputer(sources, for_scores, is_requested=scores)
@@ -166,6 +170,7 @@ def predict(
         maps,
         masks,
         reports,
+        dicom_out,
         as_json,
     )
     models = {"model": model.spec.name} | ({} if detector is None else {"detector": detector.spec.name})
@@ -174,7 +179,9 @@ def predict(
         "clinical": for_model, "coverage": coverage, "scores": for_scores if scores else None,
     }  # fmt: skip
     with reports, results.open(table, run, sources) as (file, todo):
-        has_failed = print_outputs(work, sources, todo, pool, file=file, has_files=any((output, maps, masks, report)))
+        has_failed = print_outputs(
+            work, sources, todo, pool, file=file, has_files=any((output, maps, masks, report, dicom_out))
+        )
     reports.print_path()
     if detector is not None and not as_json:
         print_limits(detector)
@@ -182,10 +189,10 @@ def predict(
     ctx.exit(1 if has_failed else 0)
 
 
-def _check_maps(methods: tuple[str, ...], maps: Path | None, report: Path | None) -> None:
+def _check_maps(methods: tuple[str, ...], maps: Path | None, *others: Path | None) -> None:
     """Check that saliency methods and the folders for their maps suit each other."""
-    if methods and maps is None and report is None:
-        raise click.UsageError("--explain needs --maps or --report: a folder for the maps, or for reports with them.")
+    if methods and not any((maps, *others)):
+        raise click.UsageError("--explain needs --maps, --report or --dicom-out: a folder for the maps.")
     if maps is not None and not methods:
         raise click.UsageError("--maps needs --explain: a saliency method.")
 
@@ -241,6 +248,7 @@ class _PredictScan:
     maps: Path | None
     masks: Path | None
     reports: ReportFolder
+    dicom_out: Path | None
     as_json: bool
 
     def results(self, sources: "list[ScanSource]") -> "Iterator[tuple[Prediction, Scan | ScanError]]":
@@ -257,7 +265,7 @@ class _PredictScan:
         self, source: "ScanSource", stem: str, prediction: "Prediction", examined: "Scan | ScanError"
     ) -> ScanOutput:
         """Write the masks, maps and report of a scan, and return its prediction as text and entry."""
-        computed, saliency = self.computer.scores(source, prediction.haemorrhage), {}
+        computed, saliency, problem = self.computer.scores(source, prediction.haemorrhage), {}, ""
         if not isinstance(examined, ScanError):
             if self.masks:
                 save_image(ichprog.brain_mask(examined), self.masks / f"{stem}_brain.nii.gz")
@@ -267,10 +275,14 @@ class _PredictScan:
             saliency = self.explanation.compute(self.model, examined, used)
             if self.maps:
                 _save_maps(saliency, self.maps, stem)
+            if self.dicom_out:
+                maps, folder = list(saliency.values()), self.dicom_out / stem
+                problem = write_objects(prediction, examined, source, maps, folder)
         self.reports.add_prediction(source, prediction, computed, self.model.spec, examined, saliency)
         text, messages = _describe_prediction(prediction, computed, as_json=self.as_json)
         entry = None if self.suffix is None else self.table.entry(prediction, computed, self.suffix)
-        return ScanOutput(text, messages, entry, isinstance(examined, ScanError))
+        messages = "\n".join(filter(None, (messages, problem)))
+        return ScanOutput(text, messages, entry, isinstance(examined, ScanError) or bool(problem))
 
 
 def _split_clinical(given: dict[str, Any], model: str, *, with_scores: bool) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -35,7 +35,7 @@ output = click.option(
 )
 dicom_options = [
     click.option("--study", metavar="NAME", help="Take only this DICOM study: a name or UID from `ichprog scans`."),
-    click.option("--series", metavar="NAME", help="Read this DICOM series, by number or UID, instead of the best."),
+    click.option("--series", metavar="NAME", help="Read this DICOM series, by number or name, instead of the best."),
 ]
 resume_options = [
     click.option("--resume", is_flag=True, help="Continue an interrupted run: predict only scans without a result."),
@@ -75,7 +75,8 @@ def find_scans(paths: tuple[Path, ...], *, study: str | None = None, series: str
     Raises:
         click.UsageError: No scan is a study of this name, or no scan is DICOM.
     """
-    from ichprog.scan.studies import pseudonym, study_of
+    from ichprog.scan.series import pseudonym
+    from ichprog.scan.studies import study_of
     from ichprog.sources import name_of, resolve
 
     resolved, _ = resolve(paths)

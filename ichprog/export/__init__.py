@@ -1,7 +1,7 @@
-"""Export a model to ONNX or OpenVINO, or publish it on the Hugging Face Hub with a model card.
+"""Export a model to ONNX or OpenVINO, publish it on the Hugging Face Hub, or write predictions as DICOM objects.
 
-`onnx` and `openvino` write files for other runtimes, `upload` sends a model to the Hub, and `model_card` describes a
-model in Markdown.
+`onnx` and `openvino` write files for other runtimes, `upload` sends a model to the Hub, `model_card` describes a
+model in Markdown, and `dicom` writes the results of a scan for a hospital's own viewer.
 """
 
 import importlib.util

@@ -37,7 +37,8 @@ def plot(
     prediction used clinical values, bars show by how much each of them changed the log-odds.
 
     Args:
-        result: One map, several maps, or the result of `explain` for several tasks or methods.
+        result: One map, several maps, or the result of `explain` for several tasks or methods. Without a map, an empty
+            list and a prediction.
         scan: Scan that was explained.
         prediction: Prediction whose probabilities are printed above the slices, and whose clinical values are drawn
             below.
@@ -69,7 +70,7 @@ def plot(
     region = None if outline is None else _read_aligned(shape, outline, "The outline") > 0
     brain = find_brain(loaded)
     values = [scale_map(each, brain)[0] for each in values]
-    chosen = _choose_slices(values, region, slices)
+    chosen = _choose_slices(values, region, slices, shape[2])
     box = head_box(loaded)
     changes = _changes(prediction)
     width, height = ((side.stop - side.start) * mm for side, mm in zip(box, loaded.spacing, strict=False))
@@ -87,10 +88,11 @@ def plot(
     for axis, k in zip(grid[0], chosen, strict=True):
         axis.set_title(f"slice {k + 1} of {shape[2]}", fontsize=8)
     _label_sides(grid[0, 0], loaded.spacing, box)
-    _draw_scale(parts[0, 0], grid[1:])
+    if maps:
+        _draw_scale(parts[0, 0], grid[1:])
     if changes:
         _draw_changes(parts[1, 0].subplots(), changes)
-    figure.suptitle(_title(maps, prediction), fontsize=10)
+    figure.suptitle(_title(maps, prediction), fontsize=10, parse_math=False)
     return figure
 
 
@@ -222,10 +224,10 @@ def _read_aligned(shape: tuple[int, ...], image: Any, name: str) -> np.ndarray:
     return values
 
 
-def _choose_slices(maps: list[np.ndarray], region: np.ndarray | None, count: int) -> list[int]:
+def _choose_slices(maps: list[np.ndarray], region: np.ndarray | None, count: int, depth: int) -> list[int]:
     """Choose slices evenly over the extent of the strong slices of the maps and of the outlined region."""
     sums = [np.abs(values).sum((0, 1)) for values in maps]
-    strength = np.mean([each / max(float(each.max()), 1e-30) for each in sums], axis=0)
+    strength = np.zeros(depth) + sum(each / max(float(each.max()), 1e-30) for each in sums) / max(len(sums), 1)
     strength = strength + (0 if region is None else 2.0 * region.any((0, 1)))
     strong = np.flatnonzero(strength > 0.3 * strength.max())
     if not strong.size:
@@ -261,4 +263,5 @@ def _title(maps: list[Saliency], prediction: Prediction | None) -> str:
             for name, task in prediction.tasks.items()
         ]
         lines.append("   |   ".join(probabilities))
-    return "\n".join([*lines, f"{maps[0].model}. {maps[0].provenance['notice']}"])
+    drawn: list[Saliency | Prediction] = [*maps, *([] if prediction is None else [prediction])]
+    return "\n".join([*lines, *(f"{each.model}. {each.provenance['notice']}" for each in drawn[:1])])

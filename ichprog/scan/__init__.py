@@ -1,8 +1,9 @@
 """Head CTs on disk: reading, brain isolation and checks, with a `Scan` as the result.
 
 `volume` holds `Scan` and reads NIfTI. `studies` finds DICOM studies, `series` selects a series of one, and `dicom`
-reads it as a volume. `brain` isolates the brain. `validation` refuses impossible scans, and `checks` warns about
-unusual ones. Both use `measurements`. This package knows no networks and no registry.
+reads it as a volume. `source_series` maps values over a scan to the slices of its series. `brain` isolates the brain.
+`validation` refuses impossible scans, and `checks` warns about unusual ones. Both use `measurements`. This package
+knows no networks and no registry.
 """
 
 import dataclasses

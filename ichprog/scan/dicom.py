@@ -69,7 +69,7 @@ def read_series(path: Path, *, files: Collection[str] | None = None, series: str
     Args:
         path: A folder, which is searched with all subfolders; a .zip of one, which is not unpacked; or one DICOM file.
         files: Names of the files to read, as `iter_files` yields them; by default all.
-        series: Series Instance UID or number of the series to read; by default the best one.
+        series: Series Instance UID, pseudonym or number of the series to read; by default the best one.
 
     Raises:
         ScanError: Nothing is readable (code "unreadable", "no-dicom"); no series is suitable ("no-ct", "contrast",
@@ -88,20 +88,41 @@ def read_series(path: Path, *, files: Collection[str] | None = None, series: str
 
 def _read_series(path: Path, names: Collection[str] | None, series: str | None) -> Series:
     with ExitStack() as opened:
-        chosen = (each for each in iter_files(path, opened) if names is None or each[0] in names)
-        images, files = read_images(chosen, series)
-        if not images and series is not None and files["dicom"]:
-            message = f"{path}: holds no series {series!r}. `ichprog scans` lists the series."
-            raise ScanError(message, code="no-ct", measured=0, expected="one series")
-        if not images:
-            kind = "folder" if path.is_dir() else "archive" if path.suffix.lower() == ".zip" else "file"
-            message = f"{path}: the {kind} holds no scan: none of {files['other']} files is DICOM or NIfTI."
-            raise ScanError(message, code="no-dicom", measured=0, expected="one head CT", unit="DICOM files")
-        stack, record = choose_stack(group_stacks(images), path)
+        stack, record = select_stack(path, names, series, opened)
         planes, warnings = _read_planes(stack, path)
     planes, steps, origin, done, more_warnings = _regrid(planes, stack, path)
     hu, affine = _reorient(planes, steps, origin)
-    return Series(hu, affine, {"files": files, **record, **done}, (*warnings, *more_warnings))
+    return Series(hu, affine, {**record, **done}, (*warnings, *more_warnings))
+
+
+def select_stack(
+    path: Path, names: Collection[str] | None, series: str | None, opened: ExitStack
+) -> tuple[Stack, dict[str, Any]]:
+    """Select the slices of the best series.
+
+    Args:
+        path: As in `read_series`.
+        names: Names of the files to read; all if None.
+        series: As in `read_series`.
+        opened: Closes a .zip, when the pixels of the slices have been read.
+
+    Returns:
+        The slices, and a record of the files and of the selection.
+
+    Raises:
+        ScanError: As in `read_series`.
+    """
+    chosen = (each for each in iter_files(path, opened) if names is None or each[0] in names)
+    images, files = read_images(chosen, series)
+    if not images and series is not None and files["dicom"]:
+        message = f"{path}: holds no series {series!r}. `ichprog scans` lists the series."
+        raise ScanError(message, code="no-ct", measured=0, expected="one series")
+    if not images:
+        kind = "folder" if path.is_dir() else "archive" if path.suffix.lower() == ".zip" else "file"
+        message = f"{path}: the {kind} holds no scan: none of {files['other']} files is DICOM or NIfTI."
+        raise ScanError(message, code="no-dicom", measured=0, expected="one head CT", unit="DICOM files")
+    stack, record = choose_stack(group_stacks(images), path)
+    return stack, {"files": files, **record}
 
 
 def _read_planes(stack: Stack, path: Path) -> tuple[np.ndarray, list[ScanWarning]]:

@@ -1,6 +1,7 @@
 """Group DICOM files into stacks of parallel slices and select the stack of the head CT."""
 
 import functools
+import hashlib
 import re
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
@@ -145,7 +146,7 @@ class Stack:
         return {
             "number": self.text("SeriesNumber"),
             "description": self.text("SeriesDescription"),
-            "uid": self.text("SeriesInstanceUID"),
+            "pseudonym": pseudonym(self.text("SeriesInstanceUID")),
             "slices": len(self.images),
             "spacing_mm": round(self.slice_spacing, 3),
             "coverage_mm": round(self.coverage, 1),
@@ -156,6 +157,19 @@ class Stack:
 
     def __str__(self) -> str:
         return "series " + ", ".join(f"{key} {value}" for key, value in self.summary().items() if value != "")
+
+
+def pseudonym(identifier: str) -> str:
+    """Return a short name for an identifier: the first eight digits of its SHA-256.
+
+    Args:
+        identifier: Identifier of a patient, a study or a series.
+
+    Example:
+        >>> pseudonym("1.2.3")
+        'c47f5b18'
+    """
+    return hashlib.sha256(identifier.encode()).hexdigest()[:8]
 
 
 def iter_files(path: Path, opened: ExitStack) -> Iterator[tuple[str, Callable[[], IO[bytes]]]]:
@@ -197,7 +211,7 @@ def read_images(
 
     Args:
         files: Name and opener of each file.
-        series: Series Instance UID or number of the only series whose images are returned.
+        series: Series Instance UID, its pseudonym, or number of the only series whose images are returned.
     """
     images: dict[tuple[Any, ...], Image] = {}
     count = {"dicom": 0, "repeated": 0, "other": 0}
@@ -217,11 +231,17 @@ def read_images(
         except Exception as error:  # a damaged file makes pydicom and zipfile raise almost anything
             raise _unreadable(name, error) from error
         count["dicom" if found else "other"] += 1
-        if series is not None and found and series not in map(found[0].text, ("SeriesInstanceUID", "SeriesNumber")):
+        if series is not None and found and series not in _names_of_series(found[0]):
             continue
         for image, same in zip(found, identities, strict=True):
             count["repeated"] += images.setdefault((same, same[1] or name, image.frame), image) is not image
     return list(images.values()), count
+
+
+def _names_of_series(image: Image) -> tuple[str, ...]:
+    """Return what a user may call the series of an image: its UID, its pseudonym and its number."""
+    uid = image.text("SeriesInstanceUID")
+    return uid, pseudonym(uid), image.text("SeriesNumber")
 
 
 def _images_of_file(name: str, opener: Callable[[], IO[bytes]]) -> list[Image]:

@@ -1,7 +1,6 @@
 """Find the DICOM studies in a folder or .zip, and describe the series of each."""
 
 import csv
-import hashlib
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -10,7 +9,15 @@ from typing import IO, Any
 
 from ichprog.errors import ScanError
 from ichprog.io import atomic_write
-from ichprog.scan.series import choose_stack, group_stacks, has_dicom_magic, iter_files, read_images, rejection_reason
+from ichprog.scan.series import (
+    choose_stack,
+    group_stacks,
+    has_dicom_magic,
+    iter_files,
+    pseudonym,
+    read_images,
+    rejection_reason,
+)
 
 _DICOMDIR = "DICOMDIR"  # the index of an export, by its standard name
 
@@ -26,7 +33,7 @@ class DicomStudy:
         patient: Identifier of the patient, or "".
         uid: Study Instance UID.
         files: Names of the files of the study, relative to the folder or in the .zip.
-        series: Series Instance UID or number of the series to read; None for the best one.
+        series: Series Instance UID, pseudonym or number of the series to read; None for the best one.
     """
 
     path: Path
@@ -40,19 +47,6 @@ class DicomStudy:
 
     def __repr__(self) -> str:
         return f"<DicomStudy {self}, {len(self.files)} files>"
-
-
-def pseudonym(identifier: str) -> str:
-    """Return a short name for an identifier: the first eight digits of its SHA-256.
-
-    Args:
-        identifier: Identifier of a patient or a study.
-
-    Example:
-        >>> pseudonym("1.2.3")
-        'c47f5b18'
-    """
-    return hashlib.sha256(identifier.encode()).hexdigest()[:8]
 
 
 def find_studies(path: Path) -> list[DicomStudy]:
@@ -126,8 +120,7 @@ class StudySummary:
     def to_dict(self) -> dict[str, Any]:
         """Return the summary as plain data, with pseudonyms instead of identifiers."""
         names = {"patient": pseudonym(self.study.patient), "study": pseudonym(self.study.uid)}
-        series = [{key: value for key, value in each.items() if key != "uid"} for each in self.series]
-        return {"scan": str(self.study), **names, "series": series, "problem": self.problem}
+        return {"scan": str(self.study), **names, "series": list(self.series), "problem": self.problem}
 
 
 def describe_study(study: DicomStudy) -> StudySummary:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from pydicom.dataset import FileDataset
 
 _OFFSET = 1024
+_YEAR = 2000  # of every simulated study, so that the same simulation gives the same files
 
 
 def save_series(scan: SimulatedScan, folder: Path, name: str, age: int, sex: str) -> None:
@@ -39,10 +40,15 @@ def save_series(scan: SimulatedScan, folder: Path, name: str, age: int, sex: str
         image.StudyInstanceUID, image.SeriesInstanceUID = study, series
         image.PatientName, image.PatientID = f"Simulated^{name}", name
         image.PatientAge, image.PatientSex = f"{age:03d}Y", sex
+        image.PatientBirthDate, image.ReferringPhysicianName = f"{_YEAR - age}0101", ""
+        image.StudyDate = image.SeriesDate = image.AcquisitionDate = image.ContentDate = f"{_YEAR}0101"
+        image.StudyTime = image.SeriesTime = image.AcquisitionTime = image.ContentTime = "120000"
+        image.StudyID, image.AccessionNumber, image.PatientPosition = "1", "", "HFS"
+        image.PositionReferenceIndicator = ""
         image.StudyDescription, image.SeriesDescription = "Simulated head CT, no patient", "HEAD 5mm simulated"
         image.Manufacturer, image.Modality, image.BodyPartExamined = "ichprog simulation", "CT", "HEAD"
         image.ImageType = ["DERIVED", "PRIMARY", "AXIAL"]
-        image.SeriesNumber, image.InstanceNumber = 2, k + 1
+        image.SeriesNumber, image.InstanceNumber, image.AcquisitionNumber = 2, k + 1, 1
         image.ConvolutionKernel, image.KVP, image.GantryDetectorTilt = "H31s", "120", "0"
         image.PixelSpacing = [f"{mm:.8g}"] * 2
         image.SliceThickness = f"{spacing:g}"
