@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ichprog.scan.studies import pseudonym
+from ichprog.scan.series import pseudonym
 
 _STUDY_NAME = re.compile(r"/(patient-[0-9a-f]{8})/(study-[0-9a-f]{8})$")  # of a DicomStudy
 _FREE_TEXT = {"uid", "description", "first_file", "reason"}  # of a DICOM series
