@@ -97,8 +97,8 @@ def summarise(study, cohort, results, out):
 def test_the_summary_answers_the_question_with_the_interval_of_the_comparison(example, results, tmp_path):
     study, cohort, predictions = example
     question, answer, without_image, meaning = summarise(study, cohort, results, tmp_path).text
-    assert "also learns gcs and age (all)" in question
-    assert "prognosis alone (one)" in question
+    assert 'also learns gcs and age ("all")' in question
+    assert 'prognosis alone ("one")' in question
     row = next(
         r for r in results.comparisons if (r["variant"], r["metric"], r["task"]) == ("all", "auroc", "prognosis")
     )
@@ -106,7 +106,7 @@ def test_the_summary_answers_the_question_with_the_interval_of_the_comparison(ex
     assert "Answer: Yes." in answer
     assert f"{row['difference']:.3f} ({row['low']:.3f} to {row['high']:.3f})" in answer
     assert "89 patients, 3 folds" in answer
-    assert "majority reaches 0.500" in without_image
+    assert '"majority" reaches 0.500' in without_image
     predicted = predictions.entries["all", "prognosis", "test"].labelled()
     poor, good = (predicted.probabilities[predicted.truth == label, 1] for label in (1, 0))
     right = (poor[:, None] > good).mean() + 0.5 * (poor[:, None] == good).mean()

@@ -48,10 +48,10 @@ def _question(context: ReportContext, row: Row) -> str:
         tasks = context.study.runs[variant].variant.spec.tasks
         others = " and ".join(task.name for task in tasks if task.name != main.name)
         return (
-            f"Question: does a network that also learns {others} ({variant}) predict {main.name} better than one that "
-            f"learns {main.name} alone ({row['reference']})?"
+            f'Question: does a network that also learns {others} ("{variant}") predict {main.name} better than one '
+            f'that learns {main.name} alone ("{row["reference"]}")?'
         )
-    return f"Question: does {variant} predict {main.name} better than {row['reference']}?"
+    return f'Question: does "{variant}" predict {main.name} better than "{row["reference"]}"?'
 
 
 def _answer(context: ReportContext, row: Row) -> str:
@@ -70,8 +70,9 @@ def _answer(context: ReportContext, row: Row) -> str:
     ]
     seeds = f", {len(context.study.seeds)} trainings of each variant" if len(context.study.seeds) > 1 else ""
     return (
-        f"Answer: {verdict}. The {label} is {format_value(values[0])} for {row['variant']} and "
-        f"{format_value(values[1])} for {row['reference']}; the difference is {format_value(difference)} "
+        f'Answer: {verdict}. The {label} is {format_value(values[0])} for "{row["variant"]}" and '
+        f'{format_value(values[1])} for "{row["reference"]}"; '
+        f"the difference is {format_value(difference)} "
         f"({row['n']} patients, {context.study.folds} folds{seeds})."
     )
 
@@ -89,7 +90,7 @@ def _without_image(context: ReportContext) -> Iterator[str]:
         best = max(known, key=lambda name: known[name]["value"] or 0.0)
         columns = next(each.columns for each in context.study.baselines if each.name == best)
         source = " and ".join(columns) or "the share of each label alone"
-        yield f"Without the image, {best} reaches {format_value(known[best])} from {source}."
+        yield f'Without the image, "{best}" reaches {format_value(known[best])} from {source}.'
 
 
 def _meaning(context: ReportContext, row: Row) -> str:
@@ -100,7 +101,7 @@ def _meaning(context: ReportContext, row: Row) -> str:
         return "An interval that includes zero does not show that two models are alike. It may only be too wide."
     return (
         f"In plain words: take one patient with the label {main.labels[-1]} and one with {main.labels[0]}. "
-        f"{row['variant']} gives the first one the higher probability of {main.labels[-1]} in {100 * value:.0f} of 100 "
+        f"The model gives the first one the higher probability of {main.labels[-1]} in {100 * value:.0f} of 100 "
         "such pairs. Tossing a coin would be right in 50. An interval that includes zero does not show that two models "
         "are alike. It may only be too wide."
     )
