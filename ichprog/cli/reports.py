@@ -248,7 +248,7 @@ def _find_scan(record: Mapping[str, Any]) -> "ScanSource | None":
         folder = next((each for each in path.parents if each.exists()), None)  # of a study with a pseudonym
         if folder is not None and len(path.relative_to(folder).parts) == 2 and path.name.startswith("study-"):
             study = next((each for each in find_studies(folder) if str(each) == str(path)), None)
-    return None if study is None else dataclasses.replace(study, series=series.get("uid"))
+    return None if study is None else dataclasses.replace(study, series=series.get("pseudonym"))
 
 
 def _find_layers(

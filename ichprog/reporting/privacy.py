@@ -8,7 +8,7 @@ from typing import Any
 from ichprog.scan.series import pseudonym
 
 _STUDY_NAME = re.compile(r"/(patient-[0-9a-f]{8})/(study-[0-9a-f]{8})$")  # of a DicomStudy
-_FREE_TEXT = {"uid", "description", "first_file", "reason"}  # of a DICOM series
+_FREE_TEXT = {"pseudonym", "description", "first_file", "reason"}  # of a DICOM series
 _HIDDEN = (
     "The message of the error is not shown, because it may hold identifiers of the patient. --identifiers shows it."
 )
