@@ -27,7 +27,7 @@ PAGE = "speed.md"
 LIBRARIES = ("ichprog", "numpy", "scipy", "nibabel", "torch", "openvino", "monai", "medcam", "accelerate")
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16")  # the instruction sets that matter here
 ROOF = "intensity"  # the axis of the roofline plot; every other axis has its own plot
-SUITES = ("start_up", "prepare", "predict", "roofline", "explain", "train_step")  # in the page's order
+SUITES = ("start_up", "prepare", "predict", "roofline", "explain", "report", "train_step")  # in the page's order
 
 
 def measure(suites: list[str], rounds: int | None, keyword: str | None, *, slow: bool) -> tuple[dict[str, Any], bool]:
