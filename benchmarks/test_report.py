@@ -38,7 +38,16 @@ def test_a_report_of_a_whole_head(compare, record, head, tmp_path):
 
     mine, theirs = compare(ours, peer, rounds=5)
     peer_name = "nilearn's `view_img`, one map"
-    record("512 x 512 x 32, two maps", "s", mine.seconds, theirs.seconds, peer_name=peer_name, target=("ours", "at most", 1.5))
+    record(
+        "512 x 512 x 32, two maps",
+        "s",
+        mine.seconds,
+        theirs.seconds,
+        peer_name=peer_name,
+        target=("ours", "at most", 1.5),
+    )
     size = [bytes_ / 1e6 for bytes_ in mine.results]
     target = ("ours", "at most", MOST_BYTES / 1e6)
-    record("size of the file", "MB", size, [bytes_ / 1e6 for bytes_ in theirs.results], peer_name=peer_name, target=target)
+    record(
+        "size of the file", "MB", size, [bytes_ / 1e6 for bytes_ in theirs.results], peer_name=peer_name, target=target
+    )

@@ -86,7 +86,7 @@ def test_the_examples_of_a_page_run(page, reader):
 def test_every_block_of_code_is_run_or_is_data():
     """Python and console blocks run; bash blocks set up a machine, and the other languages are data."""
     languages = [word for page in PAGES for word in re.findall(r"^ *```(\S*)$", page.read_text(), re.MULTILINE)]
-    assert set(languages) <= {"", "python", "console", "bash", "toml", "json", "text"}
+    assert set(languages) <= {"", "python", "console", "bash", "toml", "json", "yaml", "text"}
     assert languages.count("python") >= 10
 
 
