@@ -22,7 +22,7 @@ from ichprog.simulate import anatomy
         (["predict", "SCAN", "-m", "BRIGHT", "--brain", "perhaps"], "'perhaps'"),
         (["predict", "SCAN", "-m", "BRIGHT", "--device", "tpu"], "Unknown device 'tpu'"),
         (["predict", "SCAN", "-m", "BRIGHT", "-o", "out.xlsx"], "Unknown format of results '.xlsx'"),
-        (["predict", "SCAN", "-m", "BRIGHT", "--explain", "grad_cam"], "--explain needs --maps or --report"),
+        (["predict", "SCAN", "-m", "BRIGHT", "--explain", "grad_cam"], "--explain needs --maps, --report or"),
         (["predict", "SCAN", "-m", "BRIGHT", "--maps", "m"], "--maps needs --explain"),
         (["predict", "SCAN", "-m", "BRIGHT", "--pdf"], "--pdf and --identifiers need --report"),
         (["report", "out.csv", "-o", "r"], "Expected one of: .json, .jsonl"),

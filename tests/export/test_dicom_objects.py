@@ -408,4 +408,4 @@ def test_the_command_refuses_nifti_and_maps_without_a_folder(tmp_path):
     assert "needs DICOM series" in result.output
     result = invoke("predict", tmp_path / "scan.nii.gz", "--explain", "grad_cam")
     assert result.exit_code == 2
-    assert "--explain needs --maps or --dicom-out" in result.output
+    assert "--explain needs --maps, --report or --dicom-out" in result.output
