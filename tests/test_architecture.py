@@ -38,7 +38,7 @@ LAYERS = [
     {"model"},
     {"metrics", "reporting", "simulate", "testing", "profiling"},
     {"train", "evaluation"},
-    {"study", "export"},
+    {"study", "export", "pacs"},
     {"cli"},
 ]
 SIDEWAYS = {
@@ -58,6 +58,7 @@ SIDEWAYS = {
     ("clinical", "calibration"),  # combinations with clinical values are changes of log-odds
     ("clinical_scores", "results"),  # a haemorrhage has variables of the scores
     ("reporting", "metrics"),  # labels of metrics in tables
+    ("pacs", "export"),  # it stores the objects of a prediction
     ("evaluation", "train"),  # leakage control reads the folds and the run directory
 }
 # Imports that point downward and are forbidden all the same.

@@ -14,6 +14,7 @@ from ichprog.cli import (
     export,
     haemorrhage,
     models,
+    pacs,
     plugins,
     predict,
     process,
@@ -34,6 +35,7 @@ EXTRA_OF_COMMAND = {
     "evaluate": "study",
     "export": "export",
     "fuse": "study",
+    "pacs": "dicom",
     "report": "report",
     "simulate": "simulate",
     "study": "study",
@@ -87,7 +89,7 @@ def _log_to_stderr(ctx: click.Context, level: int) -> None:
 for command in (
     models.models, spec.spec, plugins.plugins, models.fetch, models.doctor, predict.predict, predict.explain,
     reports.report, haemorrhage.haemorrhage, cohorts.cohort, demo.demo, simulate.simulate, train.train, study.study,
-    evaluate.evaluate, calibrate.calibrate, calibrate.fuse, studies.scans, export.export, export.publish,
+    evaluate.evaluate, calibrate.calibrate, calibrate.fuse, studies.scans, export.export, export.publish, pacs.pacs,
 ):  # fmt: skip
     main.add_command(command)
 

@@ -17,6 +17,7 @@ from ichprog.results import Haemorrhage, Prediction, TaskPrediction
 if TYPE_CHECKING:
     from highdicom.seg import Segmentation
     from highdicom.sr import ComprehensiveSR, Measurement
+    from pydicom.dataset import Dataset
 
 _SIDES = {"left": "Left", "right": "Right", "both": "Bilateral"}  # of pydicom's SNOMED codes
 _MAX_TEXT = 1024
@@ -159,7 +160,9 @@ def _remarks_group(context: ObjectContext) -> Any:
             "of the whole masks."
         )
     remarks += [f"Warning {warning.code}: {warning.message}" for warning in all_warnings(prediction)]
-    return _group(context, "remarks", prediction, private_code(("remarks",), "Remarks"), [], [], remarks)
+    return _group(
+        context, "remarks", prediction, private_code(("remarks",), "Remarks"), [], [], remarks, context.headers
+    )
 
 
 def _group(
@@ -170,8 +173,9 @@ def _group(
     measured: "list[Measurement]",
     evaluations: list[tuple[Any, Any]],
     remarks: list[str],
+    sources: "Sequence[Dataset]" = (),
 ) -> Any:
-    """Return a group of measurements, evaluations and comments that refers to the whole series."""
+    """Return a group of measurements, evaluations and comments, which may refer to images of the source series."""
     import highdicom as hd
     from pydicom.sr.codedict import codes
 
@@ -180,7 +184,7 @@ def _group(
         finding_type=finding,
         algorithm_id=_algorithm(prediction),
         measurements=measured,
-        source_images=[hd.sr.SourceImageForMeasurementGroup.from_source_image(each) for each in context.headers],
+        source_images=[hd.sr.SourceImageForMeasurementGroup.from_source_image(each) for each in sources],
         qualitative_evaluations=[hd.sr.QualitativeEvaluation(*each) for each in evaluations],
     )
     for remark in remarks:
