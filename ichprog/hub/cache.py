@@ -13,6 +13,7 @@ import json
 import logging
 import mmap
 import re
+import shutil
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 RETRY_HINT = "Nothing was stored. Try again; if the error stays, a proxy or mirror changes files on the way."
 
+_SCRATCH = ".fetch-"  # prefix of the folders of downloads
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
@@ -114,20 +116,22 @@ class CacheDir:
         path = self.path / (entry.file or "")
         return entry.conversion == conversion and path.is_file() and sha256_of(path) == entry.sha256
 
-    def store(self, key: str, file: str, download: Callable[[str, Path], Path], published: Weights | None) -> None:
+    def store(self, key: str, file: str, download: Callable[[str, Path, int], Path], published: Weights | None) -> None:
         """Download, verify and convert one file, then add it to the cache.
 
         Args:
             key: Name of the published file.
             file: Name of the cached file.
-            download: Downloads the file of a name into a folder and returns its path.
+            download: Downloads the file of a name and size into a folder and returns its path.
             published: The weights that the spec describes; None stores the file unchanged.
 
         Raises:
             WeightsError: The file cannot be downloaded, verified or converted.
         """
-        with TemporaryDirectory(prefix=".fetch-", dir=self.path) as scratch:
-            path = download(key, Path(scratch))
+        for killed in self.path.glob(f"{_SCRATCH}*"):  # the lock is held, so that no process uses it
+            shutil.rmtree(killed, ignore_errors=True)
+        with TemporaryDirectory(prefix=_SCRATCH, dir=self.path) as scratch:
+            path = download(key, Path(scratch), self.entries[key].size)
             entry = replace(self.entries[key], source_sha256=_verified_sha256(path, self.entries[key]))
             check_pin(key, entry.source_sha256, published)
             if published:

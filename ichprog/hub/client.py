@@ -14,9 +14,12 @@ from typing import Any
 
 from ichprog.errors import WeightsError
 from ichprog.hub.cache import RETRY_HINT, Entry
+from ichprog.limits import MAX_WEIGHT_BYTES
 
 PROBE_TIMEOUT_S = 3.0  # for the first answer of an endpoint
 REQUEST_TIMEOUT_S = 10.0  # for each request
+_MOST_REPEATED = 2  # times that a download may receive its file, as the client continues an interrupted one
+_MOST_EXTRA_BYTES = 1 << 20
 
 _log = logging.getLogger(__name__)
 
@@ -134,25 +137,36 @@ class Repository:
             raise WeightsError(f"{self.label}: the repository has no such folder. Expected one of: {folders}.")
         return entries
 
-    def download(self, key: str, scratch: Path) -> Path:
+    def download(self, key: str, scratch: Path, size: int) -> Path:
         """Download one file of the folder.
 
         Args:
             key: Name of the file.
             scratch: Folder to download into.
+            size: Published size in bytes. A longer download is stopped, so that it does not fill the disk.
 
         Returns:
             Path of the downloaded file.
 
         Raises:
-            WeightsError: The download failed.
+            WeightsError: The download failed, or the file is larger than published or than any weights.
         """
         from tqdm import tqdm
 
-        class SilentTqdm(tqdm):  # type: ignore[misc]  # tqdm has no types
+        if size > MAX_WEIGHT_BYTES:
+            raise WeightsError(f"{self.label}: {key} has {size} bytes. At most {MAX_WEIGHT_BYTES} are downloaded.")
+        received = 0
+
+        class CountingTqdm(tqdm):  # type: ignore[misc]  # tqdm has no types
             def __init__(self, *args: Any, **options: Any) -> None:
                 options.pop("name", None)  # an argument that only the client's own progress bars take
                 super().__init__(*args, **{**options, "disable": True})
+
+            def update(self, n: float | None = 1) -> None:
+                nonlocal received
+                received += int(n or 0)
+                if received > _MOST_REPEATED * size + _MOST_EXTRA_BYTES:
+                    raise WeightsError(f"the download is longer than the published {size} bytes. {RETRY_HINT}")
 
         _log.info("Fetching %s of %s", key, self.label)
         with self.map_exceptions(f"{self.label}: {key}"):
@@ -163,7 +177,7 @@ class Repository:
                 local_dir=scratch,
                 force_download=True,  # otherwise the client requests the metadata of a file repeatedly
                 etag_timeout=REQUEST_TIMEOUT_S,
-                tqdm_class=SilentTqdm,
+                tqdm_class=CountingTqdm,
             )
         return Path(path)
 
@@ -182,6 +196,8 @@ class Repository:
 
         try:
             yield
+        except WeightsError as error:
+            raise type(error)(f"{subject}: {error}") from error
         except Exception as error:
             # The client wraps some errors in one whose message says only "see above".
             cause = error.__cause__ if isinstance(error, ValueError | FileNotFoundError) else None

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+HUGE_BYTES = 10**13
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -28,7 +29,8 @@ class HubServer:
         requests: All requests in order, as "METHOD path".
         faults: Faults by a part of "METHOD path". A number is an HTTP status, optionally with an X-Error-Code after a
             colon ("403:GatedRepo"). "half" sends half of the body, "flip" changes one bit, "wrong" sends an HTML
-            page instead, "slow" waits a second, "hang" never responds.
+            page instead, "slow" waits a second, "hang" never responds, "loop" redirects to the same address, "endless"
+            sends more than the listed size without an end, "huge" states a size of 10 TB.
         refs: Commits by branch or tag.
         lfs: File endings stored in LFS, with a SHA-256. Other files have git's checksum.
         lists_checksums: Whether a repository's info has sizes and checksums. Its tree always has them.
@@ -108,6 +110,8 @@ class _Handler(BaseHTTPRequestHandler):
         fault = str(next((fault for part, fault in self.hub.faults.items() if part in request), ""))
         if fault == "hang":
             self.hub.closing.wait(60)
+        elif fault == "loop":
+            self.redirect(path)
         elif fault[:1].isdigit():
             self.refuse(*fault.split(":"))
         else:
@@ -137,6 +141,8 @@ class _Handler(BaseHTTPRequestHandler):
                 return self.refuse("404", "EntryNotFound")
             return self.send(json.dumps([{"type": "file", **f} for f in inside]).encode(), fault)
         siblings = [{"rfilename": f["path"], "size": f["size"], "blobId": f["oid"]} for f in files]
+        if fault == "huge":
+            siblings = [sibling | {"size": HUGE_BYTES} for sibling in siblings]
         for sibling, f in zip(siblings, files, strict=True):
             if not self.hub.lists_checksums:
                 del sibling["size"], sibling["blobId"]
@@ -243,7 +249,7 @@ class _Handler(BaseHTTPRequestHandler):
             body = body[:-1] + bytes([body[-1] ^ 1])
         elif fault == "wrong":
             body = b"<html>Please log in to this network.</html>"
-        length = len(body)
+        length = HUGE_BYTES if fault in ("endless", "huge") else len(body)
         if match := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
             start, end = int(match[1]), int(match[2] or length - 1)
             body, status = body[start : end + 1], 206
@@ -254,6 +260,14 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body[: len(body) // 2] if fault == "half" else body)
+            while fault == "endless" and not self.hub.closing.is_set():
+                self.wfile.write(bytes(1 << 20))  # until the client closes the connection
+
+    def redirect(self, path: str) -> None:
+        self.send_response(302)
+        self.send_header("Location", path)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
 
     def refuse(self, status: str, code: str = "") -> None:
         self.send_response(int(status))
