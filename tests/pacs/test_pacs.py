@@ -155,7 +155,7 @@ def test_the_commands_find_predict_and_send(archive_program, tmp_path):
 
 
 class FakeArchive:
-    """An archive in memory that fails when it is told to, for tests of the watch alone."""
+    """An archive in memory that fails on request, for tests of the watch alone."""
 
     def __init__(self, count=0):
         self.studies = {f"1.{n}": 5 for n in range(count)}
