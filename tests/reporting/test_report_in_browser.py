@@ -101,7 +101,8 @@ def element(browser, name):
 
 
 def pixels(browser):
-    """Return a hash of the canvas after it was drawn."""
+    """Return a hash of the canvas after it was drawn, with the page at its top, so that nothing covers the canvas."""
+    browser.execute_script("scrollTo(0, 0)")
     browser.execute_async_script("requestAnimationFrame(() => requestAnimationFrame(arguments[0]))")
     return hashlib.sha256(element(browser, "canvas").screenshot_as_png).hexdigest()
 
