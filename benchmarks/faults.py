@@ -18,11 +18,14 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from click.testing import CliRunner
+
+from ichprog.cli import main as main_command
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
@@ -145,10 +148,12 @@ class Laboratory:
         root: The folder.
         server: The Hub.
         seed: Random seed.
+        in_process: Whether commands that are not killed run in this process, which is faster.
     """
 
-    def __init__(self, root: Path, server: HubServer, seed: int = 0) -> None:
+    def __init__(self, root: Path, server: HubServer, seed: int = 0, *, in_process: bool = False) -> None:
         self.root, self.server, self.random = root, server, np.random.default_rng(seed)
+        self.in_process = in_process
         self.cache = root / "cache"
         self._number = 0
 
@@ -183,18 +188,28 @@ class Laboratory:
         folder.mkdir()
         return folder
 
+    def environment(self, scenario: Scenario, out: Path) -> dict[str, str]:
+        """Return the variables of the environment of a scenario."""
+        cache = self.cache if scenario.uses_cache else out / "cache"
+        return {"ICHPROG_CACHE": str(cache), "HF_ENDPOINT": self.server.url}
+
     def start(self, scenario: Scenario, out: Path, *more: str) -> "subprocess.Popen[str]":
         """Start the command of a scenario."""
         arguments = [each.replace("OUT", str(out)) for each in scenario.arguments]
-        cache = self.cache if scenario.uses_cache else out / "cache"
-        environment = os.environ | {"ICHPROG_CACHE": str(cache), "HF_ENDPOINT": self.server.url}
         return subprocess.Popen(
             [sys.executable, "-m", "ichprog", *arguments, *more],
-            cwd=self.root, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            cwd=self.root, env=os.environ | self.environment(scenario, out),
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
 
     def run(self, scenario: Scenario, out: Path, *more: str) -> tuple[int, str]:
         """Run the command of a scenario, and return its exit code and its messages."""
+        if self.in_process:
+            arguments = [each.replace("OUT", str(out)) for each in scenario.arguments]
+            with chdir(self.root):
+                result = CliRunner().invoke(main_command, [*arguments, *more], env=self.environment(scenario, out))
+            failed = result.exception is not None and not isinstance(result.exception, SystemExit)
+            return result.exit_code, result.stderr + (f"Traceback: {result.exception!r}" if failed else "")
         process = self.start(scenario, out, *more)
         try:
             _, messages = process.communicate(timeout=LIMIT_S)
@@ -206,11 +221,13 @@ class Laboratory:
 
     def reference(self, scenario: Scenario) -> tuple[dict[str, str], float]:
         """Return the checksums of the finished files of a run without a fault, and its duration in seconds."""
-        self.run(scenario, self.new_folder())  # fills the cache
+        if scenario.uses_cache:
+            self.run(scenario, self.new_folder())  # fills the cache
         out, start = self.new_folder(), time.monotonic()
         code, messages = self.run(scenario, out)
         assert code == 0, messages
-        return finished(scenario, out), time.monotonic() - start
+        start_up_s = 2 if self.in_process else 0  # of the processes that are killed
+        return finished(scenario, out), time.monotonic() - start + start_up_s
 
 
 def finished(scenario: Scenario, out: Path) -> dict[str, str]:
@@ -238,7 +255,7 @@ def check_end(laboratory: Laboratory, scenario: Scenario, out: Path, reference: 
 
 def unclear(code: int, messages: str) -> str | None:
     """Return why an error is not one message, or None."""
-    if "Traceback" in messages or code < 0 or "Error: " not in messages:
+    if "Traceback" in messages or code < 0 or not messages.strip():
         return f"exit code {code}: {messages.strip()[-500:]}"
     return None
 
@@ -406,13 +423,13 @@ def change_pinned_file(laboratory: Laboratory) -> Outcome:
 
 
 @contextmanager
-def open_laboratory(seed: int = 0) -> Iterator[Laboratory]:
+def open_laboratory(seed: int = 0, *, in_process: bool = False) -> Iterator[Laboratory]:
     """Yield a laboratory with its inputs."""
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         (root / "hub").mkdir()
         with HubServer(root / "hub") as server:
-            laboratory = Laboratory(root, server, seed)
+            laboratory = Laboratory(root, server, seed, in_process=in_process)
             laboratory.write_inputs()
             yield laboratory
 

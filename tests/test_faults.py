@@ -16,7 +16,7 @@ def one_thread(monkeypatch):
 
 @pytest.fixture(scope="module")
 def laboratory():
-    with FAULTS["open_laboratory"](seed=1) as laboratory:
+    with FAULTS["open_laboratory"](seed=1, in_process=True) as laboratory:
         yield laboratory
 
 

@@ -208,7 +208,7 @@ class Repository:
                 problem = f"HTTP {status} from {self.endpoint}: {_explain_status(status, code)}"
             elif isinstance(cause, OSError) and cause.errno is not None:
                 raise  # an error of the disk, not of the Hub
-            elif isinstance(cause, FileMetadataError | ValueError | TypeError | LookupError):
+            elif isinstance(cause, FileMetadataError | ValueError | TypeError | LookupError) or "Redirects" in kind:
                 problem = (
                     f"{self.endpoint} does not answer like a Hub ({kind}: {detail}). Check HF_ENDPOINT, and whether "
                     "a proxy or a login page of the network answers instead."

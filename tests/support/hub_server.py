@@ -12,6 +12,7 @@ import re
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -260,8 +261,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body[: len(body) // 2] if fault == "half" else body)
-            while fault == "endless" and not self.hub.closing.is_set():
-                self.wfile.write(bytes(1 << 20))  # until the client closes the connection
+            with suppress(ConnectionError):  # the client closes the connection
+                while fault == "endless" and not self.hub.closing.is_set():
+                    self.wfile.write(bytes(1 << 20))
 
     def redirect(self, path: str) -> None:
         self.send_response(302)
