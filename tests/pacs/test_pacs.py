@@ -326,20 +326,10 @@ def test_every_study_is_answered_once_while_the_archive_and_the_watch_are_killed
     if kind == "small":
         command += ["small", orthanc.network_address, journal]
     else:
-        command += ["pacs", "watch", orthanc.network_address, "-m", local_detector(tmp_path / "model"), "--runtime"]
         command += [
-            "torch",
-            "--brain",
-            "given",
-            "--journal",
-            journal,
-            "--interval",
-            "0.5",
-            "--settle",
-            "3",
-            "--queue",
-            "5",
-        ]
+            "pacs", "watch", orthanc.network_address, "-m", local_detector(tmp_path / "model"), "--runtime", "torch",
+            "--brain", "given", "--journal", journal, "--interval", "0.5", "--settle", "3", "--queue", "5",
+        ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
 
     def start_watch():
