@@ -1,5 +1,6 @@
 """Predict the head CTs of a picture archive (PACS), and send results to it."""
 
+import json
 import signal
 import threading
 from collections.abc import Callable
@@ -89,28 +90,38 @@ def find(archive: "Archive", match: tuple[str, ...], as_json: bool) -> None:
 @_with_archive
 @click.argument("study")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder for the images.")
-def fetch(archive: "Archive", study: str, output: Path) -> None:
+@as_json
+def fetch(archive: "Archive", study: str, output: Path, as_json: bool) -> None:
     """Fetch the CT images of the STUDY with this identifier."""
-    click.echo(f"{archive.fetch(study, output)} images in {output}")
+    images = archive.fetch(study, output)
+    if as_json:
+        print_json({"images": images, "folder": str(output)})
+    else:
+        click.echo(f"{images} images in {output}")
 
 
 @pacs.command()
 @_with_archive
 @click.argument("files", nargs=-1, required=True, type=_FILE, metavar="FILE...")
-def send(archive: "Archive", files: tuple[Path, ...]) -> None:
+@as_json
+def send(archive: "Archive", files: tuple[Path, ...], as_json: bool) -> None:
     """Send DICOM files, such as those of `ichprog predict --dicom-out`, to ARCHIVE."""
     from pydicom import dcmread
 
     archive.store(map(dcmread, files))
-    click.echo(f"{len(files)} objects stored.")
+    if as_json:
+        print_json({"stored": len(files)})
+    else:
+        click.echo(f"{len(files)} objects stored.")
 
 
 @pacs.command()
 @_with_archive
 @click.argument("studies", nargs=-1, required=True, metavar="STUDY...")
 @with_options(_models)
+@as_json
 @click.pass_context
-def predict(ctx: click.Context, /, archive: "Archive", studies: tuple[str, ...], **options: Any) -> None:
+def predict(ctx: click.Context, /, archive: "Archive", studies: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Fetch each STUDY, predict its head CT, and store the results in ARCHIVE."""
     from ichprog.errors import ScanError
     from ichprog.scan.series import pseudonym
@@ -123,6 +134,9 @@ def predict(ctx: click.Context, /, archive: "Archive", studies: tuple[str, ...],
         except ScanError as error:
             has_failed = True
             click.echo(f"study {pseudonym(study)}  FAILED  {error}", err=True)
+            continue
+        if as_json:
+            click.echo(json.dumps(prediction.to_dict()))
             continue
         labels = "  ".join(
             f"{name} {task.label} {task.probabilities[task.label]:.3f}" for name, task in prediction.items()
@@ -150,9 +164,10 @@ def predict(ctx: click.Context, /, archive: "Archive", studies: tuple[str, ...],
 @click.option("--port", type=int, help="Port on the loopback for /health and /metrics; none by default.")
 @click.option("--retry-failed", is_flag=True, help="Try the failed studies of the journal again.")
 @with_options(_models)
+@as_json
 def watch(
     archive: "Archive", match: tuple[str, ...], journal: Path, interval: float, settle: float, queue: int,
-    port: int | None, retry_failed: bool, **options: Any,
+    port: int | None, retry_failed: bool, as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Answer every new head CT in ARCHIVE until the command is stopped. It continues when it is repeated."""
     from contextlib import nullcontext
@@ -170,7 +185,10 @@ def watch(
         answer, model = _answerer(archive, **options)
         running = Watch(archive, answer, opened, attributes, queue_size=queue, settle_s=settle)
         with nullcontext(None) if port is None else serve(running, port) as bound:
-            at = "" if bound is None else f" Health and metrics: http://127.0.0.1:{bound}."
+            address = None if bound is None else f"http://127.0.0.1:{bound}"
+            if as_json:
+                print_json({"journal": str(journal), "health_and_metrics": address})
+            at = "" if address is None else f" Health and metrics: {address}."
             click.echo(f"Watching.{at} {model.spec.notice}", err=True)
             running.run(stop, interval_s=interval)
 

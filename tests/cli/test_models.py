@@ -66,7 +66,7 @@ def test_doctor_reports_valid_and_damaged_files(run, hub_server):
 
 
 def test_doctor_detects_weights_that_compute_wrongly(run, bright_model, tmp_path):
-    model = ichprog.load_model(bright_model)
+    model = ichprog.load_model(bright_model, runtime="torch")
     grids = np.random.default_rng(3).random((1, 8, 12, 12), np.float32)
     config = tmp_path / "bright" / "config.json"
     data = json.loads(config.read_text())

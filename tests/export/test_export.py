@@ -222,7 +222,9 @@ def hub(tmp_path, monkeypatch):
 def run(two_fold_model):
     """Return the folder of a run, with files that name patients."""
     folder = Path(two_fold_model.removeprefix("local-dir:"))
-    sums = {f"fold{k}.safetensors": ichprog.load_model(two_fold_model).weights[k].sha256 for k in (0, 1)}
+    sums = {
+        f"fold{k}.safetensors": ichprog.load_model(two_fold_model, runtime="torch").weights[k].sha256 for k in (0, 1)
+    }
     record = {
         "source": "/hospital/smith/cohort.csv",
         "command": ["ichprog", "train", "/hospital/smith/cohort.csv"],

@@ -99,7 +99,9 @@ def test_majority_predicts_the_label_share_of_the_training_part(patients):
         )
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "fusion"])
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind == "forest")) for kind in (*KINDS, "fusion")]
+)
 def test_test_labels_do_not_change_predictions(kind, patients):
     cohort, labels, values, cells = patients
     parts = folds.split(labels, 2)

@@ -334,6 +334,7 @@ def test_a_missing_column_of_a_baseline_is_refused(patients_folder, make_study, 
 # several workers
 
 
+@pytest.mark.slow
 def test_several_processes_give_the_same_files_as_one_if_a_process_is_killed(
     finished_study, patients_folder, make_study, tmp_path
 ):
