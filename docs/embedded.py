@@ -575,7 +575,11 @@ def measure(probabilities: Sequence[np.ndarray], cohorts: Sequence[Patients]) ->
 
 
 def measure_full_scans(spec: ModelSpec, cohort: Path, patients: Patients) -> dict[str, Any]:
-    """Return how much the probabilities of full scans differ from those of scans on the grid, for the same patients."""
+    """Compare full scans with scans on the grid of the same patients.
+
+    Returns:
+        How much the probabilities differ, and how many full scans are unlike those of the calibration.
+    """
     model = ichprog.load_model(spec.name)
     rows = _read(cohort)
     predictions = [ichprog.predict(model, cohort.parent / row["scan"]) for row in rows]
@@ -592,6 +596,7 @@ def measure_full_scans(spec: ModelSpec, cohort: Path, patients: Patients) -> dic
     return {
         "patients": len(rows),
         "mean_difference": _rounded(np.abs(full - on_grid).mean(0)),
+        "unusual": sum(bool(each.input_distance and each.input_distance.is_unusual) for each in predictions),
     }
 
 
