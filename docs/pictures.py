@@ -1,8 +1,7 @@
 """Draw the pictures of the documentation: `python docs/pictures.py FOLDER`.
 
 All patients are simulated, and no embedded model was trained on them. FOLDER keeps their scans for another run. The
-pictures go to `docs/pictures/`. `--only NAME` draws one picture. `--maps N` measures the maps of N patients instead and
-writes `docs/maps.json`.
+pictures go to `docs/pictures/`. `--only NAME` draws one picture.
 """
 
 import argparse
@@ -16,10 +15,8 @@ import numpy as np
 
 import ichprog
 from ichprog import networks, preprocessing
-from ichprog.cohort import Cohort
-from ichprog.evaluation.localization import measure_maps, summarise_maps
 from ichprog.io import atomic_write, write_json
-from ichprog.simulate import Patient, simulate
+from ichprog.simulate import Patient
 
 MODEL = "compact.prognosis_gcs3_age_v2"
 METHODS = ("guided_backprop", "grad_cam", "guided_grad_cam")
@@ -179,15 +176,6 @@ def draw_random_network(folder: Path) -> Any:
     return figure
 
 
-def measure(folder: Path, patients: int) -> None:
-    """Measure the maps of patients with a haemorrhage, and write the means."""
-    table = simulate(folder / "cohort", patients=patients, seed=SEED, matrix=256)
-    cohort = Cohort.read(table)
-    rows = list(measure_maps({MODEL: ichprog.load_model(MODEL, runtime="torch")}, cohort, folds=None, methods=METHODS))
-    bled = [row for row in rows if row.lesion_share > 0]
-    write_json(DOCS / "maps.json", {"model": MODEL, "seed": SEED, "rows": summarise_maps(bled)})
-
-
 DRAWINGS: dict[str, Callable[[Path], Any]] = {
     "multi-task.svg": draw_multi_task,
     "preprocessing.png": draw_preprocessing,
@@ -198,15 +186,11 @@ DRAWINGS: dict[str, Callable[[Path], Any]] = {
 
 
 def main() -> None:
-    """Draw the chosen pictures, or measure maps."""
+    """Draw the chosen pictures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--only", choices=DRAWINGS, metavar="NAME", help="draw one picture")
-    parser.add_argument("--maps", type=int, metavar="N", help="measure the maps of N patients instead")
     args = parser.parse_args()
-    if args.maps:
-        measure(args.folder, args.maps)
-        return
     import matplotlib as mpl
 
     mpl.rcParams["svg.hashsalt"] = "ichprog"  # an unchanged picture is an unchanged file

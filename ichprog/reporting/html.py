@@ -1,10 +1,11 @@
 """Write an HTML report: one file with text, tables and pictures that needs no other file, network or script."""
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from ichprog.errors import RunError, missing_extra
 from ichprog.io import atomic_write
@@ -82,6 +83,29 @@ def write_report(path: Path, title: str, sections: Sequence[Section], *, notices
         write_report(Path("report.html"), "A study", [Section("Results", tables=[table])])
         ```
     """
+    text = load_template("report.html").render(
+        title=title,
+        notices=notices,
+        sections=sections,
+        format_table=lambda table: format_table(table.rows, table.columns),
+        embed=lambda picture: _data_uri(picture.path),
+        version=version("ichprog"),
+    )
+    with atomic_write(path) as partial:
+        partial.write_text(text, encoding="utf-8", newline="")
+    return path
+
+
+def load_template(name: str, filters: Mapping[str, Any] | None = None) -> Any:
+    """Return a template of the reports, which escapes all text.
+
+    Args:
+        name: Name of a file in `templates`.
+        filters: Functions that the template may apply to values, by name.
+
+    Raises:
+        IchprogError: Jinja2 is not installed.
+    """
     try:
         from jinja2 import Environment, PackageLoader, StrictUndefined
     except ImportError as error:
@@ -95,17 +119,9 @@ def write_report(path: Path, title: str, sections: Sequence[Section], *, notices
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    text = environment.get_template("report.html").render(
-        title=title,
-        notices=notices,
-        sections=sections,
-        format_table=lambda table: format_table(table.rows, table.columns),
-        embed=lambda picture: _data_uri(picture.path),
-        version=version("ichprog"),
-    )
-    with atomic_write(path) as partial:
-        partial.write_text(text, encoding="utf-8", newline="")
-    return path
+    environment.policies["json.dumps_kwargs"] = {"sort_keys": False}
+    environment.filters |= dict(filters or {})
+    return environment.get_template(name)
 
 
 def _data_uri(path: Path) -> str:

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ichprog.errors import RunError, missing_extra
+from ichprog.errors import RunError
 from ichprog.io import atomic_write
+from ichprog.reporting.html import load_template
 from ichprog.reporting.privacy import public_name, without_identifiers
 from ichprog.reporting.volumes import Layer, Volumes, prepare_volumes
 
@@ -281,26 +282,8 @@ def template(name: str) -> Any:
     Raises:
         IchprogError: Jinja2 is not installed.
     """
-    try:
-        from jinja2 import Environment, PackageLoader, StrictUndefined
-    except ImportError as error:
-        raise missing_extra("report", "jinja2", "A report of a prediction") from error
-    environment = Environment(
-        loader=PackageLoader(__package__),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.policies["json.dumps_kwargs"] = {"sort_keys": False}
-    environment.filters |= {
-        "percent": format_percent,
-        "share": _format_share,
-        "number": _format_number,
-        "sentence": _sentence,
-    }
-    return environment.get_template(name)
+    filters = {"percent": format_percent, "share": _format_share, "number": _format_number, "sentence": _sentence}
+    return load_template(name, filters)
 
 
 def format_percent(p: float) -> str:

@@ -21,7 +21,8 @@ def summary(context: ReportContext) -> Iterator[Section]:
     contenders = [row for row in rows if row["variant"] in context.study.runs]
     if not contenders:
         return
-    chosen = max(contenders, key=lambda row: _rank(context, row))
+    # among variants with equally many tasks the first of the study, because the best one would be chosen by its result
+    chosen = max(contenders, key=lambda row: len(context.study.runs[row["variant"]].variant.spec.tasks))
     reference, label = chosen["reference"], readable_name(PRIMARY)
     differences = {row["variant"]: row["difference"] for row in rows if row["reference"] == reference}
     drawn = figures.forest(differences, f"difference in {label} from {reference}", line=0.0)
@@ -29,12 +30,6 @@ def summary(context: ReportContext) -> Iterator[Section]:
     picture = context.write_figure("summary", drawn, caption)
     text = [_question(context, chosen), _answer(context, chosen), *_without_image(context), _meaning(context, chosen)]
     yield Section("Summary", text, [], [picture])
-
-
-def _rank(context: ReportContext, row: Row) -> tuple[int, float]:
-    """Return the order of a comparison: the variant with the most tasks first, then the best one."""
-    spec = context.study.runs[row["variant"]].variant.spec
-    return len(spec.tasks), row["difference"]["value"] or 0.0
 
 
 def _is_multi_task(context: ReportContext, row: Row) -> bool:
