@@ -1,9 +1,10 @@
 """How well scores tell unlike scans apart: `python benchmarks/out_of_distribution.py FOLDER`.
 
-Each score is fitted to simulated patients with a haemorrhage, and compared on other such patients and on scans that
-differ from them: noise, thick slices, contrast, a phantom of the body, no haemorrhage and, with `--real COHORT.csv`,
-real heads. The script prints for each kind the AUROC against the other patients and the share beyond the threshold, and
-for the outcome the coverage of conformal sets. It writes the table into `docs/calibration.md`.
+Each score is fitted to full scans of simulated patients with a haemorrhage, and compared on other such patients and on
+scans that differ from them: noise, thick slices, contrast, a phantom of the body, no haemorrhage and, with
+`--real COHORT.csv`, real heads. The script prints for each kind the AUROC against the other patients and the share
+beyond the threshold, and for the outcome the coverage of conformal sets. It writes the table into
+`docs/calibration.md`.
 """
 
 import argparse
@@ -25,18 +26,18 @@ from ichprog.train.calibration import USUAL_SHARE, fit_inputs, fit_task
 
 MODEL = "compact.prognosis_gcs3_age_v2"
 PAGE = Path(__file__).parents[1] / "docs" / "calibration.md"
-FITTED, TESTED = {"patients": 500, "seed": 3}, {"patients": 500, "seed": 2}
+FITTED = ("full-calibration", {"patients": 300, "seed": 6})  # the folders of docs/embedded.py
+TESTED = ("full", {"patients": 200, "seed": 2})
 INFANT_YEARS = 2.0
 Score = Callable[[np.ndarray], np.ndarray]
 
 
-def load(folder: Path, model: Model, options: dict[str, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def load(folder: Path, model: Model, name: str, options: dict[str, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return grids `(N, D, H, W)`, outcomes `(N,)`, -1 without haemorrhage, and ages `(N,)` of simulated patients."""
-    matrix = model.spec.input.shape[-1]
-    table = simulate(folder / f"seed{options['seed']}", **options, matrix=matrix)
+    table = simulate(folder / name, **options)
     with table.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    scans = [model.load_scan(table.parent / row["scan"], brain="given") for row in rows]
+    scans = (model.load_scan(table.parent / row["scan"]) for row in rows)
     grids = np.stack([preprocessing.prepare(scan.hu, model.spec.input) for scan in scans])
     outcomes = np.array([int(row["poor_outcome"] or -1) for row in rows])
     return grids, outcomes, np.array([float(row["age"]) for row in rows])
@@ -154,9 +155,9 @@ def main() -> None:
     parser.add_argument("--real", type=Path, metavar="COHORT", help="table of real heads with age and haemorrhage")
     args = parser.parse_args()
     model = ichprog.load_model(MODEL)
-    grids, outcomes, _ = load(args.folder, model, FITTED)
+    grids, outcomes, _ = load(args.folder, model, *FITTED)
     grids, outcomes = grids[outcomes >= 0], outcomes[outcomes >= 0]
-    others, truth, ages = load(args.folder, model, TESTED)
+    others, truth, ages = load(args.folder, model, *TESTED)
     bleeds = np.flatnonzero(truth >= 0)[: args.patients]
     fitted = fit_task(model.spec.tasks[0], outcomes, probabilities(model, grids))
     distribution = fit_inputs([input_statistics(grid) for grid in grids])

@@ -27,7 +27,7 @@ import numpy as np
 
 import ichprog
 from ichprog import metrics, networks, preprocessing
-from ichprog.calibration import COVERAGE, adjust, conformal_set, input_statistics, log_odds
+from ichprog.calibration import COVERAGE, adjust, conformal_set, input_statistics, log_odds, measure_distance
 from ichprog.clinical import encode
 from ichprog.io import atomic_write
 from ichprog.parallel import parallel_map
@@ -41,6 +41,7 @@ NAME, FUSED = "compact.prognosis_gcs3_age_v2", "compact.prognosis_gcs3_age_clini
 DOCS, ZOO = Path(__file__).parent, Path(ichprog.__file__).parent / "zoo"
 TRAINED_ON = {"patients": 4000, "seed": 1}
 CALIBRATED_ON = {"patients": 500, "seed": 6}
+FULL_CALIBRATION = {"patients": 300, "seed": 6}  # the same patients; scans on the grid have less noise
 MEASURED_ON = [{"patients": 500, "seed": seed} for seed in (2, 3, 4, 5)]
 FULL_SCANS = {"patients": 200, "seed": 2}
 CYCLES = (1600, 600, 600, 3000, 2800)  # optimiser steps
@@ -491,20 +492,40 @@ def true_labels(labels: np.ndarray) -> dict[str, np.ndarray]:
     return {"prognosis": known[:, 0], "gcs": known[:, 1] + known[:, 2], "age": known[:, 3]}
 
 
-def calibrate(spec: ModelSpec, patients: Patients) -> ModelSpec:
-    """Calibrate a model on patients with a haemorrhage, of whom any clinical values are known, and write its spec."""
+def calibrate(spec: ModelSpec, patients: Patients, statistics: Sequence[Mapping[str, float]]) -> ModelSpec:
+    """Calibrate a model on patients with a haemorrhage, of whom any clinical values are known, and write its spec.
+
+    Args:
+        spec: The model.
+        patients: Patients on the grid, for the probabilities.
+        statistics: Statistics of full scans, from `full_scan_statistics`.
+    """
     bled = np.flatnonzero(patients.flags[:, 0] == 1)
     grids, truth, clinical = patients.grids[bled], true_labels(patients.labels[bled]), None
     if spec.clinical:
         patterns = np.random.default_rng(0).integers(len(PATTERNS), size=len(bled))
         clinical = encode_patterns(spec, patients.values[bled], [list(PATTERNS)[number] for number in patterns])
     found = mean_probabilities(spec, grids, clinical)
-    about = f"{len(bled)} simulated patients with a haemorrhage (seed {CALIBRATED_ON['seed']}, preset realistic)."
-    statistics = [input_statistics(grid) for grid in grids]
+    about = (
+        f"{len(bled)} simulated patients with a haemorrhage (seed {CALIBRATED_ON['seed']}, preset realistic); "
+        f"the distance of a scan: full scans of the first {len(statistics)} of them."
+    )
     fitted = fit_calibration(spec, {task: (truth[task], p) for task, p in found.items()}, statistics, about)
     spec = dataclasses.replace(spec, calibration=fitted)
     _write(spec)
     return spec
+
+
+def full_scan_statistics(spec: ModelSpec, cohort: Path, workers: int) -> list[dict[str, float]]:
+    """Return the statistics of the grid of each patient with a haemorrhage, read like a scan to predict."""
+    with_blood = [row["patient"] for row in _read(cohort.with_name("truth.csv")) if row["haemorrhage"] == "1"]
+    scans = [cohort.parent / "scans" / f"{patient}.nii.gz" for patient in with_blood]
+    return list(parallel_map(partial(_scan_statistics, spec), scans, workers=workers))
+
+
+def _scan_statistics(spec: ModelSpec, scan: Path) -> dict[str, float]:
+    loaded = load(scan, expected_ranges=spec.input.expected_ranges, brain="auto")
+    return input_statistics(preprocessing.prepare(loaded.hu, spec.input))
 
 
 def encode_patterns(spec: ModelSpec, values: np.ndarray, known: Sequence[Sequence[str]]) -> np.ndarray:
@@ -578,7 +599,8 @@ def measure_full_scans(spec: ModelSpec, cohort: Path, patients: Patients) -> dic
     """Compare full scans with scans on the grid of the same patients.
 
     Returns:
-        How much the probabilities differ, and how many full scans are unlike those of the calibration.
+        How much the probabilities differ, and how many full scans and scans on the grid are unlike those of the
+        calibration.
     """
     model = ichprog.load_model(spec.name)
     rows = _read(cohort)
@@ -592,11 +614,14 @@ def measure_full_scans(spec: ModelSpec, cohort: Path, patients: Patients) -> dic
             for each in predictions
         ]
     )
-    on_grid = answers(mean_probabilities(spec, patients.grids[: len(rows)]))
+    grids, usual = patients.grids[: len(rows)], spec.calibration.inputs  # type: ignore[union-attr]
+    on_grid = answers(mean_probabilities(spec, grids))
+    distances = [measure_distance(usual, input_statistics(grid)) for grid in grids]
     return {
         "patients": len(rows),
         "mean_difference": _rounded(np.abs(full - on_grid).mean(0)),
         "unusual": sum(bool(each.input_distance and each.input_distance.is_unusual) for each in predictions),
+        "unusual_on_grid": sum(each.is_unusual for each in distances),
     }
 
 
@@ -661,9 +686,14 @@ def main() -> None:
     if not args.only_measure:
         train(spec, training, args.folder / "run")
         calibration = patients(CALIBRATED_ON)
-        spec = calibrate(publish(spec, args.folder / "run"), calibration)
+        name = "full calibration scans"
+        full = simulate(
+            args.folder / "full-calibration", **FULL_CALIBRATION, workers=args.workers, progress=_progress(name)
+        )
+        statistics = full_scan_statistics(spec, full, args.workers)
+        spec = calibrate(publish(spec, args.folder / "run"), calibration, statistics)
         train_fusion(fused, training, args.folder / "run", args.folder / "fused")
-        fused = calibrate(publish(fused, args.folder / "fused"), calibration)
+        fused = calibrate(publish(fused, args.folder / "fused"), calibration, statistics)
     cohorts = [patients(options) for options in MEASURED_ON]
     found = [mean_probabilities(spec, each.grids) for each in cohorts]
     figures = measure([answers(each) for each in found], cohorts)
