@@ -445,9 +445,9 @@ def training(rows: Sequence[Mapping[str, Any]], *, title: str = "") -> "Figure":
 
 
 def _figure(width: float, height: float) -> tuple["Figure", Any]:
-    from matplotlib.figure import Figure
+    from ichprog.reporting.notebook_figure import NotebookFigure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = NotebookFigure(figsize=(width, height), layout="constrained")
     return figure, figure.add_subplot()
 
 
@@ -459,12 +459,12 @@ def _panels(count: int, *, aspect: float = 1.0, legend_inches: float = 0.5) -> t
         aspect: Height of a panel divided by its width.
         legend_inches: Height of the legend below the panels.
     """
-    from matplotlib.figure import Figure
+    from ichprog.reporting.notebook_figure import NotebookFigure
 
     across = min(max(count, 1), 4 if count not in (5, 6, 9) else 3)
     down = -(-max(count, 1) // across)
     size = max(across * _PANEL_INCHES, 4.0), down * (_PANEL_INCHES * aspect + 0.25) + legend_inches
-    figure = Figure(figsize=size, layout="compressed" if aspect == 1 else "constrained")
+    figure = NotebookFigure(figsize=size, layout="compressed" if aspect == 1 else "constrained")
     axes = figure.subplots(down, across, squeeze=False).ravel()
     for axis in axes[count:]:
         axis.remove()

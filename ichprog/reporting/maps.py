@@ -71,12 +71,12 @@ def draw_maps(rows: Sequence[SliceRow], *, title: str) -> "Figure":
         IchprogError: matplotlib is not installed.
     """
     try:
-        from matplotlib.figure import Figure
+        from ichprog.reporting.notebook_figure import NotebookFigure
     except ImportError as error:
         raise missing_extra("report", "matplotlib", "A figure of maps") from error
 
     columns = max(len(row.panels) for row in rows) + 1
-    figure = Figure(figsize=(2.4 * columns, 2.9 * len(rows) + 0.7), layout="constrained")
+    figure = NotebookFigure(figsize=(2.4 * columns, 2.9 * len(rows) + 0.7), layout="constrained")
     for (first, *others), row in zip(figure.subplots(len(rows), columns, squeeze=False), rows, strict=True):
         _draw_slice(first, row)
         first.set_title(f"{row.title}\nslice {row.number} of {row.hu.shape[2]}", fontsize=8)

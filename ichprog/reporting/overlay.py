@@ -59,7 +59,7 @@ def plot(
         ```
     """
     try:
-        from matplotlib.figure import Figure
+        from ichprog.reporting.notebook_figure import NotebookFigure
     except ImportError as error:
         raise missing_extra("report", "matplotlib", "Drawing a figure") from error
 
@@ -76,7 +76,7 @@ def plot(
     width, height = ((side.stop - side.start) * mm for side, mm in zip(box, loaded.spacing, strict=False))
     rows, bars = 1 + len(maps), 0.3 + 0.25 * len(changes) if changes else 0.0
     size = 2.6 * len(chosen) + 1.2, 2.6 * height / width * rows + 0.9 + bars
-    figure = Figure(figsize=size, layout="constrained")
+    figure = NotebookFigure(figsize=size, layout="constrained")
     parts = figure.subfigures(
         2 if changes else 1, 1, squeeze=False, height_ratios=[size[1] - bars, *([bars] * bool(changes))]
     )

@@ -121,6 +121,7 @@ def test_a_failed_save_leaves_no_file(drawings, tmp_path, monkeypatch):
 
 
 def test_a_missing_matplotlib_names_the_extra_to_install(monkeypatch):
+    monkeypatch.delitem(sys.modules, "ichprog.reporting.notebook_figure", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(IchprogError, match=r"needs matplotlib. Install it with: pip install 'ichprog\[report\]'\."):
         figures.forest({}, "x")

@@ -91,6 +91,7 @@ def test_a_map_of_another_scan_is_refused(explained):
 
 def test_a_missing_matplotlib_names_the_extra_to_install(explained, monkeypatch):
     path, maps, _ = explained
+    monkeypatch.delitem(sys.modules, "ichprog.reporting.notebook_figure", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(IchprogError, match=r"needs matplotlib. Install it with: pip install 'ichprog\[report\]'\."):
         ichprog.plot(maps, path)
