@@ -5,6 +5,7 @@ import doctest
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -167,12 +168,18 @@ def test_the_reference_has_every_public_name():
         assert f"::: ichprog.{name}\n" in text or f"`{name}(" in text, name
 
 
-def test_the_site_builds_and_loads_nothing_from_outside(tmp_path):
-    for needed in ("mkdocs", "material", "mkdocstrings"):
+@pytest.mark.parametrize("builder", ["mkdocs", "zensical"])
+def test_the_site_builds_and_loads_nothing_from_outside(builder, tmp_path):
+    """Material for MkDocs builds the site, and so does its successor from the same file."""
+    for needed in (builder, "material", "mkdocstrings"):
         pytest.importorskip(needed)
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
-    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert built.returncode == 0, built.stderr
+    shutil.copy(ROOT / "mkdocs.yml", tmp_path)
+    shutil.copytree(DOCS, tmp_path / "docs")
+    (tmp_path / "ichprog").symlink_to(ROOT / "ichprog")
+    built = subprocess.run(
+        [sys.executable, "-m", builder, "build", "--strict"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert built.returncode == 0, built.stdout + built.stderr
     pages = list((tmp_path / "site").rglob("*.html"))
     assert len(pages) > len(PAGES)
     for page in pages:
@@ -180,5 +187,7 @@ def test_the_site_builds_and_loads_nothing_from_outside(tmp_path):
         for tag in re.findall(r"<(?:script|link|img|iframe|source|object|embed)\b[^>]*>", text):
             assert 'rel="canonical"' in tag or not re.search(r"""(?:src|href|data)=["']?(?:https?:)?//""", tag), tag
         assert not re.search(r"<[^>]+class=\"mermaid", text), "the theme brings mermaid from outside"
+        examples = re.findall(r'<details class="example".*?</details>', text, re.DOTALL)
+        assert not any("<blockquote>" in example for example in examples), "name the section Examples"
     for sheet in (tmp_path / "site").rglob("*.css"):
         assert not re.search(r"(?:@import|url\()\s*[\"']?(?:https?:)?//", sheet.read_text(encoding="utf-8")), sheet
