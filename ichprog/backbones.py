@@ -44,7 +44,7 @@ def densenet121(*, dropout: float = 0.0) -> Backbone:
     Args:
         dropout: Dropout rate in the dense layers during training.
 
-    Example:
+    Examples:
         >>> densenet121().out_channels
         1024
 
@@ -65,7 +65,7 @@ def perez2023(*, dropout: float = 0.5) -> Backbone:
     Args:
         dropout: Rate at which whole channels are dropped after the second layer during training.
 
-    Example:
+    Examples:
         >>> perez2023().out_channels
         128
 
@@ -100,7 +100,7 @@ def compact(*, width: int = 16, dropout: float = 0.0, coordinates: bool = False)
         coordinates: Whether the last layer also gets the position of each cell, -1 to 1 along each axis. Without it,
             features after pooling hardly depend on where in the brain something lies.
 
-    Example:
+    Examples:
         >>> compact(width=8).out_channels
         32
 
@@ -170,7 +170,7 @@ def unet(*, widths: Sequence[int] = (16, 24, 40, 64), dropout: float = 0.0) -> B
     Raises:
         InvalidValueError: There are not four widths.
 
-    Example:
+    Examples:
         >>> unet(widths=(8, 8, 16, 16)).out_channels
         8
 

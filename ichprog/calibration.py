@@ -36,7 +36,7 @@ def adjust(
     Returns:
         Probabilities `(N, K)` that sum to one.
 
-    Example:
+    Examples:
         >>> from ichprog import zoo
         >>> task = zoo.find("perez2023.prognosis").tasks[0]
         >>> adjust(task, np.array([[0.5, 0.5]]), [Adjustment(1.0, np.log(3))]).round(2)
@@ -80,7 +80,7 @@ def conformal_set(
         probabilities: Calibrated probabilities `(K,)`.
         coverage: Probability with which the set holds the true label, rounded up to a whole percent of 50 or more.
 
-    Example:
+    Examples:
         >>> from ichprog import zoo
         >>> task = zoo.find("perez2023.prognosis").tasks[0]
         >>> calibration = TaskCalibration(100, (Adjustment(1.0, 0.0),), {"90": 0.3})
@@ -102,7 +102,7 @@ def input_statistics(grid: np.ndarray) -> dict[str, float]:
     Returns:
         Each statistic by name. Intensities are in units of the grid, from 0 to 1.
 
-    Example:
+    Examples:
         >>> input_statistics(np.ones((4, 8, 8), np.float32))["filled"]
         1.0
     """

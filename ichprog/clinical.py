@@ -27,7 +27,7 @@ def read_values(spec: ModelSpec, given: Mapping[str, Any], *, patient: str = "")
         UnknownNameError: The model does not use a column.
         InvalidValueError: A value is not a number, or outside the range of the spec.
 
-    Example:
+    Examples:
         >>> from ichprog import zoo
         >>> read_values(zoo.find("perez2023.prognosis"), {})
         {}

@@ -84,7 +84,7 @@ def ich_score(
     Raises:
         InvalidValueError: A value is impossible.
 
-    Example:
+    Examples:
         >>> ich_score(gcs=15, age=50, volume_ml=5.0, intraventricular=False, infratentorial=False)
         0
     """
@@ -122,7 +122,7 @@ def func_score(
         InvalidValueError: A value is impossible.
         UnknownNameError: No location has this name.
 
-    Example:
+    Examples:
         >>> func_score(volume_ml=5.0, age=50, location="lobar", gcs=15, impaired_before=False)
         11
     """
@@ -146,7 +146,7 @@ def score_range(score: Callable[..., Any], **values: Any) -> tuple[int, int]:
         InvalidValueError: A value is impossible.
         UnknownNameError: No location has this name.
 
-    Example:
+    Examples:
         >>> score_range(ich_score, gcs=9, age=71, volume_ml=(25, 40), intraventricular=None, infratentorial=False)
         (1, 3)
     """
@@ -245,7 +245,7 @@ def check_clinical(clinical: Mapping[str, Any]) -> dict[str, Any]:
         UnknownNameError: There is no such clinical value, or no such location.
         InvalidValueError: A value is impossible, or infratentorial and location contradict each other.
 
-    Example:
+    Examples:
         >>> check_clinical({"age": "71", "gcs": 9, "impaired_before": "no", "volume_ml": ""})
         {'age': 71.0, 'gcs': 9.0, 'impaired_before': False}
     """
@@ -282,7 +282,7 @@ def from_haemorrhage(haemorrhage: Haemorrhage, clinical: Mapping[str, Any] | Non
         UnknownNameError: As in `check_clinical`.
         InvalidValueError: As in `check_clinical`.
 
-    Example:
+    Examples:
         ```python
         blood = ichprog.haemorrhage("scan.nii.gz")
         scores = clinical_scores.from_haemorrhage(blood, {"age": 71, "gcs": 9})

@@ -51,7 +51,7 @@ CT_ICH_KINDS = ("intraventricular", "intraparenchymal", "subarachnoid", "epidura
 class Columns(dict[str, str]):
     """Cells by column name. Names match regardless of case.
 
-    Example:
+    Examples:
         >>> cells = Columns({"GCS": "15"})
         >>> cells["gcs"], "gcs" in cells, list(cells)
         ('15', True, ['GCS'])
@@ -109,7 +109,7 @@ class Origin:
         simulated: Number of simulated patients.
         records: The distinct records of the simulations, such as the seed and the preset.
 
-    Example:
+    Examples:
         >>> Origin(40, 12).sentence
         '12 of 40 patients are simulated.'
     """
@@ -141,7 +141,7 @@ class Cohort:
         patients: The patients, in the table's order.
         source: Path of the table, for messages.
 
-    Example:
+    Examples:
         >>> cohort = Cohort((Patient("1", Path("1.nii.gz"), {"gcs": "15"}),), "cohort.csv")
         >>> cohort
         Cohort(1 patient, columns: gcs, source: 'cohort.csv')
@@ -167,7 +167,7 @@ class Cohort:
             CohortError: The file is not a table, a column is missing or doubled, or rows are wrong; the message names
                 the rows.
 
-        Example:
+        Examples:
             ```python
             cohort = Cohort.read("cohort.csv")
             ```
@@ -187,7 +187,7 @@ class Cohort:
         Raises:
             CohortError: A column is missing, or rows are wrong; the message names the rows.
 
-        Example:
+        Examples:
             ```python
             cohort = Cohort.from_frame(pd.read_excel("patients.xlsx"), folder="scans")
             ```
@@ -241,7 +241,7 @@ class Cohort:
         Raises:
             CohortError: There is no cohort, two cohorts hold one patient with the same scan, or names stay equal.
 
-        Example:
+        Examples:
             ```python
             both = Cohort.join([Cohort.read("north.csv"), Cohort.read("south.csv")])
             ```
@@ -280,7 +280,7 @@ class Cohort:
         Returns:
             The path.
 
-        Example:
+        Examples:
             ```python
             cohort.write("copy.csv")
             ```
@@ -385,7 +385,7 @@ class Cohort:
             UnknownNameError: The column does not exist.
             CohortError: A cell holds something else than whole numbers; the message names the rows.
 
-        Example:
+        Examples:
             >>> Cohort((Patient("1", Path("1.nii.gz"), {"slices": "7 8"}),), "cohort.csv").slices("slices")
             [(7, 8)]
         """
@@ -434,7 +434,7 @@ def find_masks(cohort: Cohort, column: str | None = None) -> dict[str, Path]:
         UnknownNameError: The named column does not exist.
         CohortError: A mask in the column does not exist.
 
-    Example:
+    Examples:
         ```python
         find_masks(Cohort.read("patients/cohort.csv"))  # {"p0001": Path("patients/masks/p0001.nii.gz"), ...}
         ```
@@ -475,7 +475,7 @@ def from_csic(folder: str | Path) -> Cohort:
         CohortError: The table or the images are missing, or rows are wrong: no image, two images, or an image in the
             folder of the other outcome.
 
-    Example:
+    Examples:
         ```python
         from_csic("data").write("data/cohort.csv")
         ```
@@ -531,7 +531,7 @@ def from_ct_ich(folder: str | Path) -> Cohort:
         CohortError: A table or all scans are missing, or rows are wrong: no diagnosis, `No_Hemorrhage` that contradicts
             the kinds, or a slice that the file does not have.
 
-    Example:
+    Examples:
         ```python
         from_ct_ich("ct-ich").write("ct-ich/cohort.csv")
         ```

@@ -32,7 +32,7 @@ class UnknownNameError(IchprogError):
         known: The names that exist.
         hint: What to do next, as a sentence.
 
-    Example:
+    Examples:
         >>> print(UnknownNameError("device", "cuda0", ["auto", "cpu", "cuda"], "Use --device cuda."))
         Unknown device 'cuda0'. Did you mean cuda? Expected one of: auto, cpu, cuda. Use --device cuda.
     """
@@ -60,7 +60,7 @@ class InvalidValueError(IchprogError, ValueError):
         expected: The allowed values as a phrase, such as "'raise' or 'record'" or "a positive number".
         hint: What to do next, as a sentence.
 
-    Example:
+    Examples:
         >>> print(InvalidValueError("on_error", "foo", "'raise' or 'record'"))
         Invalid on_error 'foo'. Expected 'raise' or 'record'.
     """

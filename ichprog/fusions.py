@@ -64,7 +64,7 @@ def film(in_channels: int, values: int, *, hidden: int = 16) -> Film:
     Raises:
         InvalidValueError: `hidden` is less than 1.
 
-    Example:
+    Examples:
         >>> fusion = film(8, 2)
         >>> fusion(torch.zeros(1, 8, 1, 3, 3), torch.zeros(1, 2), torch.zeros(1, 2)).shape
         torch.Size([1, 8, 1, 3, 3])
@@ -83,7 +83,7 @@ def concat(in_channels: int, values: int) -> Concat:
         in_channels: C of the features.
         values: Number of clinical values.
 
-    Example:
+    Examples:
         >>> concat(8, 2)(torch.zeros(1, 8, 1, 3, 3), torch.zeros(1, 2), torch.zeros(1, 2)).shape
         torch.Size([1, 8, 1, 3, 3])
     """

@@ -400,7 +400,7 @@ def ordinal(
         activation: Whether a ReLU precedes the pooling.
         hidden: Number of units of a second layer after the pooling, or 0 for none.
 
-    Example:
+    Examples:
         >>> head = ordinal(8, ["good", "moderate", "poor"])
         >>> head.probabilities(head(torch.zeros(2, 8, 1, 3, 3))).shape
         torch.Size([2, 3])
@@ -426,7 +426,7 @@ def segmentation(
     Raises:
         InvalidValueError: `top_share` is not between 0 and 1.
 
-    Example:
+    Examples:
         >>> head = segmentation(8, ["absent", "present"], regions=["parenchymal", "ventricular"])
         >>> dense = head.dense(torch.zeros(1, 8, 4, 16, 16))
         >>> dense.voxels.shape, dense.slices.shape, head.pool(dense).shape
@@ -449,7 +449,7 @@ def softmax(in_channels: int, labels: Sequence[str], *, pool: Pool = "average", 
             lesion; or "both", concatenated.
         activation: Whether a ReLU precedes the pooling.
 
-    Example:
+    Examples:
         >>> head = softmax(8, ["good", "moderate", "poor"])
         >>> head.probabilities(head(torch.zeros(2, 8, 1, 3, 3))).shape
         torch.Size([2, 3])
@@ -473,7 +473,7 @@ def proportional_odds(
         pool: Pooling over space, as for `ordinal`.
         activation: Whether a ReLU precedes the pooling.
 
-    Example:
+    Examples:
         >>> head = proportional_odds(8, ["good", "moderate", "poor"])
         >>> head.probabilities(head(torch.zeros(2, 8, 1, 3, 3))).shape
         torch.Size([2, 3])
@@ -509,7 +509,7 @@ def interval_regression(
     Raises:
         InvalidValueError: The number of edges is wrong, or they are not finite and strictly ordered.
 
-    Example:
+    Examples:
         >>> head = interval_regression(8, ["<60", "60-79", ">=80"], edges=[60, 80])
         >>> head.estimate(torch.zeros(1, 2)).shape
         torch.Size([1, 2])

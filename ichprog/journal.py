@@ -22,7 +22,7 @@ class Journal:
         path: Path of the file.
         run: What determines the entries, as plain data. Entries of another run are not continued.
 
-    Example:
+    Examples:
         >>> from tempfile import mkdtemp
         >>> journal = Journal(Path(mkdtemp(), "journal"), {"model": "a"})
         >>> journal.begin([])

@@ -136,7 +136,7 @@ class Model:
         Raises:
             UnknownNameError: The model has no such fold.
 
-        Example:
+        Examples:
             >>> model = ichprog.load_model("compact.prognosis_gcs3_age")
             >>> model.fold(0)
             <Model compact.prognosis_gcs3_age, folds 0, openvino on cpu, float32>
@@ -513,7 +513,7 @@ def load_model(
         WeightsError: The weights cannot be obtained, fail verification or do not fit the network.
         PluginError: A plugin that the model needs cannot be loaded.
 
-    Example:
+    Examples:
         >>> ichprog.load_model("compact.prognosis_gcs3_age", fold=0)
         <Model compact.prognosis_gcs3_age, folds 0, openvino on cpu, float32>
     """
@@ -628,7 +628,7 @@ def predict(
         ScanError: A scan cannot be read, or the model cannot predict it.
         CohortError: A table of patients cannot be read.
 
-    Example:
+    Examples:
         ```python
         prediction = ichprog.predict("perez2023.prognosis", "scan.nii.gz")
         print(prediction["prognosis"].probabilities)
@@ -685,7 +685,7 @@ def haemorrhage(
         ScanError: A scan cannot be read, or the model cannot process it.
         CohortError: A table of patients cannot be read.
 
-    Example:
+    Examples:
         ```python
         blood = ichprog.haemorrhage("scan.nii.gz")
         print(blood.is_present, blood.volume_ml["total"], blood.intervals_ml["total"])
@@ -758,7 +758,7 @@ def explain(
         PluginError: A method cannot be loaded, breaks its contract, refuses its options, or does not apply to the
             network.
 
-    Example:
+    Examples:
         ```python
         ichprog.explain("perez2023.prognosis", "scan.nii.gz", method="grad_cam").save("map.nii.gz")
         ```
@@ -813,7 +813,7 @@ def resolve_brain(brain: "Brain", *, folder: Path = Path()) -> "Brain":
         InvalidValueError: The mask file does not exist, or the option is of another type.
         PluginError: The brain extractor cannot be loaded.
 
-    Example:
+    Examples:
         >>> resolve_brain("morphology").name
         'morphology'
     """
@@ -849,7 +849,7 @@ def brain_mask(scan: "ScanSource", *, brain: "Brain" = "extract") -> "nib.Nifti1
         ScanError: The scan or mask cannot be read, they do not match, or no brain is found.
         UnknownNameError: There is no such brain mode or brain extractor.
 
-    Example:
+    Examples:
         ```python
         ichprog.brain_mask("head.nii.gz").to_filename("brain.nii.gz")
         ```

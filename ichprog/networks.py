@@ -171,7 +171,7 @@ def build(spec: ModelSpec) -> Network:
         SpecError: A plugin refuses its options.
         PluginError: A plugin cannot be loaded or breaks its contract.
 
-    Example:
+    Examples:
         >>> from ichprog import zoo
         >>> list(build(zoo.find("compact.prognosis_gcs3_age")).heads)
         ['prognosis', 'gcs', 'age']
@@ -221,7 +221,7 @@ def build_head(
         SpecError: The head refuses its options, or the task has regions and the head is not dense.
         PluginError: The head cannot be loaded or breaks its contract.
 
-    Example:
+    Examples:
         >>> build_head(PluginRef("ordinal", {}), 8, ["good", "poor"])(torch.zeros(1, 8, 1, 3, 3)).shape
         torch.Size([1, 1])
     """

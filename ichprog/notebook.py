@@ -13,7 +13,7 @@ def card(title: str, head: Sequence[str], rows: Iterable[Sequence[object]], note
         rows: Cells of each row.
         notes: Sentences below the table.
 
-    Example:
+    Examples:
         >>> card("<a>", ["x"], [[1]])
         '<p><b>&lt;a&gt;</b></p><table><tr><th>x</th></tr><tr><td>1</td></tr></table>'
     """

@@ -55,7 +55,7 @@ def parallel_map(function: Callable[[Item], Result], items: Sequence[Item], *, w
     Raises:
         WorkerDiedError: The worker processes of an item died each time.
 
-    Example:
+    Examples:
         >>> list(parallel_map(abs, [-1, 2]))
         [1, 2]
     """
@@ -106,7 +106,7 @@ def map_unordered(
         RunError: No worker process can start, or a worker does not see the current folder.
         Exception: What the function raises.
 
-    Example:
+    Examples:
         >>> list(map_unordered(abs, [-1, 2]))
         [(-1, 1), (2, 2)]
     """
@@ -279,7 +279,7 @@ def cluster(
         RunError: No scheduler answers at the address, or Slurm refuses the jobs.
         IchprogError: dask is not installed.
 
-    Example:
+    Examples:
         ```python
         with cluster(slurm={"queue": "gpu", "cores": 4}, workers=8) as executor:
             ichprog.study.run(study, "out", executor=executor)

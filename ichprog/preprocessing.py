@@ -25,7 +25,7 @@ def prepare(hu: np.ndarray, contract: InputSpec) -> np.ndarray:
         `(D, H, W)` float32: slices from inferior to superior, rows from anterior to posterior, columns from the
         patient's right to left, values in [0, 1].
 
-    Example:
+    Examples:
         ```python
         grid = prepare(model.load_scan("scan.nii.gz").hu, model.spec.input)
         ```
@@ -59,7 +59,7 @@ def to_scan(values: np.ndarray, shape: tuple[int, int, int], contract: InputSpec
     Returns:
         `(i, j, k)` float32.
 
-    Example:
+    Examples:
         ```python
         values = to_scan(saliency.grid_map, scan.hu.shape, model.spec.input)
         ```
@@ -88,7 +88,7 @@ def cells_to_scan(values: np.ndarray, shape: tuple[int, int, int], contract: Inp
     Returns:
         `(i, j, k)` of the type of the values.
 
-    Example:
+    Examples:
         >>> from ichprog import zoo
         >>> contract = zoo.find("compact.prognosis_gcs3_age").input
         >>> cells_to_scan(np.array([[[1, 2]]]), (4, 1, 1), contract)[:, 0, 0].tolist()
@@ -114,7 +114,7 @@ def prepare_regions(mask: np.ndarray, regions: int, contract: InputSpec) -> np.n
     Returns:
         `(regions, D, H, W)` float32.
 
-    Example:
+    Examples:
         >>> from ichprog import zoo
         >>> contract = zoo.find("compact.prognosis_gcs3_age").input
         >>> prepare_regions(np.ones((56, 56, 12), np.uint8), 2, contract).mean((1, 2, 3)).tolist()
@@ -135,7 +135,7 @@ def slices_to_scan(values: np.ndarray, slices: int, contract: InputSpec) -> np.n
     Returns:
         `(slices,)`, from inferior to superior.
 
-    Example:
+    Examples:
         >>> from ichprog import zoo
         >>> slices_to_scan(np.array([0.0, 1.0]), 4, zoo.find("compact.prognosis_gcs3_age").input).tolist()
         [0.0, 0.25, 0.75, 1.0]

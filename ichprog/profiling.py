@@ -123,7 +123,7 @@ def profile(kind: str, name: str, *, shape: Shape | None = None) -> Profile:
         SpecError: The plugin cannot be built without options.
         PluginError: The plugin cannot be loaded or built, or fails on its input.
 
-    Example:
+    Examples:
         >>> profile("backbone", "compact", shape=(8, 32, 32)).parameters
         138992
     """

@@ -89,7 +89,7 @@ class Registry:
         kind: Kind of plugin in the singular, for messages.
         group: Entry-point group.
 
-    Example:
+    Examples:
         >>> backbones.names()[:2]
         ['compact', 'densenet121']
     """

@@ -215,7 +215,7 @@ def read_records(path: Path) -> list[Record]:
         RunError: The file holds no results.
         OSError: The file cannot be read.
 
-    Example:
+    Examples:
         ```python
         for record in read_records(Path("results.jsonl")):
             print(record["scan"], record["warnings"])

@@ -183,7 +183,7 @@ class Prediction(Mapping[str, TaskPrediction]):
         coverage: Probability with which the `label_set` of a task holds the true label; None without calibration.
         input_distance: Whether the scan is like those of the calibration; None without calibration.
 
-    Example:
+    Examples:
         ```python
         prediction = ichprog.predict("perez2023.prognosis", "scan.nii.gz")
         for task, result in prediction.items():
@@ -318,7 +318,7 @@ class Haemorrhage:
         midline_shift_reason: Why the displacement was not measured; None if it was, or if the model finds no kinds
             of haemorrhage that have a place.
 
-    Example:
+    Examples:
         ```python
         blood = ichprog.haemorrhage("scan.nii.gz")
         print(blood.is_present, blood.probability, blood.volume_ml, blood.intervals_ml)
@@ -552,7 +552,7 @@ def to_frame(results: "Prediction | Haemorrhage | Iterable[Prediction | Haemorrh
     Raises:
         IchprogError: pandas is not installed.
 
-    Example:
+    Examples:
         ```python
         table = ichprog.to_frame(ichprog.predict("perez2023.prognosis", "scans"))
         print(table[["scan", "prognosis_poor"]])

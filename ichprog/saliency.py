@@ -44,7 +44,7 @@ def requires(requirement: Requirement) -> Callable[[_Method], _Method]:
     Raises:
         InvalidValueError: The requirement is neither of the two.
 
-    Example:
+    Examples:
         >>> @requires("features")
         ... def cam(score, grid, network):
         ...     return grad_cam(score, grid, network).clamp(min=0)
@@ -312,7 +312,7 @@ def score_and_features(
         UnknownNameError: The network has no such layer.
         PluginError: The layer's output is not `(B, C, d, h, w)`.
 
-    Example:
+    Examples:
         A method that multiplies activations by their gradients and works on compiled networks:
 
         >>> @requires("features")

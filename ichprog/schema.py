@@ -56,7 +56,7 @@ def read(kind: type[_T], data: Any, path: str = "") -> _T:
     Raises:
         SpecError: A field is missing or unknown, or a value has another type or is out of bounds.
 
-    Example:
+    Examples:
         >>> read(tuple[float, ...], [1, 2.5])
         (1.0, 2.5)
         >>> read(Literal["high", "low"], "hi", "severity")
@@ -72,7 +72,7 @@ def describe_type(kind: Any) -> str:
     Args:
         kind: `str`, `int`, `float`, `bool`, a `Literal`, or a number with `Bounds`.
 
-    Example:
+    Examples:
         >>> describe_type(Literal["auto", "float32", "bfloat16"])
         "'auto', 'float32' or 'bfloat16'"
     """
@@ -93,7 +93,7 @@ def invalid_value(path: str, value: object, expected: str) -> SpecError:
         value: The value.
         expected: What is allowed.
 
-    Example:
+    Examples:
         >>> str(invalid_value("folds", 1, "2 or more"))
         'Invalid folds 1. Expected 2 or more.'
     """
@@ -141,7 +141,7 @@ def json_schema(kind: type[Any], title: str) -> dict[str, Any]:
         kind: Dataclass that `read` supports.
         title: Title of the schema.
 
-    Example:
+    Examples:
         >>> from ichprog.spec import Window
         >>> json_schema(Window, "window")["properties"]["above"]["enum"]
         ['zero', 'one']

@@ -40,7 +40,7 @@ def find_scans(source: Any) -> "list[ScanSource]":
         InvalidValueError: The source is of a type that holds no scan.
         CohortError: A table of patients cannot be read.
 
-    Example:
+    Examples:
         >>> find_scans("scan.nii.gz")
         [PosixPath('scan.nii.gz')]
     """

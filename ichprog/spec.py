@@ -69,7 +69,7 @@ class Target:
         Args:
             value: Value of the column.
 
-        Example:
+        Examples:
             >>> Target("gcs", (13, 9), "low").index(10)
             1
         """
@@ -108,7 +108,7 @@ class MaskTarget:
         volume_intervals: Intervals of true volumes, for "total" and for regions. Each has one entry or more, for
             increasing measured volumes from 0 mL. They hold in 90 % of patients outside the training data.
 
-    Example:
+    Examples:
         >>> intervals = (VolumeInterval(0.0, 0.5, 4.0), VolumeInterval(5.0, 0.8, 1.25))
         >>> mask = MaskTarget("mask", ("parenchymal",), None, 1.0, {"total": intervals})
         >>> mask.volume_interval_ml("total", 3.0)
@@ -427,7 +427,7 @@ class ModelSpec:
         fusion: Combination of the features of the image with the clinical values; null if there is none.
         calibration: Recalibration, conformal sets and the distribution of inputs; null if they are not known.
 
-    Example:
+    Examples:
         >>> from ichprog import zoo
         >>> spec = zoo.find("perez2023.prognosis")
         >>> ModelSpec.from_dict(spec.to_dict()) == spec

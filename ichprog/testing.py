@@ -55,7 +55,7 @@ def check_backbone(name: str, *, shape: Shape = (32, 64, 64), export: bool = Tru
         UnknownNameError: There is no such backbone.
         SpecError: The backbone refuses its options.
 
-    Example:
+    Examples:
         >>> check_backbone("compact", shape=(8, 32, 32), export=False)
     """
     broken = _broken(registry.backbones, name)
@@ -136,7 +136,7 @@ def check_head(name: str, *, labels: Sequence[str] = ("low", "middle", "high"), 
         UnknownNameError: There is no such head.
         SpecError: The head refuses its options.
 
-    Example:
+    Examples:
         >>> check_head("softmax")
     """
     broken = _broken(registry.heads, name)
@@ -271,7 +271,7 @@ def check_fusion(name: str, **options: Any) -> None:
         UnknownNameError: There is no such fusion.
         SpecError: The fusion refuses its options.
 
-    Example:
+    Examples:
         >>> check_fusion("film")
     """
     broken = _broken(registry.fusions, name)
@@ -346,7 +346,7 @@ def check_saliency(name: str, **options: Any) -> None:
         PluginError: The method breaks its contract.
         UnknownNameError: There is no such method.
 
-    Example:
+    Examples:
         >>> check_saliency("grad_cam")
     """
     broken = _broken(registry.saliency, name)
@@ -459,7 +459,7 @@ def check_brain_extractor(name: str, *, min_dice: float = 0.8) -> None:
         PluginError: The extractor breaks its contract.
         UnknownNameError: There is no such extractor.
 
-    Example:
+    Examples:
         >>> check_brain_extractor("morphology")
     """
     broken = _broken(registry.brain_extractors, name)

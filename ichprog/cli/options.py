@@ -70,7 +70,7 @@ def parse_assignments(option: str, values: Iterable[str], example: str) -> dict[
     Raises:
         click.UsageError: A value has no "=".
 
-    Example:
+    Examples:
         >>> parse_assignments("--option", ["power=2", "layer=features.1"], "power=2")
         {'power': 2, 'layer': 'features.1'}
     """

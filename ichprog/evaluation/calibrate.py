@@ -44,7 +44,7 @@ def calibrate(
         RunError: The folder is not empty.
         UnknownNameError, SpecError, WeightsError, PluginError: As in `load_model`.
 
-    Example:
+    Examples:
         ```python
         from ichprog.evaluation import calibrate
 

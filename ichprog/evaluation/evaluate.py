@@ -229,7 +229,7 @@ def evaluate(
         UnknownNameError, SpecError, WeightsError, PluginError: As in `load_model`.
         IchprogError: The extra `study` is not installed.
 
-    Example:
+    Examples:
         ```python
         from ichprog.evaluation import evaluate
 

@@ -87,7 +87,7 @@ def deletion_insertion(
         InvalidValueError: `steps` is less than 1.
         ScanError: The scan cannot be read, or the model cannot process it.
 
-    Example:
+    Examples:
         ```python
         maps = ichprog.explain(model, "scan.nii.gz", method=["grad_cam"])
         curves = deletion_insertion(model, "scan.nii.gz", maps)
@@ -229,7 +229,7 @@ def parameter_randomisation(
         ScanError: The scan cannot be read, or the model cannot process it.
         PluginError: A method does not apply to the network.
 
-    Example:
+    Examples:
         ```python
         stages = parameter_randomisation("compact.prognosis_gcs3_age", "scan.nii.gz", method="grad_cam")
         print([stage.spearman for stage in stages["prognosis", "grad_cam"]])

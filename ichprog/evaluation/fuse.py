@@ -98,7 +98,7 @@ def fuse(
         RunError: The folder is not empty.
         UnknownNameError, SpecError, WeightsError, PluginError: As in `load_model`.
 
-    Example:
+    Examples:
         ```python
         from ichprog.evaluation import fuse
 

@@ -56,7 +56,7 @@ def check_leakage(spec: ModelSpec, weights: Sequence[WeightFile], cohort: Cohort
         RunError: The run.json in the folder of the weights cannot be read, or describes other weights.
         IchprogError: The folds of released weights need scikit-learn, which is not installed.
 
-    Example:
+    Examples:
         ```python
         model = ichprog.load_model("local-dir:run")
         report = check_leakage(model.spec, model.weights, Cohort.read("cohort.csv"))

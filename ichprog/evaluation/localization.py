@@ -136,7 +136,7 @@ def measure_maps(
         ScanError: A scan or a mask cannot be read, or they do not belong together.
         UnknownNameError: No model has a task, or no method or fold has this name.
 
-    Example:
+    Examples:
         ```python
         cohort = Cohort.read("patients/cohort.csv")
         rows = measure_maps({"compact": "compact.prognosis_gcs3_age"}, cohort, folds=None, methods=["grad_cam"])
@@ -326,7 +326,7 @@ def compare_maps(
         ScanError: A scan or a mask cannot be read, or they do not belong together.
         IchprogError: matplotlib is not installed.
 
-    Example:
+    Examples:
         ```python
         figure = compare_maps({"compact": "compact.prognosis_gcs3_age"}, cohort, [("p0001", None)], folds=None)
         figure.savefig("maps.png")

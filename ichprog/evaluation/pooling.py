@@ -211,7 +211,7 @@ def pool_summaries(paths: Sequence[str | Path]) -> PooledEvaluation:
         InvalidValueError: There are fewer than two files, a file occurs twice, or the summaries are of different
             models, weights or versions.
 
-    Example:
+    Examples:
         ```python
         pooled = pool_summaries(["north.json", "south.json"])
         print(pooled.tasks[0].together)

@@ -132,7 +132,7 @@ def align(first: TaskPredictions, second: TaskPredictions) -> tuple[np.ndarray, 
     Raises:
         InvalidValueError: A patient occurs twice, or has another true label in the second.
 
-    Example:
+    Examples:
         >>> a = TaskPredictions(("p1", "p2"), np.zeros(2, int), np.array([0, 1]), np.full((2, 2), 0.5))
         >>> align(a, a.select(np.array([1])))
         (array([1]), array([0]))

@@ -50,7 +50,7 @@ def export(model: Model | str, out: str | Path, *, format: str = "onnx") -> Path
         PluginError: A plugin uses an operation that ONNX lacks, or supports only one batch size.
         IchprogError: A package that the format needs is not installed.
 
-    Example:
+    Examples:
         ```python
         from ichprog.export import export
 

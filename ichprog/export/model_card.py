@@ -38,7 +38,7 @@ def build_card(spec: ModelSpec, repo: str, run: Mapping[str, Any] | None = None)
         repo: Repository, "org/name".
         run: Summary of the training run by `read_run_summary`, if the weights come from a run.
 
-    Example:
+    Examples:
         >>> from ichprog import zoo
         >>> build_card(zoo.find("compact.prognosis_gcs3_age"), "org/name").splitlines()[0]
         '---'
@@ -183,7 +183,7 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         head: Titles of the columns.
         rows: Cells of each row.
 
-    Example:
+    Examples:
         >>> print(markdown_table(["name", "value"], [["a", "1"]]))
         | name | value |
         | --- | --- |

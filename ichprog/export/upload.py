@@ -87,7 +87,7 @@ def prepare_upload(run: str | Path, repo: str) -> HubUpload:
         WeightsError: Weights are missing, differ from the checksums in the spec, or do not fit the network.
         PluginError: A plugin of the model cannot be loaded.
 
-    Example:
+    Examples:
         ```python
         from ichprog.export import prepare_upload
 
@@ -142,7 +142,7 @@ def publish(
         WeightsError: The weights are invalid, or the Hub refuses them.
         PluginError: A plugin of the model cannot be loaded.
 
-    Example:
+    Examples:
         ```python
         from ichprog.export import publish
 

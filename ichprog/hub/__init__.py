@@ -55,7 +55,7 @@ def cache_folder(cache_dir: str | Path | None = None) -> Path:
         cache_dir: Folder to use. By default it is `ICHPROG_CACHE`, `ichprog` in `XDG_CACHE_HOME`, or
             `~/.cache/ichprog`, in this order.
 
-    Example:
+    Examples:
         >>> cache_folder("/data/cache").as_posix()
         '/data/cache'
     """
@@ -83,7 +83,7 @@ def fetch(
         WeightsError: The weights cannot be obtained, fail verification, contain more than tensors or have other keys.
         PluginError: Two distributions claim the name.
 
-    Example:
+    Examples:
         >>> spec, files = fetch("compact.prognosis_gcs3_age", fold=0)
         >>> files[0].path.name
         'fold0.safetensors'

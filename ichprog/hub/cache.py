@@ -175,7 +175,7 @@ def remap_keys(state: Mapping[str, _T], keys: Mapping[str, str], source: str) ->
         WeightsError: A key begins with no prefix or with several, a prefix matches no key, or two keys get the same
             name.
 
-    Example:
+    Examples:
         >>> remap_keys({"trunk.weight": 1, "head.bias": 2}, {"trunk.": "backbone.", "head.": "heads.gcs."}, "example")
         {'backbone.weight': 1, 'heads.gcs.bias': 2}
     """

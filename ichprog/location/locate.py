@@ -51,7 +51,7 @@ class Location:
     def to_dict(self) -> dict[str, Any]:
         """Return all values as plain data.
 
-        Example:
+        Examples:
             >>> Location("left", "deep", 0.01, {"thalamus": 1.0}).to_dict()["side"]
             'left'
         """
@@ -87,7 +87,7 @@ def locate(mask: np.ndarray, brain: np.ndarray, hu: np.ndarray, spacing_mm: Spac
         InvalidValueError: The arrays differ in shape, the mask has other values, or a spacing is not above 0.
         ScanError: `no-brain`: the brain mask is empty.
 
-    Example:
+    Examples:
         ```python
         scan = ichprog.scan.read("head.nii.gz")
         brain = ichprog.scan.brain.extract_brain(scan.hu, scan.spacing)

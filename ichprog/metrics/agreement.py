@@ -26,7 +26,7 @@ def cohen_kappa(first: ArrayLike, second: ArrayLike) -> float:
     Returns:
         Kappa, NaN without patients or if all calls are one label.
 
-    Example:
+    Examples:
         >>> cohen_kappa([0, 1, 0, 1], [1, 0, 1, 0])
         -1.0
     """
@@ -51,7 +51,7 @@ def fleiss_kappa(counts: ArrayLike) -> float:
     Raises:
         InvalidValueError: Patients have different numbers of readers.
 
-    Example:
+    Examples:
         >>> fleiss_kappa([[3, 0], [0, 3]])
         1.0
     """
@@ -92,7 +92,7 @@ def compare_readers(
     Raises:
         InvalidValueError: The calls of a reader are no such numbers, or are not N.
 
-    Example:
+    Examples:
         >>> compare_readers([0, 1], {"A": [0, 1]}, [1, 1])["readers"]["A"]["accuracy"]["value"]
         1.0
     """
@@ -178,7 +178,7 @@ def pointing_game(
     Returns:
         None if the map has no positive voxel or the mask is empty.
 
-    Example:
+    Examples:
         >>> values, lesion = np.zeros((4, 4, 4)), np.zeros((4, 4, 4), bool)
         >>> values[1, 2, 3], lesion[1, 2] = 1.0, True
         >>> pointing_game(values, lesion)
@@ -207,7 +207,7 @@ def relevance_mass_accuracy(values: np.ndarray, lesion: np.ndarray) -> float | N
     Returns:
         None if the map has no positive voxel or the mask is empty.
 
-    Example:
+    Examples:
         >>> lesion = np.zeros((2, 2, 2), bool)
         >>> lesion[0] = True
         >>> relevance_mass_accuracy(np.ones((2, 2, 2)), lesion)
@@ -232,7 +232,7 @@ def hemisphere_correct(values: np.ndarray, lesion: np.ndarray, brain: np.ndarray
     Returns:
         None if the map has no positive voxel, the mask is empty, or less than 60 % of the lesion is in one hemisphere.
 
-    Example:
+    Examples:
         >>> brain, lesion = np.ones((8, 8, 4), bool), np.zeros((8, 8, 4), bool)
         >>> lesion[6, 4, 2] = True
         >>> hemisphere_correct(lesion.astype(float), lesion, brain)

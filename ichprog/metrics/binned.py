@@ -32,7 +32,7 @@ def bin_scores(truth: ArrayLike, p: ArrayLike, edges: ArrayLike) -> BinnedScores
         p: Probabilities of outcome 1 `(N,)`.
         edges: Increasing edges `(B + 1,)` from 0 to 1.
 
-    Example:
+    Examples:
         >>> bin_scores([0, 1, 1], [0.1, 0.5, 1.0], [0, 0.5, 1]).events
         array([0, 2])
     """
@@ -53,7 +53,7 @@ def merge_small_bins(scores: BinnedScores, min_count: int) -> BinnedScores | Non
     Returns:
         The merged counts; None if all patients together are too few.
 
-    Example:
+    Examples:
         >>> fine = BinnedScores(np.linspace(0, 1, 5), np.array([1, 2, 0, 3]), np.array([4, 1, 2, 2]))
         >>> merge_small_bins(fine, 3).edges
         array([0. , 0.5, 1. ])
@@ -85,7 +85,7 @@ def binned_auroc(sites: Sequence[BinnedScores]) -> tuple[float, float]:
     Returns:
         The area and its bound: the area of the unbinned scores differs by at most the bound. NaN without a pair.
 
-    Example:
+    Examples:
         >>> binned_auroc([BinnedScores(np.array([0.0, 0.5, 1.0]), np.array([0, 2]), np.array([2, 0]))])
         (1.0, 0.0)
     """
@@ -114,7 +114,7 @@ def binned_auroc_error(scores: BinnedScores) -> float:
     Returns:
         The standard error, NaN with fewer than two patients with or without the event.
 
-    Example:
+    Examples:
         >>> binned_auroc_error(BinnedScores(np.array([0.0, 0.5, 1.0]), np.array([0, 2]), np.array([2, 0])))
         0.0
     """

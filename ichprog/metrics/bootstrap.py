@@ -18,7 +18,7 @@ def resample_counts(n: int, *, n_bootstrap: int = 1000, seed: int = 0, strata: A
     Returns:
         Counts `(n_bootstrap, n)`; each row sums to `n`.
 
-    Example:
+    Examples:
         >>> resample_counts(5, n_bootstrap=2).sum(axis=1)
         array([5., 5.])
     """
@@ -48,7 +48,7 @@ def bootstrap(
     Returns:
         `(n_bootstrap,)`, or `(n_bootstrap, M)`.
 
-    Example:
+    Examples:
         >>> ages = np.array([61.0, 70.0, 82.0])
         >>> bootstrap(lambda sample: ages[sample].mean(), 3, n_bootstrap=100).shape
         (100,)
@@ -73,7 +73,7 @@ def percentile_interval(samples: np.ndarray, *, coverage: float = 0.95) -> tuple
         samples: Value of the statistic in each bootstrap sample `(D,)`.
         coverage: Coverage of the interval.
 
-    Example:
+    Examples:
         >>> percentile_interval(np.array([1.0, 2.0, 3.0]), coverage=0.5)
         (1.5, 2.5)
     """
@@ -127,7 +127,7 @@ def wilson_interval(hits: ArrayLike, n: ArrayLike, *, coverage: float = 0.95) ->
         n: Number of patients.
         coverage: Coverage of the interval.
 
-    Example:
+    Examples:
         >>> low, high = wilson_interval(8, 10)
         >>> round(float(low), 3), round(float(high), 3)
         (0.49, 0.943)
@@ -148,7 +148,7 @@ def finite(number: float) -> float | None:
     Args:
         number: Any number.
 
-    Example:
+    Examples:
         >>> finite(0.5), finite(float("nan"))
         (0.5, None)
     """

@@ -112,7 +112,7 @@ def calibration_estimates(truth: ArrayLike, p: ArrayLike) -> dict[str, tuple[flo
         `slope`, and `intercept` with a slope of 1, each with its standard error. NaN as in `calibration_slope` and
         `calibration_intercept`.
 
-    Example:
+    Examples:
         >>> slope, error = calibration_estimates([0, 1, 0, 1], [0.2, 0.4, 0.6, 0.8])["slope"]
         >>> round(slope, 3), error > 0
         (0.675, True)
@@ -139,7 +139,7 @@ def log_odds(p: ArrayLike) -> np.ndarray:
     Args:
         p: Probabilities of any shape.
 
-    Example:
+    Examples:
         >>> float(log_odds(0.5))
         0.0
     """
@@ -170,7 +170,7 @@ def fit_recalibration(truth: ArrayLike, p: ArrayLike, *, intercept_only: bool = 
     Returns:
         Slope and intercept, for `recalibrate`. Without patients 1 and 0.
 
-    Example:
+    Examples:
         >>> fit_recalibration([], [])
         (1.0, 0.0)
     """
@@ -204,7 +204,7 @@ def fit_recalibrations(
     Returns:
         Slopes `(D,)` and intercepts `(D,)`.
 
-    Example:
+    Examples:
         >>> slopes, intercepts = fit_recalibrations([[0, 1, 1]], [[0.2, 0.6, 0.7]], intercept_only=True)
         >>> slopes, bool(intercepts[0] > 0)
         (array([1.]), True)
@@ -236,7 +236,7 @@ def recalibrate(p: ArrayLike, slope: ArrayLike, intercept: ArrayLike) -> np.ndar
         slope: Slope of the log-odds.
         intercept: Intercept of the log-odds.
 
-    Example:
+    Examples:
         >>> recalibrate([0.5], slope=1.0, intercept=0.0)
         array([0.5])
     """
@@ -258,7 +258,7 @@ def calibration_curve(
     Returns:
         For each bin the mean `predicted` probability, the `observed` share, the `count` of patients, `low` and `high`.
 
-    Example:
+    Examples:
         >>> curve = calibration_curve([0, 1, 1, 1], [0.2, 0.2, 0.8, 0.8], bins=2)
         >>> curve["predicted"], curve["observed"]
         (array([0.2, 0.8]), array([0.5, 1. ]))
@@ -291,7 +291,7 @@ def probability_histogram(truth: ArrayLike, p: ArrayLike, *, bins: int = 20) -> 
     Returns:
         `edges` `(bins + 1,)` from 0 to 1, and `counts` `(2, bins)` by outcome.
 
-    Example:
+    Examples:
         >>> probability_histogram([0, 1], [0.1, 0.9], bins=2)["counts"]
         array([[1, 0],
                [0, 1]])

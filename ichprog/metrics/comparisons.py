@@ -48,7 +48,7 @@ def compare(
     Raises:
         InvalidValueError: The arrays do not fit the kind of task.
 
-    Example:
+    Examples:
         >>> truth, first, second = [0, 0, 1, 1], [0.1, 0.2, 0.8, 0.9], [0.1, 0.8, 0.2, 0.9]
         >>> compare(truth, first, second, kind="binary", n_bootstrap=50)["auroc"]["difference"]
         0.25
@@ -99,7 +99,7 @@ def paired_bootstrap(
     Returns:
         `difference`, `low`, `high` and `p`; None if undefined.
 
-    Example:
+    Examples:
         >>> a, b = np.array([1.0, 2.0, 3.0]), np.array([0.0, 1.0, 2.0])
         >>> paired_bootstrap(lambda s: a[s].mean(), lambda s: b[s].mean(), 3)["difference"]
         1.0
@@ -148,7 +148,7 @@ def delong(truth: ArrayLike, first: ArrayLike, second: ArrayLike) -> tuple[float
         The difference, its standard error and p. NaN if an outcome has fewer than two patients, or if two different
         areas have no variance. p is 1 if the areas cannot differ.
 
-    Example:
+    Examples:
         >>> delong([0, 0, 1, 1], [0.1, 0.2, 0.8, 0.9], [0.1, 0.2, 0.8, 0.9])
         (0.0, 0.0, 1.0)
     """
@@ -171,7 +171,7 @@ def delong_interval(truth: ArrayLike, p: ArrayLike, *, coverage: float = 0.95) -
     Returns:
         The area, its lower and its upper limit.
 
-    Example:
+    Examples:
         >>> delong_interval([0, 0, 1, 1], [0.1, 0.2, 0.8, 0.9])
         (1.0, 1.0, 1.0)
     """
@@ -220,7 +220,7 @@ def holm(p_values: ArrayLike) -> np.ndarray:
     Args:
         p_values: p values `(M,)`.
 
-    Example:
+    Examples:
         >>> holm([0.01, 0.04])
         array([0.02, 0.04])
     """
@@ -246,7 +246,7 @@ def mcnemar(first: ArrayLike, second: ArrayLike) -> tuple[int, int, float]:
         Number of patients with yes in the first column only, number with yes in the second only, and p. p is 1 if the
         columns are equal.
 
-    Example:
+    Examples:
         >>> mcnemar([True, True, False], [True, False, False])
         (1, 0, 1.0)
     """
@@ -276,7 +276,7 @@ def correlations(columns: Mapping[str, ArrayLike], outcome: ArrayLike, *, covera
     Raises:
         InvalidValueError: A column has another length than the outcome.
 
-    Example:
+    Examples:
         >>> correlations({"age": [60, 70, 80, 90]}, [0, 1, 2, 3])[0]["rho"]
         1.0
     """

@@ -27,7 +27,7 @@ def conformal_sets(
     Returns:
         Whether each label is in the set of each patient, `(N, K)` bool.
 
-    Example:
+    Examples:
         >>> conformal_sets([0, 1], np.array([[0.9, 0.1], [0.3, 0.7]]), np.array([[0.8, 0.2]]), coverage=0.5)
         array([[ True, False]])
     """
@@ -49,7 +49,7 @@ def set_statistics(sets: np.ndarray, truth: ArrayLike) -> dict[str, float]:
     Returns:
         `coverage`, `size`, `one` and `none`; NaN without patients.
 
-    Example:
+    Examples:
         >>> set_statistics(np.array([[True, False], [True, True]]), [0, 1])
         {'coverage': 1.0, 'size': 1.5, 'one': 0.5, 'none': 0.0}
     """

@@ -129,7 +129,7 @@ def choose_threshold(truth: ArrayLike, p: ArrayLike) -> float:
         A number midway between two neighbouring probabilities. Of equally good thresholds it is the one nearest to 0.5.
         If only one outcome occurs, or no threshold is better than chance, 0.5.
 
-    Example:
+    Examples:
         >>> round(choose_threshold([0, 0, 1, 1], [0.1, 0.2, 0.6, 0.9]), 3)
         0.4
     """
@@ -159,7 +159,7 @@ def net_benefit(truth: ArrayLike, p: ArrayLike, thresholds: ArrayLike) -> dict[s
     Returns:
         `thresholds`, and the net benefit `(T,)` of treating by the `model`, of treating `all` and of treating `none`.
 
-    Example:
+    Examples:
         >>> net_benefit([1, 0, 0, 0], [0.9, 0.6, 0.1, 0.2], [0.5])["model"]
         array([0.])
     """

@@ -34,7 +34,7 @@ def cross_fitted(
     Returns:
         Recalibrated probabilities `(N,)`; None with fewer than two patients of an outcome.
 
-    Example:
+    Examples:
         >>> truth, p = [0, 0, 0, 1, 0, 0, 0, 1], [0.6, 0.7, 0.6, 0.8, 0.5, 0.6, 0.7, 0.9]
         >>> bool(cross_fitted(truth, p, "intercept").mean() < np.mean(p))
         True
@@ -96,7 +96,7 @@ def patients_needed(curve: list[dict[str, Any]]) -> int | None:
         The smallest size from which on recalibration improves the log loss of other patients in at least 90 % of the
         draws. None if no size of the curve does.
 
-    Example:
+    Examples:
         >>> patients_needed([{"patients": 20, "share_improved": 0.7}, {"patients": 50, "share_improved": 0.95}])
         50
     """

@@ -57,7 +57,7 @@ def random_effects(
         coverage: Coverage of both intervals.
         back: Function that turns a pooled estimate into the scale of the result, such as the inverse logit.
 
-    Example:
+    Examples:
         >>> pooled = random_effects([0.4, 0.4, 0.4], [0.1, 0.1, 0.1])
         >>> round(pooled.value, 3), pooled.i2, pooled.tau2
         (0.4, 0.0, 0.0)

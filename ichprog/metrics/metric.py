@@ -152,7 +152,7 @@ def metric(
     Raises:
         InvalidValueError: The name is registered already.
 
-    Example:
+    Examples:
         >>> @metric("error rate", higher_is_better=False)
         ... def error_rate(predictions):
         ...     return predictions.mean(predictions.decisions != predictions.truth)
@@ -194,7 +194,7 @@ def registered(kind: Kind) -> list[Metric]:
     Args:
         kind: Kind of task.
 
-    Example:
+    Examples:
         >>> [each.name for each in registered("nominal")]
         ['auroc', 'balanced_accuracy', 'accuracy', 'log_loss']
     """
@@ -207,7 +207,7 @@ def label_of(name: str) -> str | None:
     Args:
         name: Name of a metric, with the number of its cut or a suffix.
 
-    Example:
+    Examples:
         >>> label_of("auroc_2"), label_of("ppv_at_half"), label_of("size")
         ('AUROC 2', 'PPV at half', None)
     """
@@ -236,7 +236,7 @@ def compute(truth: ArrayLike, probabilities: ArrayLike, *, kind: Kind, threshold
         InvalidValueError: The arrays do not fit the kind of task.
         UnknownNameError: No kind has this name.
 
-    Example:
+    Examples:
         >>> values = compute([0, 0, 1, 1], [0.1, 0.6, 0.4, 0.9], kind="binary")
         >>> values["auroc"], values["accuracy"]
         (0.75, 0.5)

@@ -29,7 +29,7 @@ def validate_rates(name: str, rates: Sequence[float]) -> tuple[float, ...]:
     Raises:
         InvalidValueError: A rate is not above 0 and at most 1.
 
-    Example:
+    Examples:
         >>> validate_rates("at_sensitivity", [0.9, 0.95])
         (0.9, 0.95)
     """
@@ -56,7 +56,7 @@ def threshold_at(truth: ArrayLike, p: ArrayLike, rate: Rate, required: float) ->
     Raises:
         InvalidValueError: The required value is not above 0 and at most 1.
 
-    Example:
+    Examples:
         >>> round(threshold_at([0, 0, 1, 1], [0.1, 0.6, 0.4, 0.8], "sensitivity", 1.0), 3)
         0.25
         >>> round(threshold_at([0, 0, 1, 1], [0.1, 0.6, 0.4, 0.8], "specificity", 1.0), 3)
@@ -95,7 +95,7 @@ def rates_at(truth: ArrayLike, positive: ArrayLike, *, coverage: float = 0.95) -
         `called_positive`, the number of positive calls; and `sensitivity`, `specificity`, `ppv` and `npv`, each with
         `value`, `low` and `high`, None if undefined.
 
-    Example:
+    Examples:
         >>> rates_at([0, 0, 1, 1], [False, True, True, True])["specificity"]["value"]
         0.5
     """
@@ -132,7 +132,7 @@ def operating_point(
     Raises:
         InvalidValueError: The required value is not above 0 and at most 1.
 
-    Example:
+    Examples:
         >>> point = operating_point([0, 0, 1, 1], [0.1, 0.6, 0.4, 0.8], "sensitivity", 1.0)
         >>> point["same_patients"]["sensitivity"]["value"], point["same_patients"]["specificity"]["value"]
         (1.0, 0.5)
@@ -161,7 +161,7 @@ def stratified_parts(truth: ArrayLike, parts: int, *, seed: int = 0) -> np.ndarr
     Returns:
         The part of each patient `(N,)`, from 0; None with fewer than two patients of an outcome.
 
-    Example:
+    Examples:
         >>> parts = stratified_parts([0, 0, 0, 1, 1, 1], 3)
         >>> np.bincount(parts)
         array([2, 2, 2])

@@ -92,7 +92,7 @@ def uoc_index(tables: np.ndarray) -> np.ndarray:
     Returns:
         The index `(D,)`, NaN for an empty table.
 
-    Example:
+    Examples:
         >>> uoc_index(np.array([[[4.0, 0.0], [0.0, 2.0]]]))
         array([0.])
     """

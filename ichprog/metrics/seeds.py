@@ -47,7 +47,7 @@ def compute_over_seeds(
     Raises:
         InvalidValueError: The arrays do not fit the kind of task, or there is no training.
 
-    Example:
+    Examples:
         >>> truth, trainings = [0, 1, 0, 1], [[0.1, 0.9, 0.2, 0.8], [0.1, 0.9, 0.95, 0.8]]
         >>> compute_over_seeds(truth, trainings, kind="binary", thresholds=[0.5, 0.5], n_bootstrap=50)["auroc"]["value"]
         0.75
@@ -93,7 +93,7 @@ def compare_over_seeds(
     Raises:
         InvalidValueError: The arrays do not fit the kind of task, or a model has no training.
 
-    Example:
+    Examples:
         >>> truth, half = [0, 1, 0, 1], [0.5, 0.5]
         >>> good, poor = [[0.1, 0.9, 0.2, 0.8]] * 2, [[0.9, 0.1, 0.2, 0.8]] * 2
         >>> rows = compare_over_seeds(truth, good, poor, kind="binary", thresholds=(half, half), n_bootstrap=50)
@@ -171,7 +171,7 @@ def crossed_components(values: ArrayLike) -> dict[str, float]:
     Raises:
         InvalidValueError: There are fewer than two folds or trainings.
 
-    Example:
+    Examples:
         >>> crossed_components([[0.6, 0.8], [0.6, 0.8]])["seeds_sd"]
         0.0
     """
@@ -205,7 +205,7 @@ def corrected_resampled_test(differences: ArrayLike, test_share: float) -> tuple
 
     Source: Nadeau and Bengio, Machine Learning 2003;52:239-281.
 
-    Example:
+    Examples:
         >>> difference, p = corrected_resampled_test([0.01, 0.03, 0.02, 0.05, 0.04], 0.25)
         >>> round(difference, 3), round(p, 3)
         (0.03, 0.047)

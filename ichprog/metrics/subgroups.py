@@ -19,7 +19,7 @@ def by_value(values: Sequence[Any] | np.ndarray) -> dict[str, np.ndarray]:
     Returns:
         By name of the subgroup the members `(N,)` bool. Patients with a blank are in no subgroup.
 
-    Example:
+    Examples:
         >>> by_value(["F", "M", "", "F"])["F"]
         array([ True, False, False,  True])
     """
@@ -51,7 +51,7 @@ def by_edges(values: np.ndarray, edges: Sequence[float]) -> dict[str, np.ndarray
     Returns:
         By name of the subgroup the members `(N,)` bool. Patients with a blank are in no subgroup.
 
-    Example:
+    Examples:
         >>> by_edges(np.array([60.0, 70.0, np.nan]), [70])
         {'< 70': array([ True, False, False]), '>= 70': array([False,  True, False])}
     """

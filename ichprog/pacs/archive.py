@@ -103,7 +103,7 @@ def open_archive(
         InvalidValueError: The address or `retrieve` has another form.
         IchprogError: pynetdicom or dicomweb-client is not installed.
 
-    Example:
+    Examples:
         ```python
         archive = open_archive("dicom://PACS@127.0.0.1:4242")
         ```

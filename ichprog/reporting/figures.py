@@ -110,7 +110,7 @@ def ablation(
         metric: Name of the metric in `metrics.json`, such as "auroc".
         chance: Value at which a line marks random guessing.
 
-    Example:
+    Examples:
         ```python
         metrics = json.loads(Path("metrics.json").read_text())
         save(ablation(metrics, "prognosis", "auroc", chance=0.5), Path("figures"), "auroc")
@@ -159,7 +159,7 @@ def roc_points(truth: np.ndarray, p: np.ndarray) -> tuple[np.ndarray, np.ndarray
         truth: True labels 0 and 1 `(N,)`, both of which must occur.
         p: Probabilities of label 1 `(N,)`.
 
-    Example:
+    Examples:
         >>> false_positive_rate, sensitivity = roc_points(np.array([0, 1]), np.array([0.2, 0.8]))
         >>> sensitivity.tolist()
         [0.0, 1.0, 1.0]

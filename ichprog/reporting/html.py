@@ -77,7 +77,7 @@ def write_report(path: Path, title: str, sections: Sequence[Section], *, notices
         RunError: A picture cannot be read, or is neither SVG nor PNG.
         IchprogError: Jinja2 is not installed.
 
-    Example:
+    Examples:
         ```python
         table = Table([{"variant": "prognosis", "auroc": 0.74}], ["variant", "auroc"], "Results of the test parts.")
         write_report(Path("report.html"), "A study", [Section("Results", tables=[table])])

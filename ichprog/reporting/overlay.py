@@ -52,7 +52,7 @@ def plot(
         ScanError: A map or the outline has another shape than the scan (code `other-scan`).
         IchprogError: matplotlib is not installed.
 
-    Example:
+    Examples:
         ```python
         saliency = ichprog.explain(model, "scan.nii.gz")
         ichprog.plot(saliency, "scan.nii.gz").savefig("map.png")
@@ -130,7 +130,7 @@ def scale_map(values: np.ndarray, brain: np.ndarray) -> tuple[np.ndarray, float]
     Returns:
         The map, 0 outside the brain, and 0 everywhere if it is empty in the brain; and the value, 0 for an empty map.
 
-    Example:
+    Examples:
         >>> scaled, top = scale_map(np.array([[[-2.0, 2.0, 9.0]]]), np.array([[[True, True, False]]]))
         >>> scaled.tolist(), top
         ([[[-1.0, 1.0, 0.0]]], 2.0)

@@ -62,7 +62,7 @@ def save_report(
         ScanError: The scan cannot be read, or a map belongs to another scan.
         IchprogError: Jinja2 or Pillow is not installed.
 
-    Example:
+    Examples:
         ```python
         prediction = ichprog.predict(model, "scan.nii.gz", haemorrhage=True)
         maps = ichprog.explain(model, "scan.nii.gz", method=["grad_cam", "guided_backprop"])
@@ -292,7 +292,7 @@ def format_percent(p: float) -> str:
     Args:
         p: Probability.
 
-    Example:
+    Examples:
         >>> format_percent(0.7039), format_percent(0.9999), format_percent(0.0)
         ('70.4 %', '> 99.9 %', '0 %')
     """

@@ -30,7 +30,7 @@ def readable_name(name: str) -> str:
     Args:
         name: Name in files.
 
-    Example:
+    Examples:
         >>> readable_name("balanced_accuracy"), readable_name("auroc_1"), readable_name("mean_age")
         ('balanced accuracy', 'AUROC 1', 'mean age')
     """
@@ -44,7 +44,7 @@ def format_value(value: Any) -> str:
         value: Text, number, None, or interval. Numbers below 10 get three decimals, larger numbers fewer. None and
             numbers that are not finite are a dash.
 
-    Example:
+    Examples:
         >>> format_value({"value": 0.7123, "low": 0.65, "high": 0.77}), format_value(0.00001), format_value(None)
         ('0.712 (0.650 to 0.770)', '<0.001', '-')
     """
@@ -101,7 +101,7 @@ def format_table(rows: Iterable[Row], columns: Columns) -> FormattedTable:
         rows: Rows.
         columns: Names of the columns, or a mapping from names to headings.
 
-    Example:
+    Examples:
         >>> format_table([{"n": 3, "auroc": 0.5}], ["n", "auroc"]).rows
         (('3', '0.500'),)
     """
@@ -197,7 +197,7 @@ def write(rows: Iterable[Row], columns: Columns, folder: Path, name: str, captio
     Returns:
         The paths of the files.
 
-    Example:
+    Examples:
         ```python
         write([{"variant": "prognosis", "auroc": 0.74}], ["variant", "auroc"], Path("tables"), "results")
         ```

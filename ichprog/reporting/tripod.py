@@ -29,7 +29,7 @@ def fill_checklist(
     Returns:
         Rows with "number", "section", "topic", "applies", "content" and "answer".
 
-    Example:
+    Examples:
         >>> fill_checklist({})[0]["answer"]
         'To be written by the authors.'
     """

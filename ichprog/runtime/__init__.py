@@ -120,7 +120,7 @@ def resolve_runtime(runtime: str, device: str, precision: str) -> RuntimeConfig:
     Raises:
         UnknownNameError: There is no such runtime, precision or device.
 
-    Example:
+    Examples:
         >>> resolve_runtime("torch", "cpu", "float32")
         RuntimeConfig(runtime='torch', device='cpu', precision='float32', explicit=True, fallback_reason=None)
     """

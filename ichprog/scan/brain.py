@@ -370,7 +370,7 @@ def brain_key(brain: "Brain") -> str:
     Args:
         brain: As in `isolate_brain`.
 
-    Example:
+    Examples:
         >>> brain_key("auto")
         'auto'
     """

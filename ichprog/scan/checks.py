@@ -115,7 +115,7 @@ def register_check(
     Returns:
         A decorator for a function that takes a `CheckInput` and returns `Finding` objects.
 
-    Example:
+    Examples:
         ```python
         @register_check("density", "an unusual median", quantity="median of the brain", unit="HU", expected=(20, 45))
         def check_density(case: CheckInput) -> list[Finding]:
@@ -140,7 +140,7 @@ def resolve_ranges(overrides: ExpectedRanges) -> dict[str, Range]:
     Raises:
         SpecError: A code names no check with a range.
 
-    Example:
+    Examples:
         >>> resolve_ranges({"slices": (10, 40)})["slices"]
         (10, 40)
         >>> resolve_ranges({})["slices"]
@@ -196,7 +196,7 @@ def out_of_range(values: Sequence[float], expected: Range, quantity: str, unit: 
         quantity: The measured quantity, as the subject of a sentence.
         unit: Unit of all values.
 
-    Example:
+    Examples:
         >>> out_of_range([90.0], (100, 220), "the extent from foot to head", "mm")[0].message
         'the extent from foot to head is 90 mm; 100 to 220 is usual for this model.'
     """
@@ -215,7 +215,7 @@ def format_range(expected: Range) -> str:
     Args:
         expected: Lowest and highest value, None for no bound.
 
-    Example:
+    Examples:
         >>> format_range((20, 64)), format_range((1, None)), format_range((None, 25))
         ('20 to 64', 'at least 1', 'at most 25')
     """
@@ -329,7 +329,7 @@ def missing_brain_ml(mask: np.ndarray, spacing_mm: Spacing, side: str) -> float:
     Returns:
         The volume in mL, 0 if the brain ends before the side.
 
-    Example:
+    Examples:
         >>> z = np.arange(-70, 40, 5.0)  # an ellipsoid that is cut 40 mm above its middle
         >>> x, y = np.ogrid[-90:90, -90:90]
         >>> brain = (x[..., None] / 70) ** 2 + (y[..., None] / 80) ** 2 + (z / 70) ** 2 <= 1

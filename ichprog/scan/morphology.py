@@ -20,7 +20,7 @@ def bounding_box(mask: np.ndarray) -> Box:
     Args:
         mask: Bool array.
 
-    Example:
+    Examples:
         >>> bounding_box(np.array([[False, True, True], [False, False, False]]))
         (slice(0, 1, None), slice(1, 3, None))
     """
@@ -41,7 +41,7 @@ def filter_components(
         keep: Function from the sizes of all components, in voxels, to whether each component is kept.
         count_in: Voxels that count towards the size of a component; all voxels by default.
 
-    Example:
+    Examples:
         >>> line = np.array([1, 1, 0, 1, 0], bool)[:, None, None]
         >>> filter_components(line, lambda sizes: sizes >= 2).ravel().astype(int)
         array([1, 1, 0, 0, 0])
@@ -69,7 +69,7 @@ def largest_component(mask: np.ndarray, count_in: np.ndarray | None = None) -> n
         mask: `(i, j, k)` bool.
         count_in: Voxels that count towards the size of a component; all voxels by default.
 
-    Example:
+    Examples:
         >>> line = np.array([1, 1, 0, 1, 0], bool)[:, None, None]
         >>> largest_component(line).ravel().astype(int)
         array([1, 1, 0, 0, 0])
@@ -87,7 +87,7 @@ def fill_holes(mask: np.ndarray) -> np.ndarray:
     Args:
         mask: `(i, j, k)` bool.
 
-    Example:
+    Examples:
         >>> shell = np.ones((3, 3, 3), bool)
         >>> shell[1, 1, 1] = False
         >>> bool(fill_holes(shell).all())
@@ -110,7 +110,7 @@ def dilate_mm(mask: np.ndarray, radius_mm: float, spacing: Sequence[float]) -> n
         radius_mm: Distance in mm.
         spacing: Voxel spacing along each axis, in mm.
 
-    Example:
+    Examples:
         >>> point = np.array([0, 0, 1, 0, 0], bool)[:, None, None]
         >>> dilate_mm(point, 2.0, (2.0, 1.0, 1.0)).ravel().astype(int)
         array([0, 1, 1, 1, 0])
@@ -143,7 +143,7 @@ def distance_mm(mask: np.ndarray, spacing: Sequence[float], limit_mm: float) -> 
     Returns:
         float32 distances in mm, 0 in the mask.
 
-    Example:
+    Examples:
         >>> distance_mm(np.array([True, False, False]), [2.0], 10.0)
         array([0., 2., 4.], dtype=float32)
     """
@@ -171,7 +171,7 @@ def resample(values: np.ndarray, shape: Sequence[int]) -> np.ndarray:
     Returns:
         float32 array of that shape.
 
-    Example:
+    Examples:
         >>> resample(np.array([[0.0, 2.0, 4.0, 6.0]]), (1, 2)).round(2)
         array([[0.86, 5.14]], dtype=float32)
     """
@@ -190,7 +190,7 @@ def triangle_weights(n: int, m: int) -> np.ndarray:
     Returns:
         `(m, n)` float32; every row adds up to 1.
 
-    Example:
+    Examples:
         >>> triangle_weights(2, 3)
         array([[1. , 0. ],
                [0.5, 0.5],

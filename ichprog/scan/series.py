@@ -165,7 +165,7 @@ def pseudonym(identifier: str) -> str:
     Args:
         identifier: Identifier of a patient, a study or a series.
 
-    Example:
+    Examples:
         >>> pseudonym("1.2.3")
         'c47f5b18'
     """

@@ -105,7 +105,7 @@ def lowres_geometry(shape: tuple[int, ...], spacing_mm: Spacing) -> tuple[Shape,
         shape: Shape of the scan.
         spacing_mm: Voxel spacing of the scan along i, j and k, in mm.
 
-    Example:
+    Examples:
         >>> lowres_geometry((512, 512, 30), (0.5, 0.5, 5.0))
         ((128, 128, 75), (2.0, 2.0, 2.0))
     """
@@ -157,7 +157,7 @@ def load_regions(mask: Any, scan: Scan) -> np.ndarray:
     Raises:
         ScanError: The mask cannot be read. With code `other-scan` the mask has another shape or position than the scan.
 
-    Example:
+    Examples:
         >>> import nibabel
         >>> affine = np.diag([-1, -1, 5, 1])
         >>> scan = read(nibabel.Nifti1Image(np.zeros((4, 4, 2), np.int16), affine))
@@ -187,7 +187,7 @@ def source_slices(values: np.ndarray, source_affine: np.ndarray) -> np.ndarray:
         values: `(k,)`, one value for each slice of the scan's `hu`, from inferior to superior.
         source_affine: Affine of the source array.
 
-    Example:
+    Examples:
         >>> source_slices(np.array([1, 2, 3]), np.diag([1.0, 1.0, -5.0, 1.0])).tolist()
         [3, 2, 1]
     """
@@ -203,7 +203,7 @@ def background(hu: np.ndarray) -> tuple[float, float]:
     Args:
         hu: `(i, j, k)` HU.
 
-    Example:
+    Examples:
         >>> background(np.zeros((4, 4, 2)))
         (0.0, 1.0)
     """
@@ -224,7 +224,7 @@ def read(source: Any) -> Scan:
         InvalidValueError: The source is of another type.
         ScanError: The source does not exist, cannot be read, or holds no three-dimensional scan.
 
-    Example:
+    Examples:
         >>> import nibabel
         >>> image = nibabel.Nifti1Image(np.zeros((4, 4, 2), np.int16), np.diag([-1, -1, 5, 1]))
         >>> read(image).spacing
@@ -292,7 +292,7 @@ def to_lps(values: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarr
     Returns:
         A view of the array in LPS order, and its affine.
 
-    Example:
+    Examples:
         >>> values, affine = to_lps(np.arange(8).reshape(2, 2, 2), np.eye(4))
         >>> values[0, 0, 0], affine[0].tolist()
         (np.int64(6), [-1.0, 0.0, 0.0, 1.0])

@@ -56,7 +56,7 @@ class Patient:
     Raises:
         UnknownNameError: There is no such preset.
 
-    Example:
+    Examples:
         >>> patient = Patient(seed=0, number=3)
         >>> patient.name, 3 <= patient.person.gcs <= 15
         ('sim0-00003', True)
@@ -219,7 +219,7 @@ def simulate(
         IchprogError: nilearn is not installed.
         OSError: The folder cannot be written.
 
-    Example:
+    Examples:
         ```python
         cohort = simulate("patients", patients=20, seed=1)
         ```

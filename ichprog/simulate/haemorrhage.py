@@ -221,7 +221,7 @@ def fullest(share: np.ndarray, wanted: float) -> np.ndarray:
         share: Fraction of blood of each voxel.
         wanted: Number of voxels.
 
-    Example:
+    Examples:
         >>> fullest(np.array([0.1, 0.9, 0.4, 0.0]), 2.2)
         array([False,  True,  True, False])
     """
@@ -239,7 +239,7 @@ def mask_value(kind: str) -> int:
     Args:
         kind: "parenchymal", "ventricular", "subarachnoid", "subdural" or "epidural".
 
-    Example:
+    Examples:
         >>> mask_value("subdural")
         4
     """

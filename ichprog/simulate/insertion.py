@@ -83,7 +83,7 @@ def add_haemorrhage(
         ScanError: The scan cannot be read, or no brain is found.
         IchprogError: nilearn, which provides the template, is not installed.
 
-    Example:
+    Examples:
         ```python
         image, mask = add_haemorrhage("head.nii.gz", "subdural", 20.0, seed=1)
         ```

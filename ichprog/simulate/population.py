@@ -250,7 +250,7 @@ def sites(realism: Realism) -> Mapping[str, Site]:
     Args:
         realism: Options of the simulation.
 
-    Example:
+    Examples:
         >>> sites(PLAIN)["putamen"].median_ml
         18
     """
@@ -269,7 +269,7 @@ def draw_person(random: np.random.Generator, realism: Realism = PLAIN) -> Person
         random: Random generator.
         realism: Options of the simulation.
 
-    Example:
+    Examples:
         >>> person = draw_person(np.random.default_rng(0))
         >>> person.site in SITES
         True

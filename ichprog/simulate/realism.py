@@ -138,7 +138,7 @@ def find_realism(preset: str | Realism) -> Realism:
     Raises:
         UnknownNameError: There is no such preset.
 
-    Example:
+    Examples:
         >>> find_realism("plain").without_blood
         0.0
     """

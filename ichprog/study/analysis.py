@@ -96,7 +96,7 @@ def analyse(study: Study, cohort: Cohort, predictions: Predictions) -> StudyResu
         CohortError: The readers' table cannot be used, or a column with bounds is not numeric.
         UnknownNameError: The cohort lacks a column.
 
-    Example:
+    Examples:
         ```python
         results = analyse(study, cohort, Predictions.read(Path("out/predictions.csv")))
         print(results.metrics["prognosis"]["prognosis"]["auroc"])

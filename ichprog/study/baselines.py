@@ -56,7 +56,7 @@ def predict(
         CohortError: A column is not numeric.
         RunError: "fusion" lacks predictions of the image model for some patients.
 
-    Example:
+    Examples:
         ```python
         baseline = Baseline("age_gcs", "logistic", ("age", "gcs"), None, "prognosis", False)
         predictions = predict(baseline, cohort, task, folds)["test"]
@@ -98,7 +98,7 @@ def fit(kind: str, x: np.ndarray, labels: np.ndarray, *, seed: int = 1) -> Predi
 
     Source: the network and its optimiser are those of the tabular model of Cobo et al. 2024.
 
-    Example:
+    Examples:
         >>> fit("majority", np.zeros((4, 1)), np.array([0, 1, 1, 1]))(np.zeros((1, 1))).tolist()
         [0.75]
     """

@@ -253,7 +253,7 @@ class Study:
             SpecError: The file cannot be read, or a key is unknown, missing, of the wrong type or invalid.
             UnknownNameError: The zoo has no such model.
 
-        Example:
+        Examples:
             ```python
             study = Study.read("study.toml")
             print([variant.name for variant in study.variants])

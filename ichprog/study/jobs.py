@@ -109,7 +109,7 @@ def run(
         UnknownNameError: A plugin, a column or a job does not exist.
         PluginError: A plugin of a variant fails.
 
-    Example:
+    Examples:
         ```python
         study = ichprog.study.Study.read("study.toml")
         statuses = ichprog.study.run(study, "out", workers=2)
@@ -159,7 +159,7 @@ def status(study: Study, out: str | Path) -> list[JobStatus]:
         study: Study.
         out: Folder of the study, which need not exist.
 
-    Example:
+    Examples:
         ```python
         study = ichprog.study.Study.read("study.toml")
         print([(each.job.name, each.state) for each in ichprog.study.status(study, "out")])

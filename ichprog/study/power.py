@@ -97,7 +97,7 @@ def compute_power(
     Raises:
         InvalidValueError: A count is too small, or `alpha` is not between 0 and 1.
 
-    Example:
+    Examples:
         >>> few, many = compute_power(Assumptions(difference=0.1), patients=[100, 400], seeds=[5], studies=100)
         >>> few.power < many.power
         True

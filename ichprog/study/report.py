@@ -61,7 +61,7 @@ def report(study: Study, out: str | Path, *, saliency_patients: int = 0, cache_d
         RunError: The folder has no predictions.
         CohortError: A table cannot be used.
 
-    Example:
+    Examples:
         ```python
         study = ichprog.study.Study.read("study.toml")
         print(ichprog.study.report(study, "out"))

@@ -100,7 +100,7 @@ def saliency_figure(
         RunError: No variant with the task is done in every fold.
         UnknownNameError: There is no such patient, slice, task or method.
 
-    Example:
+    Examples:
         ```python
         figure = ichprog.study.saliency_figure(study, "out", [("P01", 12)], method="grad_cam")
         figure.savefig("saliency.png")

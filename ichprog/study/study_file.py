@@ -188,7 +188,7 @@ def study_schema() -> dict[str, Any]:
 def presets() -> list[str]:
     """Return the names of the study templates.
 
-    Example:
+    Examples:
         >>> presets()
         ['default', 'paper', 'smoke']
     """
@@ -205,7 +205,7 @@ def template(preset: str = "default") -> str:
     Raises:
         UnknownNameError: There is no preset of this name.
 
-    Example:
+    Examples:
         >>> template("smoke").splitlines()[0].startswith("#")
         True
     """

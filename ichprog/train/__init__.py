@@ -86,7 +86,7 @@ def train(
         UnknownNameError: The model, a plugin, fold, device or tracker does not exist.
         PluginError: A plugin of the model cannot be loaded or breaks its contract.
 
-    Example:
+    Examples:
         ```python
         train("cohort.csv", "densenet121.prognosis", "run", folds=5, options=TrainOptions(device="cuda"))
         ```
@@ -115,7 +115,7 @@ def resolve_spec(model: "ModelSpec | str | Path") -> "ModelSpec":
         SpecError: The description is invalid.
         UnknownNameError: The model does not exist.
 
-    Example:
+    Examples:
         >>> resolve_spec("perez2023.prognosis").name
         'perez2023.prognosis'
     """

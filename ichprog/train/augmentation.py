@@ -28,7 +28,7 @@ def augment(grids: Tensor, protocol: Protocol, contract: InputSpec, seeds: Seque
     Returns:
         `(B, 1, D, H, W)`, padded with 0.
 
-    Example:
+    Examples:
         ```python
         augmented = augment(grids, PRESETS["default"], spec.input, seeds=[(1, 0), (1, 1)])
         ```
@@ -68,7 +68,7 @@ def augment_regions(regions: Tensor, protocol: Protocol, contract: InputSpec, se
     Returns:
         `(B, R, D, H, W)`, padded with 0.
 
-    Example:
+    Examples:
         ```python
         moved = augment_regions(regions, PRESETS["default"], spec.input, seeds=[(1, 0), (1, 1)])
         ```

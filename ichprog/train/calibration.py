@@ -114,7 +114,7 @@ def coverage_interval(patients: int, coverage: float) -> tuple[float, float]:
 
     Source: Vovk, Asian Conference on Machine Learning 2012; the coverage has a beta distribution.
 
-    Example:
+    Examples:
         >>> low, high = coverage_interval(200, 0.9)
         >>> round(low, 2), round(high, 2)
         (0.86, 0.94)

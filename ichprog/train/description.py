@@ -110,7 +110,7 @@ def keep_written(spec: ModelSpec, written: ModelSpec) -> ModelSpec:
 def is_unwritten(text: str) -> bool:
     """Return whether the authors still have to write a text.
 
-    Example:
+    Examples:
         >>> is_unwritten("To be written: terms of use of the weights.")
         True
     """
@@ -173,7 +173,7 @@ def _notice(origin: Origin) -> str:
 def _format_patients(origin: Origin) -> str:
     """Return the number of patients, and how many of them are simulated.
 
-    Example:
+    Examples:
         >>> _format_patients(Origin(40, 40, ({"seed": 1, "preset": "plain"},)))
         '40 simulated patients (seed 1, preset plain)'
     """
@@ -203,7 +203,7 @@ def _format_auc(auc: OutOfFoldAuc, folds: int) -> str:
 def _join(names: Sequence[str]) -> str:
     """Join names.
 
-    Example:
+    Examples:
         >>> _join(["a", "b", "c"])
         'a, b and c'
     """

@@ -31,7 +31,7 @@ class DistributedContext:
         InvalidValueError: There are several processes, and the device is a single one.
         IchprogError: There are several processes, and Accelerate is not installed.
 
-    Example:
+    Examples:
         >>> DistributedContext("cpu").is_main_process
         True
     """

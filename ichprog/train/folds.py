@@ -39,7 +39,7 @@ def split(labels: np.ndarray, n: int, *, seed: int = 1, validation_fraction: flo
 
     Source: the protocol of Cobo et al. 2024, with scikit-learn's `StratifiedKFold` and `train_test_split`.
 
-    Example:
+    Examples:
         >>> folds = split(np.array([0, 1] * 10), 5, validation_fraction=0.25)
         >>> [len(part) for part in folds[0]]
         [12, 4, 4]
@@ -72,7 +72,7 @@ def oversample(part: np.ndarray, labels: np.ndarray, *, seed: int = 2) -> np.nda
 
     Source: imbalanced-learn's `RandomOverSampler`.
 
-    Example:
+    Examples:
         >>> labels = np.array([0, 0, 0, 1])
         >>> labels[oversample(np.arange(4), labels)].tolist()
         [0, 0, 0, 1, 1, 1]

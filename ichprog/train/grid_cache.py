@@ -53,7 +53,7 @@ def prepare(
         CohortError: Scans cannot be used; the message names each with its problem.
         RunError: The disk is full or the folder cannot be written.
 
-    Example:
+    Examples:
         ```python
         files = prepare(["1.nii.gz"], spec.input, brain="auto", folder=Path("grids"), workers=4)
         ```

@@ -41,7 +41,7 @@ def mean_loss(head: nn.Module, logits: Tensor, target: Tensor, weights: Tensor) 
         target: `(B,)` label indices, -1 if unknown.
         weights: `(labels,)` weight of each label, on the CPU.
 
-    Example:
+    Examples:
         ```python
         loss = mean_loss(head, head(features), target, torch.ones(len(task.labels)))
         ```

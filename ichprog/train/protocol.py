@@ -119,7 +119,7 @@ class Protocol:
         Raises:
             SpecError: A field does not exist, or a value is not allowed.
 
-        Example:
+        Examples:
             >>> Protocol.read({"epochs": 0}, PRESETS["paper"])
             Traceback (most recent call last):
             ichprog.errors.SpecError: Invalid protocol.epochs 0. Expected a whole number from 1 to 1e+06.
@@ -136,7 +136,7 @@ class Protocol:
             UnknownNameError: A field does not exist.
             InvalidValueError: A value is not allowed.
 
-        Example:
+        Examples:
             >>> PRESETS["default"].replace(learning_rate=5e-4).learning_rate
             0.0005
         """
@@ -155,7 +155,7 @@ class Protocol:
     def quirks(self) -> list[str]:
         """Return a sentence for each setting that exists only because it was published.
 
-        Example:
+        Examples:
             >>> len(PRESETS["paper"].quirks()), len(PRESETS["default"].quirks())
             (6, 0)
         """

@@ -104,7 +104,7 @@ def _file_digest(path: Path) -> str:
 def digest(data: Any) -> str:
     """Return the SHA-256 of plain data.
 
-    Example:
+    Examples:
         >>> digest([1, 2])[:8]
         '49a64f47'
     """
@@ -348,7 +348,7 @@ def required_bytes(network: Network, protocol: Protocol, folds: int) -> int:
 def differences(key: str, existing: Any, requested: Any) -> Iterator[str]:
     """Describe how a requested value differs from an existing one, down to the fields of an object.
 
-    Example:
+    Examples:
         >>> list(differences("protocol", {"seed": 1, "epochs": 2}, {"seed": 1, "epochs": 3}))
         ['protocol.epochs was 2, is 3']
     """

@@ -43,7 +43,7 @@ def out_of_fold_aucs(run: Path) -> Iterator[OutOfFoldAuc]:
     Args:
         run: Directory of the run.
 
-    Example:
+    Examples:
         ```python
         for auc in out_of_fold_aucs(Path("run")):
             print(auc)  # prognosis: out-of-fold AUC 0.806 (95 % CI 0.752 to 0.858), 261 patients, 10 folds

@@ -75,7 +75,7 @@ def plan_steps(n_patients: int, protocol: Protocol, num_processes: int = 1) -> l
         protocol: The protocol.
         num_processes: Number of processes.
 
-    Example:
+    Examples:
         >>> steps = plan_steps(5, Protocol(batch_size=2, accumulation_steps=2))
         >>> [[batch.tolist() for batch in step] for step in steps]
         [[[0, 1], [2, 3, 4]]]

@@ -29,7 +29,7 @@ def list_models(pattern: str = "*") -> list[ModelSpec]:
     Args:
         pattern: Shell pattern.
 
-    Example:
+    Examples:
         >>> [spec.name for spec in list_models("perez2023.*")]
         ['perez2023.prognosis']
     """
@@ -53,7 +53,7 @@ def find(name: str) -> ModelSpec:
         PluginError: Two distributions claim the name.
         SpecError: The JSON file is invalid.
 
-    Example:
+    Examples:
         >>> [task.name for task in find("densenet121.prognosis_gcs3").tasks]
         ['prognosis', 'gcs']
     """
@@ -81,7 +81,7 @@ def find_entry(name: str) -> Entry:
 def clinical_values() -> dict[str, ClinicalValue]:
     """Return every clinical value that a model of the zoo uses, by column, with its unit, range and scale.
 
-    Example:
+    Examples:
         >>> clinical_values()["age"].unit
         'years'
     """
@@ -98,7 +98,7 @@ def register_model(spec: ModelSpec | Mapping[str, Any]) -> None:
         SpecError: The fields are not a valid spec.
         PluginError: The name is in use.
 
-    Example:
+    Examples:
         >>> fields = find("perez2023.prognosis").to_dict()
         >>> register_model(fields | {"name": "mine.prognosis"})
         >>> find("mine.prognosis").backbone.name

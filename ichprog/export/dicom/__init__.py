@@ -43,7 +43,7 @@ def build_objects(
             prediction has an error.
         IchprogError: highdicom or matplotlib is not installed.
 
-    Example:
+    Examples:
         ```python
         from ichprog.export.dicom import build_objects, save_objects
 

@@ -77,7 +77,7 @@ def run_command(
     Raises:
         ScanError: `extractor-failed`: the command failed, or its mask is missing or does not fit the scan.
 
-    Example:
+    Examples:
         ```python
         run_command(["mine", "scan.nii.gz", "mask.nii.gz"], "mask.nii.gz", hu, spacing_mm)
         ```
