@@ -45,7 +45,7 @@ def pages() -> dict[str, str]:
 
 
 def measure_network(spec: ModelSpec) -> Network:
-    """Return the size of the network of a model. It is built without memory for its weights."""
+    """Return the size of the network of a model, which is built without memory for its weights."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
