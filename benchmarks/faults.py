@@ -191,7 +191,7 @@ class Laboratory:
     def environment(self, scenario: Scenario, out: Path) -> dict[str, str]:
         """Return the variables of the environment of a scenario."""
         cache = self.cache if scenario.uses_cache else out / "cache"
-        return {"ICHPROG_CACHE": str(cache), "HF_ENDPOINT": self.server.url}
+        return {"ICHPROG_CACHE": str(cache), "HF_ENDPOINT": self.server.url, "ICHPROG_BACKGROUND_COMPILE": "0"}
 
     def start(self, scenario: Scenario, out: Path, *more: str) -> "subprocess.Popen[str]":
         """Start the command of a scenario."""

@@ -159,6 +159,30 @@ class Model:
         """
         return self.fold_runtimes[0 if fold is None else self._position(fold)].torch_module()
 
+    def compile(self) -> None:
+        """Compile and cache every graph of predictions and explanations that is not cached yet.
+
+        With runtime "torch" there is nothing to compile.
+
+        Example:
+            ```python
+            ichprog.load_model("perez2023.prognosis", runtime="openvino").compile()
+            ```
+        """
+        for runtime in self.fold_runtimes:
+            runtime.compile()
+            runtime.release_memory()
+
+    def is_compiled(self, *, explain: bool = False) -> bool:
+        """Return False if torch computes only because no graph is cached yet, which runtime "cached" allows.
+
+        Args:
+            explain: Whether explanations count, too.
+        """
+        if self.runtime == "torch":
+            return not self._config.only_cached
+        return all(runtime.is_compiled(explain=explain) for runtime in self.fold_runtimes)
+
     def _position(self, fold: int) -> int:
         folds = [file.fold for file in self.weights]
         if fold not in folds:
@@ -501,7 +525,8 @@ def load_model(
         fold: Number of one fold. By default all folds, whose probabilities are averaged.
         device: "auto", "cpu", "cuda", "cuda:1" or "mps".
         runtime: "openvino" for the CPU, "torch" for any device, or "auto": OpenVINO on the CPU if it can run the
-            model, otherwise torch. Networks compiled by OpenVINO are cached.
+            model, otherwise torch. Networks compiled by OpenVINO are cached; compiling a large one takes a minute.
+            "cached" is as "auto" but compiles nothing: torch computes what has no cached graph.
         precision: "float32", or "bfloat16" if the hardware supports it. Otherwise the model computes in float32 and
             `Model.fallback_reason` says why.
         cache_dir: The cache folder. By default `$ICHPROG_CACHE` or `~/.cache/ichprog`.
@@ -523,7 +548,10 @@ def load_model(
         "name": name, "fold": fold, "device": device, "runtime": runtime, "precision": precision,
         "cache_dir": cache.absolute(), "offline": offline,
     }  # fmt: skip
-    return Model.build(spec, files, config, cache, loading)
+    model = Model.build(spec, files, config, cache, loading)
+    if runtime == "cached":  # other processes run as this one, whatever is compiled meanwhile
+        model._loading = loading | {"runtime": "auto" if model.is_compiled() else "torch"}
+    return model
 
 
 def _reload(loading: dict[str, Any], expected: Mapping[str, Any]) -> Model:

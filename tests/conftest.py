@@ -23,6 +23,7 @@ def empty_cache(tmp_path_factory, monkeypatch):
     """Use an empty cache, and let no test reach a host beyond the loopback."""
     monkeypatch.setenv("ICHPROG_CACHE", str(tmp_path_factory.mktemp("cache")))
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("ICHPROG_BACKGROUND_COMPILE", "0")  # tests leave no processes behind
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
 
 

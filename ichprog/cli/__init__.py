@@ -1,7 +1,6 @@
 """The command line: thin commands over the library, one module for each group of commands."""
 
 import logging
-import sys
 from typing import Any
 
 import click
@@ -18,6 +17,7 @@ from ichprog.cli import (
     plugins,
     predict,
     process,
+    progress,
     reports,
     simulate,
     spec,
@@ -67,14 +67,17 @@ class _Group(click.Group):
 def main(ctx: click.Context, verbose: int) -> None:
     """Prognosis after intracranial haemorrhage from one head CT. For research only, not for patient care."""
     if verbose:
-        _log_to_stderr(ctx, logging.INFO if verbose == 1 else logging.DEBUG)
+        level = logging.INFO if verbose == 1 else logging.DEBUG
+        _log_to_stderr(ctx, "ichprog", level, "%(levelname)s %(name)s: %(message)s")
+    else:
+        _log_to_stderr(ctx, "ichprog.progress", logging.INFO, "%(message)s")
 
 
-def _log_to_stderr(ctx: click.Context, level: int) -> None:
-    """Write the messages of the logger `ichprog` to standard error until the command ends."""
-    logger = logging.getLogger("ichprog")
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+def _log_to_stderr(ctx: click.Context, name: str, level: int, form: str) -> None:
+    """Write the messages of a logger to standard error until the command ends."""
+    logger = logging.getLogger(name)
+    handler = progress.LineHandler()
+    handler.setFormatter(logging.Formatter(form))
     previous = logger.level
     logger.addHandler(handler)
     logger.setLevel(level)

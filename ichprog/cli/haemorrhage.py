@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ichprog import zoo
+from ichprog.cli.compilation import ModelLoader
 from ichprog.cli.options import as_json, brain, loading, with_options
 from ichprog.cli.scans import (
     ResultsOptions,
@@ -18,7 +19,6 @@ from ichprog.cli.scans import (
     format_scores,
     format_warnings,
     has_patients,
-    load_model,
     output,
     print_limits,
     print_notice,
@@ -90,7 +90,8 @@ def haemorrhage(
         raise click.UsageError("--clinical needs --scores.")
     given = read_clinical(clinical, sources)
     computer = ScoreComputer(sources, given, is_requested=scores)
-    model = load_model(name, brain, loading)
+    loader = ModelLoader(sources, pool, shard)
+    model = loader.load(name, brain, loading)
     table = haemorrhage_table(model.spec, with_patients=has_patients(sources), score_columns=computer.columns)
     work = _FindHaemorrhage(model, brain, computer, table, results.suffix, masks, as_json)
     run = {
@@ -102,6 +103,7 @@ def haemorrhage(
     if not as_json:
         print_limits(model)
     print_notice(model)
+    loader.compile_in_background()
     ctx.exit(1 if has_failed else 0)
 
 

@@ -30,7 +30,7 @@ offline = click.option("--offline", is_flag=True, help="Use only the cache, not 
 loading = [
     fold,
     click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps."),
-    click.option("--runtime", default="auto", show_default=True, metavar="auto|openvino|torch"),
+    click.option("--runtime", default="auto", show_default=True, metavar="auto|cached|openvino|torch"),
     click.option("--precision", default="float32", show_default=True, metavar="float32|bfloat16"),
     cache_dir,
     offline,

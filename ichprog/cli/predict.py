@@ -10,6 +10,7 @@ import click
 
 import ichprog
 from ichprog import zoo
+from ichprog.cli.compilation import ModelLoader
 from ichprog.cli.dicom_objects import check_sources, dicom_out, write_objects
 from ichprog.cli.options import as_json, brain, find_spec, loading, model_option, parse_assignments, with_options
 from ichprog.cli.reports import ReportFolder, report_options
@@ -25,7 +26,6 @@ from ichprog.cli.scans import (
     format_warnings,
     has_patients,
     key_of,
-    load_model,
     output,
     print_limits,
     print_notice,
@@ -151,8 +151,9 @@ def predict(
     for_model, for_scores = _split_clinical(given, name, with_scores=scores)
     computer = ScoreComputer(sources, for_scores, is_requested=scores)
     reports = ReportFolder(report, [*map(key_of, sources)], has_pdf=pdf, has_identifiers=identifiers)
-    model = load_model(name, brain, loading)
-    detector = load_model(detector_name, brain, {**loading, "fold": None}) if haemorrhage or scores else None
+    loader = ModelLoader(sources, pool, shard)
+    model = loader.load(name, brain, loading, explain=bool(methods))
+    detector = loader.load(detector_name, brain, {**loading, "fold": None}) if haemorrhage or scores else None
     table = prediction_table(
         model.spec, with_patients=has_patients(sources), detector=None if detector is None else detector.spec,
         score_columns=computer.columns,
@@ -186,6 +187,7 @@ def predict(
     if detector is not None and not as_json:
         print_limits(detector)
     print_notice(model)
+    loader.compile_in_background()
     ctx.exit(1 if has_failed else 0)
 
 
@@ -352,7 +354,8 @@ def explain(
     maps = _MapOptions(tasks, methods, parse_assignments("--option", options, _LAYER), label)
     sources = find_scans(scans, study=study, series=series)
     given = read_clinical(clinical, sources)
-    model = load_model(name, brain, loading)
+    loader = ModelLoader(sources, pool)
+    model = loader.load(name, brain, loading, explain=True)
     for source in sources:
         model.clinical_values(source, given)  # refuses wrong ones before a scan is read
     todo = sources
@@ -364,6 +367,7 @@ def explain(
         click.echo(f"{len(sources) - len(todo)} of {len(sources)} scans have their maps in {output}.", err=True)
     has_failed = print_outputs(_ExplainScan(model, brain, given, maps, output, png, as_json), sources, todo, pool)
     print_notice(model)
+    loader.compile_in_background()
     ctx.exit(1 if has_failed else 0)
 
 

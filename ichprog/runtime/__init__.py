@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["PRECISIONS", "RUNTIMES", "Runtime", "RuntimeConfig", "TaskOutput", "build_runtimes", "resolve_runtime"]
 
-RUNTIMES = ("auto", "openvino", "torch")
+RUNTIMES = ("auto", "cached", "openvino", "torch")
 PRECISIONS = ("float32", "bfloat16")
 
 _logger = logging.getLogger(__name__)
@@ -67,6 +67,16 @@ class Runtime(Protocol):
     def prefetch_explanation(self) -> None:
         """Prefetch the explanation graphs in a background thread."""
 
+    def compile(self) -> None:
+        """Compile and cache every graph of predictions and explanations that is not cached yet."""
+
+    def is_compiled(self, *, explain: bool) -> bool:
+        """Return whether a run needs no graph that is not cached yet.
+
+        Args:
+            explain: Whether the run explains, too.
+        """
+
     def torch_module(self) -> "nn.Module":
         """Return the network as a torch module in evaluation mode."""
 
@@ -100,6 +110,7 @@ class RuntimeConfig(NamedTuple):
         precision: One of `PRECISIONS`.
         explicit: Whether the user named the runtime, so that there is no fallback.
         fallback_reason: Why runtime or precision differ from the requested ones, or None.
+        only_cached: Whether nothing is compiled: torch computes what has no cached graph.
     """
 
     runtime: str
@@ -107,10 +118,11 @@ class RuntimeConfig(NamedTuple):
     precision: str
     explicit: bool
     fallback_reason: str | None = None
+    only_cached: bool = False
 
 
 def resolve_runtime(runtime: str, device: str, precision: str) -> RuntimeConfig:
-    """Resolve "auto": OpenVINO on the CPU, torch on other devices.
+    """Resolve "auto" and "cached": OpenVINO on the CPU, torch on other devices.
 
     Args:
         runtime: One of `RUNTIMES`.
@@ -138,11 +150,11 @@ def resolve_runtime(runtime: str, device: str, precision: str) -> RuntimeConfig:
     from ichprog.runtime.openvino import backend
 
     backend.start_import()
+    reason = None
     if precision == "bfloat16" and not backend.supports_bfloat16():
-        reason = "this CPU does not support bfloat16, so the model computes in float32"
+        precision, reason = "float32", "this CPU does not support bfloat16, so the model computes in float32"
         _logger.info("Precision falls back to float32: %s.", reason)
-        return RuntimeConfig("openvino", resolved, "float32", runtime == "openvino", reason)
-    return RuntimeConfig("openvino", resolved, precision, runtime == "openvino")
+    return RuntimeConfig("openvino", resolved, precision, runtime == "openvino", reason, runtime == "cached")
 
 
 def build_runtimes(
@@ -153,7 +165,8 @@ def build_runtimes(
     Args:
         spec: The specification of the model.
         files: Weight file of each fold.
-        config: The requested runtime. If OpenVINO cannot run the network, torch is the fallback.
+        config: The requested runtime. If OpenVINO cannot run the network, or only cached graphs are requested and a
+            fold has none, torch runs every fold.
         cache: The cache folder for compiled networks.
 
     Returns:
@@ -167,15 +180,24 @@ def build_runtimes(
             named that runtime.
     """
     if config.runtime == "openvino":
-        from ichprog.runtime.openvino.runtime import CompilationError, OpenVinoRuntime
+        from ichprog.runtime.openvino.runtime import CompilationError, OpenVinoRuntime, is_cached
 
+        if config.only_cached and not all(is_cached(spec, file, config.precision, cache) for file in files):
+            return _build_torch(spec, files, config._replace(runtime="torch"))
+        only_cached = config.only_cached
         try:
-            return tuple(OpenVinoRuntime(spec, file, config.precision, cache) for file in files), config
+            return tuple(OpenVinoRuntime(spec, file, config.precision, cache, only_cached) for file in files), config
         except CompilationError as error:
             if config.explicit:
                 raise PluginError(f"{error}. Use runtime='torch', or 'auto' to fall back to torch.") from error
             _logger.info("Falling back to the torch runtime: %s.", error)
-            config = config._replace(runtime="torch", fallback_reason=str(error))
+            config = config._replace(runtime="torch", fallback_reason=str(error), only_cached=False)
+    return _build_torch(spec, files, config)
+
+
+def _build_torch(
+    spec: ModelSpec, files: Sequence[WeightFile], config: RuntimeConfig
+) -> tuple[tuple[Runtime, ...], RuntimeConfig]:
     from ichprog.runtime.torch_runtime import TorchRuntime
 
     return tuple(TorchRuntime(spec, file.path, config.device, config.precision) for file in files), config

@@ -46,6 +46,13 @@ class TorchRuntime:
     def prefetch_explanation(self) -> None:
         """Do nothing: the torch runtime explains with the loaded network."""
 
+    def compile(self) -> None:
+        """Do nothing: the torch runtime has no graphs."""
+
+    def is_compiled(self, *, explain: bool) -> bool:  # noqa: ARG002  # as in `Runtime.is_compiled`
+        """Return True: the torch runtime has no graphs."""
+        return True
+
     def torch_module(self) -> nn.Module:
         """Return the network that this runtime runs."""
         return self.network

@@ -44,7 +44,7 @@ class GraphCache:
     """
 
     def __init__(self, spec: ModelSpec, file: WeightFile, cache: Path, processor: str, precision: str) -> None:
-        self._folder = cache / "compiled" / file.sha256[:32]
+        self._folder = _folder_of(file, cache)
         self._precision = precision
         owners = [_owner(registry.backbones, spec.backbone.name)]
         owners += [_owner(registry.heads, name) for name in sorted({task.head.name for task in spec.tasks})]
@@ -63,6 +63,16 @@ class GraphCache:
             "processor": processor,
             "precision": precision,
         }
+
+    @staticmethod
+    def has_graphs(file: WeightFile, cache: Path) -> bool:
+        """Return whether the cache may hold a graph of a fold.
+
+        Args:
+            file: Weight file of the fold.
+            cache: The cache folder.
+        """
+        return any(_folder_of(file, cache).glob("*.blob"))
 
     def load(self, graph: str, shape: Sequence[int]) -> tuple[np.ndarray, dict[str, Any]] | None:
         """Load an exported graph and its metadata, or return None if there is no valid file.
@@ -148,6 +158,10 @@ class GraphCache:
 
     def _path(self, graph: str, shape: Sequence[int]) -> Path:
         return self._folder / f"{graph}-{self._precision}-{'x'.join(map(str, shape))}.blob"
+
+
+def _folder_of(file: WeightFile, cache: Path) -> Path:
+    return cache / "compiled" / file.sha256[:32]
 
 
 def _checksum(content: bytes | memoryview) -> bytes:

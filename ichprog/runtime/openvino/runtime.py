@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ichprog.networks import Network
     from ichprog.runtime.torch_runtime import TorchRuntime
 
-__all__ = ["CompilationError", "OpenVinoRuntime"]
+__all__ = ["CompilationError", "OpenVinoRuntime", "is_cached"]
 
 _TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}  # largest difference of a probability from torch
 _PREDICT = "predict"
@@ -33,6 +33,7 @@ _EXPLAIN = ("forward", "backward")
 Shape = tuple[int, int, int]
 
 _logger = logging.getLogger(__name__)
+_progress = logging.getLogger("ichprog.progress")
 
 
 class OpenVinoRuntime:
@@ -46,14 +47,18 @@ class OpenVinoRuntime:
         file: Weight file of the fold.
         precision: "float32" or "bfloat16".
         cache: The cache folder.
+        only_cached: Whether torch explains if the explanation graphs are not cached, instead of compiling them.
 
     Raises:
         CompilationError: OpenVINO cannot run the network, or its probabilities differ from torch.
         WeightsError: The weights do not fit the network.
     """
 
-    def __init__(self, spec: ModelSpec, file: WeightFile, precision: str, cache: Path) -> None:
+    def __init__(
+        self, spec: ModelSpec, file: WeightFile, precision: str, cache: Path, only_cached: bool = False
+    ) -> None:
         self.spec, self.file, self.precision = spec, file, precision
+        self._only_cached = only_cached
         self._cache = GraphCache(spec, file, cache, backend.processor(), precision)
         self._graphs: dict[tuple[str, Shape], _CompiledGraph] = {}
         self._lock = threading.Lock()
@@ -98,8 +103,23 @@ class OpenVinoRuntime:
     def prefetch_explanation(self) -> None:
         """Prefetch the explanation graphs of the model's own grid shape in a background thread, if they are cached."""
         shape = self.spec.input.shape
-        if all(self._cache.read_metadata(name, shape) is not None for name in _EXPLAIN):
+        if self.is_compiled(explain=True):
             backend.run_in_thread(lambda: [self._graph(name, shape) for name in _EXPLAIN])
+
+    def compile(self) -> None:
+        """Compile and cache the graphs of the model's own grid shape that are not cached yet."""
+        for name in (_PREDICT, *_EXPLAIN):
+            try:
+                self._graph(name, self.spec.input.shape)
+            except CompilationError as error:  # of an explanation, for which torch is the fallback
+                _logger.info("Not compiled: %s.", error)
+
+    def is_compiled(self, *, explain: bool) -> bool:
+        """Return whether the graphs of the model's own grid shape are cached; that of predictions always is."""
+        return not explain or self._is_cached(_EXPLAIN, self.spec.input.shape)
+
+    def _is_cached(self, names: Collection[str], shape: Sequence[int]) -> bool:
+        return all(self._cache.read_metadata(name, shape) is not None for name in names)
 
     def torch_module(self) -> "nn.Module":
         """Return a torch network with the weights of this runtime. It is loaded on first use."""
@@ -148,6 +168,8 @@ class OpenVinoRuntime:
         """Return the forward and the backward graph, or None and the reason why torch has to explain."""
         if needs_network:
             return "a saliency method needs the torch network", None
+        if self._only_cached and not self._is_cached(_EXPLAIN, shape):
+            return "the explanation is not compiled for this CPU yet", None
         try:
             forward, backward = (self._graph(name, shape) for name in _EXPLAIN)
         except CompilationError as error:
@@ -191,7 +213,10 @@ class OpenVinoRuntime:
         """Compile a graph, and the graphs that are compiled with it, from torch and cache them."""
         from ichprog import networks
 
-        _logger.info("Compiling %s fold %s for grids of %s x %s x %s.", self.spec.name, self.file.fold, *shape)
+        what = "predictions" if name == _PREDICT else "explanations"
+        model = f"{self.spec.name} fold {self.file.fold}"
+        _logger.debug("Compiling %s for grids of %s x %s x %s.", model, *shape)
+        _progress.info("Compiling %s of %s for this CPU, once. A large network takes about a minute.", what, model)
         network = networks.load(self.spec, self.file.path)
         try:
             graphs = self._build_predict(network, shape) if name == _PREDICT else self._build_explain(network, shape)
@@ -265,6 +290,21 @@ class OpenVinoRuntime:
 
     def _compile(self, model: Any, metadata: dict[str, Any] | None = None) -> "_CompiledGraph":
         return _CompiledGraph(backend.compile_model(model, self.precision), metadata or {})
+
+
+def is_cached(spec: ModelSpec, file: WeightFile, precision: str, cache: Path) -> bool:
+    """Return whether the graph of predictions is cached, or the knowledge that OpenVINO cannot run the network.
+
+    Args:
+        spec: The specification of the model.
+        file: Weight file of the fold.
+        precision: "float32" or "bfloat16".
+        cache: The cache folder.
+    """
+    if not GraphCache.has_graphs(file, cache):
+        return False  # without waiting for the import of OpenVINO
+    graphs = GraphCache(spec, file, cache, backend.processor(), precision)
+    return graphs.read_metadata(_PREDICT, spec.input.shape) is not None
 
 
 class _CompiledGraph:
