@@ -16,7 +16,6 @@ from ichprog import zoo
 from process import run_command
 from workloads import ICHPROG
 
-
 FORWARD = """
 import torch, monai
 network = monai.networks.nets.DenseNet121(spatial_dims=3, in_channels=1, out_channels=1).eval()

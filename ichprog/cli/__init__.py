@@ -70,7 +70,7 @@ def main(ctx: click.Context, verbose: int) -> None:
         level = logging.INFO if verbose == 1 else logging.DEBUG
         _log_to_stderr(ctx, "ichprog", level, "%(levelname)s %(name)s: %(message)s")
     else:
-        _log_to_stderr(ctx, "ichprog.progress", logging.INFO, "%(message)s")
+        _log_to_stderr(ctx, "ichprog.progress", logging.DEBUG, "%(message)s")
 
 
 def _log_to_stderr(ctx: click.Context, name: str, level: int, form: str) -> None:

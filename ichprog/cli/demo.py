@@ -36,8 +36,10 @@ def demo(folder: Path, as_json: bool) -> None:
     from ichprog.simulate import Patient
 
     folder.mkdir(parents=True, exist_ok=True)
+    click.echo("Simulating a patient.", err=True)
     patient = Patient(*_PATIENT)
     scan_path, _ = patient.save(folder)
+    click.echo("Predicting with three embedded models in PyTorch.", err=True)
     model = ichprog.load_model(_MODEL, runtime="torch")  # compiles nothing and leaves nothing in the cache
     scan = model.load_scan(scan_path)
     prediction, columns = ichprog.predict(model, scan), patient.columns()
@@ -50,6 +52,7 @@ def demo(folder: Path, as_json: bool) -> None:
     ) as file:
         file.add(prediction)
     scores = from_haemorrhage(blood, check_clinical(values))
+    click.echo("Explaining, and drawing the picture.", err=True)
     maps = ichprog.explain(model, scan, task=[task.name for task in model.spec.tasks], method=[_METHOD])
     for (name, method), saliency in maps.items():
         saliency.save(folder / f"{patient.name}_{name}_{method}.nii.gz")

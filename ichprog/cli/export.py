@@ -25,7 +25,9 @@ def export(
     from ichprog import export
 
     export.check_format(form)
-    model = ichprog.load_model(name, fold=fold, device="cpu", cache_dir=cache_dir, offline=offline)
+    model = ichprog.load_model(
+        name, fold=fold, device="cpu", runtime="cached", cache_dir=cache_dir, offline=offline
+    )  # compiles nothing, because only the description and the weights are used
     path = export.export(model, output, format=form)
     folds = [file.fold for file in model.weights]
     written = {"path": str(path), "config": str(path.with_name("config.json")), "folds": folds}

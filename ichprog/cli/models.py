@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -43,8 +43,9 @@ def fetch(ctx: click.Context, names: tuple[str, ...], is_all: bool, cache_dir: P
 
     if is_all == bool(names):
         raise click.UsageError("Give names of models, or --all.")
-    has_failed = False
-    for name in names or [spec.name for spec in ichprog.list_models()]:
+    has_failed, chosen = False, names or [spec.name for spec in ichprog.list_models()]
+    _announce_size(chosen, cache_dir)
+    for name in chosen:
         try:
             _, files = hub.fetch(name, cache_dir=cache_dir)
         except IchprogError as error:
@@ -57,6 +58,23 @@ def fetch(ctx: click.Context, names: tuple[str, ...], is_all: bool, cache_dir: P
             row = {"model": name, "fold": file.fold, "path": str(file.path), "sha256": file.sha256}
             click.echo(json.dumps(row) if as_json else f"{name}  fold {file.fold}  {file.path}")
     ctx.exit(1 if has_failed else 0)
+
+
+def _announce_size(names: Sequence[str], cache_dir: Path | None) -> None:
+    """Print how much is downloaded for several models. Errors are left to the download itself."""
+    from ichprog import hub
+
+    if len(names) == 1:
+        return  # its download is announced with its size
+    try:
+        size = sum(
+            hub.missing_bytes(name, cache_dir=cache_dir)
+            for name in names
+            if not name.startswith(("hf-hub:", "local-dir:"))
+        )
+    except IchprogError:
+        return
+    click.echo(f"{len(names)} models, {size / 1e6:.0f} MB to download.", err=True)
 
 
 @click.command()

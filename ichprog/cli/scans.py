@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import ichprog
-from ichprog.cli import process
+from ichprog.cli import process, progress
 from ichprog.cli.options import parse_assignments
 from ichprog.errors import CohortError, InvalidValueError
 
@@ -292,12 +292,11 @@ def print_outputs(
     """
     from ichprog.cli.workers import work_on_scans
 
-    is_shown = sys.stderr.isatty() and len(sources) > 1
     stem_of = dict(zip(map(key_of, sources), stems(sources), strict=True))
     items, has_failed = [(source, stem_of[key_of(source)]) for source in todo], False
     with (
         pool.start() as where,
-        _progress_bar(len(sources), len(sources) - len(todo)) if is_shown else nullcontext() as bar,
+        progress.bar(len(sources), "scan", done=len(sources) - len(todo)) if len(sources) > 1 else nullcontext() as bar,
     ):
         for result in work_on_scans(work, items, **where):
             if bar is not None:
@@ -312,12 +311,6 @@ def print_outputs(
             if bar is not None:
                 bar.update()
     return has_failed or (file is not None and "failed" in file.done.values())
-
-
-def _progress_bar(total: int, done: int) -> Any:
-    from tqdm import tqdm
-
-    return tqdm(total=total, initial=done, unit="scan", mininterval=0, file=sys.stderr)
 
 
 def stems(sources: "list[ScanSource]") -> list[str]:

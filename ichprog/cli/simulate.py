@@ -1,11 +1,11 @@
 """The command `ichprog simulate`."""
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import click
 
+from ichprog.cli import progress
 from ichprog.cli.options import as_json, find_spec, print_path
 
 
@@ -56,14 +56,12 @@ def simulate(
 
     An interrupted simulation is resumed by repeating the command.
     """
-    from tqdm import tqdm
-
     from ichprog.simulate import MATRIX, find_realism
     from ichprog.simulate import simulate as run
 
     realism = replace(find_realism(preset), shared_causes=shared_causes, label_noise=label_noise)
     matrix = find_spec(grid_of).input.shape[2] if grid_of else MATRIX
-    with tqdm(total=patients, unit="patient", file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
+    with progress.bar(patients, "patient") as bar:
         table = run(
             output, patients=patients, seed=seed, preset=realism, skull=skull, dicom=dicom, matrix=matrix,
             workers=workers, progress=lambda done: bar.update(done - bar.n),

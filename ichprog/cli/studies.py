@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ichprog.cli import progress
 from ichprog.cli.options import as_json, print_json
 from ichprog.errors import ScanError
 
@@ -45,10 +46,13 @@ def scans(
     if mapping is not None:
         write_mapping(filter(None, map(study_of, sources)), mapping)
         click.echo(f"{mapping} identifies patients. Keep it apart from the results.", err=True)
-    for source, stem, each in zip(sources, stems(sources), described, strict=True) if volumes else ():
-        if each["problem"] is None:
-            scan = read(source)
-            save_image(scan.image(scan.hu), Path(str(volumes)) / f"{stem}.nii.gz")
+    if volumes:
+        with progress.bar(len(sources), "scan") as bar:
+            for source, stem, each in zip(sources, stems(sources), described, strict=True):
+                if each["problem"] is None:
+                    scan = read(source)
+                    save_image(scan.image(scan.hu), volumes / f"{stem}.nii.gz")
+                bar.update()
     ctx.exit(1 if has_failed else 0)
 
 

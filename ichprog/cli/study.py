@@ -1,16 +1,21 @@
 """Compare variants of a model on the same folds of one cohort: `ichprog study`."""
 
+import sys
+import time
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from ichprog.cli import progress
 from ichprog.cli.options import as_json, print_json, print_path
 from ichprog.cli.workers import Workers, with_workers
 from ichprog.errors import InvalidValueError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from ichprog.study import JobStatus
 
 _study = click.argument("study", type=click.Path(path_type=Path), metavar="STUDY.toml")
@@ -104,9 +109,10 @@ def run(
 
     ichprog.study.require_packages()
     plan, folder = ichprog.study.Study.read(study), output or study.with_suffix("")
+    announce = _StatusPrinter(ichprog.study.status(plan, folder), jobs)
     with pool.start() as where:
         statuses = ichprog.study.run(
-            plan, folder, cache_dir=cache_dir, progress=_print_status, only=jobs or None, **where
+            plan, folder, cache_dir=cache_dir, progress=announce, bars=sys.stderr.isatty(), only=jobs or None, **where
         )
     if jobs:
         print_path(folder, as_json=as_json)
@@ -238,5 +244,27 @@ def _format_status(status: "JobStatus") -> str:
     return f"{status.state:8} {status.job.name}{reason}"
 
 
-def _print_status(status: "JobStatus") -> None:
-    click.echo(_format_status(status), err=True)
+class _StatusPrinter:
+    """Print the status of each job that is done, with the number of jobs and the time left.
+
+    Args:
+        before: Status of every job of the study before the run.
+        chosen: Names of the jobs to run; empty for all.
+    """
+
+    def __init__(self, before: "Sequence[JobStatus]", chosen: "Sequence[str]") -> None:
+        states = {each.job.name: each.state for each in before if not chosen or each.job.name in chosen}
+        self._total, self._done_before = len(states), {name for name, state in states.items() if state == "done"}
+        self._ended, self._start = 0, time.monotonic()
+
+    def __call__(self, status: "JobStatus") -> None:
+        """Print the status of a job that was done already or that ends now."""
+        if status.job.name in self._done_before:
+            click.echo(_format_status(status), err=True)
+            return
+        self._ended += 1
+        number, left = len(self._done_before) + self._ended, self._total - len(self._done_before) - self._ended
+        about = f"  ({number} of {self._total} jobs"
+        if left > 0:
+            about += f", about {progress.format_time((time.monotonic() - self._start) / self._ended * left)} left"
+        click.echo(f"{_format_status(status)}{about})", err=True)

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import json
+import logging
 import sys
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor
@@ -30,6 +31,7 @@ from ichprog.spec import ModelSpec, Task
 if TYPE_CHECKING:
     from ichprog.scan.brain import Brain
 
+_progress = logging.getLogger("ichprog.progress")
 Probabilities = dict[str, dict[str, float]]  # by task and label
 
 SEVERAL_FOLDS = -1  # stored as the fold of a prediction that is the mean of several folds
@@ -207,6 +209,8 @@ def predict_patients(
         function = functools.partial(_predict_patient, model, brain, with_inputs)
         done = map_unordered(function, todo, executor=executor, workers=workers)
     n = len(plan.scored)
+    if todo:
+        _progress.info("Predicting %d scans with %s.", len(todo), model.spec.name)
     with tqdm(total=n, initial=n - len(todo), unit="scan", file=sys.stderr, disable=not progress) as bar:
         for job, result in done:
             if isinstance(result, WorkerDiedError):

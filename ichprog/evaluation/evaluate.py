@@ -1,5 +1,6 @@
 """Evaluate a model on a cohort with leakage control."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
@@ -25,6 +26,7 @@ from ichprog.spec import ModelSpec, Task
 if TYPE_CHECKING:
     from ichprog.scan.brain import Brain
 
+_progress = logging.getLogger("ichprog.progress")
 Metrics = dict[str, dict[str, metrics_package.Interval]]  # by task and metric
 Curves = dict[str, dict[str, dict[str, np.ndarray]]]  # by task and event
 
@@ -267,6 +269,7 @@ def evaluate(
         name = other.spec.name if other.spec.name != spec.name else f"{spec.name} (second)"
         entries |= {(name, task, "test"): each for task, each in others.items() if len(each)}
         comparison = _compare(loaded, other, name, predictions, others, other_plan, n_bootstrap=n_bootstrap, seed=seed)
+    _progress.info("Computing the metrics with %d bootstrap samples.", n_bootstrap)
     metrics = {
         task: metrics_package.compute_with_intervals(
             each.truth, each.probabilities, kind=spec.task(task).kind, thresholds=spec.task(task).decision_threshold,

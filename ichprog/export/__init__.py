@@ -5,6 +5,7 @@ model in Markdown, and `dicom` writes the results of a scan for a hospital's own
 """
 
 import importlib.util
+import logging
 import tempfile
 from importlib import import_module
 from pathlib import Path
@@ -15,6 +16,7 @@ from ichprog.export.model_card import CAUTION, build_card, card_sections, config
 from ichprog.export.upload import HubUpload, prepare_upload, publish
 from ichprog.model import Model
 
+_progress = logging.getLogger("ichprog.progress")
 __all__ = [
     "CAUTION", "FORMATS", "HubUpload", "build_card", "card_sections", "check_format", "config_json", "export",
     "markdown_table", "prepare_upload", "publish",
@@ -66,6 +68,7 @@ def export(model: Model | str, out: str | Path, *, format: str = "onnx") -> Path
         )
     folder = Path(out)
     folder.parent.mkdir(parents=True, exist_ok=True)
+    _progress.info("Converting %s, and comparing the result with PyTorch.", spec.name)
     with tempfile.TemporaryDirectory(prefix=".export-", dir=folder.parent) as scratch:
         path: Path = import_module(f"ichprog.export.{format}").save(spec, files, Path(scratch))
         path.with_name("config.json").write_text(config_json(spec), encoding="utf-8")

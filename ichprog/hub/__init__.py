@@ -5,6 +5,7 @@ Every file is compared with the checksum that the Hub states and with the one th
 changes, so a filled cache needs no network.
 """
 
+import logging
 import os
 import re
 from collections.abc import Collection
@@ -19,8 +20,19 @@ from ichprog.hub.client import HubUnreachableError, Repository
 from ichprog.io import atomic_write
 from ichprog.spec import ModelSpec, Weights
 
-__all__ = ["CachedFile", "WeightFile", "cache_folder", "cached_files", "fetch", "remap_keys", "resolve", "weights"]
+__all__ = [
+    "CachedFile",
+    "WeightFile",
+    "cache_folder",
+    "cached_files",
+    "fetch",
+    "missing_bytes",
+    "remap_keys",
+    "resolve",
+    "weights",
+]
 
+_progress = logging.getLogger("ichprog.progress")
 _FILES = {  # the names of files in words, and as an expression whose group is the number of the fold (empty means 0)
     "pickle": ("*_fold<K>.pth", r"_fold(\d+)\.pth$"),
     "safetensors": (
@@ -102,6 +114,33 @@ def fetch(
         spec = zoo.read_entry(entry)
         directory = entry.target.parent if isinstance(entry.target, Path) else None
     return spec, weights(spec, fold, name=name, directory=directory, cache_dir=cache_dir, offline=offline)
+
+
+def missing_bytes(name: str, *, cache_dir: str | Path | None = None) -> int:
+    """Return how many bytes `fetch` would download for a model of the zoo, without downloading them.
+
+    The list of published files is fetched from the Hub if it is not in the cache.
+
+    Args:
+        name: Name in the zoo.
+        cache_dir: Cache folder, as for `cache_folder`.
+
+    Raises:
+        UnknownNameError: There is no such model.
+        WeightsError: The files cannot be listed.
+    """
+    published = zoo.find(name).weights
+    if published.repo is None or published.revision is None:
+        return 0
+    repository = Repository(published.repo, published.revision, published.folder, name, offline=False)
+    cache = _open_cache(repository, cache_folder(cache_dir))
+    conversion = conversion_key(published)
+    if not cache.entries:
+        repository.refuse_offline(_describe_missing(cache, None, conversion, repository.label))
+        with cache.lock():
+            _list_files(cache, repository)
+    keys = _match_folds(published.format, cache.entries, None, repository.label).values()
+    return sum(cache.entries[key].size for key in keys if not cache.is_valid(key, conversion))
 
 
 def resolve(name: str, *, cache_dir: str | Path | None = None, offline: bool = False) -> tuple[ModelSpec, Path | None]:
@@ -209,8 +248,7 @@ def _fill_cache(
     Returns:
         The folder in the cache and the published file names by fold.
     """
-    path = _repository_folder(repository, root) / repository.revision / (repository.folder or "_")
-    cache = CacheDir(path, repo=repository.repo, revision=repository.revision, folder=repository.folder)
+    cache = _open_cache(repository, root)
     conversion = conversion_key(published)
 
     def chosen() -> dict[int, str]:
@@ -226,13 +264,28 @@ def _fill_cache(
     if missing is None or missing:
         repository.refuse_offline(_describe_missing(cache, missing, conversion, repository.label))
         with cache.lock():
-            cache.read()  # another process may have filled the folder in the meantime
-            if not cache.entries:
-                cache.entries = repository.listing()
-                cache.write()
-            for k, key in invalid().items():
+            _list_files(cache, repository)
+            files = invalid()
+            if published and files:
+                size = sum(cache.entries[key].size for key in files.values()) / 1e6
+                count = f"{len(files)} file{'s' if len(files) > 1 else ''}"
+                _progress.info("Downloading the weights of %s: %s, %.0f MB.", repository.name, count, size)
+            for k, key in files.items():
                 cache.store(key, f"fold{k}.safetensors" if published else key, repository.download, published)
     return cache, chosen()
+
+
+def _open_cache(repository: Repository, root: Path) -> CacheDir:
+    path = _repository_folder(repository, root) / repository.revision / (repository.folder or "_")
+    return CacheDir(path, repo=repository.repo, revision=repository.revision, folder=repository.folder)
+
+
+def _list_files(cache: CacheDir, repository: Repository) -> None:
+    """Fetch the list of published files, unless another process has filled the folder in the meantime."""
+    cache.read()
+    if not cache.entries:
+        cache.entries = repository.listing()
+        cache.write()
 
 
 def _describe_missing(cache: CacheDir, missing: dict[int, str] | None, conversion: str, label: str) -> str:

@@ -22,6 +22,7 @@ _MOST_REPEATED = 2  # times that a download may receive its file, as the client 
 _MOST_EXTRA_BYTES = 1 << 20
 
 _log = logging.getLogger(__name__)
+_progress = logging.getLogger("ichprog.progress")  # also of the bytes of a file, as attributes of a message
 
 
 class HubUnreachableError(WeightsError):
@@ -165,6 +166,7 @@ class Repository:
             def update(self, n: float | None = 1) -> None:
                 nonlocal received
                 received += int(n or 0)
+                _progress.debug("Downloading %s", key, extra={"received": received, "size": size})
                 if received > _MOST_REPEATED * size + _MOST_EXTRA_BYTES:
                     raise WeightsError(f"the download is longer than the published {size} bytes. {RETRY_HINT}")
 

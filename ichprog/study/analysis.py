@@ -5,11 +5,12 @@ validation part of the fold that predicts a patient, and applied to the test par
 """
 
 import csv
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -23,11 +24,13 @@ from ichprog.spec import Task
 from ichprog.study.config import Run, Study
 from ichprog.study.study_file import Budget
 
+_T = TypeVar("_T")
 Row = dict[str, Any]
 Interval = Mapping[str, float | None]
 Metrics = dict[str, dict[str, dict[str, Interval]]]  # by run, task and metric
 
 _MAX_MISTAKES = 5  # of each run
+_progress = logging.getLogger("ichprog.progress")
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,7 @@ def analyse(study: Study, cohort: Cohort, predictions: Predictions) -> StudyResu
     per_fold = {run: {name: _per_fold(each, study.folds) for name, each in by.items()} for run, by in groups.items()}
     return StudyResults(
         analyses,
-        {run: {name: _metrics(each, study) for name, each in by_task.items()} for run, by_task in groups.items()},
+        {run: {name: _metrics(each, study) for name, each in by_task.items()} for run, by_task in _announced(groups)},
         per_fold,
         [row for run, by_task in groups.items() for row in _variances(study, run, by_task)],
         _comparisons(study, groups),
@@ -121,6 +124,14 @@ def analyse(study: Study, cohort: Cohort, predictions: Predictions) -> StudyResu
         _readers(study, first),
         [row for run, one in first.items() for row in _mistakes(run, one)],
     )
+
+
+def _announced(groups: Mapping[str, _T]) -> Iterator[tuple[str, _T]]:
+    """Yield each run with its value, and log its name and number."""
+    for number, (run, value) in enumerate(groups.items(), 1):
+        _progress.info("Computing the metrics of %s, run %d of %d.", run, number, len(groups))
+        yield run, value
+    _progress.info("Comparing the runs.")
 
 
 def learning_curves(

@@ -15,6 +15,7 @@ The next `run` runs the jobs that are missing.
 
 import csv
 import json
+import logging
 import threading
 import traceback
 from collections.abc import Callable, Sequence
@@ -36,6 +37,7 @@ from ichprog.study import manifest
 from ichprog.study.config import Study
 from ichprog.study.variants import Variant
 
+_progress = logging.getLogger("ichprog.progress")
 State = Literal["done", "missing", "running", "failed"]
 
 _FILES = {"validation": "validation.csv", "test": "predictions.csv"}  # files of a fold, by split
@@ -83,6 +85,7 @@ def run(
     workers: int = 1,
     cache_dir: str | Path | None = None,
     progress: Callable[[JobStatus], Any] | None = None,
+    bars: bool = False,
     only: Sequence[str] | None = None,
 ) -> list[JobStatus]:
     """Run the missing jobs of a study and collect the predictions.
@@ -97,6 +100,7 @@ def run(
         workers: Number of processes if there is no executor. 1 runs in this process.
         cache_dir: Folder of prepared grids. By default `$ICHPROG_CACHE` or `~/.cache/ichprog`.
         progress: Called with the status of each job that was done already, and of each job that ends.
+        bars: Whether to show progress bars of scans and epochs on standard error, as far as this process computes them.
         only: Names of the jobs to run. By default all. The predictions are collected by a later call without `only`.
 
     Returns:
@@ -127,13 +131,15 @@ def run(
         manifest.open_folder(out, manifest.build_manifest(study, cohort))
         before = [each for each in status(study, out) if each.job in chosen]
         remaining = [each.job for each in before if each.state != "done"]
-        _prepare_grids(study, cohort, cache, remaining, workers)
+        _prepare_grids(study, cohort, cache, remaining, workers, bars=bars)
 
     report = progress or (lambda _: None)
     for each in before:
         if each.state == "done":
             report(each)
-    function = partial(run_job, study, out, cache)
+    if remaining:
+        _progress.info("Running %d jobs, %d more are done.", len(remaining), len(before) - len(remaining))
+    function = partial(run_job, study, out, cache, bars=bars and executor is None and workers == 1)
     for jobs in _order(study, remaining):
         for job, result in map_unordered(function, jobs, executor=executor, workers=workers):
             _finish_job(out, job, str(result) if isinstance(result, WorkerDiedError) else result, report)
@@ -197,7 +203,7 @@ def collect(study: Study, out: Path, runs: set[str]) -> Predictions:
     return Predictions(collected)
 
 
-def run_job(study: Study, out: Path, cache: Path, job: Job) -> str | None:
+def run_job(study: Study, out: Path, cache: Path, job: Job, *, bars: bool = False) -> str | None:
     """Run one job, unless it is done or another process runs it.
 
     Args:
@@ -205,6 +211,7 @@ def run_job(study: Study, out: Path, cache: Path, job: Job) -> str | None:
         out: Folder of the study.
         cache: Folder of prepared grids and compiled networks.
         job: Job.
+        bars: Whether to show progress bars on standard error.
 
     Returns:
         The error message if the job failed, or None.
@@ -216,7 +223,7 @@ def run_job(study: Study, out: Path, cache: Path, job: Job) -> str | None:
                 if job.fold is None:
                     _fit_baseline(study, out, job)
                 else:
-                    _train_fold(study, out, cache, job, job.fold)
+                    _train_fold(study, out, cache, job, job.fold, bars)
     except TimeoutError:
         return None
     except IchprogError as error:
@@ -226,7 +233,7 @@ def run_job(study: Study, out: Path, cache: Path, job: Job) -> str | None:
     return None
 
 
-def _train_fold(study: Study, out: Path, cache: Path, job: Job, fold: int) -> None:
+def _train_fold(study: Study, out: Path, cache: Path, job: Job, fold: int, bars: bool) -> None:
     from ichprog.train import TrainOptions, train
 
     run, cohort = study.runs[job.run], manifest.load_cohort(study, out)
@@ -243,7 +250,7 @@ def _train_fold(study: Study, out: Path, cache: Path, job: Job, fold: int) -> No
         start_from=None if start is None else out / "runs" / start,
         resume=True,
         name=job.run,
-        options=TrainOptions(brain=study.brain, device=study.device, cache_dir=cache),
+        options=TrainOptions(brain=study.brain, device=study.device, cache_dir=cache, progress=bars),
     )
 
 
@@ -280,7 +287,7 @@ def _finish_job(out: Path, job: Job, error: str | None, report: Callable[[JobSta
     report(_status_of(out, job))
 
 
-def _prepare_grids(study: Study, cohort: Cohort, cache: Path, jobs: Sequence[Job], workers: int) -> None:
+def _prepare_grids(study: Study, cohort: Cohort, cache: Path, jobs: Sequence[Job], workers: int, *, bars: bool) -> None:
     """Refuse variants that cannot be trained, and prepare every scan once before the jobs start."""
     names = dict.fromkeys(job.run for job in jobs if job.fold is not None)
     if not names:
@@ -306,8 +313,9 @@ def _prepare_grids(study: Study, cohort: Cohort, cache: Path, jobs: Sequence[Job
             inputs.append(spec.input)
     scans = [patient.scan for patient in cohort.patients]
     brain = resolve_brain(study.brain)
+    _progress.info("Preparing the scans of %d patients.", len(scans))
     for contract in inputs:
-        grid_cache.prepare(scans, contract, brain=brain, folder=cache / "grids", workers=workers)
+        grid_cache.prepare(scans, contract, brain=brain, folder=cache / "grids", workers=workers, progress=bars)
 
 
 def stages(study: Study) -> dict[str, int]:

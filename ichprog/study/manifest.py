@@ -1,6 +1,7 @@
 """Describe a study in its folder: its patients, its folds and `study.json`, which identifies the folder."""
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from ichprog.train import Protocol
 if TYPE_CHECKING:
     from ichprog.train.folds import Fold
 
+_progress = logging.getLogger("ichprog.progress")
 FILE = "study.json"
 _FORMAT = 1
 _PATIENTS = "patients"  # folder of simulated patients
@@ -51,6 +53,7 @@ def simulate_patients(study: Study, out: Path, workers: int) -> None:
     from ichprog.simulate import simulate
 
     chosen = study.simulated
+    _progress.info("Simulating %d patients, unless they are there.", chosen.patients)
     simulate(
         out / _PATIENTS, patients=chosen.patients, seed=chosen.seed, preset=chosen.realism, matrix=chosen.matrix,
         workers=workers,

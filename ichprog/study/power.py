@@ -4,6 +4,7 @@ Scores of both models are drawn as correlated normal numbers, whose means differ
 event. The AUROCs are compared by DeLong's test, to whose variance the variance between training seeds is added.
 """
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import numpy as np
 from ichprog.errors import InvalidValueError
 from ichprog.metrics.comparisons import delong
 
+_progress = logging.getLogger("ichprog.progress")
 SIZES = (200, 400, 800, 1600, 3200, 6400)
 """Numbers of patients that a table of the power has by default."""
 
@@ -117,6 +119,7 @@ def compute_power(
     critical = NormalDist().inv_cdf(1 - alpha / 2)
     result = []
     for count in patients:
+        _progress.info("Simulating %d studies of %d patients.", studies, count)
         tested = np.array([_compare_once(assumptions, count, random) for _ in range(studies)])
         for number in seeds:
             variance = 2 * assumptions.seed_sd**2 / (folds * number)

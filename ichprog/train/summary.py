@@ -1,12 +1,15 @@
 """Summary of a run: the out-of-fold AUC of each task with its confidence interval."""
 
 import csv
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ichprog.metrics import compute_with_intervals
 from ichprog.spec import ModelSpec
+
+_progress = logging.getLogger("ichprog.progress")
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ def out_of_fold_aucs(run: Path) -> Iterator[OutOfFoldAuc]:
             print(auc)  # prognosis: out-of-fold AUC 0.806 (95 % CI 0.752 to 0.858), 261 patients, 10 folds
         ```
     """
+    _progress.info("Computing out-of-fold AUCs with intervals.")
     yield from compute_aucs(ModelSpec.read(run / "config.json"), read_csv(run / "out_of_fold.csv"))
 
 

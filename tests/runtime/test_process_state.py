@@ -72,5 +72,5 @@ def test_compiling_and_falling_back_are_logged(tmp_path, caplog):
     finally:
         registry.backbones.unregister("branching")
     messages = [record.message for record in caplog.records if record.name.startswith("ichprog")]
-    assert any(message.startswith("Compiling branching") for message in messages)
+    assert any(message.startswith("Compiling predictions of branching") for message in messages)
     assert any(message.startswith("Falling back to the torch runtime") for message in messages)

@@ -3,11 +3,15 @@
 Each function takes a `ReportContext` and yields the sections of its topic, or nothing if the study lacks the data.
 """
 
+import logging
+
 from ichprog.reporting.html import Section
 from ichprog.study.sections import cohort, maps, summary, tasks, training
 from ichprog.study.sections.context import ReportContext
 
 __all__ = ["ReportContext", "build_sections"]
+
+_progress = logging.getLogger("ichprog.progress")
 
 
 def build_sections(context: ReportContext, *, saliency_patients: int) -> list[Section]:
@@ -17,6 +21,7 @@ def build_sections(context: ReportContext, *, saliency_patients: int) -> list[Se
         context: Results of the study.
         saliency_patients: Number of patients whose saliency maps are measured.
     """
+    _progress.info("Writing tables and figures.")
     sections = [*summary.summary(context), *cohort.comparison(context), *cohort.patients(context)]
     for task in context.tasks:
         sections += tasks.results(context, task)
@@ -31,5 +36,6 @@ def build_sections(context: ReportContext, *, saliency_patients: int) -> list[Se
     ):
         sections += build(context)
     if saliency_patients and any(variant.saliency for variant in context.study.variants):
+        _progress.info("Measuring the saliency maps of %d patients.", saliency_patients)
         sections.append(maps.saliency(context, saliency_patients))
     return [*sections, *training.losses(context)]
