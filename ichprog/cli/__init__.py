@@ -25,6 +25,7 @@ from ichprog.cli import (
     study,
     train,
 )
+from ichprog.cli.help import examples
 from ichprog.cli.options import WRONG_USE
 from ichprog.errors import IchprogError, missing_extra
 
@@ -60,7 +61,11 @@ class _Group(click.Group):
             ctx.exit(1)
 
 
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=_Group,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=examples("demo", "predict scan.nii.gz", "predict --help"),
+)
 @click.version_option(package_name="ichprog")
 @click.option("-v", "--verbose", count=True, help="Log what is fetched, compiled and cached; -vv logs more.")
 @click.pass_context

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ichprog.cli import completion
+from ichprog.cli.help import Command, examples
 from ichprog.cli.options import as_json, brain, loading, print_json, with_options
 
 if TYPE_CHECKING:
@@ -18,8 +20,8 @@ _output = click.option(
 )  # fmt: skip
 
 
-@click.command()
-@click.argument("name", metavar="NAME")
+@click.command(cls=Command, epilog=examples("calibrate local-dir:run patients/cohort.csv -o calibrated"))
+@click.argument("name", metavar="NAME", shell_complete=completion.models)
 @_cohorts
 @_output
 @with_options(loading)
@@ -65,11 +67,17 @@ def _described(fitted: "Calibration") -> dict[str, Any]:
     return described
 
 
-@click.command()
-@click.argument("name", metavar="NAME")
+@click.command(cls=Command, epilog=examples("fuse local-dir:run patients/cohort.csv --columns age,gcs -o combined"))
+@click.argument("name", metavar="NAME", shell_complete=completion.models)
 @_cohorts
 @click.option("--columns", required=True, metavar="COLUMN,...", help="Columns of clinical values, separated by commas.")
-@click.option("--task", "tasks", multiple=True, help="Task to combine; repeatable. By default, all that can be.")
+@click.option(
+    "--task",
+    "tasks",
+    multiple=True,
+    help="Task to combine; repeatable. By default, all that can be.",
+    shell_complete=completion.tasks,
+)
 @_output
 @with_options(loading)
 @brain

@@ -5,15 +5,16 @@ from pathlib import Path
 
 import click
 
+from ichprog.cli.help import Command, examples
 from ichprog.cli.options import as_json
 
 
-@click.group()
+@click.group(epilog=examples("cohort csic downloads/csic"))
 def cohort() -> None:
     """Create cohorts: tables of patients with scans and labels."""
 
 
-@cohort.command()
+@cohort.command(cls=Command, epilog=examples("cohort csic downloads/csic -o cohort.csv"))
 @click.argument("folder", type=click.Path(path_type=Path), metavar="DIR")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Path of the table; DIR/cohort.csv by default.")
 @as_json
@@ -28,7 +29,7 @@ def csic(folder: Path, output: Path | None, as_json: bool) -> None:
     click.echo(f"Patient {CSIC_LEFT_OUT} is left out, as in the published protocol.", err=True)
 
 
-@cohort.command("ct-ich")
+@cohort.command("ct-ich", cls=Command, epilog=examples("cohort ct-ich downloads/ct-ich -o cohort.csv"))
 @click.argument("folder", type=click.Path(path_type=Path), metavar="DIR")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Path of the table; DIR/cohort.csv by default.")
 @as_json

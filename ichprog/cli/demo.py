@@ -7,6 +7,7 @@ import click
 
 import ichprog
 from ichprog import zoo
+from ichprog.cli.help import Command, examples
 from ichprog.cli.options import as_json, print_json
 from ichprog.cli.scans import format_clinical, format_haemorrhage, format_scores
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from ichprog.results import Prediction
 
 
-@click.command()
+@click.command(cls=Command, epilog=examples("demo", "demo -o first-look"))
 @click.option(
     "-o", "--output", "folder", type=click.Path(path_type=Path), default=Path("ichprog-demo"), show_default=True,
     help="Folder of the scan, the results, the maps and the picture.",

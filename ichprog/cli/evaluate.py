@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from ichprog.cli import completion
+from ichprog.cli.help import Command, examples
 from ichprog.cli.options import as_json, brain, loading, print_json, with_options
 from ichprog.cli.workers import Workers, with_workers
 from ichprog.io import write_json
@@ -17,8 +19,15 @@ if TYPE_CHECKING:
     from ichprog.evaluation.validation import EventValidation, ModelComparison
 
 
-@click.command()
-@click.argument("name", metavar="NAME")
+@click.command(
+    cls=Command,
+    epilog=examples(
+        "evaluate perez2023.prognosis patients/cohort.csv -o results",
+        "evaluate perez2023.prognosis cohort.csv --summary site.json",
+        "evaluate --pool first.json second.json -o pooled",
+    ),
+)
+@click.argument("name", metavar="NAME", shell_complete=completion.models)
 @click.argument("cohorts", nargs=-1, type=click.Path(path_type=Path), metavar="COHORT...")
 @with_options(loading)
 @brain
@@ -43,7 +52,12 @@ if TYPE_CHECKING:
     "--subgroup", "subgroups", multiple=True, metavar="COLUMN",
     help="Report metrics by the values of a column of COHORT. Repeatable.",
 )  # fmt: skip
-@click.option("--compare", metavar="NAME", help="Compare with another model on the patients that both may predict.")
+@click.option(
+    "--compare",
+    metavar="NAME",
+    help="Compare with another model on the patients that both may predict.",
+    shell_complete=completion.models,
+)
 @click.option(
     "--summary", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
     help="Write counts and sums without any row of a patient, for --pool.",

@@ -7,13 +7,23 @@ from pathlib import Path
 import click
 
 import ichprog
+from ichprog.cli import completion
+from ichprog.cli.help import Command, examples
 from ichprog.cli.options import as_json, cache_dir, fold, offline, print_json
 
 
-@click.command()
-@click.argument("name")
+@click.command(cls=Command, epilog=examples("export perez2023.prognosis --format openvino -o exported"))
+@click.argument("name", shell_complete=completion.models)
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="DIR", help="Output folder.")
-@click.option("--format", "form", default="onnx", show_default=True, metavar="onnx|openvino", help="File format.")
+@click.option(
+    "--format",
+    "form",
+    default="onnx",
+    show_default=True,
+    metavar="onnx|openvino",
+    help="File format.",
+    shell_complete=completion.choices("onnx", "openvino"),
+)
 @fold
 @cache_dir
 @offline
@@ -35,7 +45,7 @@ def export(
     click.echo(model.spec.notice, err=True)
 
 
-@click.command()
+@click.command(cls=Command, epilog=examples("publish run my-group/my-model --dry-run"))
 @click.argument("run", type=click.Path(path_type=Path))
 @click.argument("repo", metavar="ORG/NAME")
 @click.option("--private", is_flag=True, help="Make the repository private, if it is created.")

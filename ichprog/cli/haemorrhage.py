@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ichprog import zoo
+from ichprog.cli import completion
 from ichprog.cli.compilation import ModelLoader
+from ichprog.cli.help import Command, examples
 from ichprog.cli.options import as_json, brain, loading, with_options
 from ichprog.cli.scans import (
     ResultsOptions,
@@ -44,10 +46,13 @@ if TYPE_CHECKING:
     from ichprog.sources import ScanSource
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    epilog=examples("haemorrhage scan.nii.gz --masks masks", "haemorrhage cohort.csv --scores -o results.csv"),
+)
 @scans_argument
 @click.option(
-    "-m", "--model", "name", default=zoo.DETECTOR, show_default=True,
+    "-m", "--model", "name", default=zoo.DETECTOR, show_default=True, shell_complete=completion.models,
     help="A model with a task that has a mask, by a name as in `ichprog predict`.",
 )  # fmt: skip
 @with_options(loading)

@@ -10,13 +10,14 @@ from typing import Any
 import click
 
 import ichprog
-from ichprog.cli import plugins
+from ichprog.cli import completion, plugins
+from ichprog.cli.help import Command, examples
 from ichprog.cli.options import WRONG_USE, as_json, cache_dir, print_json
 from ichprog.errors import IchprogError, UnknownNameError
 
 
-@click.command()
-@click.argument("pattern", default="*")
+@click.command(cls=Command, epilog=examples("models", "models 'densenet121.*' --json"))
+@click.argument("pattern", default="*", shell_complete=completion.models)
 @as_json
 def models(pattern: str, as_json: bool) -> None:
     """List the models whose names match the shell pattern PATTERN."""
@@ -31,8 +32,8 @@ def models(pattern: str, as_json: bool) -> None:
         click.echo(f"{spec.name:{width}}  {spec.summary}")
 
 
-@click.command()
-@click.argument("names", nargs=-1, metavar="[NAME]...")
+@click.command(cls=Command, epilog=examples("fetch densenet121.prognosis_gcs3_age", "fetch --all"))
+@click.argument("names", nargs=-1, metavar="[NAME]...", shell_complete=completion.models)
 @click.option("--all", "is_all", is_flag=True, help="Fetch every model of the zoo.")
 @cache_dir
 @as_json
@@ -77,8 +78,8 @@ def _announce_size(names: Sequence[str], cache_dir: Path | None) -> None:
     click.echo(f"{len(names)} models, {size / 1e6:.0f} MB to download.", err=True)
 
 
-@click.command()
-@click.argument("name", required=False)
+@click.command(cls=Command, epilog=examples("doctor perez2023.prognosis"))
+@click.argument("name", required=False, shell_complete=completion.models)
 @cache_dir
 @as_json
 @click.pass_context

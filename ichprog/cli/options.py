@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ichprog.cli import completion
 from ichprog.errors import CohortError, InvalidValueError, SpecError, UnknownNameError
 from ichprog.zoo import DEFAULT
 
@@ -17,24 +18,35 @@ WRONG_USE = (UnknownNameError, InvalidValueError, SpecError, CohortError)  # err
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 model_option = click.option(
-    "-m", "--model", "name", default=DEFAULT, show_default=True,
+    "-m", "--model", "name", default=DEFAULT, show_default=True, shell_complete=completion.models,
     help="A name from `ichprog models`, hf-hub:org/repo[/folder]@revision, or local-dir:PATH.",
 )  # fmt: skip
 brain = click.option(
     "--brain", default="auto", show_default=True, metavar="auto|extract|given|NAME|MASK",
+    shell_complete=completion.plugins("brain_extractors", before=("auto", "extract", "given")),
     help="Extract the brain if a skull is visible, always or never; or use the extractor NAME, or a MASK in NIfTI.",
 )  # fmt: skip
 fold = click.option("--fold", type=int, help="Use one fold. By default, all available folds are averaged.")
 cache_dir = click.option("--cache-dir", type=click.Path(path_type=Path), help="Cache folder.")
 offline = click.option("--offline", is_flag=True, help="Use only the cache, not the network.")
+device = click.option(
+    "--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.",
+    shell_complete=completion.choices("auto", "cpu", "cuda", "mps"),
+)  # fmt: skip
 loading = [
     fold,
-    click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps."),
-    click.option("--runtime", default="auto", show_default=True, metavar="auto|cached|openvino|torch"),
-    click.option("--precision", default="float32", show_default=True, metavar="float32|bfloat16"),
+    device,
+    click.option(
+        "--runtime", default="auto", show_default=True, metavar="auto|cached|openvino|torch",
+        shell_complete=completion.choices("auto", "cached", "openvino", "torch"),
+    ),
+    click.option(
+        "--precision", default="float32", show_default=True, metavar="float32|bfloat16",
+        shell_complete=completion.choices("float32", "bfloat16"),
+    ),
     cache_dir,
     offline,
-]
+]  # fmt: skip
 
 
 def with_options(options: Iterable[Callable[..., Any]]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ichprog import zoo
+from ichprog.cli import completion
+from ichprog.cli.help import Command, examples
 from ichprog.cli.options import as_json, brain, loading, model_option, parse_assignments, print_json, with_options
 from ichprog.cli.scans import load_model
 
@@ -37,11 +39,18 @@ _models = [
     *loading,
     brain,
     click.option("--haemorrhage", is_flag=True, help="Find the haemorrhage of each scan as well."),
-    click.option("--explain", "methods", multiple=True, metavar="METHOD", help="Saliency method; repeatable."),
+    click.option(
+        "--explain",
+        "methods",
+        multiple=True,
+        metavar="METHOD",
+        help="Saliency method; repeatable.",
+        shell_complete=completion.plugins("saliency"),
+    ),
 ]
 
 
-@click.group()
+@click.group(epilog=examples("pacs find dicom://PACS@pacs.example.org:11112"))
 def pacs() -> None:
     """Predict the head CTs of a picture archive (PACS). ARCHIVE is dicom://AET@HOST:PORT or an address of DICOMweb."""
 
@@ -70,7 +79,7 @@ def _with_archive(command: Callable[..., Any]) -> Callable[..., Any]:
     return with_options(_archive)(wrapped)
 
 
-@pacs.command()
+@pacs.command(cls=Command, epilog=examples("pacs find dicom://PACS@pacs.example.org:11112 --match StudyDate=20240101-"))
 @_with_archive
 @_match
 @as_json
@@ -86,7 +95,7 @@ def find(archive: "Archive", match: tuple[str, ...], as_json: bool) -> None:
         click.echo(f"{study.uid}  {study.date}  {study.instances} images  {study.description}")
 
 
-@pacs.command()
+@pacs.command(cls=Command, epilog=examples("pacs fetch https://pacs.example.org/dicom-web 1.2.3 -o images"))
 @_with_archive
 @click.argument("study")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder for the images.")
@@ -100,7 +109,7 @@ def fetch(archive: "Archive", study: str, output: Path, as_json: bool) -> None:
         click.echo(f"{images} images in {output}")
 
 
-@pacs.command()
+@pacs.command(cls=Command, epilog=examples("pacs send dicom://PACS@pacs.example.org:11112 objects/report.dcm"))
 @_with_archive
 @click.argument("files", nargs=-1, required=True, type=_FILE, metavar="FILE...")
 @as_json
@@ -115,7 +124,7 @@ def send(archive: "Archive", files: tuple[Path, ...], as_json: bool) -> None:
         click.echo(f"{len(files)} objects stored.")
 
 
-@pacs.command()
+@pacs.command(cls=Command, epilog=examples("pacs predict dicom://PACS@pacs.example.org:11112 1.2.3 --haemorrhage"))
 @_with_archive
 @click.argument("studies", nargs=-1, required=True, metavar="STUDY...")
 @with_options(_models)
@@ -146,7 +155,9 @@ def predict(ctx: click.Context, /, archive: "Archive", studies: tuple[str, ...],
     ctx.exit(1 if has_failed else 0)
 
 
-@pacs.command()
+@pacs.command(
+    cls=Command, epilog=examples("pacs watch dicom://PACS@pacs.example.org:11112 --journal answered.jsonl --port 8080")
+)
 @_with_archive
 @_match
 @click.option("--journal", type=click.Path(path_type=Path), required=True, help="File that remembers answered studies.")

@@ -11,6 +11,8 @@ from typing import Any
 
 import click
 
+from ichprog.cli import completion
+from ichprog.cli.help import Command, examples
 from ichprog.cli.options import as_json, print_json
 from ichprog.errors import IchprogError
 
@@ -19,7 +21,7 @@ _kinds = click.Choice(list(_REGISTRIES))
 _TEMPLATES = _REGISTRIES | {"fusion": "fusions", "brain_extractor": "brain_extractors"}
 
 
-@click.group(invoke_without_command=True)
+@click.group(invoke_without_command=True, epilog=examples("plugins --json"))
 @as_json
 @click.pass_context
 def plugins(ctx: click.Context, /, as_json: bool) -> None:
@@ -55,7 +57,7 @@ def check_all() -> list[dict[str, Any]]:
     return rows
 
 
-@plugins.command()
+@plugins.command(cls=Command, epilog=examples("plugins new mymap --kind saliency"))
 @click.argument("name")
 @click.option(
     "--kind", type=click.Choice(list(_TEMPLATES)), default="backbone", show_default=True, help="Kind of the plugin."
@@ -109,8 +111,8 @@ def _write_template(folder: Path, name: str, kind: str, group: Any) -> None:
         path.write_text(Template(text).safe_substitute(fields), encoding="utf-8")
 
 
-@plugins.command()
-@click.argument("names", nargs=-1, metavar="[NAME]...")
+@plugins.command(cls=Command, epilog=examples("plugins profile compact guided_backprop -o costs.md"))
+@click.argument("names", nargs=-1, metavar="[NAME]...", shell_complete=completion.plugins(*_REGISTRIES.values()))
 @click.option("--kind", "kinds", type=_kinds, multiple=True, help="Profile only this kind; repeatable.")
 @click.option(
     "--shape", type=click.IntRange(min=1), nargs=3, metavar="D H W", help="Slices, rows and columns of the grids."

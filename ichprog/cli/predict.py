@@ -10,8 +10,10 @@ import click
 
 import ichprog
 from ichprog import zoo
+from ichprog.cli import completion
 from ichprog.cli.compilation import ModelLoader
 from ichprog.cli.dicom_objects import check_sources, dicom_out, write_objects
+from ichprog.cli.help import Command, examples
 from ichprog.cli.options import as_json, brain, find_spec, loading, model_option, parse_assignments, with_options
 from ichprog.cli.reports import ReportFolder, report_options
 from ichprog.cli.scans import (
@@ -57,15 +59,23 @@ if TYPE_CHECKING:
 _LAYER = "layer=features.transition3.conv"
 
 _tasks = click.option(
-    "--task", "tasks", multiple=True, help="Task to explain; repeatable. By default, the model's first task."
-)
+    "--task", "tasks", multiple=True, help="Task to explain; repeatable. By default, the model's first task.",
+    shell_complete=completion.tasks,
+)  # fmt: skip
 _options = click.option(
     "--option", "options", multiple=True, metavar="NAME=VALUE",
     help=f"Option of a saliency method; repeatable. Example: {_LAYER}.",
 )  # fmt: skip
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    epilog=examples(
+        "predict scan.nii.gz",
+        "predict scans/ -m perez2023.prognosis -o results.csv --resume",
+        "predict export.zip --haemorrhage --explain grad_cam --maps maps --report reports",
+    ),
+)
 @scans_argument
 @model_option
 @with_options(loading)
@@ -78,6 +88,7 @@ _options = click.option(
     "detector_name",
     default=zoo.DETECTOR,
     show_default=True,
+    shell_complete=completion.models,
     metavar="NAME",
     help="Model for --haemorrhage and --scores.",
 )
@@ -92,6 +103,7 @@ _options = click.option(
     "methods",
     multiple=True,
     metavar="METHOD",
+    shell_complete=completion.plugins("saliency"),
     help="Saliency method; repeatable. Needs --maps, --report or --dicom-out.",
 )
 @_tasks
@@ -305,7 +317,9 @@ def _split_clinical(given: dict[str, Any], model: str, *, with_scores: bool) -> 
     )
 
 
-@click.command()
+@click.command(
+    cls=Command, epilog=examples("explain scan.nii.gz --method grad_cam --method guided_backprop --png -o maps")
+)
 @scans_argument
 @model_option
 @with_options(loading)
@@ -315,6 +329,7 @@ def _split_clinical(given: dict[str, Any], model: str, *, with_scores: bool) -> 
 @click.option("--label", help="Label to explain. By default, the task's last label, which is the most severe.")
 @click.option(
     "--method", "methods", multiple=True, default=["guided_backprop"], show_default=True,
+    shell_complete=completion.plugins("saliency"),
     help="Saliency method; repeatable. `ichprog plugins` lists the methods.",
 )  # fmt: skip
 @_options
@@ -322,6 +337,7 @@ def _split_clinical(given: dict[str, Any], model: str, *, with_scores: bool) -> 
     "--clinical",
     multiple=True,
     metavar="NAME=VALUE",
+    shell_complete=completion.clinical,
     help="Clinical value of the patient, which stays fixed; repeatable.",
 )
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path(), help="Folder for the maps.")

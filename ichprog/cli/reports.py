@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 import click
 
+from ichprog.cli import completion
+from ichprog.cli.help import Command, examples
 from ichprog.cli.options import as_json, find_spec, print_path
 from ichprog.cli.scans import key_of, stems
 from ichprog.errors import ScanError, missing_extra
@@ -166,7 +168,7 @@ class ReportFolder:
             click.echo(f"Reports: {index if index in reports else reports[0]}", err=True)
 
 
-@click.command()
+@click.command(cls=Command, epilog=examples("report results.json -o reports --maps maps --masks masks"))
 @click.argument("results", type=click.Path(path_type=Path), metavar="RESULTS")
 @click.option(
     "-o", "--output", "folder", type=click.Path(path_type=Path), required=True, help="Folder for the reports."
@@ -174,7 +176,7 @@ class ReportFolder:
 @click.option("--maps", type=click.Path(path_type=Path), metavar="DIR", help="Folder of maps of `ichprog predict`.")
 @click.option("--masks", type=click.Path(path_type=Path), metavar="DIR", help="Folder of masks of `ichprog predict`.")
 @click.option(
-    "-m", "--model", "model",
+    "-m", "--model", "model", shell_complete=completion.models,
     help="Model of the results, for the meaning of its tasks. By default, that of the zoo, if the model is there.",
 )  # fmt: skip
 @identifiers

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import ichprog
-from ichprog.cli import process, progress
+from ichprog.cli import completion, process, progress
 from ichprog.cli.options import parse_assignments
 from ichprog.errors import CohortError, InvalidValueError
 
@@ -48,7 +48,7 @@ resume_options = [
 score_options = [
     click.option("--scores", is_flag=True, help="Compute the ICH and FUNC scores of each patient."),
     click.option(
-        "--clinical", multiple=True, metavar="NAME=VALUE",
+        "--clinical", multiple=True, metavar="NAME=VALUE", shell_complete=completion.clinical,
         help=f"Clinical value of the patient; repeatable. Example: {_CLINICAL_EXAMPLE}.",
     ),
 ]  # fmt: skip

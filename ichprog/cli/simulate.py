@@ -5,11 +5,12 @@ from pathlib import Path
 
 import click
 
-from ichprog.cli import progress
+from ichprog.cli import completion, progress
+from ichprog.cli.help import Command, examples
 from ichprog.cli.options import as_json, find_spec, print_path
 
 
-@click.command()
+@click.command(cls=Command, epilog=examples("simulate patients --patients 60 --seed 1 --workers 2"))
 @click.argument("output", type=click.Path(path_type=Path))
 @click.option("--patients", default=200, show_default=True, help="Number of patients.")
 @click.option("--seed", default=0, show_default=True, help="Random seed; a seed gives the same patients everywhere.")
@@ -35,6 +36,7 @@ from ichprog.cli.options import as_json, find_spec, print_path
     "--grid",
     "grid_of",
     metavar="MODEL",
+    shell_complete=completion.models,
     help="Write scans with as many pixels as the grid of this model: several times faster.",
 )
 @click.option("--workers", default=1, show_default=True, help="Number of processes.")

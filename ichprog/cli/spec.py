@@ -2,11 +2,13 @@
 
 import click
 
+from ichprog.cli import completion
+from ichprog.cli.help import Command, examples
 from ichprog.cli.options import find_spec, print_json
 
 
-@click.command()
-@click.argument("name", required=False)
+@click.command(cls=Command, epilog=examples("spec perez2023.prognosis", "spec --schema study"))
+@click.argument("name", required=False, shell_complete=completion.models)
 @click.option("--schema", type=click.Choice(["model", "study"]), help="Print the JSON Schema of a file format instead.")
 def spec(name: str | None, schema: str | None) -> None:
     """Print the spec of the model NAME as one JSON object, to edit and to load with local-dir: or a study."""

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ichprog.cli import progress
+from ichprog.cli.help import Command, examples
 from ichprog.cli.options import as_json, print_json
 from ichprog.errors import ScanError
 
@@ -13,7 +14,9 @@ if TYPE_CHECKING:
     from ichprog.sources import ScanSource
 
 
-@click.command()
+@click.command(
+    cls=Command, epilog=examples("scans export.zip", "scans export/ --volumes volumes --mapping identifiers.csv")
+)
 @click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="PATH...")
 @click.option(
     "--volumes", type=click.Path(path_type=Path), metavar="DIR",

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ichprog.cli import progress
+from ichprog.cli import completion, progress
+from ichprog.cli.help import Command, examples
 from ichprog.cli.options import as_json, print_json, print_path
 from ichprog.cli.workers import Workers, with_workers
 from ichprog.errors import InvalidValueError
@@ -31,14 +32,21 @@ _saliency_patients = click.option(
 )  # fmt: skip
 
 
-@click.group()
+@click.group(epilog=examples("study new study.toml", "study run study.toml"))
 def study() -> None:
     """Compare variants of a model, and baselines without an image, on the same folds of one cohort."""
 
 
-@study.command()
+@study.command(cls=Command, epilog=examples("study new study.toml --preset smoke"))
 @click.argument("path", type=click.Path(path_type=Path), metavar="STUDY.toml")
-@click.option("--preset", default="default", show_default=True, metavar="default|paper|smoke", help="Template.")
+@click.option(
+    "--preset",
+    default="default",
+    show_default=True,
+    metavar="default|paper|smoke",
+    help="Template.",
+    shell_complete=completion.choices("default", "paper", "smoke"),
+)
 @as_json
 def new(path: Path, preset: str, as_json: bool) -> None:
     """Write a commented study file to start from."""
@@ -54,7 +62,7 @@ def new(path: Path, preset: str, as_json: bool) -> None:
         click.echo(f"Wrote {path}. Next, edit it and run: ichprog study run {path}")
 
 
-@study.command()
+@study.command(cls=Command, epilog=examples("study power --difference 0.03 --patients 300 --patients 600"))
 @click.option("--difference", default=0.02, show_default=True, help="Difference of the AUROCs of two models.")
 @click.option("--auroc", default=0.75, show_default=True, help="AUROC of the weaker model.")
 @click.option("--positive", default=0.5, show_default=True, help="Share of patients with the event.")
@@ -84,7 +92,10 @@ def power(
         click.echo(f"{rows[first].patients:8d}  {shares}")
 
 
-@study.command()
+@study.command(
+    cls=Command,
+    epilog=examples("study run study.toml --workers 2", "study run study.toml --slurm queue=gpu --workers 8"),
+)
 @_study
 @_output
 @click.option(
@@ -126,7 +137,7 @@ def run(
         click.get_current_context().exit(1)
 
 
-@study.command()
+@study.command(cls=Command, epilog=examples("study jobs study.toml --stage 0"))
 @_study
 @_output
 @click.option("--stage", type=int, help="List only the jobs of this stage, from 0.")
@@ -151,7 +162,7 @@ def jobs(study: Path, output: Path | None, stage: int | None, as_json: bool) -> 
             click.echo(each.job.name)
 
 
-@study.command()
+@study.command(cls=Command, epilog=examples("study status study.toml"))
 @_study
 @_output
 @as_json
@@ -169,7 +180,7 @@ def status(study: Path, output: Path | None, as_json: bool) -> None:
     click.echo(", ".join(f"{count} {state}" for state, count in sorted(counts.items())), err=True)
 
 
-@study.command()
+@study.command(cls=Command, epilog=examples("study report study.toml --saliency-patients 20"))
 @_study
 @_output
 @_cache_dir
@@ -186,7 +197,7 @@ def report(study: Path, output: Path | None, cache_dir: Path | None, saliency_pa
     click.echo(ichprog.study.research_notice(plan, folder), err=True)
 
 
-@study.command()
+@study.command(cls=Command, epilog=examples("study figure saliency study.toml --patient P01:12 --method grad_cam"))
 @click.argument("what", type=click.Choice(["saliency"]))
 @_study
 @_output
@@ -194,7 +205,13 @@ def report(study: Path, output: Path | None, cache_dir: Path | None, saliency_pa
     "--patient", "patients", multiple=True, metavar="NAME[:SLICE]", help="Patient, and optionally a slice. Repeatable."
 )
 @click.option("--task", help="Task to explain. Default: the task by which the folds are stratified.")
-@click.option("--method", default="guided_backprop", show_default=True, help="Saliency method.")
+@click.option(
+    "--method",
+    default="guided_backprop",
+    show_default=True,
+    help="Saliency method.",
+    shell_complete=completion.plugins("saliency"),
+)
 @_cache_dir
 @click.option("--figure", "target", type=click.Path(path_type=Path), help="Default: STUDY/figures/WHAT.png.")
 @as_json

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ichprog.cli.options import as_json, brain, parse_assignments, print_json
+from ichprog.cli import completion
+from ichprog.cli.help import Command, examples
+from ichprog.cli.options import as_json, brain, device, parse_assignments, print_json
 from ichprog.errors import InvalidValueError, UnknownNameError
 from ichprog.zoo import DEFAULT
 
@@ -16,23 +18,41 @@ if TYPE_CHECKING:
     from ichprog.spec import ModelSpec
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    epilog=examples(
+        "train patients/cohort.csv -m compact.prognosis_gcs3_age -o run --folds 5 --epochs 20",
+        "train patients/cohort.csv -m compact.prognosis_gcs3_age -o run --folds 5 --epochs 20 --resume",
+    ),
+)
 @click.argument("cohorts", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="COHORT...")
 @click.option(
-    "-m", "--model", default=DEFAULT, show_default=True,
+    "-m", "--model", default=DEFAULT, show_default=True, shell_complete=completion.models,
     help="Model to train: a name of `ichprog models`, a JSON description, or local-dir:PATH.",
 )  # fmt: skip
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder of the run.")
 @click.option("--folds", default=10, show_default=True, help="Number of folds.")
 @click.option("--only-fold", "only_folds", multiple=True, type=int, help="Train this fold only, repeatable.")
-@click.option("--preset", default="default", show_default=True, metavar="default|paper", help="Training protocol.")
+@click.option(
+    "--preset",
+    default="default",
+    show_default=True,
+    metavar="default|paper",
+    help="Training protocol.",
+    shell_complete=completion.choices("default", "paper"),
+)
 @click.option(
     "--set", "changes", multiple=True, metavar="FIELD=VALUE",
     help="Change a field of the protocol, repeatable, such as learning_rate=0.0005.",
 )  # fmt: skip
 @click.option("--epochs", type=int, help="Same as --set epochs=N.")
 @click.option("--seed", type=int, help="Same as --set seed=N.")
-@click.option("--loss-weighting", metavar="fixed|uncertainty", help="Same as --set loss_weighting=NAME.")
+@click.option(
+    "--loss-weighting",
+    metavar="fixed|uncertainty",
+    help="Same as --set loss_weighting=NAME.",
+    shell_complete=completion.choices("fixed", "uncertainty"),
+)
 @click.option("--head", "heads", multiple=True, metavar="TASK=HEAD", help="Replace a task's head, repeatable.")
 @click.option("--drop-task", "dropped", multiple=True, metavar="TASK", help="Remove a task, repeatable.")
 @click.option("--loss-weight", "loss_weights", multiple=True, metavar="TASK=W", help="Set a task's weight, repeatable.")
@@ -43,11 +63,12 @@ if TYPE_CHECKING:
 @click.option("--resume", is_flag=True, help="Resume the run of this folder.")
 @click.option("--name", help="Name of the new model; the name of --model by default.")
 @brain
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
+@device
 @click.option("--cache-dir", type=click.Path(path_type=Path), help="Folder of prepared grids.")
 @click.option("--workers", default=1, show_default=True, help="Number of processes that prepare grids.")
 @click.option(
     "--track", "trackers", multiple=True, metavar="NAME",
+    shell_complete=completion.choices("tensorboard", "mlflow", "trackio", "wandb"),
     help="Log to an experiment tracker, repeatable: tensorboard, mlflow, trackio, wandb.",
 )  # fmt: skip
 @as_json

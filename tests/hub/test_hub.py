@@ -585,4 +585,4 @@ def test_nothing_is_printed(capfd: pytest.CaptureFixture[str]) -> None:
 def test_fetching_and_converting_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", logger="ichprog"):
         hub.weights(make_spec())
-    assert [record.getMessage().split()[0] for record in caplog.records] == ["Fetching", "Converted"]
+    assert [record.getMessage().split()[0] for record in caplog.records] == ["Downloading", "Fetching", "Converted"]
