@@ -46,7 +46,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     reference_pipeline.save(zoo.DEFAULT, root / str(repository.repo), SEED)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ICHPROG_CACHE", str(cache))
-        patch.setenv("ICHPROG_BACKGROUND_COMPILE", "0")  # no process that runs beside the timed ones
+        patch.setenv("ICHPROG_BACKGROUND_COMPILE", "0")  # no process competes with the timed ones
         patch.delenv("HF_HUB_OFFLINE", raising=False)
         with HubServer(root, str(repository.revision)) as server:
             patch.setenv("HF_ENDPOINT", server.url)

@@ -67,7 +67,9 @@ def _described(fitted: "Calibration") -> dict[str, Any]:
     return described
 
 
-@click.command(cls=Command, epilog=examples("fuse local-dir:run patients/cohort.csv --columns age,gcs -o combined"))
+@click.command(
+    cls=Command, epilog=examples("fuse local-dir:run patients/cohort.csv --columns nihss,glucose -o combined")
+)
 @click.argument("name", metavar="NAME", shell_complete=completion.models)
 @_cohorts
 @click.option("--columns", required=True, metavar="COLUMN,...", help="Columns of clinical values, separated by commas.")

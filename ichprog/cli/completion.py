@@ -54,12 +54,14 @@ def clinical(context: click.Context, _parameter: click.Parameter, start: str) ->
 
 
 def _spec_of(context: click.Context) -> Any:
-    from ichprog.cli.options import find_spec
+    """Return the spec of the model of a command line, or of the default model. The network is not used."""
+    from ichprog import hub, zoo
 
+    name = context.params.get("name") or DEFAULT
     try:
-        return find_spec(context.params.get("name") or DEFAULT)
+        return hub.resolve(name)[0] if name.startswith("local-dir:") else zoo.find(name)
     except (IchprogError, OSError):
-        return find_spec(DEFAULT)
+        return zoo.find(DEFAULT)
 
 
 def _matching(names: Iterable[str], start: str) -> list[str]:

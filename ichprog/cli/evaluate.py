@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 @click.command(
     cls=Command,
     epilog=examples(
-        "evaluate perez2023.prognosis patients/cohort.csv -o results",
-        "evaluate perez2023.prognosis cohort.csv --summary site.json",
+        "evaluate MODEL patients/cohort.csv -o results",
+        "evaluate MODEL cohort.csv --summary site.json",
         "evaluate --pool first.json second.json -o pooled",
     ),
 )

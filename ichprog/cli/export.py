@@ -12,7 +12,7 @@ from ichprog.cli.help import Command, examples
 from ichprog.cli.options import as_json, cache_dir, fold, offline, print_json
 
 
-@click.command(cls=Command, epilog=examples("export perez2023.prognosis --format openvino -o exported"))
+@click.command(cls=Command, epilog=examples("export MODEL --format openvino -o exported"))
 @click.argument("name", shell_complete=completion.models)
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="DIR", help="Output folder.")
 @click.option(

@@ -4,6 +4,8 @@ from collections.abc import Iterator
 
 import click
 
+from ichprog.zoo import DEFAULT
+
 _MANY = 10  # options; more are shown under headings
 HEADINGS = {  # names of parameters, the same in all commands
     "Model": ("name", "model", "fold", "device", "runtime", "precision", "cache_dir", "offline"),
@@ -50,7 +52,7 @@ def examples(*commands: str) -> str:
     """Return the examples of a command as the last part of its help.
 
     Args:
-        commands: Command lines without the name of the program.
+        commands: Command lines without the name of the program. MODEL stands for the name of the default model.
     """
     return "\n".join(_lines(commands))
 
@@ -58,4 +60,4 @@ def examples(*commands: str) -> str:
 def _lines(commands: tuple[str, ...]) -> Iterator[str]:
     yield from ("Examples:", "", "\b")  # click keeps the lines of a paragraph that begins with \b
     for command in commands:
-        yield f"ichprog {command}"
+        yield f"ichprog {command.replace('MODEL', DEFAULT)}"

@@ -32,7 +32,7 @@ def models(pattern: str, as_json: bool) -> None:
         click.echo(f"{spec.name:{width}}  {spec.summary}")
 
 
-@click.command(cls=Command, epilog=examples("fetch densenet121.prognosis_gcs3_age", "fetch --all"))
+@click.command(cls=Command, epilog=examples("fetch MODEL", "fetch --all"))
 @click.argument("names", nargs=-1, metavar="[NAME]...", shell_complete=completion.models)
 @click.option("--all", "is_all", is_flag=True, help="Fetch every model of the zoo.")
 @cache_dir
@@ -78,7 +78,7 @@ def _announce_size(names: Sequence[str], cache_dir: Path | None) -> None:
     click.echo(f"{len(names)} models, {size / 1e6:.0f} MB to download.", err=True)
 
 
-@click.command(cls=Command, epilog=examples("doctor perez2023.prognosis"))
+@click.command(cls=Command, epilog=examples("doctor MODEL"))
 @click.argument("name", required=False, shell_complete=completion.models)
 @cache_dir
 @as_json

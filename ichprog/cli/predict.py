@@ -72,7 +72,7 @@ _options = click.option(
     cls=Command,
     epilog=examples(
         "predict scan.nii.gz",
-        "predict scans/ -m perez2023.prognosis -o results.csv --resume",
+        "predict scans/ -m local-dir:run -o results.csv --resume",
         "predict export.zip --haemorrhage --explain grad_cam --maps maps --report reports",
     ),
 )

@@ -7,7 +7,7 @@ from ichprog.cli.help import Command, examples
 from ichprog.cli.options import find_spec, print_json
 
 
-@click.command(cls=Command, epilog=examples("spec perez2023.prognosis", "spec --schema study"))
+@click.command(cls=Command, epilog=examples("spec MODEL", "spec --schema study"))
 @click.argument("name", required=False, shell_complete=completion.models)
 @click.option("--schema", type=click.Choice(["model", "study"]), help="Print the JSON Schema of a file format instead.")
 def spec(name: str | None, schema: str | None) -> None:

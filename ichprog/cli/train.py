@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 @click.command(
     cls=Command,
     epilog=examples(
-        "train patients/cohort.csv -m compact.prognosis_gcs3_age -o run --folds 5 --epochs 20",
-        "train patients/cohort.csv -m compact.prognosis_gcs3_age -o run --folds 5 --epochs 20 --resume",
+        "train patients/cohort.csv -m MODEL -o run --folds 5 --epochs 20",
+        "train patients/cohort.csv -m MODEL -o run --folds 5 --epochs 20 --resume",
     ),
 )
 @click.argument("cohorts", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="COHORT...")

@@ -100,7 +100,7 @@ def run(
         workers: Number of processes if there is no executor. 1 runs in this process.
         cache_dir: Folder of prepared grids. By default `$ICHPROG_CACHE` or `~/.cache/ichprog`.
         progress: Called with the status of each job that was done already, and of each job that ends.
-        bars: Whether to show progress bars of scans and epochs on standard error, as far as this process computes them.
+        bars: Whether to show progress bars of scans and epochs on standard error, for what this process computes.
         only: Names of the jobs to run. By default all. The predictions are collected by a later call without `only`.
 
     Returns:
