@@ -25,7 +25,7 @@ from ichprog.cli import (
     study,
     train,
 )
-from ichprog.cli.help import examples
+from ichprog.cli.command import examples
 from ichprog.cli.options import WRONG_USE
 from ichprog.errors import IchprogError, missing_extra
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ichprog.cli import completion
-from ichprog.cli.help import Command, examples
+from ichprog.cli.command import Command, examples
 from ichprog.cli.options import as_json, brain, loading, print_json, with_options
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from ichprog.cli.help import Command, examples
+from ichprog.cli.command import Command, examples
 from ichprog.cli.options import as_json
 
 

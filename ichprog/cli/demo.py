@@ -7,7 +7,7 @@ import click
 
 import ichprog
 from ichprog import zoo
-from ichprog.cli.help import Command, examples
+from ichprog.cli.command import Command, examples
 from ichprog.cli.options import as_json, print_json
 from ichprog.cli.scans import format_clinical, format_haemorrhage, format_scores
 

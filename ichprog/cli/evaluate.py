@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from ichprog.cli import completion
-from ichprog.cli.help import Command, examples
+from ichprog.cli.command import Command, examples
 from ichprog.cli.options import as_json, brain, loading, print_json, with_options
 from ichprog.cli.workers import Workers, with_workers
 from ichprog.io import write_json
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 @click.command(
     cls=Command,
+    interrupted="With -o, finished scans are kept: continue with --resume. Without -o, repeat the command.",
     epilog=examples(
         "evaluate MODEL patients/cohort.csv -o results",
         "evaluate MODEL cohort.csv --summary site.json",

@@ -8,7 +8,7 @@ import click
 
 import ichprog
 from ichprog.cli import completion
-from ichprog.cli.help import Command, examples
+from ichprog.cli.command import Command, examples
 from ichprog.cli.options import as_json, cache_dir, fold, offline, print_json
 
 

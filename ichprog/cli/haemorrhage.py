@@ -9,8 +9,8 @@ import click
 
 from ichprog import zoo
 from ichprog.cli import completion
+from ichprog.cli.command import Command, examples
 from ichprog.cli.compilation import ModelLoader
-from ichprog.cli.help import Command, examples
 from ichprog.cli.options import as_json, brain, loading, with_options
 from ichprog.cli.scans import (
     ResultsOptions,
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 
 @click.command(
     cls=Command,
+    interrupted="Nothing is kept without -o. Repeat the command with -o FILE, which --resume continues.",
     epilog=examples("haemorrhage scan.nii.gz --masks masks", "haemorrhage cohort.csv --scores -o results.csv"),
 )
 @scans_argument

@@ -11,7 +11,7 @@ import click
 
 import ichprog
 from ichprog.cli import completion, plugins
-from ichprog.cli.help import Command, examples
+from ichprog.cli.command import Command, examples
 from ichprog.cli.options import WRONG_USE, as_json, cache_dir, print_json
 from ichprog.errors import IchprogError, UnknownNameError
 
@@ -32,7 +32,11 @@ def models(pattern: str, as_json: bool) -> None:
         click.echo(f"{spec.name:{width}}  {spec.summary}")
 
 
-@click.command(cls=Command, epilog=examples("fetch MODEL", "fetch --all"))
+@click.command(
+    cls=Command,
+    interrupted="Finished files are kept. Repeat the command.",
+    epilog=examples("fetch MODEL", "fetch --all"),
+)
 @click.argument("names", nargs=-1, metavar="[NAME]...", shell_complete=completion.models)
 @click.option("--all", "is_all", is_flag=True, help="Fetch every model of the zoo.")
 @cache_dir

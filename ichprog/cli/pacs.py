@@ -11,7 +11,7 @@ import click
 
 from ichprog import zoo
 from ichprog.cli import completion
-from ichprog.cli.help import Command, examples
+from ichprog.cli.command import Command, examples
 from ichprog.cli.options import as_json, brain, loading, model_option, parse_assignments, print_json, with_options
 from ichprog.cli.scans import load_model
 
@@ -124,7 +124,11 @@ def send(archive: "Archive", files: tuple[Path, ...], as_json: bool) -> None:
         click.echo(f"{len(files)} objects stored.")
 
 
-@pacs.command(cls=Command, epilog=examples("pacs predict dicom://PACS@pacs.example.org:11112 1.2.3 --haemorrhage"))
+@pacs.command(
+    cls=Command,
+    interrupted="Stored results stay in the archive. Repeat the command with the remaining studies.",
+    epilog=examples("pacs predict dicom://PACS@pacs.example.org:11112 1.2.3 --haemorrhage"),
+)
 @_with_archive
 @click.argument("studies", nargs=-1, required=True, metavar="STUDY...")
 @with_options(_models)

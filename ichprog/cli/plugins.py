@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from ichprog.cli import completion
-from ichprog.cli.help import Command, examples
+from ichprog.cli.command import Command, examples
 from ichprog.cli.options import as_json, print_json
 from ichprog.errors import IchprogError
 

@@ -11,9 +11,9 @@ import click
 import ichprog
 from ichprog import zoo
 from ichprog.cli import completion
+from ichprog.cli.command import Command, examples
 from ichprog.cli.compilation import ModelLoader
 from ichprog.cli.dicom_objects import check_sources, dicom_out, write_objects
-from ichprog.cli.help import Command, examples
 from ichprog.cli.options import as_json, brain, find_spec, loading, model_option, parse_assignments, with_options
 from ichprog.cli.reports import ReportFolder, report_options
 from ichprog.cli.scans import (
@@ -70,6 +70,7 @@ _options = click.option(
 
 @click.command(
     cls=Command,
+    interrupted="Nothing is kept without -o. Repeat the command with -o FILE, which --resume continues.",
     epilog=examples(
         "predict scan.nii.gz",
         "predict scans/ -m local-dir:run -o results.csv --resume",
@@ -318,7 +319,9 @@ def _split_clinical(given: dict[str, Any], model: str, *, with_scores: bool) -> 
 
 
 @click.command(
-    cls=Command, epilog=examples("explain scan.nii.gz --method grad_cam --method guided_backprop --png -o maps")
+    cls=Command,
+    epilog=examples("explain scan.nii.gz --method grad_cam --method guided_backprop --png -o maps"),
+    interrupted="Finished maps are kept. Continue with --resume.",
 )
 @scans_argument
 @model_option

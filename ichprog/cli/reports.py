@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 import click
 
 from ichprog.cli import completion
-from ichprog.cli.help import Command, examples
+from ichprog.cli.command import Command, examples
 from ichprog.cli.options import as_json, find_spec, print_path
 from ichprog.cli.scans import key_of, stems
 from ichprog.errors import ScanError, missing_extra
@@ -168,7 +168,11 @@ class ReportFolder:
             click.echo(f"Reports: {index if index in reports else reports[0]}", err=True)
 
 
-@click.command(cls=Command, epilog=examples("report results.json -o reports --maps maps --masks masks"))
+@click.command(
+    cls=Command,
+    interrupted="Finished reports are kept. Repeat the command.",
+    epilog=examples("report results.json -o reports --maps maps --masks masks"),
+)
 @click.argument("results", type=click.Path(path_type=Path), metavar="RESULTS")
 @click.option(
     "-o", "--output", "folder", type=click.Path(path_type=Path), required=True, help="Folder for the reports."

@@ -225,8 +225,7 @@ class ResultsOptions:
                 yield file, todo
             except KeyboardInterrupt:
                 done = f"{len(file.done)} of {len(sources)} results are in {file.journal}."
-                click.echo(f"\nInterrupted. {done} Continue with --resume.", err=True)
-                raise
+                raise KeyboardInterrupt(f"{done} Continue with --resume.") from None
 
 
 def take_shard(sources: "list[ScanSource]", shard: str | None) -> "list[ScanSource]":

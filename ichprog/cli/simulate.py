@@ -6,11 +6,15 @@ from pathlib import Path
 import click
 
 from ichprog.cli import completion, progress
-from ichprog.cli.help import Command, examples
+from ichprog.cli.command import Command, examples
 from ichprog.cli.options import as_json, find_spec, print_path
 
 
-@click.command(cls=Command, epilog=examples("simulate patients --patients 60 --seed 1 --workers 2"))
+@click.command(
+    cls=Command,
+    interrupted="Finished patients are kept. Repeat the command to continue.",
+    epilog=examples("simulate patients --patients 60 --seed 1 --workers 2"),
+)
 @click.argument("output", type=click.Path(path_type=Path))
 @click.option("--patients", default=200, show_default=True, help="Number of patients.")
 @click.option("--seed", default=0, show_default=True, help="Random seed; a seed gives the same patients everywhere.")

@@ -3,7 +3,7 @@
 import click
 
 from ichprog.cli import completion
-from ichprog.cli.help import Command, examples
+from ichprog.cli.command import Command, examples
 from ichprog.cli.options import find_spec, print_json
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ichprog.cli import progress
-from ichprog.cli.help import Command, examples
+from ichprog.cli.command import Command, examples
 from ichprog.cli.options import as_json, print_json
 from ichprog.errors import ScanError
 

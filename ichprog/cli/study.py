@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ichprog.cli import completion, progress
-from ichprog.cli.help import Command, examples
+from ichprog.cli.command import Command, examples
 from ichprog.cli.options import as_json, print_json, print_path
 from ichprog.cli.workers import Workers, with_workers
 from ichprog.errors import InvalidValueError
@@ -94,6 +94,7 @@ def power(
 
 @study.command(
     cls=Command,
+    interrupted="Finished jobs, epochs and prepared scans are kept. Repeat the command to continue.",
     epilog=examples("study run study.toml --workers 2", "study run study.toml --slurm queue=gpu --workers 8"),
 )
 @_study
@@ -180,7 +181,11 @@ def status(study: Path, output: Path | None, as_json: bool) -> None:
     click.echo(", ".join(f"{count} {state}" for state, count in sorted(counts.items())), err=True)
 
 
-@study.command(cls=Command, epilog=examples("study report study.toml --saliency-patients 20"))
+@study.command(
+    cls=Command,
+    interrupted="The results of all jobs are kept. Repeat the command.",
+    epilog=examples("study report study.toml --saliency-patients 20"),
+)
 @_study
 @_output
 @_cache_dir

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ichprog.cli import completion
-from ichprog.cli.help import Command, examples
+from ichprog.cli.command import Command, examples
 from ichprog.cli.options import as_json, brain, device, parse_assignments, print_json
 from ichprog.errors import InvalidValueError, UnknownNameError
 from ichprog.zoo import DEFAULT
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 @click.command(
     cls=Command,
+    interrupted="Finished epochs and prepared scans are kept. Continue with --resume.",
     epilog=examples(
         "train patients/cohort.csv -m MODEL -o run --folds 5 --epochs 20",
         "train patients/cohort.csv -m MODEL -o run --folds 5 --epochs 20 --resume",

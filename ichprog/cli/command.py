@@ -1,6 +1,7 @@
-"""The help of commands: examples, and options under headings if there are many."""
+"""What all commands share: help with examples and headings, and a clean end by Ctrl-C."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import click
 
@@ -26,10 +27,30 @@ HEADINGS = {  # names of parameters, the same in all commands
     "Long runs": ("resume", "retry_failed", "overwrite", "shard", "workers", "scheduler", "slurm"),
 }  # fmt: skip
 _OTHER = "Other"
+INTERRUPTED = 130  # exit code, as shells expect it after Ctrl-C
 
 
 class Command(click.Command):
-    """A command whose help shows more than ten options under headings."""
+    """A command whose help shows more than ten options under headings, and which ends with a sentence by Ctrl-C.
+
+    Args:
+        arguments: As in `click.Command`.
+        interrupted: How to continue after Ctrl-C, in one sentence. A KeyboardInterrupt with a message overrides it.
+        options: As in `click.Command`.
+    """
+
+    def __init__(self, *arguments: Any, interrupted: str = "Repeat the command.", **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._interrupted = interrupted
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as interruption:
+            continuation = interruption.args[0] if interruption.args else self._interrupted
+            click.echo(f"\nInterrupted. {continuation}", err=True)
+            ctx.exit(INTERRUPTED)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options into the help."""
