@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from ichprog.errors import CohortError, UnknownNameError
-from ichprog.io import write_csv
+from ichprog.io import unescape_cell, write_csv
 from ichprog.notebook import card
 from ichprog.spec import Task
 
@@ -678,7 +678,8 @@ def _read_rows(path: Path, required: Sequence[str]) -> tuple[dict[int, Columns],
             first = file.readline()
             file.seek(0)
             delimiter = max(_DELIMITERS, key=first.count)
-            cells = [[cell.strip() for cell in row] for row in csv.reader(file, delimiter=delimiter, strict=True)]
+            lines = csv.reader(file, delimiter=delimiter, strict=True)
+            cells = [[unescape_cell(cell.strip()) for cell in row] for row in lines]
     except UnicodeDecodeError as error:
         raise CohortError(f"{path}: is not text in UTF-8 ({error.reason}). Save the table as CSV UTF-8.") from error
     except (OSError, csv.Error) as error:

@@ -3,11 +3,15 @@
 import csv
 import json
 import os
+import re
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+# Text that a spreadsheet takes for a formula; the last four signs are wide forms of the first.
+_FORMULA = re.compile("'*[=+\\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")
 
 
 @contextmanager
@@ -63,16 +67,91 @@ def write_json(target: Path, data: Any) -> None:
         partial.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def write_csv(target: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any] | Sequence[Any]]) -> None:
-    """Write a table as CSV in UTF-8, whole or not at all.
+def write_csv(
+    target: Path,
+    columns: Sequence[str],
+    rows: Iterable[Mapping[str, Any] | Sequence[Any]],
+    *,
+    is_private: bool = False,
+) -> None:
+    """Write a table as CSV in UTF-8, whole or not at all. No spreadsheet takes a cell for a formula.
 
     Args:
         target: Path of the file.
         columns: Names of the columns, written as the first row.
         rows: Rows, as mappings from column to value or as sequences in the order of the columns.
+        is_private: Whether only this user may read the file.
     """
-    with atomic_write(target) as partial, partial.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(columns)
-        for row in rows:
-            writer.writerow([row.get(column, "") for column in columns] if isinstance(row, Mapping) else row)
+    with atomic_write(target) as partial:
+        partial.touch(mode=0o600 if is_private else 0o666)
+        with partial.open("w", encoding="utf-8", newline="") as file:
+            write_rows(file, columns, rows)
+
+
+def write_rows(
+    file: IO[str],
+    columns: Sequence[str],
+    rows: Iterable[Mapping[str, Any] | Sequence[Any]],
+    *,
+    line_end: str = "\r\n",
+) -> None:
+    """Write the rows of `write_csv` to an open file.
+
+    Args:
+        file: The file, opened with `newline=""`.
+        columns: As in `write_csv`.
+        rows: As in `write_csv`.
+        line_end: End of each line.
+    """
+    writer = csv.writer(file, lineterminator=line_end)
+    writer.writerow(map(escape_cell, columns))
+    for row in rows:
+        cells = [row.get(column, "") for column in columns] if isinstance(row, Mapping) else row
+        writer.writerow(map(escape_cell, cells))
+
+
+def read_csv(path: Path, *, encoding: str = "utf-8") -> list[dict[str, str]]:
+    """Read a table that `write_csv` wrote, by column names.
+
+    Args:
+        path: Path of the file.
+        encoding: Encoding of the file.
+
+    Raises:
+        OSError: The file cannot be read.
+        UnicodeDecodeError: The file is no text.
+    """
+    with path.open(encoding=encoding, newline="") as file:
+        return [{unescape_cell(k): unescape_cell(v) for k, v in row.items()} for row in csv.DictReader(file)]
+
+
+def escape_cell(value: Any) -> Any:
+    """Return a value for a cell: text that a spreadsheet would take for a formula gets an apostrophe.
+
+    Args:
+        value: The value. Numbers, as text or not, stay as they are.
+
+    Example:
+        >>> [escape_cell(value) for value in ("=1+1", "-0.5", "Jones", -2)]
+        ["'=1+1", '-0.5', 'Jones', -2]
+    """
+    if not isinstance(value, str) or not _FORMULA.match(value):
+        return value
+    try:
+        float(value)
+    except ValueError:
+        return f"'{value}"
+    return value
+
+
+def unescape_cell(cell: Any) -> Any:
+    """Return the text of a cell without the apostrophe of `escape_cell`.
+
+    Args:
+        cell: The cell as it was read. What is no text stays as it is.
+
+    Example:
+        >>> unescape_cell("'=1+1"), unescape_cell("'quoted'")
+        ('=1+1', "'quoted'")
+    """
+    return cell[1:] if isinstance(cell, str) and cell[:1] == "'" and _FORMULA.match(cell) else cell

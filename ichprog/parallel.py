@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from ichprog import pseudonyms
 from ichprog.errors import RunError, missing_extra
 
 __all__ = ["ClusterExecutor", "WorkerDiedError", "cluster", "exit_with_parent", "map_unordered", "parallel_map"]
@@ -90,7 +91,7 @@ def map_unordered(
     The function is sent once and kept by each worker process, with everything that it holds, such as a loaded model.
     Few items are sent at a time, so that an iterator of any length needs little memory and no worker waits while
     another has a queue. If a worker dies, its item is tried again. A worker computes in the current folder of this
-    process.
+    process, and with its key of pseudonyms.
 
     Args:
         function: Function of one item. With other processes it must be picklable.
@@ -103,7 +104,8 @@ def map_unordered(
         the result is the error.
 
     Raises:
-        RunError: No worker process can start, or a worker does not see the current folder.
+        RunError: No worker process can start, a worker does not see the current folder, or the key of pseudonyms of an
+            executor cannot be read.
         Exception: What the function raises.
 
     Examples:
@@ -114,7 +116,8 @@ def map_unordered(
         for item in items:
             yield item, function(item)
         return
-    call = functools.partial(_call, pickle.dumps((str(Path.cwd()), function)))
+    secret = None if executor is None else pseudonyms.key()  # processes of this machine read the same file
+    call = functools.partial(_call, pickle.dumps((str(Path.cwd()), secret, function)))
     tasks = map(_Task, items)
     if executor is None:
         yield from _map_in_pools(call, tasks, workers)
@@ -217,23 +220,23 @@ def _call(payload: bytes, item: Any) -> tuple[Any, Exception | None]:
     """Apply the function in a worker process. An error of the function is a result, unlike the death of a worker."""
     with _worker_lock:
         try:
-            folder, function = _unpickle(payload)
+            folder, secret, function = _unpickle(payload)
             if not Path(folder).is_dir():
                 raise RunError(
                     f"The worker on {socket.gethostname()} has no folder {folder}. Workers need the same files under "
                     "the same paths."
                 )
-            with chdir(folder):
+            with chdir(folder), pseudonyms.lent_key(secret):
                 return function(item), None
         except Exception as error:
             return None, _portable(error)
 
 
 @functools.lru_cache(maxsize=1)
-def _unpickle(payload: bytes) -> tuple[str, Callable[[Any], Any]]:
-    """Return the folder and the function; a worker keeps the last function with its model."""
-    folder, function = pickle.loads(payload)  # noqa: S301  # written by `map_unordered`
-    return folder, function
+def _unpickle(payload: bytes) -> tuple[str, bytes | None, Callable[[Any], Any]]:
+    """Return folder, key of pseudonyms and function; a worker keeps the last function with its model."""
+    folder, secret, function = pickle.loads(payload)  # noqa: S301  # written by `map_unordered`
+    return folder, secret, function
 
 
 def _portable(error: Exception) -> Exception:

@@ -5,7 +5,6 @@ file itself appears, whole, when all results are there; then the journal is remo
 result, and a resumed run ends with the same bytes as an uninterrupted one.
 """
 
-import csv
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ichprog.errors import RunError, UnknownNameError, missing_extra
-from ichprog.io import atomic_write, file_lock
+from ichprog.io import atomic_write, file_lock, read_csv, write_rows
 from ichprog.journal import Journal, check_run
 from ichprog.results import (
     BLOOD,
@@ -354,10 +353,9 @@ def _value(value: Any) -> Any:
 
 def _write_csv(path: Path, records: Iterator[Record], table: ResultsTable) -> None:
     with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(table.columns), extrasaction="ignore", restval="")
-        writer.writeheader()
-        for number, record in enumerate(records):  # the first row states the notice for the whole table
-            writer.writerow(record | {"notice": "" if number else table.notice})
+        # the first row states the notice for the whole table
+        rows = (record | {"notice": "" if number else table.notice} for number, record in enumerate(records))
+        write_rows(file, list(table.columns), rows)
 
 
 def _write_parquet(path: Path, records: Iterator[Record], table: ResultsTable) -> None:
@@ -385,11 +383,10 @@ def _write_jsonl(path: Path, records: Iterator[Record], _: ResultsTable) -> None
 
 
 def _read_csv(path: Path) -> list[Record]:
-    with path.open(encoding="utf-8", newline="") as file:
-        reader = csv.DictReader(file)
-        if "scan" not in (reader.fieldnames or ()):
-            raise ValueError("the table has no column scan")
-        return list(reader)
+    rows: list[Record] = [*read_csv(path)]
+    if "scan" not in (rows[0] if rows else path.read_text(encoding="utf-8")):
+        raise ValueError("the table has no column scan")
+    return rows
 
 
 def _read_parquet(path: Path) -> list[Record]:

@@ -18,6 +18,15 @@ from support.models import REPOSITORY, bright_backbone, intensity_backbone, loca
 from support.phantoms import brain_hu
 
 
+@pytest.fixture(autouse=True, scope="session")
+def user_data(tmp_path_factory):
+    """Keep the key of pseudonyms of the tests apart from that of the user."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_DATA_HOME", str(tmp_path_factory.mktemp("data")))
+        patch.delenv("ICHPROG_PSEUDONYM_KEY_FILE", raising=False)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def empty_cache(tmp_path_factory, monkeypatch):
     """Use an empty cache, and let no test reach a host beyond the loopback."""

@@ -15,7 +15,7 @@ from ichprog import zoo
 PACKAGE = Path(ichprog.__file__).parent
 # From the lowest to the highest. A module imports lower layers, and its own layer only if SIDEWAYS allows it.
 LAYERS = [
-    {"errors", "limits", "notebook", "schema", "spec", "io", "journal", "parallel"},
+    {"errors", "limits", "notebook", "schema", "spec", "io", "journal", "parallel", "pseudonyms"},
     {"registry"},
     {
         "zoo",
@@ -53,6 +53,9 @@ SIDEWAYS = {
     ("journal", "io"),
     ("parallel", "errors"),
     ("parallel", "io"),
+    ("parallel", "pseudonyms"),  # workers of a cluster get the key
+    ("pseudonyms", "errors"),
+    ("pseudonyms", "io"),
     ("result_files", "results"),
     ("calibration", "results"),  # it describes how unusual a scan is
     ("clinical", "calibration"),  # combinations with clinical values are changes of log-odds

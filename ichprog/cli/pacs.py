@@ -137,7 +137,7 @@ def send(archive: "Archive", files: tuple[Path, ...], as_json: bool) -> None:
 def predict(ctx: click.Context, /, archive: "Archive", studies: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Fetch each STUDY, predict its head CT, and store the results in ARCHIVE."""
     from ichprog.errors import ScanError
-    from ichprog.scan.series import pseudonym
+    from ichprog.pseudonyms import pseudonym
 
     answer, model = _answerer(archive, **options)
     has_failed = False

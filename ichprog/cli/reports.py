@@ -298,8 +298,8 @@ def _map_name(path: Path, stem: str, task: str) -> str:
 
 def _names(keys: "Sequence[Key]") -> list[str]:
     """Return a name for each report: that of the file of its scan, or a pseudonym for DICOM."""
+    from ichprog.pseudonyms import pseudonym
     from ichprog.reporting.privacy import is_dicom, public_name
-    from ichprog.scan.series import pseudonym
 
     short = stems([Path(scan) for _, scan in keys])
     names = [public_name(scan) if is_dicom(scan) else stem for (_, scan), stem in zip(keys, short, strict=True)]

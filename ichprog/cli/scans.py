@@ -75,7 +75,7 @@ def find_scans(paths: tuple[Path, ...], *, study: str | None = None, series: str
     Raises:
         click.UsageError: No scan is a study of this name, or no scan is DICOM.
     """
-    from ichprog.scan.series import pseudonym
+    from ichprog.pseudonyms import pseudonym
     from ichprog.scan.studies import study_of
     from ichprog.sources import name_of, resolve
 

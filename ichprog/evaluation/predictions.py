@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from ichprog.errors import InvalidValueError, RunError
-from ichprog.io import write_csv
+from ichprog.io import read_csv, write_csv
 
 SPLITS = ("validation", "test")
 Key = tuple[str, str, str]  # variant, task and split
@@ -88,18 +88,18 @@ class Predictions:
         """
         rows: dict[Key, list[tuple[str, int, int, list[float]]]] = {}
         try:
-            with path.open(encoding="utf-8", newline="") as file:
-                for number, row in enumerate(csv.DictReader(file), start=2):
-                    try:
-                        if row["split"] not in SPLITS:
-                            raise ValueError(f"split {row['split']!r} is none of {', '.join(SPLITS)}")
-                        probabilities = [float(cell) for name, cell in row.items() if name.startswith("p_") and cell]
-                        entry = row["patient"], int(row["fold"]), int(row["truth"] or -1), probabilities
-                        rows.setdefault((row["variant"], row["task"], row["split"]), []).append(entry)
-                    except (KeyError, ValueError, TypeError, AttributeError) as error:
-                        raise RunError(f"{path}: row {number} is no prediction ({error}).") from error
-        except OSError as error:
-            raise RunError(f"{path}: cannot be read: {error.strerror or error}.") from error
+            table = read_csv(path)
+        except (OSError, ValueError, csv.Error) as error:
+            raise RunError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}.") from error
+        for number, row in enumerate(table, start=2):
+            try:
+                if row["split"] not in SPLITS:
+                    raise ValueError(f"split {row['split']!r} is none of {', '.join(SPLITS)}")
+                probabilities = [float(cell) for name, cell in row.items() if name.startswith("p_") and cell]
+                entry = row["patient"], int(row["fold"]), int(row["truth"] or -1), probabilities
+                rows.setdefault((row["variant"], row["task"], row["split"]), []).append(entry)
+            except (KeyError, ValueError, TypeError, AttributeError) as error:
+                raise RunError(f"{path}: row {number} is no prediction ({error}).") from error
         return cls({key: _task_predictions(entries) for key, entries in rows.items()})
 
     def write(self, path: Path) -> Path:

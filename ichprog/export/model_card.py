@@ -1,6 +1,7 @@
 """Describe a model in Markdown, from its spec: its page in the documentation and its model card on the Hub."""
 
 import json
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -46,8 +47,9 @@ def build_card(spec: ModelSpec, repo: str, run: Mapping[str, Any] | None = None)
     sections = list(card_sections(spec).items())
     if run is not None:
         index = [title for title, _ in sections].index("Weights") + 1
-        sections.insert(index, ("Training", _training_section(spec, run)))
+        sections.insert(index, ("Training", _without_html(_training_section(spec, run))))
     body = "\n\n".join(f"## {title}\n\n{text}" for title, text in sections)
+    intro = _without_html(f"> **{' '.join(spec.notice.split())}** {CAUTION}\n\n{spec.summary}")
     return f"""\
 ---
 {_metadata(spec, run)}
@@ -55,9 +57,7 @@ def build_card(spec: ModelSpec, repo: str, run: Mapping[str, Any] | None = None)
 
 # {spec.name}
 
-> **{spec.notice}** {CAUTION}
-
-{spec.summary}
+{intro}
 
 ```bash
 pip install ichprog
@@ -90,7 +90,7 @@ def card_sections(spec: ModelSpec, *, warning: str = "warning") -> dict[str, str
         ["weights", spec.licence.weights],
         ["training data", spec.licence.data],
     ]
-    return {
+    sections = {
         "Intended use": spec.intended_use,
         "Predictions": f"""\
 {markdown_table(tasks, [_task_row(task) for task in spec.tasks])}
@@ -114,6 +114,12 @@ The library, ichprog, is under the MIT licence. This licence covers weights or d
         "Limits": "\n".join(f"- {limit}" for limit in spec.limits),
         "Citation": " ".join(part for part in (cited.text, doi, cited.url) if part),
     }
+    return {title: _without_html(text) for title, text in sections.items()}
+
+
+def _without_html(text: str) -> str:
+    """Return Markdown in which no text of a description or a run is an HTML tag. "<80" is none."""
+    return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", text)
 
 
 def _clinical_section(spec: ModelSpec) -> dict[str, str]:
@@ -189,8 +195,9 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         | --- | --- |
         | a | 1 |
     """
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in line)} |" for line in lines)
+    lines = [[" ".join(cell.replace("|", "&#124;").split()) for cell in line] for line in (head, *rows)]
+    lines.insert(1, ["---"] * len(head))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _metadata(spec: ModelSpec, run: Mapping[str, Any] | None) -> str:

@@ -13,7 +13,7 @@ import ichprog
 from ichprog.errors import ScanError
 from ichprog.pacs.archive import Archive, ArchiveError
 from ichprog.pacs.journal import Journal
-from ichprog.scan.series import pseudonym
+from ichprog.pseudonyms import pseudonym
 
 if TYPE_CHECKING:
     from ichprog.model import Model

@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ichprog.scan.series import pseudonym
+from ichprog.pseudonyms import DIGITS, pseudonym
 
-_STUDY_NAME = re.compile(r"/(patient-[0-9a-f]{8})/(study-[0-9a-f]{8})$")  # of a DicomStudy
-_FREE_TEXT = {"pseudonym", "description", "first_file", "reason"}  # of a DICOM series
+_STUDY_NAME = re.compile(rf"/(patient-[0-9a-f]{{{DIGITS}}})/(study-[0-9a-f]{{{DIGITS}}})$")  # of a DicomStudy
+_FREE_TEXT = {"pseudonym", "description", "reason"}  # of a DICOM series
 _HIDDEN = (
     "The message of the error is not shown, because it may hold identifiers of the patient. --identifiers shows it."
 )
@@ -26,15 +26,15 @@ def is_dicom(scan: str) -> bool:
 def public_name(scan: str) -> str:
     """Return a name of a scan without folders; for DICOM a pseudonym.
 
-    The pseudonym of a study is the one that `ichprog scans` lists. That of another DICOM source is the beginning of a
-    hash of its path.
+    The pseudonym of a study is the one that `ichprog scans` lists. That of another DICOM source is one of its
+    path.
 
     Args:
         scan: Name of the scan in a result.
 
-    Examples:
-        >>> public_name("cases/smith/head.nii.gz"), public_name("exports/smith^john")
-        ('head', 'scan-6f7fd5c2')
+    Example:
+        >>> public_name("cases/smith/head.nii.gz"), len(public_name("exports/smith^john"))
+        ('head', 17)
     """
     if found := _STUDY_NAME.search(scan):
         return "_".join(found.groups())

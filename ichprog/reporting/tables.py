@@ -5,7 +5,6 @@ Markdown and LaTeX have rounded numbers. The CSV has full precision, and an inte
 `auroc_low` and `auroc_high`.
 """
 
-import csv
 import io
 import math
 import re
@@ -15,7 +14,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
-from ichprog.io import atomic_write
+from ichprog.io import atomic_write, write_rows
 from ichprog.metrics import label_of
 
 Row = Mapping[str, Any]
@@ -168,9 +167,8 @@ def to_csv(rows: Iterable[Row], columns: Columns) -> str:
     rows, names = list(rows), list(_headings(columns))
     intervals = {name for name in names if any(isinstance(row.get(name), Mapping) for row in rows)}
     file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
     header = ([name, f"{name}_low", f"{name}_high"] if name in intervals else [name] for name in names)
-    writer.writerow([cell for cells in header for cell in cells])
+    lines = []
     for row in rows:
         cells: list[Any] = []
         for name in names:
@@ -180,7 +178,8 @@ def to_csv(rows: Iterable[Row], columns: Columns) -> str:
                 cells += [_plain(interval.get(key)) for key in ("value", "low", "high")]
             else:
                 cells.append(_plain(value))
-        writer.writerow(cells)
+        lines.append(cells)
+    write_rows(file, [cell for cells in header for cell in cells], lines, line_end="\n")
     return file.getvalue()
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ichprog.errors import ScanError, ScanWarning
+from ichprog.errors import IchprogError, ScanError, ScanWarning
 from ichprog.limits import check_voxels
 from ichprog.scan.series import (
     AIR_HU,
@@ -79,7 +79,7 @@ def read_series(path: Path, *, files: Collection[str] | None = None, series: str
     try:
         with np.errstate(all="ignore"):
             return _read_series(path, files, series)
-    except ScanError:
+    except IchprogError:
         raise
     except Exception as error:  # values of damaged headers make anything fail, and no file can be named then
         message = f"{path}: a header of the series is damaged: {type(error).__name__}: {error}. Export it again."

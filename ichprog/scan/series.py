@@ -1,7 +1,6 @@
 """Group DICOM files into stacks of parallel slices and select the stack of the head CT."""
 
 import functools
-import hashlib
 import re
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
@@ -15,6 +14,7 @@ import numpy as np
 
 from ichprog.errors import ScanError
 from ichprog.limits import MAX_DICOM_BYTES, MAX_DICOM_FILES
+from ichprog.pseudonyms import pseudonym
 
 AIR_HU = -1024.0
 _TISSUE_HU = 200.0
@@ -152,24 +152,10 @@ class Stack:
             "coverage_mm": round(self.coverage, 1),
             "kernel": self.text("ConvolutionKernel"),
             "kind": "derived" if self.is_derived else "original",
-            "first_file": self.images[0].name,
         }
 
     def __str__(self) -> str:
         return "series " + ", ".join(f"{key} {value}" for key, value in self.summary().items() if value != "")
-
-
-def pseudonym(identifier: str) -> str:
-    """Return a short name for an identifier: the first eight digits of its SHA-256.
-
-    Args:
-        identifier: Identifier of a patient, a study or a series.
-
-    Examples:
-        >>> pseudonym("1.2.3")
-        'c47f5b18'
-    """
-    return hashlib.sha256(identifier.encode()).hexdigest()[:8]
 
 
 def iter_files(path: Path, opened: ExitStack) -> Iterator[tuple[str, Callable[[], IO[bytes]]]]:

@@ -1,6 +1,5 @@
 """Find the DICOM studies in a folder or .zip, and describe the series of each."""
 
-import csv
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -8,13 +7,13 @@ from pathlib import Path
 from typing import IO, Any
 
 from ichprog.errors import ScanError
-from ichprog.io import atomic_write
+from ichprog.io import write_csv
+from ichprog.pseudonyms import pseudonym
 from ichprog.scan.series import (
     choose_stack,
     group_stacks,
     has_dicom_magic,
     iter_files,
-    pseudonym,
     read_images,
     rejection_reason,
 )
@@ -26,7 +25,7 @@ _DICOMDIR = "DICOMDIR"  # the index of an export, by its standard name
 class DicomStudy:
     """One DICOM study of several in a folder or .zip.
 
-    Its name has pseudonyms, the beginnings of hashes, instead of the identifiers of the patient and of the study.
+    Its name has pseudonyms instead of the identifiers of the patient and of the study.
 
     Attributes:
         path: The folder or .zip.
@@ -151,16 +150,8 @@ def write_mapping(studies: Iterable[DicomStudy], target: Path) -> None:
 
     Args:
         studies: The studies.
-        target: Path of the .csv file. It identifies patients; keep it apart from the results.
+        target: Path of the .csv file. It identifies patients, so that only this user may read it; keep it apart from
+            the results.
     """
-    with atomic_write(target) as partial, partial.open("w", encoding="utf-8", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(["scan", "patient", "PatientID", "study", "StudyInstanceUID"])
-        for study in studies:
-            row = [str(study), pseudonym(study.patient), study.patient, pseudonym(study.uid), study.uid]
-            table.writerow([_safe(cell) for cell in row])
-
-
-def _safe(cell: str) -> str:
-    """Return a cell that no spreadsheet takes for a formula."""
-    return f"'{cell}" if cell[:1] in ("=", "+", "-", "@", "\t", "\r") else cell
+    rows = [[str(study), pseudonym(study.patient), study.patient, pseudonym(study.uid), study.uid] for study in studies]
+    write_csv(target, ["scan", "patient", "PatientID", "study", "StudyInstanceUID"], rows, is_private=True)

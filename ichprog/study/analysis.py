@@ -4,7 +4,6 @@ No threshold or calibration uses test patients. Thresholds, recalibration and co
 validation part of the fold that predicts a patient, and applied to the test part of that fold.
 """
 
-import csv
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from ichprog import metrics as metrics_package
 from ichprog.cohort import Cohort
 from ichprog.errors import CohortError
 from ichprog.evaluation.predictions import Predictions, TaskPredictions, align
+from ichprog.io import read_csv
 from ichprog.metrics import Kind, agreement, calibration, comparisons, conformal, discrimination, seeds, subgroups
 from ichprog.metrics.bootstrap import finite
 from ichprog.spec import Task
@@ -394,8 +394,7 @@ def _readers(study: Study, analyses: Mapping[str, TaskAnalysis]) -> dict[str, An
 def _read_calls(path: Path) -> dict[str, dict[str, float]]:
     """Read the calls 0 or 1 by reader and patient: a column `patient` and one column for each reader, or blank."""
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = list(csv.DictReader(file))
+        rows = read_csv(path, encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise CohortError(f"{path}: the readers' table cannot be read: {error}.") from error
     names = list(rows[0]) if rows else []

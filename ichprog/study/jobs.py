@@ -13,7 +13,6 @@ A file lock prevents two workers from running the same job. A job that fails or 
 The next `run` runs the jobs that are missing.
 """
 
-import csv
 import json
 import logging
 import threading
@@ -30,7 +29,7 @@ import numpy as np
 from ichprog.cohort import Cohort
 from ichprog.errors import CohortError, IchprogError, RunError, UnknownNameError
 from ichprog.evaluation.predictions import SPLITS, Predictions, TaskPredictions
-from ichprog.io import atomic_write, file_lock
+from ichprog.io import atomic_write, file_lock, read_csv
 from ichprog.parallel import WorkerDiedError, map_unordered
 from ichprog.spec import Task
 from ichprog.study import manifest
@@ -381,8 +380,7 @@ def _read_run(variant: Variant, run: str, folds: int, out: Path) -> dict[tuple[s
     for split, name in _FILES.items():
         rows = []
         for fold in range(folds):
-            with (out / "runs" / run / "folds" / str(fold) / name).open(encoding="utf-8", newline="") as file:
-                rows += list(csv.DictReader(file))
+            rows += read_csv(out / "runs" / run / "folds" / str(fold) / name)
         for task in variant.spec.tasks:
             predictions[run, task.name, split] = _task_predictions(rows, task)
     return predictions

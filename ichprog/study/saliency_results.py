@@ -4,7 +4,6 @@ Each map is computed by the network of the fold whose test part contains the pat
 `saliency.csv` in the study's folder, one row for each map, and are not computed again.
 """
 
-import csv
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from ichprog.cohort import Cohort, find_masks
 from ichprog.errors import RunError
 from ichprog.evaluation import faithfulness, localization
 from ichprog.evaluation.localization import MapMetrics
-from ichprog.io import write_csv
+from ichprog.io import read_csv, write_csv
 from ichprog.spec import ModelSpec
 from ichprog.study.config import Study
 from ichprog.study.manifest import fold_of_patient, load_cohort
@@ -189,9 +188,7 @@ def _is_complete(study: Study, out: Path, variant: str) -> bool:
 
 
 def _read_rows(path: Path) -> list[MapMetrics]:
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = csv.DictReader(file)
-        return [MapMetrics(**{name: _parse_cell(name, cell) for name, cell in row.items()}) for row in rows]
+    return [MapMetrics(**{name: _parse_cell(name, cell) for name, cell in row.items()}) for row in read_csv(path)]
 
 
 def _parse_cell(column: str, cell: str) -> Any:

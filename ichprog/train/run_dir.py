@@ -36,7 +36,7 @@ from torch import Tensor
 from ichprog.calibration import input_statistics
 from ichprog.cohort import Cohort
 from ichprog.errors import RunError
-from ichprog.io import atomic_write, file_lock, write_csv, write_json
+from ichprog.io import atomic_write, file_lock, read_csv, write_csv, write_json
 from ichprog.model import DEPENDENCIES
 from ichprog.networks import Network
 from ichprog.spec import Calibration, GoldenOutput, ModelSpec
@@ -46,7 +46,7 @@ from ichprog.train.fold_job import FoldJob, FoldResult
 from ichprog.train.folds import Fold
 from ichprog.train.grid_cache import RegionSource
 from ichprog.train.protocol import Protocol
-from ichprog.train.summary import compute_aucs, read_csv
+from ichprog.train.summary import compute_aucs
 
 _FORMAT = 1
 

@@ -1,11 +1,11 @@
 """Summary of a run: the out-of-fold AUC of each task with its confidence interval."""
 
-import csv
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ichprog.io import read_csv
 from ichprog.metrics import compute_with_intervals
 from ichprog.spec import ModelSpec
 
@@ -73,9 +73,3 @@ def compute_aucs(spec: ModelSpec, rows: Sequence[Mapping[str, str]]) -> Iterator
         probabilities = [[float(row[f"{task.name}_{label}"]) for label in task.labels] for row in known]
         auroc = compute_with_intervals(truth, probabilities, kind=task.kind)["auroc"]
         yield OutOfFoldAuc(task.name, auroc["value"], auroc["low"], auroc["high"], len(known), folds)
-
-
-def read_csv(path: Path) -> list[dict[str, str]]:
-    """Return the rows of a table of the run."""
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -194,6 +195,21 @@ def test_the_card_contains_the_facts_of_the_spec(bright_model):
     assert "## Training" not in body
     free = dataclasses.replace(spec, licence=dataclasses.replace(spec.licence, weights="Apache-2.0"))
     assert "\nlicense: apache-2.0\n" in export.build_card(free, REPO)
+
+
+def test_no_text_of_a_description_is_html_in_the_card():
+    spec = ichprog.zoo.find("densenet121.prognosis_gcs3_age")
+    hostile = "</p><script>alert(1)</script> | \n\n<img src=x onerror=alert(2)>\n# Title"
+    task = dataclasses.replace(spec.tasks[0], meaning=hostile)
+    citation = dataclasses.replace(spec.citation, text=hostile, url=hostile)
+    licence = dataclasses.replace(spec.licence, data=hostile, weights=hostile, code=hostile)
+    texts = {"summary": hostile, "notice": hostile, "intended_use": hostile, "limits": (hostile,)}
+    changed = dataclasses.replace(spec, tasks=(task, *spec.tasks[1:]), citation=citation, licence=licence, **texts)
+    text = export.build_card(changed, REPO)
+    assert re.findall(r"<[a-zA-Z/!?]", text) == []
+    row = next(line for line in text.splitlines() if line.startswith(f"| `{task.name}` |"))
+    assert row.count(" | ") == next(line for line in text.splitlines() if line.startswith("| task |")).count(" | ")
+    assert "`<80`" in export.build_card(ichprog.zoo.find("densenet121.age"), REPO)
 
 
 def test_the_python_example_of_the_card_runs(on_the_hub, scan_path):

@@ -10,8 +10,8 @@ from click.testing import CliRunner
 
 from ichprog import ScanError
 from ichprog.cli import main
+from ichprog.pseudonyms import pseudonym
 from ichprog.scan import DicomStudy, find_scans, read
-from ichprog.scan.series import pseudonym
 
 from support import dicom_series
 from support.cohorts import read_table

@@ -1,10 +1,10 @@
 """Sections about the training: learning curves over patients, losses over epochs."""
 
-import csv
 from collections.abc import Iterator
 
 import numpy as np
 
+from ichprog.io import read_csv
 from ichprog.metrics import PRIMARY
 from ichprog.reporting import figures
 from ichprog.reporting.html import Section
@@ -68,8 +68,7 @@ def losses(context: ReportContext) -> Iterator[Section]:
     for variant in context.study.variants:
         log = context.out / "runs" / variant.name / "log.csv"
         if log.is_file():
-            with log.open(encoding="utf-8", newline="") as file:
-                drawn = figures.training(list(csv.DictReader(file)), title=variant.name)
+            drawn = figures.training(read_csv(log), title=variant.name)
             pictures.append(context.write_figure(f"training-{variant.name}", drawn, f"Losses of {variant.name}."))
     if pictures:
         yield Section("Training", [], [], pictures)
