@@ -3,9 +3,6 @@
 import csv
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import nibabel as nib
@@ -18,6 +15,8 @@ from ichprog.simulate import Patient, find_realism
 from ichprog.simulate.anatomy import Individual
 from ichprog.simulate.haemorrhage import draw_haemorrhage
 from ichprog.simulate.scanner import acquire
+
+from support.no_network import run_without_network
 
 NAME, FUSED = "compact.prognosis_gcs3_age_v2", "compact.prognosis_gcs3_age_clinical"
 DOCS = Path(__file__).parents[1] / "docs"
@@ -101,13 +100,9 @@ def test_predictions_follow_the_haemorrhage_and_the_atrophy(model):
 
 
 def test_the_demo_needs_no_network_and_no_cache(tmp_path):
-    closed = {"HF_ENDPOINT": "http://127.0.0.1:9", "HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "none")}
-    environment = {k: v for k, v in os.environ.items() if k != "ICHPROG_CACHE"} | closed
-    done = subprocess.run(
-        [sys.executable, "-m", "ichprog", "demo", "--output", "out"],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    done, sockets = run_without_network(tmp_path, "demo", "--output", "out")
     assert done.returncode == 0, done.stderr
+    assert sockets == []
     assert "simulated" in done.stdout
     assert "simulated" in done.stderr
     lines = done.stdout.splitlines()
@@ -130,4 +125,4 @@ def test_the_demo_needs_no_network_and_no_cache(tmp_path):
         assert nib.load(path).shape == nib.load(scan).shape
         np.testing.assert_allclose(nib.load(path).affine, nib.load(scan).affine)
     assert (out / "picture.png").read_bytes().startswith(b"\x89PNG")
-    assert not (tmp_path / "none" / "ichprog").exists()
+    assert not (tmp_path / "cache" / "ichprog").exists()

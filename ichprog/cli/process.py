@@ -18,8 +18,7 @@ def run(command: click.Command) -> None:
     because torch may have its own work to do at exit.
 
     The garbage collector runs less often, because imports create many objects that live until the end of the process.
-    OpenVINO is imported without its converter tools, which are slow to import and include telemetry. No command uses
-    them.
+    OpenVINO is imported without its converter tools, which are slow to import. No command uses them.
     """
     _state["is_command_process"] = True
     gc.set_threshold(100_000)

@@ -10,6 +10,7 @@ import importlib
 import io
 import logging
 import os
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -51,7 +52,18 @@ def start_import() -> Callable[[], tuple[Any, Any]]:
 
 
 def _import() -> tuple[Any, Any]:
-    module = importlib.import_module("openvino")
+    """Import OpenVINO without `openvino_telemetry`, which would report the import to its makers over the network.
+
+    OpenVINO allows for the absence of that module. A process that has imported either of them before is left alone.
+    """
+    is_hidden = not {"openvino", "openvino_telemetry"} & sys.modules.keys()
+    if is_hidden:
+        sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # Python then reports it as missing
+    try:
+        module = importlib.import_module("openvino")
+    finally:
+        if is_hidden:
+            del sys.modules["openvino_telemetry"]
     return module, module.Core()
 
 
