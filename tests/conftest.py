@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import ichprog
-from ichprog import registry, zoo
+from ichprog import registry, runtime, zoo
 
 from support import reference_pipeline
 from support.hub_server import HubServer
@@ -34,6 +34,19 @@ def empty_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setenv("ICHPROG_BACKGROUND_COMPILE", "0")  # tests leave no processes behind
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+
+
+@pytest.fixture(autouse=True)
+def computed_by_torch(request, monkeypatch):
+    """Let torch compute unless a test names another runtime: compiling a network takes longer than most tests.
+
+    Tests of the choice of the runtime have the marker `compiled`.
+    """
+    if request.node.get_closest_marker("compiled") is None:
+        resolve = runtime.resolve_runtime
+        monkeypatch.setattr(
+            "ichprog.model.resolve_runtime", lambda name, *rest: resolve("torch" if name == "auto" else name, *rest)
+        )
 
 
 @pytest.fixture(scope="module")

@@ -266,6 +266,7 @@ def test_recorded_errors_do_not_stop_other_scans(bright_model, scan_path, tmp_pa
         ichprog.predict(bright_model, sources, on_error="ignore")
 
 
+@pytest.mark.compiled
 def test_a_prediction_records_its_provenance(hub_server, scan_path):
     prediction = ichprog.predict("perez2023.prognosis", scan_path)
     data = json.loads(json.dumps(prediction.to_dict()))
@@ -444,7 +445,7 @@ def cam_distribution(tmp_path, monkeypatch):
 def test_a_third_party_method_that_requires_features_gets_the_compiled_network(
     cam_distribution, bright_model, scan_path
 ):
-    model = ichprog.load_model(bright_model)
+    model = ichprog.load_model(bright_model, runtime="openvino")
     compiled = ichprog.explain(model, scan_path, method="cam")
     plain = ichprog.explain(model, scan_path, method="plain")
     assert compiled.provenance["runtime"] == "openvino"

@@ -11,6 +11,8 @@ from ichprog.cli import compilation
 from ichprog.cli.workers import Workers
 from ichprog.io import file_lock
 
+pytestmark = pytest.mark.compiled
+
 COMPACT = "compact.prognosis_gcs3_age"
 LINE = "is not compiled for this CPU yet, so PyTorch computes this scan."
 LATER = "A background process then compiles the model"

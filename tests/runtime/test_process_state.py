@@ -29,6 +29,8 @@ def state():
 others = dict(sys.modules)
 before = state()
 import ichprog
+
+pytestmark = pytest.mark.compiled
 model = ichprog.load_model(sys.argv[1], fold=0)
 list(ichprog.predict(model, sys.argv[2]))
 for method in ("guided_backprop", "grad_cam"):

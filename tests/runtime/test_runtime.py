@@ -21,6 +21,8 @@ from ichprog.errors import PluginError, UnknownNameError
 from support.models import local_model
 from support.phantoms import brain_hu
 
+pytestmark = pytest.mark.compiled
+
 COMPACT = "compact.prognosis_gcs3_age"
 SHAPE = (16, 48, 44)
 
