@@ -75,6 +75,7 @@ def main(ctx: click.Context, verbose: int) -> None:
         level = logging.INFO if verbose == 1 else logging.DEBUG
         _log_to_stderr(ctx, "ichprog", level, "%(levelname)s %(name)s: %(message)s")
     else:
+        progress.silence_libraries(ctx)
         _log_to_stderr(ctx, "ichprog.progress", logging.DEBUG, "%(message)s")
 
 

@@ -3,8 +3,10 @@
 The library announces slow steps by the logger "ichprog.progress". The command line prints these messages.
 """
 
+import functools
 import logging
 import sys
+import warnings
 from typing import Any
 
 import click
@@ -46,6 +48,20 @@ class LineHandler(logging.Handler):
         if received >= size:
             self._download.close()
             self._download = None
+
+
+def silence_libraries(ctx: click.Context) -> None:
+    """Hide until the command ends what other libraries print about headers. The checks of a scan report what matters.
+
+    Args:
+        ctx: The context of the command.
+    """
+    logger = logging.getLogger("nibabel.global")  # prints each header field that it repairs
+    ctx.call_on_close(functools.partial(logger.setLevel, logger.level))
+    logger.setLevel(logging.CRITICAL)
+    caught = warnings.catch_warnings()
+    ctx.with_resource(caught)
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"pydicom\.")
 
 
 def format_time(seconds: float) -> str:
