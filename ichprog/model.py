@@ -807,6 +807,10 @@ def explain(
     provenance = loaded.provenance(checked) | run | ({"clinical": known} if spec.clinical else {})
     geometry = checked.hu.shape, checked.source_shape, checked.source_affine  # the scan itself is large
     to_image = functools.partial(_to_image, *geometry, spec.input)
+    read_scan = None if isinstance(scan, Scan) else functools.partial(_read_image, scan)
+    find_brain = None
+    if checked.brain is not None:  # an eighth of the memory of the mask
+        find_brain = functools.partial(_brain_of, *geometry, np.packbits(checked.brain))
     results = {
         (name, how): Saliency(
             scan=checked.name,
@@ -819,6 +823,8 @@ def explain(
             warnings=checked.warnings,
             provenance=provenance | {"options": methods[how].options, "grid_shape": list(values.shape)},
             to_image=to_image,
+            read_scan=read_scan,
+            find_brain=find_brain,
         )
         for (name, how), values in maps.items()
     }
@@ -893,6 +899,18 @@ def _to_image(
     grid_map: np.ndarray,
 ) -> "nib.Nifti1Image":
     return scan_package.source_image(preprocessing.to_scan(grid_map, shape, contract), source_shape, source_affine)
+
+
+def _read_image(source: "ScanSource") -> "nib.Nifti1Image":
+    scan = scan_package.read(sources.scan_of(source))
+    return scan.image(scan.hu)
+
+
+def _brain_of(
+    shape: tuple[int, int, int], source_shape: tuple[int, ...], source_affine: np.ndarray, packed: np.ndarray
+) -> np.ndarray:
+    mask = np.unpackbits(packed, count=int(np.prod(shape))).reshape(shape)
+    return np.asarray(scan_package.source_image(mask, source_shape, source_affine).dataobj) > 0
 
 
 def _resolve_inputs(

@@ -1,6 +1,7 @@
 """The results: a `Prediction` of a scan, its `Segmentation`, a `Haemorrhage`, and a `Saliency`."""
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 
 from ichprog.errors import InvalidValueError, ScanError, ScanWarning, UnknownNameError, missing_extra
 from ichprog.io import atomic_write
-from ichprog.notebook import card
+from ichprog.notebook import card, view
 from ichprog.spec import MaskTarget, Task
 
 if TYPE_CHECKING:
@@ -469,6 +470,8 @@ class Saliency:
         warnings: Warnings about the scan.
         provenance: Everything that determines the map, as plain data.
         to_image: Resamples a map from the grid to the voxels of the scan.
+        read_scan: Reads the scan again as an image, or None if it was given as a checked `Scan`.
+        find_brain: Returns the brain mask in the voxels of `image`, or None for a model that sees the whole head.
     """
 
     scan: str
@@ -481,6 +484,8 @@ class Saliency:
     warnings: tuple[ScanWarning, ...]
     provenance: Mapping[str, Any] = field(repr=False)
     to_image: Callable[[np.ndarray], "nib.Nifti1Image"] = field(repr=False)
+    read_scan: "Callable[[], nib.Nifti1Image] | None" = field(default=None, repr=False)
+    find_brain: Callable[[], np.ndarray] | None = field(default=None, repr=False)
 
     @functools.cached_property
     def image(self) -> "nib.Nifti1Image":
@@ -492,7 +497,10 @@ class Saliency:
         shape = " x ".join(map(str, self.grid_map.shape))
         rows = [["task", f"{self.task}: {self.label}"], ["method", self.method], ["resolution", shape]]
         rows.append(["empty", "yes" if self.empty else "no"])
-        notes = ["ichprog.plot(saliency, scan) draws the map.", str(self.provenance.get("notice", ""))]
+        notes = [
+            "saliency.view() opens a viewer, and ichprog.plot(saliency, scan) draws the map.",
+            str(self.provenance.get("notice", "")),
+        ]
         return card(f"{self.model}: {self.scan}", ["", ""], rows, notes)
 
     def to_dict(self) -> dict[str, Any]:
@@ -508,6 +516,82 @@ class Saliency:
             "warnings": [warning.to_dict() for warning in self.warnings],
             "provenance": dict(self.provenance),
         }
+
+    def labels(self, percent: float) -> "nib.Nifti1Image":
+        """Return where the map is strongest, as a label map with the shape and affine of the scan.
+
+        The strongest voxels are those with the largest absolute values among the voxels of the brain, or of the scan
+        for a model that sees the whole head. Equal values at the threshold are included, zeros never.
+
+        Args:
+            percent: Percentage of voxels, above 0 and at most 100.
+
+        Returns:
+            An image of uint8: 1 where the map raises the log-odds of the label, 2 where it lowers them, 0 elsewhere.
+            Its header says so.
+
+        Raises:
+            InvalidValueError: The percentage is outside the range.
+
+        Example:
+            ```python
+            saliency = ichprog.explain("perez2023.prognosis", "scan.nii.gz", method="grad_cam")
+            saliency.labels(5).to_filename("strongest.nii.gz")
+            ```
+        """
+        if not 0 < percent <= 100:
+            raise InvalidValueError("percentage of voxels", percent, "a number above 0 and at most 100")
+        import nibabel as nib
+
+        values = np.asarray(self.image.dataobj, np.float32)
+        inside = np.ones(values.shape, bool) if self.find_brain is None else self.find_brain()
+        strength = np.sort(np.abs(values[inside]))
+        threshold = strength[-math.ceil(percent / 100 * strength.size)] if strength.size else 0.0
+        strongest = inside & (values != 0) & (np.abs(values) >= threshold)
+        labels = np.where(strongest, np.where(values > 0, 1, 2), 0).astype(np.uint8)
+        image = nib.Nifti1Image(labels, self.image.affine)
+        image.header.set_intent("label", name="1 up, 2 down")
+        _describe(image, f"{percent:g}% strongest, 1 raises 2 lowers: {self._description}")
+        return image
+
+    @property
+    def _description(self) -> str:
+        return f"{self.method} of {self.task} {self.label}, {self.model}"
+
+    def view(self, scan: Any = None, *, masks: "Mapping[str, Any] | None" = None) -> Any:
+        """Open a viewer in a notebook, with the scan, the map and masks as layers.
+
+        The map is shown up to its 99.5th percentile in the brain. Red increases the log-odds of the label, blue
+        decreases them.
+
+        Args:
+            scan: The scan: a NIfTI path, a nibabel image, or a `Scan`. By default the explained scan is read again.
+            masks: Masks in the space of the scan by name, as nibabel images or NIfTI paths.
+
+        Returns:
+            An `ipyniivue.NiiVue`, which a notebook shows.
+
+        Raises:
+            IchprogError: ipyniivue is not installed.
+            InvalidValueError: The explained scan cannot be read again, so that `scan` is needed.
+
+        Example:
+            ```python
+            saliency = ichprog.explain(model, "scan.nii.gz")
+            saliency.view(masks={"haemorrhage": ichprog.haemorrhage("scan.nii.gz").mask})
+            ```
+        """
+        if scan is None and self.read_scan is None:
+            raise InvalidValueError("scan to view", None, "the scan, because the map was computed from a checked Scan")
+        under = scan
+        if scan is None and self.read_scan is not None:
+            under = self.read_scan()
+        elif hasattr(scan, "hu"):
+            under = scan.image(scan.hu)
+        values = np.asarray(self.image.dataobj, np.float32)
+        inside = values if self.find_brain is None else values[self.find_brain()]
+        top = float(np.percentile(np.abs(inside), 99.5)) if inside.size else 0.0
+        return view(under, {self._description: (self.image, top or 1.0)}, masks or {})
 
     def save(self, path: str | Path) -> Path:
         """Write the image as NIfTI, atomically.
@@ -531,12 +615,15 @@ class Saliency:
 
         image = nib.Nifti1Image(np.asarray(self.image.dataobj, np.float32), self.image.affine)
         image.set_data_dtype(np.int16)  # nibabel chooses the scale
-        image.header["descrip"] = f"{self.method} of {self.task} {self.label}, {self.model}".encode("ascii", "replace")[
-            :79
-        ]
+        _describe(image, self._description)
         with atomic_write(target) as partial:
             nib.save(image, partial)
         return target
+
+
+def _describe(image: "nib.Nifti1Image", text: str) -> None:
+    """Write a description into the header of an image, which holds 79 characters."""
+    image.header["descrip"] = text.encode("ascii", "replace")[:79]
 
 
 def to_frame(results: "Prediction | Haemorrhage | Iterable[Prediction | Haemorrhage]") -> "pd.DataFrame":

@@ -49,6 +49,7 @@ SIDEWAYS = {
     ("limits", "errors"),
     ("spec", "schema"),
     ("io", "errors"),
+    ("notebook", "errors"),
     ("journal", "errors"),
     ("journal", "io"),
     ("parallel", "errors"),

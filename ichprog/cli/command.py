@@ -15,7 +15,7 @@ HEADINGS = {  # names of parameters, the same in all commands
     "Watching": ("journal", "interval", "settle", "queue", "port"),
     "Haemorrhage and scores": ("haemorrhage", "detector_name", "scores"),
     "Combination": ("columns",),
-    "Maps": ("methods", "tasks", "label", "options", "maps", "png"),
+    "Maps": ("methods", "tasks", "label", "options", "maps", "png", "percent"),
     "Calibration": ("coverage",),
     "Training": (
         "folds", "only_folds", "preset", "changes", "epochs", "seed", "loss_weighting", "heads", "dropped",

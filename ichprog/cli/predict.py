@@ -345,6 +345,10 @@ def _split_clinical(given: dict[str, Any], model: str, *, with_scores: bool) -> 
 )
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path(), help="Folder for the maps.")
 @click.option("--png", is_flag=True, help="Also draw the maps of each scan over its slices.")
+@click.option(
+    "--labels", "percent", type=click.FloatRange(0, 100, min_open=True), metavar="PERCENT",
+    help="Also write where each map is strongest: 1 and 2 in the PERCENT of brain voxels that raise and lower most.",
+)  # fmt: skip
 @click.option("--resume", is_flag=True, help="Explain only scans whose maps are not there yet.")
 @with_workers
 @as_json
@@ -364,6 +368,7 @@ def explain(
     clinical: tuple[str, ...],
     output: Path,
     png: bool,
+    percent: float | None,
     resume: bool,
     pool: Workers,
     as_json: bool,
@@ -380,11 +385,15 @@ def explain(
     todo = sources
     if resume:
         names = tasks or (model.spec.tasks[0].name,)
-        suffixes = [f"_{task}_{method}.nii.gz" for task in names for method in methods] + [".png"] * png
+        kinds = ["", "_labels"] if percent else [""]
+        suffixes = [f"{kind}_{task}_{method}.nii.gz" for kind in kinds for task in names for method in methods]
+        suffixes += [".png"] * png
         missing = [not all((output / (stem + suffix)).is_file() for suffix in suffixes) for stem in stems(sources)]
         todo = list(itertools.compress(sources, missing))
         click.echo(f"{len(sources) - len(todo)} of {len(sources)} scans have their maps in {output}.", err=True)
-    has_failed = print_outputs(_ExplainScan(model, brain, given, maps, output, png, as_json), sources, todo, pool)
+    has_failed = print_outputs(
+        _ExplainScan(model, brain, given, maps, output, png, percent, as_json), sources, todo, pool
+    )
     print_notice(model)
     loader.compile_in_background()
     ctx.exit(1 if has_failed else 0)
@@ -400,6 +409,7 @@ class _ExplainScan:
     maps: _MapOptions
     folder: Path
     png: bool
+    percent: float | None
     as_json: bool
 
     def results(self, sources: "list[ScanSource]") -> "Iterator[tuple[Scan | ScanError, Scan | ScanError]]":
@@ -429,10 +439,14 @@ class _ExplainScan:
             picture = _draw_maps([saliency for _, saliency in written], examined, self.folder / f"{stem}.png")
             lines += [] if self.as_json else [str(picture)]
         for path, saliency in written:
+            paths = {"map": path}
+            if self.percent is not None:
+                paths["labels"] = self.folder / f"{stem}_labels_{saliency.task}_{saliency.method}.nii.gz"
+                save_image(saliency.labels(self.percent), paths["labels"])
             if self.as_json:
-                lines.append(json.dumps(saliency.to_dict() | {"map": str(path)}))
+                lines.append(json.dumps(saliency.to_dict() | {key: str(each) for key, each in paths.items()}))
             else:
-                lines.append(f"{path}{'  (empty)' if saliency.empty else ''}")
+                lines += [f"{each}{'  (empty)' if saliency.empty else ''}" for each in paths.values()]
         warnings = [] if self.as_json else format_warnings(examined.name, examined.warnings)
         return ScanOutput("\n".join(lines), "\n".join(warnings))
 
