@@ -6,6 +6,7 @@ inputs that fail to the folder of `--keep`. `tests/test_fuzz.py` runs a short fo
 """
 
 import argparse
+import io
 import json
 import shutil
 import signal
@@ -24,6 +25,7 @@ import numpy as np
 
 from ichprog import IchprogError, hub, zoo
 from ichprog.cohort import Cohort
+from ichprog.result_files import read_records
 from ichprog.scan import load
 from ichprog.spec import ModelSpec
 from ichprog.study import Study, template
@@ -33,6 +35,12 @@ WORDS = [
     b"-1", b"0", b"1e309", b"nan", b"inf", b"99999999999999999999", b"null", b"true", b"[]", b"{}", b'""', b"../../x",
     b"<script>", b"=1+1", b"\xff\xfe", b"\x00", b"A" * 5000,
 ]  # fmt: skip
+RESULT = {
+    "scan": "scan.nii.gz",
+    "model": "compact.prognosis_gcs3_age",
+    "tasks": {"gcs": {"label": "13-15"}},
+    "warnings": [],
+}
 Mutator = Callable[[bytes, np.random.Generator], bytes]
 
 
@@ -93,6 +101,43 @@ def mutate_text(data: bytes, random: np.random.Generator) -> bytes:
     return b" ".join(parts)
 
 
+def mutate_header(data: bytes, random: np.random.Generator) -> bytes:
+    """Replace or remove some values of a DICOM header, which stays well-formed."""
+    from pydicom import dcmread
+    from pydicom.dataelem import RawDataElement
+
+    header = dcmread(io.BytesIO(data), force=True)
+    places = [header, *(item for element in header.iterall() if element.VR == "SQ" for item in element.value)]
+    for _ in range(random.integers(1, 4)):
+        place = places[random.integers(len(places))]
+        tags = [*place.keys()]
+        if not tags:
+            continue
+        tag = tags[random.integers(len(tags))]
+        old = place.get_item(tag)
+        value = old.value if isinstance(old.value, bytes) else str(old.value).encode()
+        kind = random.integers(5)
+        if kind == 0:
+            del place[tag]
+            continue
+        if kind == 1:
+            value = value[: int(random.integers(len(value) + 1))]
+        elif kind == 2:
+            value = mutate_bytes(value, random)
+        else:
+            count = int(random.integers(1, 7))
+            value = b"\\".join(WORDS[random.integers(len(WORDS))] for _ in range(count))
+        value += b" " * (len(value) % 2)
+        vr = "UN" if old.VR == "SQ" else old.VR
+        place[tag] = RawDataElement(old.tag, vr, len(value), value, 0, False, True)
+    target = io.BytesIO()
+    try:
+        header.save_as(target)
+    except Exception:  # the library for writing refuses some values
+        return mutate_bytes(data, random)
+    return target.getvalue()
+
+
 def brain() -> np.ndarray:
     """Return the HU `(i, j, k)` of a small brain with a haemorrhage."""
     i, j, k = np.ogrid[:48, :48, :10]
@@ -100,6 +145,52 @@ def brain() -> np.ndarray:
     blood = ((i - 20) / 7) ** 2 + ((j - 28) / 7) ** 2 + ((k - 5) / 2.5) ** 2 <= 1
     noise = 4 * np.random.default_rng(0).standard_normal(inside.shape)
     return np.where(inside, np.where(blood, 68, 33) + noise, 0).round().astype(np.int16)
+
+
+def compressed(data: bytes, syntax: str) -> bytes:
+    """Return a DICOM file with its pixels compressed by GDCM."""
+    import gdcm
+
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "slice.dcm"
+        path.write_bytes(data)
+        reader, writer = gdcm.ImageReader(), gdcm.ImageWriter()
+        reader.SetFileName(str(path))
+        changer = gdcm.ImageChangeTransferSyntax()
+        changer.SetTransferSyntax(gdcm.TransferSyntax(gdcm.TransferSyntax.GetTSType(syntax)))
+        if not reader.Read():
+            raise ValueError("GDCM cannot read the example")
+        changer.SetInput(reader.GetImage())
+        if not changer.Change():
+            raise ValueError(f"GDCM cannot compress the example as {syntax}")
+        writer.SetFileName(str(path))
+        writer.SetFile(reader.GetFile())
+        writer.SetImage(changer.GetOutput())
+        writer.Write()
+        return path.read_bytes()
+
+
+def enhanced(slices: list[Path]) -> bytes:
+    """Return the slices as one multi-frame file."""
+    from pydicom import Dataset, dcmread
+    from pydicom.uid import EnhancedCTImageStorage
+
+    headers = [dcmread(path) for path in slices]
+    data = headers[0]
+    data.SOPClassUID = data.file_meta.MediaStorageSOPClassUID = EnhancedCTImageStorage
+    data.NumberOfFrames, data.PixelData = len(headers), b"".join(each.PixelData for each in headers)
+    frames = []
+    for each in headers:
+        place, measures, frame = Dataset(), Dataset(), Dataset()
+        place.ImagePositionPatient = each.ImagePositionPatient
+        measures.PixelSpacing, measures.SliceThickness = each.PixelSpacing, each.SliceThickness
+        frame.PlanePositionSequence, frame.PixelMeasuresSequence = [place], [measures]
+        frames.append(frame)
+    data.PerFrameFunctionalGroupsSequence = frames
+    del data.ImagePositionPatient, data.PixelSpacing
+    target = io.BytesIO()
+    data.save_as(target)
+    return target.getvalue()
 
 
 def small_series(folder: Path) -> Path:
@@ -131,6 +222,7 @@ def small_series(folder: Path) -> Path:
 
 def targets(folder: Path) -> list[Target]:
     """Return every kind of file with a valid example."""
+    from pydicom.uid import JPEG2000Lossless, JPEGLSLossless
     from safetensors.numpy import save
 
     image = nib.Nifti1Image(brain(), np.diag([-4.5, -4.5, 14.0, 1.0]))
@@ -166,12 +258,16 @@ def targets(folder: Path) -> list[Target]:
 
     (folder / "scan.nii.gz").touch()
     (folder / "cohort.csv").touch()
-    study = template("smoke").encode()
+    study, first = template("smoke").encode(), slices[0].read_bytes()
     table = b"patient,scan,poor_outcome,gcs,age,mask\nA,scan.nii.gz,1,9,71,\nB,scan.nii.gz,0,15,60,\n"
     return [
         Target("NIfTI", ".nii", image.to_bytes(), mutate_bytes, read_scan),
         Target("NIfTI, gzip", ".nii.gz", scan.read_bytes(), mutate_bytes, read_scan),
-        Target("DICOM, one slice of a series", ".dcm", slices[0].read_bytes(), mutate_bytes, read_slice),
+        Target("DICOM, one slice of a series", ".dcm", first, mutate_bytes, read_slice),
+        Target("DICOM, header values", ".dcm", first, mutate_header, read_slice),
+        Target("DICOM, JPEG 2000", ".dcm", compressed(first, JPEG2000Lossless), mutate_bytes, read_slice),
+        Target("DICOM, JPEG-LS", ".dcm", compressed(first, JPEGLSLossless), mutate_bytes, read_slice),
+        Target("DICOM, multi-frame", ".dcm", enhanced(slices), mutate_header, read_scan),
         Target("DICOM, .zip", ".zip", packed.read_bytes(), mutate_bytes, read_scan),
         Target("model description", ".json", json.dumps(spec.to_dict()).encode(), mutate_text, ModelSpec.read),
         Target(
@@ -180,6 +276,7 @@ def targets(folder: Path) -> list[Target]:
         Target("weights, pickle", ".pth", _pickle(folder), mutate_bytes, read_weights),
         Target("table of patients", ".csv", table, mutate_text, Cohort.read),
         Target("study file", ".toml", study, mutate_text, Study.read),
+        Target("results", ".jsonl", json.dumps(RESULT).encode(), mutate_text, read_records),
     ]
 
 
@@ -229,6 +326,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--inputs", type=int, default=2000, help="inputs of each kind")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kind", action="append", help="only this kind; repeatable")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="folder for inputs that fail")
     args = parser.parse_args()
     warnings.simplefilter("ignore")  # of pydicom and nibabel about damaged files
@@ -236,6 +334,8 @@ def main() -> None:
     print("| --- | --- | --- | --- | --- | --- |")
     with tempfile.TemporaryDirectory() as scratch:
         for target in targets(Path(scratch)):
+            if args.kind and target.name not in args.kind:
+                continue
             found = run(target, args.inputs, Path(scratch), args.seed)
             cells = [args.inputs, found.results, found.errors, len(found.others), f"{found.slowest_s:.1f}"]
             print(f"| {target.name} | {' | '.join(map(str, cells))} |", flush=True)

@@ -22,8 +22,9 @@ from support.phantoms import brain_hu
 
 FUZZ = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "fuzz.py"), run_name="fuzz")
 KINDS = (
-    "NIfTI", "NIfTI, gzip", "DICOM, one slice of a series", "DICOM, .zip", "model description", "weights, safetensors",
-    "weights, pickle", "table of patients", "study file",
+    "NIfTI", "NIfTI, gzip", "DICOM, one slice of a series", "DICOM, header values", "DICOM, JPEG 2000",
+    "DICOM, JPEG-LS", "DICOM, multi-frame", "DICOM, .zip", "model description", "weights, safetensors",
+    "weights, pickle", "table of patients", "study file", "results",
 )  # fmt: skip
 
 
