@@ -131,7 +131,7 @@ def escape_cell(value: Any) -> Any:
     Args:
         value: The value. Numbers, as text or not, stay as they are.
 
-    Example:
+    Examples:
         >>> [escape_cell(value) for value in ("=1+1", "-0.5", "Jones", -2)]
         ["'=1+1", '-0.5', 'Jones', -2]
     """
@@ -150,7 +150,7 @@ def unescape_cell(cell: Any) -> Any:
     Args:
         cell: The cell as it was read. What is no text stays as it is.
 
-    Example:
+    Examples:
         >>> unescape_cell("'=1+1"), unescape_cell("'quoted'")
         ('=1+1', "'quoted'")
     """

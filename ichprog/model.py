@@ -164,7 +164,7 @@ class Model:
 
         With runtime "torch" there is nothing to compile.
 
-        Example:
+        Examples:
             ```python
             ichprog.load_model("perez2023.prognosis", runtime="openvino").compile()
             ```

@@ -33,7 +33,7 @@ def pseudonym(identifier: str) -> str:
     Raises:
         RunError: The key cannot be read, or not be made.
 
-    Example:
+    Examples:
         >>> pseudonym("1.2.3") == pseudonym("1.2.3"), len(pseudonym("1.2.3"))
         (True, 12)
     """

@@ -533,7 +533,7 @@ class Saliency:
         Raises:
             InvalidValueError: The percentage is outside the range.
 
-        Example:
+        Examples:
             ```python
             saliency = ichprog.explain("perez2023.prognosis", "scan.nii.gz", method="grad_cam")
             saliency.labels(5).to_filename("strongest.nii.gz")
@@ -575,7 +575,7 @@ class Saliency:
             IchprogError: ipyniivue is not installed.
             InvalidValueError: The explained scan cannot be read again, so that `scan` is needed.
 
-        Example:
+        Examples:
             ```python
             saliency = ichprog.explain(model, "scan.nii.gz")
             saliency.view(masks={"haemorrhage": ichprog.haemorrhage("scan.nii.gz").mask})

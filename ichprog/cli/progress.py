@@ -70,7 +70,7 @@ def format_time(seconds: float) -> str:
     Args:
         seconds: The duration.
 
-    Example:
+    Examples:
         >>> format_time(40), format_time(200), format_time(9000)
         ('40 s', '3 min', '2.5 h')
     """

@@ -32,7 +32,7 @@ def public_name(scan: str) -> str:
     Args:
         scan: Name of the scan in a result.
 
-    Example:
+    Examples:
         >>> public_name("cases/smith/head.nii.gz"), len(public_name("exports/smith^john"))
         ('head', 17)
     """

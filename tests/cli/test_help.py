@@ -84,7 +84,7 @@ def complete(*arguments):
         (("predict", "-m", "perez"), ["perez2023.prognosis"]),
         (("doctor", "perez"), ["perez2023.prognosis"]),
         (("predict", "--explain", "guided_"), ["guided_backprop", "guided_grad_cam"]),
-        (("predict", "--brain", "mor"), ["morphology"]),
+        (("predict", "--brain", "morph"), ["morphology"]),
         (("explain", "scan.nii.gz", "-m", "perez2023.prognosis", "--task", ""), ["prognosis"]),
         (("explain", "-m", "no.such", "--task", "g"), ["gcs"]),
         (("predict", "-m", "compact.prognosis_gcs3_age_clinical", "--clinical", "ag"), ["age="]),
