@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +187,43 @@ def build(spec: ModelSpec) -> Network:
     dense = [task.name for task in spec.tasks if task.mask]
     fused = [task.name for task in spec.tasks if task.uses_clinical]
     return Network(backbone, _build_heads(spec, channels), dense, build_fusion(spec, channels), fused)
+
+
+def feature_shape(spec: ModelSpec) -> tuple[int, ...]:
+    """Return the shape `(C, d, h, w)` of the features of a model's grid, without computing them.
+
+    Args:
+        spec: The model.
+
+    Raises:
+        SpecError: The backbone cannot read grids of this shape.
+
+    Examples:
+        >>> from ichprog import zoo
+        >>> feature_shape(zoo.find("compact.prognosis_gcs3_age"))
+        (64, 6, 14, 14)
+    """
+    with torch.random.fork_rng(devices=[]):
+        backbone = build(spec).backbone.eval()
+    shape, shapes_only = spec.input.shape, deepcopy(backbone).to("meta")
+    if features := _feature_shape(shapes_only, shape):
+        return features
+    try:  # a backbone may read values, which tensors without values do not have
+        return tuple(backbone(torch.zeros(1, 1, *shape)).shape[1:])
+    except RuntimeError as error:
+        larger = [tuple(max(size, least) for size in shape) for least in (8, 16, 24, 32, 40, 48, 64, 96, 128)]
+        readable = next((each for each in larger if _feature_shape(shapes_only, each)), None)
+        advice = f"It can read {readable}." if readable else "Use a larger grid."
+        raise SpecError(f"backbone {spec.backbone.name!r} cannot read a grid of {shape}: {error}. {advice}") from error
+
+
+@torch.inference_mode()
+def _feature_shape(backbone: nn.Module, shape: Sequence[int]) -> tuple[int, ...] | None:
+    """Return the shape of features that a backbone on the device "meta" gives, or None if it fails."""
+    try:
+        return tuple(backbone(torch.empty(1, 1, *shape, device="meta")).shape[1:])
+    except RuntimeError:
+        return None
 
 
 def build_fusion(spec: ModelSpec, channels: int) -> Fusion | None:

@@ -9,7 +9,6 @@ All plugins run in torch, in float32 on the CPU, with their initial weights. The
 other. OpenVINO runs a model faster, if it can run the model.
 """
 
-import functools
 import os
 import platform
 import time
@@ -140,7 +139,7 @@ def _profile_backbone(plugins: Registry, name: str, shape: Shape | None) -> Prof
 
 
 def _profile_head(plugins: Registry, name: str, shape: Shape | None) -> Profile:
-    channels, *space = _default_features(shape)
+    channels, *space = networks.feature_shape(_spec(zoo.find(zoo.DEFAULT).backbone.name, shape))
     head: Any = _build_seeded(lambda: networks.build_head(PluginRef(name, {}), channels, LABELS)).eval()
     features = torch.rand(1, channels, *space, generator=torch.Generator().manual_seed(0))
     return _measure(
@@ -285,17 +284,6 @@ def _spec(backbone: str, shape: Shape | None) -> ModelSpec:
 def _grid(spec: ModelSpec) -> Tensor:
     """Return a random grid `(1, 1, D, H, W)` with values from 0 to 1."""
     return torch.rand(1, 1, *spec.input.shape, generator=torch.Generator().manual_seed(0))
-
-
-@functools.cache
-def _default_features(shape: Shape | None) -> tuple[int, ...]:
-    """Return the shape `(C, d, h, w)` of the default model's features without computing them."""
-    spec = _spec(zoo.find(zoo.DEFAULT).backbone.name, shape)
-    backbone = _build_seeded(lambda: networks.build(spec)).backbone.eval().to("meta")
-    try:
-        return tuple(backbone(torch.empty(1, 1, *spec.input.shape, device="meta")).shape[1:])
-    except RuntimeError as error:
-        raise PluginError(f"The default backbone has no features for grids {spec.input.shape}: {error}") from error
 
 
 def _build_seeded(build: Callable[[], Any]) -> Any:

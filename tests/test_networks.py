@@ -31,6 +31,34 @@ def test_a_backbone_fulfils_its_contract(name):
     assert torch.allclose(features[:1], backbone(grid[:1]), atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["perez2023.prognosis", "densenet121.prognosis"])
+def test_a_grid_that_is_too_small_is_refused_with_one_that_is_not(name):
+    spec = zoo.find(name)
+    small = dataclasses.replace(spec, input=dataclasses.replace(spec.input, shape=(16, 70, 70)))
+    with pytest.raises(SpecError, match=r"cannot read a grid of \(16, 70, 70\).* It can read") as refused:
+        networks.feature_shape(small)
+    advised = tuple(int(size) for size in str(refused.value).rpartition("(")[2].rstrip(").").split(", "))
+    features = networks.build(spec).backbone.eval()(torch.zeros(1, 1, *advised))
+    larger = dataclasses.replace(spec, input=dataclasses.replace(spec.input, shape=advised))
+    assert networks.feature_shape(larger) == features.shape[1:]
+
+
+def test_a_backbone_that_reads_values_has_features(monkeypatch):
+    class Reading(nn.Module):
+        out_channels, cam_layer = 1, "layer"
+
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.AvgPool3d(4)
+
+        def forward(self, grid):
+            return self.layer(grid) * (1 if grid.max().item() > 1 else 2)
+
+    spec = zoo.find("compact.prognosis_gcs3_age")
+    monkeypatch.setattr(registry.backbones, "load", lambda name: lambda **options: Reading())
+    assert networks.feature_shape(spec) == (1, 6, 28, 28)
+
+
 def test_coordinates_tell_where_something_lies():
     """Without them, the mean of the features of a spot is the same wherever the spot lies."""
     moved = []

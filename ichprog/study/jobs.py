@@ -123,6 +123,7 @@ def run(
 
     out, cache = Path(out).absolute(), hub.cache_folder(cache_dir).absolute()
     manifest.refuse_foreign_folder(out)
+    manifest.check_networks(study)
     chosen = _choose_jobs(study, only)
     with file_lock(out / ".prepare.lock"):  # another process may prepare the same study
         manifest.simulate_patients(study, out, workers)

@@ -66,6 +66,7 @@ class CrossValidation:
     ) -> None:
         self.cohort, self.spec, self.protocol, self.options = cohort, spec, protocol, options
         self.description = description or spec.name
+        networks.feature_shape(spec)  # refuses a grid that is too small for the backbone
         self.names = [patient.name for patient in cohort.patients]
         self.labels = {task.name: cohort.labels(task) for task in spec.tasks}
         self.region_sources = {task.name: self._find_regions(task) for task in spec.tasks if task.mask}

@@ -311,6 +311,11 @@ def test_an_untrained_variant_may_change(finished_study, patients_folder, make_s
             "variant gcs@2: .* patients of two labels",
         ),
         (STUDY.replace("cohort.csv", "none.csv"), CohortError, r"none\.csv: cannot be read"),
+        (
+            STUDY + '[[variant]]\nname = "flat"\nmodel = "perez2023.prognosis"\nshape = [16, 64, 64]\n',
+            SpecError,
+            r"variant 'flat': backbone 'perez2023' cannot read a grid of \(16, 64, 64\)",
+        ),
     ],
 )
 def test_an_invalid_study_is_refused_before_training(text, error, message, patients_folder, make_study, tmp_path):
