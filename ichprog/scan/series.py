@@ -15,6 +15,7 @@ import numpy as np
 from ichprog.errors import ScanError
 from ichprog.limits import MAX_DICOM_BYTES, MAX_DICOM_FILES
 from ichprog.pseudonyms import pseudonym
+from ichprog.scan.jpeg import StoredSize, stored_size
 
 AIR_HU = -1024.0
 _TISSUE_HU = 200.0
@@ -407,6 +408,7 @@ def read_hu(images: Iterable[Image]) -> Iterator[np.ndarray]:
             if image.name != name:  # all frames of one file are decoded from one read
                 with image.open() as file:
                     name, data = image.name, dcmread(BytesIO(file.read()), force=True)
+                _check_stored_sizes(data)
             if not data.file_meta.get("TransferSyntaxUID"):
                 implicit = data.original_encoding[0]
                 data.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian
@@ -422,6 +424,27 @@ def read_hu(images: Iterable[Image]) -> Iterator[np.ndarray]:
             expected = "uncompressed, JPEG 2000, JPEG Lossless, JPEG-LS or RLE"
             raise ScanError(message, code="pixel-data", measured=str(syntax), expected=expected) from error
         yield _hu(stored, image)
+
+
+def _check_stored_sizes(data: Any) -> None:
+    """Refuse compressed frames of another size than the header's, for which a decoder might ask for much memory.
+
+    Raises:
+        ValueError: A frame has another size.
+    """
+    from pydicom import uid
+    from pydicom.encaps import generate_frames
+
+    families = (uid.JPEGTransferSyntaxes, uid.JPEGLSTransferSyntaxes, uid.JPEG2000TransferSyntaxes)
+    if "PixelData" not in data or not any(data.file_meta.get("TransferSyntaxUID") in family for family in families):
+        return
+    expected = StoredSize(int(data.Rows), int(data.Columns), int(data.get("SamplesPerPixel", 1)))
+    tables = [data.get(name) for name in ("ExtendedOffsetTable", "ExtendedOffsetTableLengths")]
+    extended = None if None in tables else tuple(tables)
+    count = int(data.get("NumberOfFrames", None) or 1)
+    for frame in generate_frames(data.PixelData, number_of_frames=count, extended_offsets=extended):
+        if (found := stored_size(frame)) != expected:
+            raise ValueError(f"the compressed stream has the size {tuple(found)} and the header {tuple(expected)}")
 
 
 def _hu(stored: np.ndarray, image: Image) -> np.ndarray:

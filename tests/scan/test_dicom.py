@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -270,6 +271,27 @@ def test_compressed_pixels_are_the_same_pixels(tmp_path, syntax, signed):
     assert dcmread(files[0]).file_meta.TransferSyntaxUID == syntax
     compressed, plain = (dicom.read_series(tmp_path / name).hu for name in ("compressed", "plain"))
     np.testing.assert_array_equal(compressed, plain)
+
+
+@pytest.mark.parametrize(
+    ("syntax", "rows_after"),
+    [(JPEG2000Lossless, b"\xff\x51\x00\x29\x00\x00"), (JPEGLosslessSV1, b"\xff\xc3"), (JPEGLSLossless, b"\xff\xf7")],
+    ids=lambda value: getattr(value, "keyword", ""),
+)
+def test_a_stream_of_another_size_reaches_no_decoder(tmp_path, syntax, rows_after):
+    """A decoder would ask for memory for the size of the stream before it compares this size with the header."""
+    file = write(tmp_path, syntax=syntax, count=4)[1]
+    data = file.read_bytes()
+    if syntax == JPEG2000Lossless:
+        place = data.index(rows_after) + len(rows_after) + 4  # the height, after the width
+        changed = data[:place] + (2**26).to_bytes(4, "big") + data[place + 4 :]
+    else:
+        place = data.index(rows_after) + 5
+        changed = data[:place] + b"\xff\xff" + data[place + 2 :]
+    file.write_bytes(changed)
+    error = refused(tmp_path)
+    assert error.code == "pixel-data"
+    assert re.search(r"the compressed stream has the size|\d+ tiles", str(error))
 
 
 def test_an_unknown_compression_is_named(tmp_path):
