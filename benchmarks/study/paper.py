@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ichprog.study import Study, report, run, template
 
-SHAPE = [16, 96, 96]
+SHAPE = [40, 64, 64]  # the least depth that the network of Perez et al. can read
 
 
 def reduced(preset: str, *, patients: int, folds: int, epochs: int) -> str:
