@@ -12,7 +12,7 @@ import pytest
 
 from ichprog.reporting.pdf import PROGRAMS, count_pages, write_pdf
 from ichprog.reporting.prediction_report import render, write_prediction_report
-from ichprog.reporting.report_index import write_index
+from ichprog.reporting.report_index import render_index, write_index
 from ichprog.reporting.volumes import Layer, prepare_volumes
 from ichprog.zoo import find
 
@@ -231,6 +231,21 @@ def test_the_index_sorts_filters_and_searches(index):
     assert element(index, "count").text == "1 of 12 reports"
     index.find_element("link text", "P4").click()
     assert index.find_element("tag name", "h1").text == "P4"
+
+
+def test_an_index_of_5000_reports_shows_a_page_of_them(browser, tmp_path):
+    rows = {f"{n}.html": {"name": f"P{n}", "tasks": {"a": {"label": "x", "p": n / 5000}}} for n in range(5000)}
+    (tmp_path / "index.html").write_text(render_index(rows), encoding="utf-8")
+    browser.get((tmp_path / "index.html").as_uri())
+    assert names(browser) == [f"P{n}" for n in range(100)]
+    browser.find_element("css selector", "th[data-key=p0] button").click()
+    assert names(browser) == [f"P{n}" for n in range(4999, 4899, -1)]
+    for _ in range(49):
+        element(browser, "next").click()
+    assert names(browser) == [f"P{n}" for n in range(99, -1, -1)]
+    assert not element(browser, "next").is_enabled()
+    element(browser, "search").send_keys("p499")
+    assert element(browser, "count").text == "11 of 5000 reports"
 
 
 def test_the_index_has_no_error_and_no_serious_violation(index):
