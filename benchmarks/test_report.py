@@ -8,7 +8,8 @@ answers, masks and HU.
 import nibabel as nib
 import numpy as np
 
-from ichprog.reporting.prediction_report import write_prediction_report
+from ichprog.io import write_text
+from ichprog.reporting.prediction_report import render
 from ichprog.reporting.volumes import Layer, prepare_volumes
 from ichprog.scan import read
 
@@ -30,7 +31,8 @@ def test_a_report_of_a_whole_head(compare, record, head, tmp_path):
 
     def ours():
         volumes = prepare_volumes(read(head), layers)
-        return write_prediction_report(tmp_path / "ours.html", full_record(), volumes=volumes).stat().st_size
+        write_text(tmp_path / "ours.html", render(full_record(), volumes=volumes))
+        return (tmp_path / "ours.html").stat().st_size
 
     def peer():
         view_img(image, bg_img=str(head), threshold=0.2).save_as_html(tmp_path / "peer.html")

@@ -56,6 +56,17 @@ def file_lock(path: Path, *, timeout_s: float = -1) -> Iterator[None]:
         yield
 
 
+def write_text(target: Path, text: str) -> None:
+    """Write a text in UTF-8 with its own line ends, whole or not at all.
+
+    Args:
+        target: Path of the file.
+        text: The text.
+    """
+    with atomic_write(target) as partial:
+        partial.write_text(text, encoding="utf-8", newline="")
+
+
 def write_json(target: Path, data: Any) -> None:
     """Write data as indented JSON, whole or not at all.
 
@@ -63,8 +74,7 @@ def write_json(target: Path, data: Any) -> None:
         target: Path of the file.
         data: Plain data.
     """
-    with atomic_write(target) as partial:
-        partial.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(target, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_csv(

@@ -136,7 +136,7 @@ def profile(
     from tqdm import tqdm
 
     from ichprog import profiling, registry
-    from ichprog.io import atomic_write
+    from ichprog.io import write_text
 
     selected = profiling.select(names, [getattr(registry, _REGISTRIES[kind]).kind for kind in kinds])
     profiles, failed = [], []
@@ -151,8 +151,7 @@ def profile(
     text = f"{profiling.table(profiles, failed=[(name, problem) for _, name, problem in failed])}\n\nOn {machine}.\n"
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(output) as partial:
-            partial.write_text(text, encoding="utf-8")
+        write_text(output, text)
     if as_json:
         problems = [{"kind": kind, "name": name, "problem": problem} for kind, name, problem in failed]
         print_json({"machine": machine, "profiles": [asdict(profile) for profile in profiles], "failed": problems})

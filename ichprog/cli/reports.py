@@ -148,15 +148,17 @@ class ReportFolder:
         if self.folder is None:
             return
         from ichprog.cohort import is_simulated
+        from ichprog.io import write_text
         from ichprog.reporting.pdf import write_pdf
-        from ichprog.reporting.prediction_report import render, write_prediction_report
+        from ichprog.reporting.prediction_report import render
 
         name = self._name_of[key]
         about: dict[str, Any] = {
             "name": name, "volumes": volumes, "no_viewer": no_viewer, "spec": spec,
             "is_simulated": is_simulated(Path(key[1])), "identifiers": self._has_identifiers,
         }  # fmt: skip
-        path = write_prediction_report(self.folder / f"{name}.html", record, **about)
+        path = self.folder / f"{name}.html"
+        write_text(path, render(record, **about))
         self.written.append(path)
         if self._has_pdf:
             write_pdf(render(record, **about, with_scripts=False), path.with_suffix(".pdf"))

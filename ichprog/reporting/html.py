@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ichprog.errors import RunError, missing_extra
-from ichprog.io import atomic_write
+from ichprog.io import write_text
 from ichprog.reporting.tables import Columns, Row, format_table
 
 _MEDIA_TYPES = {".svg": "image/svg+xml", ".png": "image/png"}
@@ -91,8 +91,7 @@ def write_report(path: Path, title: str, sections: Sequence[Section], *, notices
         embed=lambda picture: _data_uri(picture.path),
         version=version("ichprog"),
     )
-    with atomic_write(path) as partial:
-        partial.write_text(text, encoding="utf-8", newline="")
+    write_text(path, text)
     return path
 
 

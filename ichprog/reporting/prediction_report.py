@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ichprog.errors import RunError
-from ichprog.io import atomic_write
+from ichprog.io import write_text
 from ichprog.reporting.html import load_template
 from ichprog.reporting.privacy import public_name, without_identifiers
 from ichprog.reporting.volumes import Layer, Volumes, prepare_volumes
@@ -82,14 +82,15 @@ def save_report(
         volumes = prepare_volumes(loaded, layers_of(prediction, find_brain(loaded), listed))
     path, source = Path(target), Path(prediction.scan)
     path.parent.mkdir(parents=True, exist_ok=True)
-    return write_prediction_report(
-        path,
+    text = render(
         with_scores(prediction, scores),
         volumes=volumes,
         spec=spec or find_spec(prediction.model),
         is_simulated=source.exists() and is_simulated(source),
         identifiers=identifiers,
     )
+    write_text(path, text)
+    return path
 
 
 def layers_of(prediction: "Prediction", brain: np.ndarray | None, maps: "Sequence[Saliency]") -> list[Layer]:
@@ -125,45 +126,6 @@ def find_spec(model: str) -> "ModelSpec | None":
         return None
 
 
-def write_prediction_report(
-    target: Path,
-    record: Mapping[str, Any],
-    *,
-    name: str | None = None,
-    volumes: Volumes | None = None,
-    no_viewer: str = "",
-    spec: "ModelSpec | None" = None,
-    is_simulated: bool = False,
-    identifiers: bool = False,
-) -> Path:
-    """Write a result as one HTML file, whole or not at all. The same content gives the same bytes.
-
-    Args:
-        target: HTML file.
-        record: A result as plain data, as `Prediction.to_dict` returns it and files of results hold it.
-        name: Name of the scan in the report; by default its file name, or a pseudonym for DICOM.
-        volumes: Scan and layers for the viewer.
-        no_viewer: Why there is no viewer, if there are no volumes.
-        spec: Description of the model.
-        is_simulated: Whether the patient is simulated.
-        identifiers: Whether to show the path of the scan and what the DICOM header says of its series.
-
-    Returns:
-        The path.
-
-    Raises:
-        RunError: The record is no result of a scan.
-        IchprogError: Jinja2 is not installed.
-    """
-    text = render(
-        record, name=name, volumes=volumes, no_viewer=no_viewer, spec=spec, is_simulated=is_simulated,
-        identifiers=identifiers,
-    )  # fmt: skip
-    with atomic_write(target) as partial:
-        partial.write_text(text, encoding="utf-8", newline="")
-    return target
-
-
 def render(
     record: Mapping[str, Any],
     *,
@@ -175,16 +137,16 @@ def render(
     identifiers: bool = False,
     with_scripts: bool = True,
 ) -> str:
-    """Return the HTML of a result, as `write_prediction_report` writes it.
+    """Return a result as one HTML file. The same content gives the same text.
 
     Args:
-        record: As in `write_prediction_report`.
-        name: As in `write_prediction_report`.
-        volumes: As in `write_prediction_report`.
-        no_viewer: As in `write_prediction_report`.
-        spec: As in `write_prediction_report`.
-        is_simulated: As in `write_prediction_report`.
-        identifiers: As in `write_prediction_report`.
+        record: A result as plain data, as `Prediction.to_dict` returns it and files of results hold it.
+        name: Name of the scan in the report; by default its file name, or a pseudonym for DICOM.
+        volumes: Scan and layers for the viewer.
+        no_viewer: Why there is no viewer, if there are no volumes.
+        spec: Description of the model.
+        is_simulated: Whether the patient is simulated.
+        identifiers: Whether to show the path of the scan and what the DICOM header says of its series.
         with_scripts: Whether the file has the viewer; otherwise it has the picture of slices only, as for printing.
 
     Raises:

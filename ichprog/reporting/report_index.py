@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ichprog.io import atomic_write
+from ichprog.io import write_text
 from ichprog.reporting.prediction_report import NOTICE, asset, content_policy, read_summary, template
 
 INDEX = "index.html"
@@ -36,8 +36,7 @@ def write_index(folder: Path) -> Path | None:
     if len(summaries) < 2:
         return None
     text = render_index(summaries)
-    with atomic_write(folder / INDEX) as partial:
-        partial.write_text(text, encoding="utf-8", newline="")
+    write_text(folder / INDEX, text)
     return folder / INDEX
 
 

@@ -14,7 +14,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
-from ichprog.io import atomic_write, write_rows
+from ichprog.io import write_rows, write_text
 from ichprog.metrics import label_of
 
 Row = Mapping[str, Any]
@@ -209,8 +209,7 @@ def write(rows: Iterable[Row], columns: Columns, folder: Path, name: str, captio
         "tex": to_latex(rows, columns, caption, label=name),
     }
     for extension, text in texts.items():
-        with atomic_write(folder / f"{name}.{extension}") as path:
-            path.write_text(text, encoding="utf-8", newline="")
+        write_text(folder / f"{name}.{extension}", text)
     return tuple(folder / f"{name}.{extension}" for extension in texts)
 
 

@@ -15,9 +15,10 @@ import pytest
 import ichprog
 from ichprog import zoo
 from ichprog.errors import IchprogError, RunError, ScanError
+from ichprog.io import write_text
 from ichprog.reporting import prediction_report, volumes
 from ichprog.reporting.pdf import count_pages, find_chromium, write_pdf
-from ichprog.reporting.prediction_report import read_summary, render, write_prediction_report
+from ichprog.reporting.prediction_report import read_summary, render
 from ichprog.reporting.report_index import write_index
 from ichprog.reporting.volumes import Layer, prepare_volumes
 from ichprog.scan import read
@@ -216,12 +217,12 @@ def test_names_and_texts_from_files_are_escaped(prepared, tmp_path):
     record["provenance"]["scan"] = {HOSTILE: HOSTILE}
     hostile = dataclasses.replace(prepared, images=tuple(each | {"name": HOSTILE} for each in prepared.images))
     clean = Page(render(full_record(), volumes=prepared))
-    path = write_prediction_report(tmp_path / "a.html", record, volumes=hostile)
-    page = Page(path.read_text())
+    page = Page(render(record, volumes=hostile))
     assert page.tags == clean.tags  # no element more
     assert not [name for _, name, _ in page.attributes if name.startswith("on")]
     assert HOSTILE in page.text
-    assert read_summary(path)["name"] == HOSTILE
+    write_text(tmp_path / "a.html", render(record, volumes=hostile))
+    assert read_summary(tmp_path / "a.html")["name"] == HOSTILE
     assert page.data("images")["images"][0]["name"] == HOSTILE
 
 
@@ -261,7 +262,8 @@ def test_a_record_that_is_no_result_is_refused():
 
 
 def test_a_report_appears_whole_or_not_at_all(tmp_path, monkeypatch):
-    path = write_prediction_report(tmp_path / "a.html", full_record())
+    path = tmp_path / "a.html"
+    write_text(path, render(full_record()))
     before = path.read_bytes()
 
     def fail(*_):
@@ -269,7 +271,7 @@ def test_a_report_appears_whole_or_not_at_all(tmp_path, monkeypatch):
 
     monkeypatch.setattr("ichprog.io.os.fsync", fail)
     with pytest.raises(OSError, match="disk full"):
-        write_prediction_report(path, full_record(model="another"))
+        write_text(path, render(full_record(model="another")))
     assert [each.name for each in tmp_path.iterdir()] == ["a.html"]
     assert path.read_bytes() == before
 
@@ -296,9 +298,9 @@ def test_the_index_lists_every_report_and_flags_what_is_unusual(tmp_path):
         record["abstained"] = {"prognosis": "because"} if number == 1 else {}
         record["warnings"] = record["warnings"] if number == 2 else []
         record["haemorrhage"]["volume_ml"]["total"] = 900.0 if number == 3 else 10.0 + number
-        write_prediction_report(tmp_path / f"{number}.html", record)
+        write_text(tmp_path / f"{number}.html", render(record))
     failed = {"scan": "x.nii.gz", "model": "m", "tasks": {}, "provenance": {}, "error": {"code": "bad", "message": "m"}}
-    write_prediction_report(tmp_path / "x.html", failed)
+    write_text(tmp_path / "x.html", render(failed))
     (tmp_path / "other.html").write_text("<html>no report</html>")
     rows, page = index_of(tmp_path)
     flags = {row["name"]: row["flags"] for row in rows if row["flags"]}
@@ -314,7 +316,7 @@ def test_few_reports_have_no_extremes(tmp_path):
     for number in range(4):
         record = full_record(scan=f"{number}.nii.gz")
         record["haemorrhage"]["volume_ml"]["total"] = 900.0 if number == 3 else 10.0
-        write_prediction_report(tmp_path / f"{number}.html", record)
+        write_text(tmp_path / f"{number}.html", render(record))
     assert not any("extreme" in row["flags"] for row in index_of(tmp_path)[0])
 
 
@@ -322,7 +324,7 @@ def test_the_index_escapes_what_reports_hold(tmp_path):
     for number in range(2):
         record = full_record(patient=HOSTILE, scan=f"{number}.nii.gz", model=HOSTILE)
         record["tasks"] = {HOSTILE: record["tasks"]["prognosis"]}
-        write_prediction_report(tmp_path / f"{number}.html", record)
+        write_text(tmp_path / f"{number}.html", render(record))
     rows, page = index_of(tmp_path)
     assert rows[0]["name"] == HOSTILE
     assert len(page.scripts) == 2
@@ -330,13 +332,13 @@ def test_the_index_escapes_what_reports_hold(tmp_path):
 
 
 def test_one_report_has_no_index(tmp_path):
-    write_prediction_report(tmp_path / "a.html", full_record())
+    write_text(tmp_path / "a.html", render(full_record()))
     assert write_index(tmp_path) is None
 
 
 def test_a_damaged_report_is_left_out_of_the_index(tmp_path):
     for name in "abc":
-        write_prediction_report(tmp_path / f"{name}.html", full_record(scan=f"{name}.nii.gz"))
+        write_text(tmp_path / f"{name}.html", render(full_record(scan=f"{name}.nii.gz")))
     text = (tmp_path / "a.html").read_text()
     (tmp_path / "a.html").write_text(text.replace('id="summary">{', 'id="summary">{{'))
     assert [row["file"] for row in index_of(tmp_path)[0]] == ["b.html", "c.html"]

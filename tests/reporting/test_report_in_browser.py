@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ichprog.io import write_text
 from ichprog.reporting.pdf import PROGRAMS, count_pages, write_pdf
-from ichprog.reporting.prediction_report import render, write_prediction_report
+from ichprog.reporting.prediction_report import render
 from ichprog.reporting.report_index import render_index, write_index
 from ichprog.reporting.volumes import Layer, prepare_volumes
 from ichprog.zoo import find
@@ -48,12 +49,12 @@ def pages(tmp_path_factory):
     ]
     record = full_record(patient=HOSTILE)
     spec = find("compact.prognosis_gcs3_age_clinical")
-    write_prediction_report(folder / "full.html", record, volumes=prepare_volumes(head.scan, layers), spec=spec)
+    write_text(folder / "full.html", render(record, volumes=prepare_volumes(head.scan, layers), spec=spec))
     for number in range(11):
         record = full_record(patient=f"P{number}", scan=f"{number}.nii.gz")
         record["tasks"]["prognosis"]["probabilities"] = {"good": 1 - number / 20, "poor": number / 20}
         record["warnings"] = record["warnings"] if number == 4 else []
-        write_prediction_report(folder / f"{number}.html", record)
+        write_text(folder / f"{number}.html", render(record))
     write_index(folder)
     return folder
 
