@@ -122,7 +122,7 @@ def page(results: list[dict[str, Any]]) -> str:
             for letter, records in own
             for _, axis in plots(records)
         ]
-        parts += [f"## {title}", text, _table(own), "\n\n".join(pictures)]
+        parts += [f"## {title}", text, "\n\n".join(pictures), _table(own)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -144,21 +144,27 @@ def _opening(machines: list[tuple[str, dict[str, Any]]]) -> str:
         text = f"{text}, on {one['date']}; {versions}. {one.get('note', '')}"
         setups.append(textwrap.fill(text, 120, subsequent_indent="  "))
         missed = [record for record in targets if not check_target(record)[1]]
+        summaries.append(f"![Ratios and their targets on {letter}]({plot_file(letter)})")
         summaries.append(f"**On {letter}, {len(targets) - len(missed)} of {len(targets)} targets are met.**")
         if missed:
             lines = [f"- {_name(record)}: {_value_and_target(record)}" for record in missed]
             summaries[-1] += " Missed:\n\n" + "\n".join(lines)
-        summaries.append(f"![Ratios and their targets on {letter}]({plot_file(letter)})")
-    return "\n\n".join([_INTRODUCTION, "\n".join(setups), _COMMANDS, *summaries])
+    return "\n\n".join([_INTRODUCTION, *summaries, _METHODS, "\n".join(setups), _COMMANDS])
 
 
 _INTRODUCTION = """\
 # Speed
 
-This page compares ichprog with peers that do the same work. Both are measured in alternation, in one run on one
-machine. Times hold for that machine only. Ratios carry over to similar machines. A value is the median of the rounds,
-with the minimum and the maximum in brackets. Scans are simulated and have 512 x 512 x 32 voxels by default. Weights are
-random in the published layout. Neither changes the amount of computation. The machines:"""
+This page compares ichprog with peers that do the same work. Bars to the left of 1 show less time or memory than the
+peer, bars to the right more scans per second. Black lines are targets."""
+
+_METHODS = """\
+## How it was measured
+
+Both are measured in alternation, in one run on one machine. Times hold for that machine only. Ratios carry over to
+similar machines. A value is the median of the rounds, with the minimum and the maximum in brackets. Scans are simulated
+and have 512 x 512 x 32 voxels by default. Weights are random in the published layout. Neither changes the amount of
+computation. The machines:"""
 
 _COMMANDS = """\
 ```bash
