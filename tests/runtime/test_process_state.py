@@ -5,10 +5,13 @@ import logging
 import subprocess
 import sys
 
+import pytest
+
 import ichprog
 
 from support.models import local_model
 
+pytestmark = pytest.mark.compiled
 MODEL = "compact.prognosis_gcs3_age"
 
 CODE = """
@@ -30,7 +33,6 @@ others = dict(sys.modules)
 before = state()
 import ichprog
 
-pytestmark = pytest.mark.compiled
 model = ichprog.load_model(sys.argv[1], fold=0)
 list(ichprog.predict(model, sys.argv[2]))
 for method in ("guided_backprop", "grad_cam"):
