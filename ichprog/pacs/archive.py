@@ -8,6 +8,7 @@ import ssl
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlsplit
@@ -272,7 +273,7 @@ class NetworkArchive:
         if not link.is_established:
             raise ArchiveError(
                 f"{self._called} at {self._host}:{self._port} cannot be reached, or refuses {self._aet}. Check its "
-                "address and title, and that the archive knows this client."
+                f"address and title, {'the certificates, ' if tls else ''}and that the archive knows this client."
             )
         try:
             yield link
@@ -324,6 +325,11 @@ def _query(level: str, keys: Mapping[str, str]) -> "Dataset":
     return query
 
 
+def _trust(merge: Callable[..., dict[str, Any]], ca: str, *given: Any) -> dict[str, Any]:
+    """Return the settings of a request, with one file of certificates whatever the environment names."""
+    return merge(*given) | {"verify": ca}
+
+
 class WebArchive:
     """An archive by DICOMweb. A login is read from `~/.netrc`.
 
@@ -340,7 +346,9 @@ class WebArchive:
             raise missing_extra("dicom", "dicomweb-client", "DICOMweb") from error
         session = requests.Session()
         if tls.ca is not None:
-            session.verify = str(tls.ca)
+            # A bundle of certificates in the environment would replace `session.verify`.
+            merge = session.merge_environment_settings
+            session.merge_environment_settings = partial(_trust, merge, str(tls.ca))  # type: ignore[method-assign]
         if tls.certificate is not None:
             session.cert = (str(tls.certificate), str(tls.key or tls.certificate))
         self._address, self._errors = address, (requests.RequestException, ValueError, LookupError)

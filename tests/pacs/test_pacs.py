@@ -79,8 +79,7 @@ def connect(orthanc, kind):
             pytest.skip("needs the DICOMweb plugin of Orthanc, of the package orthanc-dicomweb")
         return open_archive(orthanc.web_address)
     if kind == "move":
-        port = json.loads((orthanc.folder / "orthanc.json").read_text())["DicomModalities"]["ichprog"][2]
-        return open_archive(orthanc.network_address, retrieve="move", receive_port=port)
+        return open_archive(orthanc.network_address, retrieve="move", receive_port=orthanc.move_port)
     return open_archive(orthanc.network_address)
 
 
