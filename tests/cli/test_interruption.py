@@ -44,7 +44,7 @@ def test_every_command_says_how_to_continue(path, tmp_path, monkeypatch):
 
 
 def test_a_signal_ends_a_simulation_which_is_continued_by_the_same_command(tmp_path):
-    command = [sys.executable, "-m", "ichprog", "simulate", str(tmp_path / "patients"), "--patients", "8"]
+    command = [sys.executable, "-m", "ichprog", "simulate", str(tmp_path / "patients"), "--patients", "16"]
     command += ["--grid", "compact.prognosis_gcs3_age"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120

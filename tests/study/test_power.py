@@ -79,11 +79,11 @@ def test_the_command_prints_the_power():
     arguments = ["study", "power", "--patients", "100", "--patients", "400", "--seeds", "3", "--studies", "50"]
     shown = CliRunner().invoke(main, [*arguments, "--difference", "0.1"])
     assert shown.exit_code == 0, shown.output
-    assert [line.split()[0] for line in shown.output.splitlines()] == ["patients", "100", "400"]
-    made = json.loads(CliRunner().invoke(main, [*arguments, "--difference", "0.1", "--json"]).output)
+    assert [line.split()[0] for line in shown.stdout.splitlines()] == ["patients", "100", "400"]
+    made = json.loads(CliRunner().invoke(main, [*arguments, "--difference", "0.1", "--json"]).stdout)
     assert made["assumptions"]["difference"] == 0.1
     assert [f"{row['power']:.2f}" for row in made["power"]] == [
-        line.split()[-1] for line in shown.output.splitlines()[1:]
+        line.split()[-1] for line in shown.stdout.splitlines()[1:]
     ]
     assert np.diff([row["power"] for row in made["power"]]) > 0
     assert CliRunner().invoke(main, ["study", "power", "--auroc", "2"]).exit_code == 2

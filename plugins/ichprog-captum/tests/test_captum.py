@@ -394,7 +394,8 @@ def test_explain_by_all_methods_at_once(model):
     assert found["age", "occlusion"].provenance["options"] == {"window": "10,12,12"}
 
 
-def test_explain_on_the_command_line(model, tmp_path):
+def test_explain_on_the_command_line(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("ICHPROG_BACKGROUND_COMPILE", "0")  # tests leave no processes behind
     name, scan = model
     words = ["explain", str(scan), "-m", name, "-o", str(tmp_path / "maps"), "--json"]
     for how in ("integrated_gradients", "occlusion", "deep_lift"):
