@@ -18,7 +18,7 @@ from ichprog.simulate import simulate
 DOCS = Path(__file__).parent
 VARIANTS = {"outcome": "outcome alone", "outcome_gcs_age": "outcome, GCS and age"}
 METHODS = ("guided_backprop", "grad_cam", "guided_grad_cam")
-PATIENTS = {"patients": 60, "seed": 8, "preset": "plain"}
+PATIENTS = {"patients": 40, "seed": 8, "preset": "plain"}
 SHOWN = 3
 TASK = "prognosis"
 RESOLUTION_DPI = 80

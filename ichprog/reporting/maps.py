@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ichprog.errors import missing_extra
+from ichprog.reporting.overlay import scale_map
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -55,10 +56,9 @@ class SliceRow:
 def draw_maps(rows: Sequence[SliceRow], *, title: str) -> "Figure":
     """Draw slices in rows and models in columns: each map over its slice, with the probability of the label.
 
-    The patient's right is on the left. Red speaks for the label and blue against the label. A map is scaled by its
-    largest value in the slice. The title of a panel has the share of this value in the map's largest value, as a slice
-    may show only a small part of a map. Masks are drawn as outlines. Source: figure 3 of Cobo et al., MLMI 2024
-    (doi 10.1007/978-3-031-73290-4_2).
+    The patient's right is on the left. Red speaks for the label and blue against the label. A map is drawn in the
+    brain only, and the full colour is the 99.5th percentile of its absolute values there. Masks are drawn as outlines.
+    Source: figure 3 of Cobo et al., MLMI 2024 (doi 10.1007/978-3-031-73290-4_2).
 
     Args:
         rows: The slices, all with the same number of panels.
@@ -82,9 +82,8 @@ def draw_maps(rows: Sequence[SliceRow], *, title: str) -> "Figure":
         first.set_title(f"{row.title}\nslice {row.number} of {row.hu.shape[2]}", fontsize=8)
         for axis, panel in zip(others, row.panels, strict=True):
             _draw_slice(axis, row)
-            share = _draw_map(axis, row, panel.values)
-            heading = f"p({panel.label}) = {panel.probability:.2f}, map up to {share:.0%}"
-            axis.set_title(f"{panel.variant}\n{heading}", fontsize=8)
+            _draw_map(axis, row, panel.values)
+            axis.set_title(f"{panel.variant}\np({panel.label}) = {panel.probability:.2f}", fontsize=8)
     figure.suptitle(title, fontsize=9)
     return figure
 
@@ -105,14 +104,11 @@ def _draw_slice(axis: Any, row: SliceRow) -> None:
         axis.contour(row.lesion[box].T, [0.5], colors="yellow", linewidths=0.8)
 
 
-def _draw_map(axis: Any, row: SliceRow, values: np.ndarray) -> float:
-    """Draw a map over its slice, and return the share of its largest value that the slice has."""
-    if not values.max() > 0:
+def _draw_map(axis: Any, row: SliceRow, values: np.ndarray) -> None:
+    """Draw a map over its slice."""
+    scaled, top = scale_map(values, row.brain)
+    if top == 0:
         axis.text(0.5, 0.5, "empty map", color="white", ha="center", va="center", transform=axis.transAxes)
-        return 0.0
-    in_slice = values[_crop(row)].T
-    largest = float(np.abs(in_slice).max())
-    if largest > 0:
-        scaled = in_slice / largest
-        axis.imshow(scaled, cmap="coolwarm", vmin=-1, vmax=1, alpha=np.clip(np.abs(scaled) * 1.4, 0, 0.75))
-    return largest / float(np.abs(values).max())
+        return
+    in_slice = scaled[_crop(row)].T
+    axis.imshow(in_slice, cmap="coolwarm", vmin=-1, vmax=1, alpha=np.clip(np.abs(in_slice) * 1.4, 0, 0.75))
