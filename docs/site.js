@@ -1,3 +1,9 @@
-// The theme gives its search dialog no name, and wide blocks of code cannot be scrolled by keyboard.
+// The theme gives its search dialog no name. Wide blocks of code can be scrolled by keyboard only if they can have the
+// focus, which the theme removes where no mouse is found.
 document.querySelector(".md-search")?.setAttribute("aria-label", "Search");
-document.querySelectorAll(".md-typeset pre > code, .md-typeset__scrollwrap").forEach((each) => { each.tabIndex = 0; });
+const makeFocusable = () =>
+  document
+    .querySelectorAll(".md-typeset pre > code:not([tabindex]), .md-typeset__scrollwrap:not([tabindex])")
+    .forEach((each) => { each.tabIndex = 0; });
+makeFocusable();
+new MutationObserver(makeFocusable).observe(document.body, { attributeFilter: ["tabindex"], subtree: true });
