@@ -29,6 +29,7 @@ from ichprog.io import write_csv
 from ichprog.metrics import compute_weighted
 from ichprog.metrics.bootstrap import percentile_interval, resample_counts, wilson_interval
 from ichprog.metrics.comparisons import correlations
+from ichprog.reporting import figures
 from ichprog.scan import CHECKS, read
 from ichprog.scan.brain import run_extractor
 from ichprog.scan.checks import check_scan, measure_dense_blood, missing_brain_ml
@@ -459,6 +460,21 @@ def write_tables(heads: Sequence[Head], out: Path) -> None:
     )
 
 
+def draw(summary: Mapping[str, Any]) -> None:
+    """Draw the AUC by patient of each detector for each group of heads next to the page."""
+    names = {"the measurement of `no-blood`": "density", "`compact.haemorrhage`": "network"}
+    rows = {
+        f"{row['group']}, {names[name]}": dict(zip(("value", "low", "high"), row["patient"]["auroc"], strict=True))
+        for groups in zip(*summary["detection"].values(), strict=True)
+        for name, row in zip(summary["detection"], groups, strict=True)
+    }
+    vector, pixels = figures.save(
+        figures.forest(rows, "AUC for any blood, by patient", line=0.5), PAGE.parent, "real-heads"
+    )
+    pixels.unlink()
+    print(vector)
+
+
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Measure the heads, write the tables, and update the page if all heads were measured."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -477,6 +493,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     summary = summarise(heads, crop_simulated(options.simulated))
     (options.output / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     if not options.patients:
+        draw(summary)
         PAGE.write_text(updated_page(PAGE.read_text(encoding="utf-8"), summary), encoding="utf-8")
     return summary
 

@@ -176,12 +176,133 @@ def draw_random_network(folder: Path) -> Any:
     return figure
 
 
+def draw_haemorrhage(folder: Path) -> Any:
+    """Draw the scan with the haemorrhage that the network finds."""
+    scan, _ = patient_files(folder)
+    blood = ichprog.haemorrhage(scan)
+    return ichprog.plot([], scan, prediction=ichprog.predict(MODEL, scan), outline=blood.mask, slices=6)
+
+
+def draw_clinical(folder: Path) -> Any:
+    """Draw a prediction with clinical values, and what each of them changed."""
+    scan, mask = patient_files(folder)
+    known = {"age": 71, "gcs": 9}
+    prediction = ichprog.predict("compact.prognosis_gcs3_age_clinical", scan, clinical=known)
+    return ichprog.plot([], scan, prediction=prediction, outline=mask, slices=6)
+
+
+def draw_simulation(folder: Path) -> Any:
+    """Draw the slice with most blood of simulated heads, of both presets."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.6, 3.6), layout="constrained")
+    for row, preset in zip(figure.subplots(2, 6), ("plain", "realistic"), strict=True):
+        for number, axis in enumerate(row):
+            patient = Patient(SEED, number, preset=preset)
+            scan, mask = patient.save(folder / preset, skull=True)
+            hu, blood = (np.asarray(nib.load(path).dataobj, np.float32) for path in (scan, mask))
+            amount = (blood > 0).sum((0, 1))
+            k = int(amount.argmax()) if amount.any() else int((hu > 0).sum((0, 1)).argmax())
+            axis.imshow(hu[:, :, k].T, cmap="gray", vmin=0, vmax=80)
+            if amount.any():
+                axis.contour(blood[:, :, k].T > 0, [0.5], colors="yellow", linewidths=0.6)
+            axis.set_xticks([])
+            axis.set_yticks([])
+        row[0].set_ylabel(preset, fontsize=9, color=INK)
+    figure.suptitle(f"Simulated patients, blood outlined. {NOTICE.partition('. ')[2]}", fontsize=9)
+    return figure
+
+
+def draw_location(_: Path) -> Any:
+    """Draw the regions of the atlas on five levels."""
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    from ichprog.location.atlas import load_atlas
+
+    atlas = load_atlas()
+    x, y = np.mgrid[-80:81, -110:81]
+    figure = Figure(figsize=(9.6, 2.9), layout="constrained")
+    colours = figure_colours(len(atlas.names))
+    for axis, z in zip(figure.subplots(1, 5), (-40, -20, 0, 20, 40), strict=True):
+        points = np.stack([x.ravel(), y.ravel(), np.full(x.size, z)]).astype(float)
+        region = atlas.regions_at(points).reshape(x.shape)
+        depth, _slope = atlas.depth_at(points)
+        shown = np.ones((*x.shape, 3))
+        inside = depth.reshape(x.shape) > 0
+        shown[inside] = colours[region[inside]]
+        axis.imshow(shown.transpose(1, 0, 2), origin="lower")
+        axis.set_title(f"{z} mm", fontsize=8, color=INK)
+        axis.axis("off")
+    handles = [Patch(color=colour, label=name) for name, colour in zip(atlas.names, colours, strict=True)]
+    figure.legend(handles=handles, loc="outside lower center", ncols=6, fontsize=8, frameon=False)
+    return figure
+
+
+def figure_colours(number: int) -> np.ndarray:
+    """Return colours `(number, 3)` that differ."""
+    import matplotlib as mpl
+
+    return mpl.colormaps["tab20"](np.arange(number))[:, :3]
+
+
+def draw_calibration(_: Path) -> Any:
+    """Draw what a slope and an intercept other than 1 and 0 mean, by their definition."""
+    from matplotlib.figure import Figure
+
+    p = np.linspace(0.01, 0.99, 99)
+    log_odds = np.log(p / (1 - p))
+    figure = Figure(figsize=(7.4, 3.4), layout="constrained")
+    slopes = ((1, 0, "calibrated"), (0.5, 0, "slope 0.5: too extreme"), (2, 0, "slope 2: too careful"))
+    shifts = ((1, 0, "calibrated"), (1, 1, "intercept 1: too low"), (1, -1, "intercept -1: too high"))
+    for axis, lines in zip(figure.subplots(1, 2), (slopes, shifts), strict=True):
+        for (slope, intercept, label), colour in zip(lines, (INK, BLUE, RED), strict=True):
+            axis.plot(p, 1 / (1 + np.exp(-(intercept + slope * log_odds))), color=colour, label=label)
+        axis.set(xlabel="predicted probability", ylabel="patients with the label", aspect="equal")
+        axis.legend(frameon=False, fontsize=8, loc="upper left")
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def draw_threshold(_: Path) -> Any:
+    """Draw how a threshold trades sensitivity for specificity, on numbers drawn at random."""
+    from matplotlib.figure import Figure
+
+    random = np.random.default_rng(0)
+    good, poor = (1 / (1 + np.exp(-random.normal(mean, 1, 5000))) for mean in (-1, 0.5))
+    thresholds = np.linspace(0, 1, 201)
+    sensitivity, specificity = ([(poor >= t).mean() for t in thresholds], [(good < t).mean() for t in thresholds])
+    figure = Figure(figsize=(7.4, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for values, colour, label in ((good, BLUE, "good outcome"), (poor, RED, "poor outcome")):
+        left.hist(values, bins=40, range=(0, 1), color=colour, alpha=0.5, label=label)
+    left.set(xlabel="predicted probability of a poor outcome", ylabel="patients")
+    right.plot(1 - np.array(specificity), sensitivity, color=INK)
+    for threshold, marker in ((0.25, "s"), (0.5, "o")):
+        left.axvline(threshold, color=INK, linewidth=1, linestyle="-" if threshold == 0.5 else "--")
+        at = int(np.argmin(np.abs(thresholds - threshold)))
+        label = f"threshold {threshold}: {sensitivity[at]:.2f}, {specificity[at]:.2f}"
+        right.plot(1 - specificity[at], sensitivity[at], marker, color=RED, label=label)
+    right.set(xlabel="1 - specificity", ylabel="sensitivity", aspect="equal")
+    for axis in (left, right):
+        axis.legend(frameon=False, fontsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle("Numbers drawn at random, not patients", fontsize=9)
+    return figure
+
+
 DRAWINGS: dict[str, Callable[[Path], Any]] = {
     "multi-task.svg": draw_multi_task,
     "preprocessing.png": draw_preprocessing,
     "methods.png": draw_methods,
     "tasks.png": draw_tasks,
     "random-network.png": draw_random_network,
+    "haemorrhage.png": draw_haemorrhage,
+    "clinical.png": draw_clinical,
+    "simulation.png": draw_simulation,
+    "location.png": draw_location,
+    "calibration.svg": draw_calibration,
+    "threshold.svg": draw_threshold,
 }
 
 
