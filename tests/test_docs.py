@@ -54,8 +54,12 @@ def small_hub(tmp_path_factory):
     root = tmp_path_factory.mktemp("docs-hub")
     for name in (zoo.DEFAULT, "perez2023.prognosis"):
         reference_pipeline.save(name, root / REPOSITORY.repo, seed=0)
-    with HubServer(root, REPOSITORY.revision) as server:
-        yield server.url, tmp_path_factory.mktemp("docs-cache")
+    cache = tmp_path_factory.mktemp("docs-cache")
+    with HubServer(root, REPOSITORY.revision) as server, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_ENDPOINT", server.url)
+        for name in (zoo.DEFAULT, "perez2023.prognosis"):  # so that no page announces the download by chance
+            ichprog.load_model(name, cache_dir=cache, runtime="torch")
+        yield server.url, cache
 
 
 @pytest.fixture
