@@ -1,5 +1,6 @@
 """Ctrl-C ends every command with one sentence that says how to continue."""
 
+import functools
 import re
 import shlex
 import signal
@@ -44,9 +45,11 @@ def test_every_command_says_how_to_continue(path, tmp_path, monkeypatch):
 
 
 def test_a_signal_ends_a_simulation_which_is_continued_by_the_same_command(tmp_path):
-    command = [sys.executable, "-m", "ichprog", "simulate", str(tmp_path / "patients"), "--patients", "16"]
+    command = [sys.executable, "-m", "ichprog", "simulate", str(tmp_path / "patients"), "--patients", "8"]
     command += ["--grid", "compact.prognosis_gcs3_age"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    # A process that runs in the background of a shell ignores the signal, and would pass this on.
+    listen = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=listen)
     deadline = time.monotonic() + 120
     while not list(tmp_path.rglob("*.nii.gz")) and time.monotonic() < deadline:
         time.sleep(0.02)
