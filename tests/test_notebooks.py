@@ -29,7 +29,7 @@ def test_the_notebook_is_that_of_the_page(page):
 @pytest.mark.parametrize(
     "page",
     [
-        pytest.param(page, id=page.stem, marks=[pytest.mark.slow] * (page.stem != "tutorial-first-scan"))
+        pytest.param(page, id=page.stem, marks=[pytest.mark.slow] * (page.stem != "tutorial-dicom"))
         for page in PAGES
     ],
 )
