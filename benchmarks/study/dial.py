@@ -59,7 +59,7 @@ def main() -> None:
             f"shared causes {value:g}:", *(f"{r['difference']:+.3f} ({r['training_patients']})" for r in found[value])
         )
     intervals = {
-        f"{value:g}, {row['training_patients']} patients": {
+        f"shared causes {value:g}, {row['training_patients']} patients": {
             "value": row["difference"], "low": row["low"], "high": row["high"],
         }
         for value, rows in found.items()
