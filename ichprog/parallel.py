@@ -226,7 +226,7 @@ def _call(payload: bytes, item: Any) -> tuple[Any, Exception | None]:
                     f"The worker on {socket.gethostname()} has no folder {folder}. Workers need the same files under "
                     "the same paths."
                 )
-            with chdir(folder), pseudonyms.lent_key(secret):
+            with chdir(folder), pseudonyms.use_key(secret):
                 return function(item), None
         except Exception as error:
             return None, _portable(error)

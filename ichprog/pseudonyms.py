@@ -1,7 +1,7 @@
 """Pseudonyms of patients, studies and series: hashes with a secret key.
 
-The key is a file of this user, which is made at the first use. Who has the key file gets the same pseudonyms; nobody
-else can compute the pseudonym of an identifier, or find the identifier by trying all that are possible.
+The key is in a file of this user, which is made at the first use. Everybody with the key file gets the same pseudonyms.
+Nobody else can compute the pseudonym of an identifier, or find the identifier by trying all that are possible.
 """
 
 import functools
@@ -21,7 +21,7 @@ _KEY_BYTES = 32
 _MIN_CHARACTERS, _MAX_CHARACTERS = 32, 4096  # of a key file
 
 _LOG = logging.getLogger("ichprog")
-_lent_keys: list[bytes] = []  # of the process that sent work to this one
+_other_keys: list[bytes] = []  # of the process that sent work to this one
 
 
 def pseudonym(identifier: str) -> str:
@@ -56,24 +56,24 @@ def key() -> bytes:
     Raises:
         RunError: The file cannot be read or made, or is no key.
     """
-    return _lent_keys[-1] if _lent_keys else _read(key_file(), KEY_VARIABLE in os.environ)
+    return _other_keys[-1] if _other_keys else _read(key_file(), KEY_VARIABLE in os.environ)
 
 
 @contextmanager
-def lent_key(lent: bytes | None) -> Iterator[None]:
+def use_key(other: bytes | None) -> Iterator[None]:
     """Use the key of the process that sent work to this one while the block runs.
 
     Args:
-        lent: The key of the other process; None uses that of this user.
+        other: The key of the other process; None uses that of this user.
     """
-    if lent is None:
+    if other is None:
         yield
         return
-    _lent_keys.append(lent)
+    _other_keys.append(other)
     try:
         yield
     finally:
-        _lent_keys.pop()
+        _other_keys.pop()
 
 
 @functools.lru_cache(maxsize=8)

@@ -66,7 +66,7 @@ def test_workers_of_an_executor_use_the_key_of_the_sender(home, tmp_path):
     with ProcessPoolExecutor(1, mp_context=context, initializer=_as_another_user, initargs=(other,)) as executor:
         assert executor.submit(pseudonym, "Smith").result() != pseudonym("Smith")
         assert dict(parallel.map_unordered(pseudonym, ["Smith"], executor=executor)) == {"Smith": pseudonym("Smith")}
-        assert executor.submit(pseudonym, "Smith").result() != pseudonym("Smith")  # the key was only lent
+        assert executor.submit(pseudonym, "Smith").result() != pseudonym("Smith")  # only for that work
 
 
 def test_local_workers_read_the_same_key(home):

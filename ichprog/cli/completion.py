@@ -16,6 +16,11 @@ def choices(*names: str) -> Complete:
     return lambda _context, _parameter, start: _matching(names, start)
 
 
+def one_of(*names: str) -> dict[str, Any]:
+    """Return the arguments of an option that takes one of a few names: its metavar and its completion."""
+    return {"metavar": "|".join(names), "shell_complete": choices(*names)}
+
+
 def models(_context: click.Context, _parameter: click.Parameter, start: str) -> list[str]:
     """Complete the name of a model of the zoo."""
     from ichprog import zoo

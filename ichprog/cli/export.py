@@ -16,13 +16,7 @@ from ichprog.cli.options import as_json, cache_dir, fold, offline, print_json
 @click.argument("name", shell_complete=completion.models)
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="DIR", help="Output folder.")
 @click.option(
-    "--format",
-    "form",
-    default="onnx",
-    show_default=True,
-    metavar="onnx|openvino",
-    help="File format.",
-    shell_complete=completion.choices("onnx", "openvino"),
+    "--format", "form", default="onnx", show_default=True, help="File format.", **completion.one_of("onnx", "openvino")
 )
 @fold
 @cache_dir
@@ -35,9 +29,8 @@ def export(
     from ichprog import export
 
     export.check_format(form)
-    model = ichprog.load_model(
-        name, fold=fold, device="cpu", runtime="cached", cache_dir=cache_dir, offline=offline
-    )  # compiles nothing, because only the description and the weights are used
+    # Only the description and the weights are used, so that nothing has to be compiled.
+    model = ichprog.load_model(name, fold=fold, device="cpu", runtime="cached", cache_dir=cache_dir, offline=offline)
     path = export.export(model, output, format=form)
     folds = [file.fold for file in model.weights]
     written = {"path": str(path), "config": str(path.with_name("config.json")), "folds": folds}

@@ -37,16 +37,12 @@ loading = [
     fold,
     device,
     click.option(
-        "--runtime", default="auto", show_default=True, metavar="auto|cached|openvino|torch",
-        shell_complete=completion.choices("auto", "cached", "openvino", "torch"),
+        "--runtime", default="auto", show_default=True, **completion.one_of("auto", "cached", "openvino", "torch")
     ),
-    click.option(
-        "--precision", default="float32", show_default=True, metavar="float32|bfloat16",
-        shell_complete=completion.choices("float32", "bfloat16"),
-    ),
+    click.option("--precision", default="float32", show_default=True, **completion.one_of("float32", "bfloat16")),
     cache_dir,
     offline,
-]  # fmt: skip
+]
 
 
 def with_options(options: Iterable[Callable[..., Any]]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -30,7 +30,7 @@ class LineHandler(logging.Handler):
         tqdm = getattr(sys.modules.get("tqdm"), "tqdm", None)
         if tqdm is not None:
             tqdm.write(self.format(record), file=sys.stderr)
-            sys.stderr.flush()
+            sys.stderr.flush()  # tqdm does not, and the line would come after later output of the command
         else:
             click.echo(self.format(record), err=True)
 

@@ -40,12 +40,7 @@ def study() -> None:
 @study.command(cls=Command, epilog=examples("study new study.toml --preset smoke"))
 @click.argument("path", type=click.Path(path_type=Path), metavar="STUDY.toml")
 @click.option(
-    "--preset",
-    default="default",
-    show_default=True,
-    metavar="default|paper|smoke",
-    help="Template.",
-    shell_complete=completion.choices("default", "paper", "smoke"),
+    "--preset", default="default", show_default=True, help="Template.", **completion.one_of("default", "paper", "smoke")
 )
 @as_json
 def new(path: Path, preset: str, as_json: bool) -> None:

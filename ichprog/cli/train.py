@@ -35,12 +35,7 @@ if TYPE_CHECKING:
 @click.option("--folds", default=10, show_default=True, help="Number of folds.")
 @click.option("--only-fold", "only_folds", multiple=True, type=int, help="Train this fold only, repeatable.")
 @click.option(
-    "--preset",
-    default="default",
-    show_default=True,
-    metavar="default|paper",
-    help="Training protocol.",
-    shell_complete=completion.choices("default", "paper"),
+    "--preset", default="default", show_default=True, help="Training protocol.", **completion.one_of("default", "paper")
 )
 @click.option(
     "--set", "changes", multiple=True, metavar="FIELD=VALUE",
@@ -49,10 +44,7 @@ if TYPE_CHECKING:
 @click.option("--epochs", type=int, help="Same as --set epochs=N.")
 @click.option("--seed", type=int, help="Same as --set seed=N.")
 @click.option(
-    "--loss-weighting",
-    metavar="fixed|uncertainty",
-    help="Same as --set loss_weighting=NAME.",
-    shell_complete=completion.choices("fixed", "uncertainty"),
+    "--loss-weighting", help="Same as --set loss_weighting=NAME.", **completion.one_of("fixed", "uncertainty")
 )
 @click.option("--head", "heads", multiple=True, metavar="TASK=HEAD", help="Replace a task's head, repeatable.")
 @click.option("--drop-task", "dropped", multiple=True, metavar="TASK", help="Remove a task, repeatable.")

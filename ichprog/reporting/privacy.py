@@ -26,8 +26,7 @@ def is_dicom(scan: str) -> bool:
 def public_name(scan: str) -> str:
     """Return a name of a scan without folders; for DICOM a pseudonym.
 
-    The pseudonym of a study is the one that `ichprog scans` lists. That of another DICOM source is one of its
-    path.
+    The pseudonym of a study is the one that `ichprog scans` lists. Another DICOM source has a pseudonym of its path.
 
     Args:
         scan: Name of the scan in a result.

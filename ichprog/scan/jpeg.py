@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 _JPEG_2000_START = b"\xff\x4f\xff\x51"  # start of the codestream, then the segment SIZ
 _FRAMES = {*range(0xC0, 0xC4), *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xD0), 0xF7}  # segments SOF
+_LONGEST_START = 2**20  # bytes before which a stream has to state its size
 _MAX_TILES = 2**16 - 1  # of JPEG 2000: the number of a tile has 16 bits
 
 
@@ -31,14 +32,14 @@ def stored_size(data: bytes) -> StoredSize:
         >>> stored_size(bytes.fromhex("ffd8 fff7 000b 10 0200 0100 01 011100"))
         StoredSize(rows=512, columns=256, components=1)
     """
-    if not data.startswith(b"\xff\xd8") and (start := data.find(_JPEG_2000_START)) >= 0:
-        return _size_of_jpeg_2000(data[start + len(_JPEG_2000_START) :])
+    if not data.startswith(b"\xff\xd8") and (start := data.find(_JPEG_2000_START, 0, _LONGEST_START)) >= 0:
+        start += len(_JPEG_2000_START)
+        return _size_of_jpeg_2000(data[start : start + 38])
     position = 2  # after the marker SOI
-    while data[position : position + 1] == b"\xff":
-        kind, segment = data[position + 1], data[position + 2 :]
-        if kind in _FRAMES and len(segment) >= 8:
-            return StoredSize(_number(segment[3:5]), _number(segment[5:7]), segment[7])
-        position += 1 if kind == 0xFF else 2 + _number(segment[:2])
+    while position < _LONGEST_START and len(segment := data[position : position + 10]) == 10 and segment[0] == 0xFF:
+        if segment[1] in _FRAMES:
+            return StoredSize(_number(segment[5:7]), _number(segment[7:9]), segment[9])
+        position += 1 if segment[1] == 0xFF else 2 + _number(segment[2:4])
     raise ValueError("the compressed stream states no size")
 
 

@@ -438,10 +438,10 @@ def _check_stored_sizes(data: Any) -> None:
     families = (uid.JPEGTransferSyntaxes, uid.JPEGLSTransferSyntaxes, uid.JPEG2000TransferSyntaxes)
     if "PixelData" not in data or not any(data.file_meta.get("TransferSyntaxUID") in family for family in families):
         return
-    expected = StoredSize(int(data.Rows), int(data.Columns), int(data.get("SamplesPerPixel", 1)))
+    expected = StoredSize(int(data.Rows), int(data.Columns), int(data.get("SamplesPerPixel") or 1))
     tables = [data.get(name) for name in ("ExtendedOffsetTable", "ExtendedOffsetTableLengths")]
     extended = None if None in tables else tuple(tables)
-    count = int(data.get("NumberOfFrames", None) or 1)
+    count = int(data.get("NumberOfFrames") or 1)
     for frame in generate_frames(data.PixelData, number_of_frames=count, extended_offsets=extended):
         if (found := stored_size(frame)) != expected:
             raise ValueError(f"the compressed stream has the size {tuple(found)} and the header {tuple(expected)}")

@@ -27,7 +27,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ichprog.cohort import Cohort
-from ichprog.errors import CohortError, IchprogError, RunError, UnknownNameError
+from ichprog.errors import CohortError, IchprogError, RunError, SpecError, UnknownNameError
 from ichprog.evaluation.predictions import SPLITS, Predictions, TaskPredictions
 from ichprog.io import atomic_write, file_lock, read_csv
 from ichprog.parallel import WorkerDiedError, map_unordered
@@ -123,8 +123,8 @@ def run(
 
     out, cache = Path(out).absolute(), hub.cache_folder(cache_dir).absolute()
     manifest.refuse_foreign_folder(out)
-    manifest.check_networks(study)
     chosen = _choose_jobs(study, only)
+    _check_networks(study, [job for job in chosen if not _is_done(out, job)])
     with file_lock(out / ".prepare.lock"):  # another process may prepare the same study
         manifest.simulate_patients(study, out, workers)
         cohort = manifest.load_cohort(study, out)
@@ -287,14 +287,25 @@ def _finish_job(out: Path, job: Job, error: str | None, report: Callable[[JobSta
     report(_status_of(out, job))
 
 
+def _check_networks(study: Study, jobs: Sequence[Job]) -> None:
+    """Refuse variants whose network cannot be built or cannot read its grids, before anything is computed."""
+    from ichprog import networks
+
+    variants = {
+        variant.name: variant for variant in (study.runs[job.run].variant for job in jobs if job.fold is not None)
+    }
+    for name, variant in variants.items():
+        try:
+            networks.feature_shape(variant.spec)
+        except SpecError as error:
+            raise SpecError(f"variant {name!r}: {error}") from error
+
+
 def _prepare_grids(study: Study, cohort: Cohort, cache: Path, jobs: Sequence[Job], workers: int, *, bars: bool) -> None:
-    """Refuse variants that cannot be trained, and prepare every scan once before the jobs start."""
+    """Refuse variants without enough patients, and prepare every scan once before the jobs start."""
     names = dict.fromkeys(job.run for job in jobs if job.fold is not None)
     if not names:
         return
-    import torch
-
-    from ichprog import networks
     from ichprog.model import resolve_brain
     from ichprog.train import folds, grid_cache
 
@@ -307,8 +318,6 @@ def _prepare_grids(study: Study, cohort: Cohort, cache: Path, jobs: Sequence[Job
             folds.validate_folds(spec, labels, manifest.split_folds(study, cohort, run))
         except CohortError as error:
             raise CohortError(f"variant {name}: {error}") from None
-        with torch.random.fork_rng(devices=[]):
-            networks.build(spec)
         if spec.input not in inputs:
             inputs.append(spec.input)
     scans = [patient.scan for patient in cohort.patients]

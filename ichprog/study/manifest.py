@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ichprog.cohort import Cohort
-from ichprog.errors import CohortError, RunError, SpecError, UnknownNameError
+from ichprog.errors import CohortError, RunError, UnknownNameError
 from ichprog.io import write_json
 from ichprog.study.config import Baseline, Run, Study
 from ichprog.train import Protocol
@@ -157,25 +157,6 @@ def build_manifest(study: Study, cohort: Cohort) -> dict[str, Any]:
         },
         **environment(),
     }
-
-
-def check_networks(study: Study) -> None:
-    """Refuse variants whose grids are too small for their backbones, before anything is computed.
-
-    Args:
-        study: Study.
-
-    Raises:
-        SpecError: A backbone cannot read the grids of its variant.
-    """
-    from ichprog import networks
-
-    different = {(repr(variant.spec.backbone), variant.spec.input.shape): variant for variant in study.variants}
-    for variant in different.values():
-        try:
-            networks.feature_shape(variant.spec)
-        except SpecError as error:
-            raise SpecError(f"variant {variant.name!r}: {error}") from error
 
 
 def refuse_foreign_folder(out: Path) -> None:

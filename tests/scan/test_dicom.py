@@ -26,6 +26,7 @@ from pydicom.valuerep import DSfloat
 
 from ichprog.errors import ScanError
 from ichprog.scan import dicom
+from ichprog.scan.jpeg import stored_size
 
 from support.dicom_series import BLOB_SIGMA_MM, BLOBS_LPS, PIXEL_MM, TISSUE_HU, change, slices, write, write_enhanced
 
@@ -292,6 +293,22 @@ def test_a_stream_of_another_size_reaches_no_decoder(tmp_path, syntax, rows_afte
     error = refused(tmp_path)
     assert error.code == "pixel-data"
     assert re.search(r"the compressed stream has the size|\d+ tiles", str(error))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\xff\xd8\xff",
+        b"\xff\xd8" + b"\xff" * 2**21 + bytes.fromhex("c3 000b 10 0200 0100 01 011100"),  # too late
+        b"\x00" * 2**21 + bytes.fromhex("ff4fff51") + bytes(38),
+        bytes.fromhex("ff4fff51") + bytes(38),  # tiles without a size
+    ],
+    ids=["empty", "cut", "late frame", "late codestream", "no tiles"],
+)
+def test_a_stream_without_a_size_near_its_start_is_refused(data):
+    with pytest.raises(ValueError, match="states no size"):
+        stored_size(data)
 
 
 def test_an_unknown_compression_is_named(tmp_path):
