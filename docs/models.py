@@ -135,6 +135,8 @@ A name consists of a backbone and tasks, and its meaning never changes. The tabl
 task in parentheses. Models with the same backbone differ only in tasks and weights, so that multi-task and single-task
 models can be compared.
 
+![One network with three heads, and three networks of one task each](../pictures/multi-task.svg)
+
 {markdown_table(["name", "tasks", "summary"], rows)}
 
 {_caution(NOTICE)}

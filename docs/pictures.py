@@ -5,7 +5,10 @@ pictures go to `docs/pictures/`. `--only NAME` draws one picture.
 """
 
 import argparse
+import csv
+import dataclasses
 import hashlib
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -291,6 +294,66 @@ def draw_threshold(_: Path) -> Any:
     return figure
 
 
+def draw_training(folder: Path) -> Any:
+    """Draw the losses of each epoch of a short training on simulated patients."""
+    from matplotlib.figure import Figure
+
+    from ichprog.simulate import simulate
+    from ichprog.train import PRESETS, TrainOptions, resolve_spec, train
+
+    run = folder / "run"
+    if not (run / "log.csv").exists():
+        spec = resolve_spec("compact.prognosis_gcs3_age")
+        spec = dataclasses.replace(spec, input=dataclasses.replace(spec.input, shape=(12, 48, 48)))
+        cohort = simulate(folder / "training", patients=240, seed=SEED, preset="plain", matrix=48, workers=2)
+        protocol = PRESETS["default"].replace(epochs=24, patience=0, validation_fraction=0.25)
+        options = TrainOptions(device="cpu", brain="given")
+        train(cohort, spec, run, folds=2, protocol=protocol, options=options)
+    with (run / "log.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    figure = Figure(figsize=(7.4, 3), layout="constrained")
+    for axis, fold in zip(figure.subplots(1, 2, sharey=True), ("0", "1"), strict=True):
+        epochs = [row for row in rows if row["fold"] == fold]
+        numbers = [int(row["epoch"]) for row in epochs]
+        for column, colour, label in (("loss", BLUE, "training"), ("val_loss", RED, "validation")):
+            axis.plot(numbers, [float(row[column]) for row in epochs], color=colour, label=label)
+        best = min(epochs, key=lambda row: float(row["val_loss"]))
+        axis.plot(int(best["epoch"]), float(best["val_loss"]), "o", color=RED, label="lowest validation loss")
+        axis.set(title=f"fold {fold}", xlabel="epoch")
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].set_ylabel("loss, all tasks")
+    figure.axes[1].legend(frameon=False, fontsize=8)
+    figure.suptitle("240 simulated patients, two folds", fontsize=9)
+    return figure
+
+
+def profile_bars(page: str, section: str) -> list[tuple[str, float]]:
+    """Return the names and seconds of a table of the page about profiles."""
+    rows = re.findall(
+        r"^\| `(\S+)` .*\| (\S+) +\|$", page.partition(f"## {section}")[2].partition("## ")[0], re.MULTILINE
+    )
+    return [(name, float(seconds)) for name, seconds in rows]
+
+
+def draw_profiling(_: Path) -> Any:
+    """Draw the seconds of the backbones and of the saliency methods, from the page about profiles."""
+    from matplotlib.figure import Figure
+
+    page = (DOCS / "profiling.md").read_text(encoding="utf-8")
+    figure = Figure(figsize=(9.6, 3.2), layout="constrained")
+    sections = {"Backbones": "one grid, forward", "Saliency methods": "one map of the compact backbone"}
+    for axis, (section, what) in zip(figure.subplots(1, 2), sections.items(), strict=True):
+        names, seconds = zip(*sorted(profile_bars(page, section), key=lambda row: -row[1]), strict=True)
+        bars = axis.barh(names, seconds, color=BLUE)
+        axis.bar_label(bars, fmt="%.2g", fontsize=7, padding=2)
+        axis.set_xscale("log")
+        axis.set(title=section, xlabel=f"seconds for {what}")
+        axis.title.set_size(10)
+        axis.tick_params(axis="y", labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
 DRAWINGS: dict[str, Callable[[Path], Any]] = {
     "multi-task.svg": draw_multi_task,
     "preprocessing.png": draw_preprocessing,
@@ -303,6 +366,8 @@ DRAWINGS: dict[str, Callable[[Path], Any]] = {
     "location.png": draw_location,
     "calibration.svg": draw_calibration,
     "threshold.svg": draw_threshold,
+    "training.svg": draw_training,
+    "profiling.svg": draw_profiling,
 }
 
 

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import click
 import nibabel as nib
@@ -170,6 +171,25 @@ def test_the_reference_has_every_public_name():
     text = (DOCS / "reference.md").read_text()
     for name in ichprog.__all__:
         assert f"::: ichprog.{name}\n" in text or f"`{name}(" in text, name
+
+
+def test_every_page_has_a_picture():
+    for page in (ROOT / "README.md", *DOCS.rglob("*.md")):
+        assert re.search(r"!\[[^\]]+\]\(\S+\.(?:svg|png)\)", page.read_text(encoding="utf-8")), page.name
+
+
+def test_the_diagrams_show_what_their_texts_say():
+    """Run `python docs/diagrams.py` if this fails."""
+    sources = {path.stem: path.read_text() for path in (DOCS / "pictures").glob("*.dot")}
+    sources["architecture"] = runpy.run_path(str(DOCS / "diagrams.py"))["architecture"]()
+    for name, source in sources.items():
+        picture = ElementTree.parse(DOCS / "pictures" / f"{name}.svg")
+        shown = {text.text.strip() for text in picture.iter("{http://www.w3.org/2000/svg}text")}
+        nodes = re.sub(r"<\w+> ", "", source)  # the names of the fields of a table
+        labels = {
+            line for label in re.findall(r'label="((?:[^"\\]|\\.)*)"', nodes) for line in re.split(r"\\n|\|", label)
+        }
+        assert {label.replace('\\"', '"').strip() for label in labels} == shown, name
 
 
 @pytest.mark.parametrize("builder", ["mkdocs", "zensical"])

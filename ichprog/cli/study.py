@@ -15,8 +15,6 @@ from ichprog.cli.workers import Workers, with_workers
 from ichprog.errors import InvalidValueError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from ichprog.study import JobStatus
 
 _study = click.argument("study", type=click.Path(path_type=Path), metavar="STUDY.toml")
@@ -116,10 +114,15 @@ def run(
 
     ichprog.study.require_packages()
     plan, folder = ichprog.study.Study.read(study), output or study.with_suffix("")
-    announce = _StatusPrinter(ichprog.study.status(plan, folder), jobs)
     with pool.start() as where:
         statuses = ichprog.study.run(
-            plan, folder, cache_dir=cache_dir, progress=announce, bars=sys.stderr.isatty(), only=jobs or None, **where
+            plan,
+            folder,
+            cache_dir=cache_dir,
+            progress=_StatusPrinter(),
+            bars=sys.stderr.isatty(),
+            only=jobs or None,
+            **where,
         )
     if jobs:
         print_path(folder, as_json=as_json)
@@ -264,24 +267,24 @@ def _format_status(status: "JobStatus") -> str:
 class _StatusPrinter:
     """Print the status of each job that is done, with the number of jobs and the time left.
 
-    Args:
-        before: Status of every job of the study before the run.
-        chosen: Names of the jobs to run; empty for all.
+    The first status of a job is that before the run, so the time is counted from the start of the first job.
     """
 
-    def __init__(self, before: "Sequence[JobStatus]", chosen: "Sequence[str]") -> None:
-        states = {each.job.name: each.state for each in before if not chosen or each.job.name in chosen}
-        self._total, self._done_before = len(states), {name for name, state in states.items() if state == "done"}
-        self._ended, self._start = 0, time.monotonic()
+    def __init__(self) -> None:
+        self._states: dict[str, str] = {}
+        self._ended, self._start = 0, 0.0
 
     def __call__(self, status: "JobStatus") -> None:
         """Print the status of a job that was done already or that ends now."""
-        if status.job.name in self._done_before:
-            click.echo(_format_status(status), err=True)
+        if status.job.name not in self._states:
+            self._states[status.job.name], self._start = status.state, time.monotonic()
+            if status.state == "done":
+                click.echo(_format_status(status), err=True)
             return
         self._ended += 1
-        number, left = len(self._done_before) + self._ended, self._total - len(self._done_before) - self._ended
-        about = f"  ({number} of {self._total} jobs"
-        if left > 0:
-            about += f", about {progress.format_time((time.monotonic() - self._start) / self._ended * left)} left"
+        number, total = self._ended + list(self._states.values()).count("done"), len(self._states)
+        about = f"  ({number} of {total} jobs"
+        if number < total:
+            seconds = (time.monotonic() - self._start) / self._ended * (total - number)
+            about += f", about {progress.format_time(seconds)} left"
         click.echo(f"{_format_status(status)}{about})", err=True)

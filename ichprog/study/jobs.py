@@ -98,7 +98,7 @@ def run(
             files. By default, jobs run on this machine.
         workers: Number of processes if there is no executor. 1 runs in this process.
         cache_dir: Folder of prepared grids. By default `$ICHPROG_CACHE` or `~/.cache/ichprog`.
-        progress: Called with the status of each job that was done already, and of each job that ends.
+        progress: Called with the status of every job before the first one starts, and again of each job that ends.
         bars: Whether to show progress bars of scans and epochs on standard error, for what this process computes.
         only: Names of the jobs to run. By default all. The predictions are collected by a later call without `only`.
 
@@ -135,8 +135,7 @@ def run(
 
     report = progress or (lambda _: None)
     for each in before:
-        if each.state == "done":
-            report(each)
+        report(each)
     if remaining:
         _progress.info("Running %d jobs, %d more are done.", len(remaining), len(before) - len(remaining))
     function = partial(run_job, study, out, cache, bars=bars and executor is None and workers == 1)

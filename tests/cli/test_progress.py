@@ -76,11 +76,14 @@ def test_a_line_stands_above_a_bar(handler, monkeypatch):
 
 
 def test_the_jobs_of_a_study_are_counted_with_the_time_left(capsys, monkeypatch):
-    clock = iter([0.0, 30.0, 100.0])
+    """The time before the first job, such as that of a long simulation, does not count."""
+    clock = iter([900.0, 900.0, 900.0, 900.0, 930.0, 1000.0])
     monkeypatch.setattr("ichprog.cli.study.time.monotonic", lambda: next(clock))
     jobs = [Job("a", 0), Job("a", 1), Job("b", 0), Job("b", 1)]
-    printer = _StatusPrinter([JobStatus(jobs[0], "done"), *(JobStatus(job, "missing") for job in jobs[1:])], ())
-    for job in jobs:
+    printer = _StatusPrinter()
+    for job, state in zip(jobs, ("done", "missing", "failed", "missing"), strict=True):
+        printer(JobStatus(job, state))
+    for job in jobs[1:]:
         printer(JobStatus(job, "done"))
     assert capsys.readouterr().err.splitlines() == [
         "done     a-0",

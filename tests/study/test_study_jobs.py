@@ -349,7 +349,7 @@ def test_several_processes_give_the_same_files_as_one_if_a_process_is_killed(
         reported.append(status)
         working = multiprocessing.active_children()
         seen.update(process.pid for process in working)
-        if len(reported) == 2 and not killed:
+        if len(job_names(reported)) == 2 and not killed:
             killed.append(working[0].pid)
             os.kill(killed[0], signal.SIGKILL)
 
@@ -377,7 +377,7 @@ def test_dask_workers_give_the_same_files_if_a_worker_is_killed(finished_study, 
 
         def watch(status):
             reported.append(status)
-            if len(reported) == 2 and not killed:
+            if len(job_names(reported)) == 2 and not killed:
                 killed.append(local.workers[0].pid)
                 os.kill(killed[0], signal.SIGKILL)
 
