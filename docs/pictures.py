@@ -320,6 +320,7 @@ def draw_training(folder: Path) -> Any:
         best = min(epochs, key=lambda row: float(row["val_loss"]))
         axis.plot(int(best["epoch"]), float(best["val_loss"]), "o", color=RED, label="lowest validation loss")
         axis.set(title=f"fold {fold}", xlabel="epoch")
+        axis.title.set_size(10)
         axis.spines[["top", "right"]].set_visible(False)
     figure.axes[0].set_ylabel("loss, all tasks")
     figure.axes[1].legend(frameon=False, fontsize=8)
@@ -341,13 +342,13 @@ def draw_profiling(_: Path) -> Any:
 
     page = (DOCS / "profiling.md").read_text(encoding="utf-8")
     figure = Figure(figsize=(9.6, 3.2), layout="constrained")
-    sections = {"Backbones": "one grid, forward", "Saliency methods": "one map of the compact backbone"}
+    sections = {"Backbones": "seconds for one grid, forward", "Saliency methods": "seconds for one map of compact"}
     for axis, (section, what) in zip(figure.subplots(1, 2), sections.items(), strict=True):
         names, seconds = zip(*sorted(profile_bars(page, section), key=lambda row: -row[1]), strict=True)
         bars = axis.barh(names, seconds, color=BLUE)
         axis.bar_label(bars, fmt="%.2g", fontsize=7, padding=2)
         axis.set_xscale("log")
-        axis.set(title=section, xlabel=f"seconds for {what}")
+        axis.set(title=section, xlabel=what)
         axis.title.set_size(10)
         axis.tick_params(axis="y", labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
