@@ -72,12 +72,12 @@ def _described(fitted: "Calibration") -> dict[str, Any]:
 )
 @click.argument("name", metavar="NAME", shell_complete=completion.models)
 @_cohorts
-@click.option("--columns", required=True, metavar="COLUMN,...", help="Columns of clinical values, separated by commas.")
+@click.option("--columns", required=True, metavar="COLUMN,...", help="At most four columns of clinical values.")
 @click.option(
     "--task",
     "tasks",
     multiple=True,
-    help="Task to combine; repeatable. By default, all that can be.",
+    help="Task to combine; repeatable. By default, all whose own column is not among the values.",
     shell_complete=completion.tasks,
 )
 @_output

@@ -68,9 +68,14 @@ if TYPE_CHECKING:
     help="Smallest number of patients behind any number of --summary.",
 )  # fmt: skip
 @click.option(
-    "--pool", "pool_summaries", is_flag=True, help="Pool summaries of several sites: ichprog evaluate --pool FILE..."
+    "--pool",
+    "pool_summaries",
+    is_flag=True,
+    help="Pool the summaries of several sites, which stand in place of NAME and COHORT.",
 )
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder of all results.")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="Folder of predictions, tables, figures and the report."
+)
 @click.option("--resume", is_flag=True, help="Continue an interrupted run: predict only scans without a result.")
 @with_workers
 @as_json

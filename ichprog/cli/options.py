@@ -30,19 +30,23 @@ fold = click.option("--fold", type=int, help="Use one fold. By default, all avai
 cache_dir = click.option("--cache-dir", type=click.Path(path_type=Path), help="Cache folder.")
 offline = click.option("--offline", is_flag=True, help="Use only the cache, not the network.")
 device = click.option(
-    "--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.",
+    "--device", default="auto", show_default=True, help="Device of torch: auto, cpu, cuda, cuda:1, mps.",
     shell_complete=completion.choices("auto", "cpu", "cuda", "mps"),
 )  # fmt: skip
 loading = [
     fold,
     device,
     click.option(
-        "--runtime", default="auto", show_default=True, **completion.one_of("auto", "cached", "openvino", "torch")
+        "--runtime", default="auto", show_default=True, **completion.one_of("auto", "cached", "openvino", "torch"),
+        help="What computes the network. cached compiles nothing: torch computes what is not compiled yet.",
     ),
-    click.option("--precision", default="float32", show_default=True, **completion.one_of("float32", "bfloat16")),
+    click.option(
+        "--precision", default="float32", show_default=True, **completion.one_of("float32", "bfloat16"),
+        help="bfloat16 is faster, and less precise, if the processor supports it.",
+    ),
     cache_dir,
     offline,
-]
+]  # fmt: skip
 
 
 def with_options(options: Iterable[Callable[..., Any]]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

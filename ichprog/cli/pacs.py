@@ -24,9 +24,10 @@ _archive = [
     click.argument("address", metavar="ARCHIVE"),
     click.option("--aet", default="ICHPROG", show_default=True, help="Application entity title of this client."),
     click.option("--retrieve", type=click.Choice(["get", "move"]), default="get", show_default=True,
-                 help="Fetch by C-GET or C-MOVE."),
+                 help="Fetch by C-GET or C-MOVE. For C-MOVE, the archive must know this client."),
     click.option("--receive-port", type=int, default=11112, show_default=True, help="Port at which C-MOVE receives."),
-    click.option("--tls-ca", type=_FILE, help="Certificates that may sign that of the archive, in PEM format."),
+    click.option("--tls-ca", type=_FILE,
+                 help="Certificates that may sign that of the archive, in PEM format. The system's by default."),
     click.option("--tls-cert", type=_FILE, help="Certificate of this client, in PEM format."),
     click.option("--tls-key", type=_FILE, help="Private key of the certificate."),
 ]  # fmt: skip
@@ -44,7 +45,7 @@ _models = [
         "methods",
         multiple=True,
         metavar="METHOD",
-        help="Saliency method; repeatable.",
+        help="Saliency method; repeatable. Maps of the model's first task are stored as well.",
         shell_complete=completion.plugins("saliency"),
     ),
 ]
@@ -164,7 +165,9 @@ def predict(ctx: click.Context, /, archive: "Archive", studies: tuple[str, ...],
 )
 @_with_archive
 @_match
-@click.option("--journal", type=click.Path(path_type=Path), required=True, help="File that remembers answered studies.")
+@click.option(
+    "--journal", type=click.Path(path_type=Path), required=True, help="SQLite file that remembers answered studies."
+)
 @click.option("--interval", type=float, default=30.0, show_default=True, help="Seconds between two queries.")
 @click.option(
     "--settle",

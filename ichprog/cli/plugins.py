@@ -115,7 +115,11 @@ def _write_template(folder: Path, name: str, kind: str, group: Any) -> None:
 @click.argument("names", nargs=-1, metavar="[NAME]...", shell_complete=completion.plugins(*_REGISTRIES.values()))
 @click.option("--kind", "kinds", type=_kinds, multiple=True, help="Profile only this kind; repeatable.")
 @click.option(
-    "--shape", type=click.IntRange(min=1), nargs=3, metavar="D H W", help="Slices, rows and columns of the grids."
+    "--shape",
+    type=click.IntRange(min=1),
+    nargs=3,
+    metavar="D H W",
+    help="Slices, rows and columns of the grids. For a head, of the grid behind its features.",
 )
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the tables as Markdown to this file.")
 @as_json

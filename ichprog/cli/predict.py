@@ -329,7 +329,7 @@ def _split_clinical(given: dict[str, Any], model: str, *, with_scores: bool) -> 
 @brain
 @with_options(dicom_options)
 @_tasks
-@click.option("--label", help="Label to explain. By default, the task's last label, which is the most severe.")
+@click.option("--label", help="Label to explain, of one task. By default, its last label, which is the most severe.")
 @click.option(
     "--method", "methods", multiple=True, default=["guided_backprop"], show_default=True,
     shell_complete=completion.plugins("saliency"),
@@ -343,13 +343,19 @@ def _split_clinical(given: dict[str, Any], model: str, *, with_scores: bool) -> 
     shell_complete=completion.clinical,
     help="Clinical value of the patient, which stays fixed; repeatable.",
 )
-@click.option("-o", "--output", type=click.Path(path_type=Path), default=Path(), help="Folder for the maps.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    default=Path(),
+    help="Folder for the maps. By default, the current one.",
+)
 @click.option("--png", is_flag=True, help="Also draw the maps of each scan over its slices.")
 @click.option(
     "--labels", "percent", type=click.FloatRange(0, 100, min_open=True), metavar="PERCENT",
     help="Also write where each map is strongest: 1 and 2 in the PERCENT of brain voxels that raise and lower most.",
 )  # fmt: skip
-@click.option("--resume", is_flag=True, help="Explain only scans whose maps are not there yet.")
+@click.option("--resume", is_flag=True, help="Explain only scans whose maps and pictures are not there yet.")
 @with_workers
 @as_json
 @click.pass_context

@@ -34,11 +34,15 @@ output = click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="File of results: .csv, .parquet, .json or .jsonl."
 )
 dicom_options = [
-    click.option("--study", metavar="NAME", help="Take only this DICOM study: a name or UID from `ichprog scans`."),
-    click.option("--series", metavar="NAME", help="Read this DICOM series, by number or name, instead of the best."),
+    click.option(
+        "--study", metavar="NAME", help="Take only this DICOM study: a pseudonym from `ichprog scans`, or a UID."
+    ),
+    click.option(
+        "--series", metavar="NAME", help="Read this DICOM series, by number, pseudonym or UID, instead of the best."
+    ),
 ]
 resume_options = [
-    click.option("--resume", is_flag=True, help="Continue an interrupted run: predict only scans without a result."),
+    click.option("--resume", is_flag=True, help="Continue an interrupted run, or add scans to a finished one."),
     click.option("--retry-failed", is_flag=True, help="With --resume, also try the scans that failed."),
     click.option("--overwrite", is_flag=True, help="Replace results that exist."),
     click.option(
@@ -49,7 +53,7 @@ score_options = [
     click.option("--scores", is_flag=True, help="Compute the ICH and FUNC scores of each patient."),
     click.option(
         "--clinical", multiple=True, metavar="NAME=VALUE", shell_complete=completion.clinical,
-        help=f"Clinical value of the patient; repeatable. Example: {_CLINICAL_EXAMPLE}.",
+        help=f"Clinical value of the only patient; repeatable. Example: {_CLINICAL_EXAMPLE}.",
     ),
 ]  # fmt: skip
 

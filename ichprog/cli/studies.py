@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @click.option(
     "--mapping", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
-    help="Write a table of pseudonyms and the identifiers behind them.",
+    help="Write a table of pseudonyms and the identifiers behind them, which only you can read.",
 )  # fmt: skip
 @as_json
 @click.pass_context

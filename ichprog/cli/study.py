@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
 _study = click.argument("study", type=click.Path(path_type=Path), metavar="STUDY.toml")
 _output = click.option(
-    "-o", "--output", type=click.Path(path_type=Path), help="Folder of the study. Default: the name of the study file."
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Folder of the study. By default, the name of the study file without .toml.",
 )
 _cache_dir = click.option(
     "--cache-dir", type=click.Path(path_type=Path), help="Cache of prepared grids and compiled networks."
@@ -61,8 +64,15 @@ def new(path: Path, preset: str, as_json: bool) -> None:
 @click.option("--positive", default=0.5, show_default=True, help="Share of patients with the event.")
 @click.option("--correlation", default=0.8, show_default=True, help="Correlation of the scores of both models.")
 @click.option("--seed-sd", default=0.012, show_default=True, help="Standard deviation of an AUROC between seeds.")
-@click.option("--patients", multiple=True, type=int, help="Number of patients. Repeatable.")
-@click.option("--seeds", multiple=True, type=int, default=(1, 5, 10), show_default=True, help="Repeatable.")
+@click.option("--patients", multiple=True, type=int, help="Number of patients. Repeatable. By default, 200 to 6,400.")
+@click.option(
+    "--seeds",
+    multiple=True,
+    type=int,
+    default=(1, 5, 10),
+    show_default=True,
+    help="Number of training seeds. Repeatable.",
+)
 @click.option("--folds", default=5, show_default=True, help="Number of folds.")
 @click.option("--studies", default=500, show_default=True, help="Number of simulated studies.")
 @as_json
@@ -139,7 +149,7 @@ def run(
 @study.command(cls=Command, epilog=examples("study jobs study.toml --stage 0"))
 @_study
 @_output
-@click.option("--stage", type=int, help="List only the jobs of this stage, from 0.")
+@click.option("--stage", type=int, help="List only the jobs of this stage, from 0; they can run at the same time.")
 @as_json
 def jobs(study: Path, output: Path | None, stage: int | None, as_json: bool) -> None:
     """Print the names of the jobs that are not done, for `ichprog study run --job`.
@@ -205,7 +215,11 @@ def report(study: Path, output: Path | None, cache_dir: Path | None, saliency_pa
 @_study
 @_output
 @click.option(
-    "--patient", "patients", multiple=True, metavar="NAME[:SLICE]", help="Patient, and optionally a slice. Repeatable."
+    "--patient",
+    "patients",
+    multiple=True,
+    metavar="NAME[:SLICE]",
+    help="Patient, and optionally a slice, counted from 1 at the lowest; repeatable. By default, three with a mask.",
 )
 @click.option("--task", help="Task to explain. Default: the task by which the folds are stratified.")
 @click.option(
@@ -216,7 +230,12 @@ def report(study: Path, output: Path | None, cache_dir: Path | None, saliency_pa
     shell_complete=completion.plugins("saliency"),
 )
 @_cache_dir
-@click.option("--figure", "target", type=click.Path(path_type=Path), help="Default: STUDY/figures/WHAT.png.")
+@click.option(
+    "--figure",
+    "target",
+    type=click.Path(path_type=Path),
+    help="File of the picture. By default, figures/WHAT.png in the folder of the study.",
+)
 @as_json
 def figure(
     what: str,
