@@ -1,9 +1,11 @@
-"""Kill commands, fill disks, damage caches and lie about downloads: `python benchmarks/faults.py --trials 100`.
+"""Kill commands, fill disks, change clocks, damage caches and lie about downloads.
+
+`python benchmarks/faults.py --trials 100` prints a row for each kind of fault.
 
 After each fault the command is run again without one. It must end with the same bytes as a run without any fault. At no
-time may a finished file be there in part, and an error must be one message without a traceback. The script prints a row
-for each kind of fault. It uses a tiny model, tiny simulated heads and a Hub on the loopback. `tests/test_faults.py`
-runs a short form.
+time may a finished file be there in part, and an error must be one message without a traceback. The script uses a tiny
+model, tiny simulated heads and a Hub on the loopback. Full disks need root, and other clocks libfaketime.
+`tests/test_faults.py` runs a short form.
 """
 
 import argparse
@@ -155,6 +157,7 @@ class Laboratory:
         self.root, self.server, self.random = root, server, np.random.default_rng(seed)
         self.in_process = in_process
         self.cache = root / "cache"
+        self.clock: dict[str, str] = {}  # variables of the environment that change the clock of processes
         self._number = 0
 
     def write_inputs(self) -> None:
@@ -191,7 +194,8 @@ class Laboratory:
     def environment(self, scenario: Scenario, out: Path) -> dict[str, str]:
         """Return the variables of the environment of a scenario."""
         cache = self.cache if scenario.uses_cache else out / "cache"
-        return {"ICHPROG_CACHE": str(cache), "HF_ENDPOINT": self.server.url, "ICHPROG_BACKGROUND_COMPILE": "0"}
+        own = {"ICHPROG_CACHE": str(cache), "HF_ENDPOINT": self.server.url, "ICHPROG_BACKGROUND_COMPILE": "0"}
+        return own | self.clock
 
     def start(self, scenario: Scenario, out: Path, *more: str) -> "subprocess.Popen[str]":
         """Start the command of a scenario."""
@@ -331,6 +335,38 @@ def run_twice(laboratory: Laboratory, scenario: Scenario, trials: int) -> Outcom
     return outcome
 
 
+def clock_library() -> Path | None:
+    """Return the library of libfaketime, which changes the clock of a process, or None if it is not installed."""
+    return next(iter(sorted(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"))), None)
+
+
+def change_clock(laboratory: Laboratory, scenario: Scenario, trials: int) -> Outcome:
+    """Set the clock of a command back or forward by 400 days while it runs, kill it, and set the clock again."""
+    outcome = Outcome(f"clock changes in {scenario.name}")
+    reference, duration_s = laboratory.reference(scenario)
+    offset = laboratory.root / "offset"
+    laboratory.clock = {
+        "LD_PRELOAD": str(clock_library()),
+        "FAKETIME_TIMESTAMP_FILE": str(offset),
+        "FAKETIME_NO_CACHE": "1",
+        "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+    }
+    for number in range(trials):
+        out, days = laboratory.new_folder(), ["-400d", "+400d"][number % 2]
+        offset.write_text("+0")
+        process = laboratory.start(scenario, out)
+        time.sleep(laboratory.random.uniform(0, duration_s / 2))
+        offset.write_text(days)
+        time.sleep(laboratory.random.uniform(0, duration_s / 2))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        offset.write_text("+0")
+        outcome.add(find_half_file(scenario, out, reference) or check_end(laboratory, scenario, out, reference))
+        shutil.rmtree(out)
+    laboratory.clock = {}
+    return outcome
+
+
 DAMAGES: dict[str, Callable[[bytes, np.random.Generator], bytes]] = {
     "empty": lambda _, __: b"",
     "cut": lambda data, random: data[: int(random.integers(0, len(data) + 1))],
@@ -439,11 +475,11 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=100, help="kills of each command, and damaged caches")
     parser.add_argument("--slow-trials", type=int, help="kills of train and study; --trials by default")
     parser.add_argument("--disks", type=int, default=20, help="sizes of full disks")
-    parser.add_argument("--only", nargs="+", help="parts: kill, disk, twice, cache, hub")
+    parser.add_argument("--only", nargs="+", help="parts: kill, disk, twice, cache, hub, clock")
     parser.add_argument("--commands", nargs="+", default=list(SCENARIOS), choices=list(SCENARIOS), help="to kill")
     parser.add_argument("--seed", type=int, default=0, help="random seed")
     options = parser.parse_args()
-    parts = options.only or ["hub", "cache", "twice", "disk", "kill"]
+    parts = options.only or ["hub", "cache", "twice", "disk", "clock", "kill"]
     slow = options.trials if options.slow_trials is None else options.slow_trials
     with open_laboratory(options.seed) as laboratory:
         print(f"{'fault':36}{SAME:>12}{ERROR:>13}{WRONG:>7}", flush=True)
@@ -469,6 +505,9 @@ def main() -> None:
                         laboratory, SCENARIOS[name], max(3, options.disks // 4) if name == "train" else options.disks
                     )
                 )
+        if "clock" in parts and clock_library():
+            for name in ("predict", "study", "fetch"):
+                report(change_clock(laboratory, SCENARIOS[name], max(2, options.trials // 10)))
         if "kill" in parts:
             for name in options.commands:
                 report(kill(laboratory, SCENARIOS[name], slow if name in ("train", "study") else options.trials))

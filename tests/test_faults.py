@@ -45,6 +45,13 @@ def test_a_full_disk_gives_an_error_and_costs_no_result(laboratory):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(FAULTS["clock_library"]() is None, reason="another clock needs libfaketime")
+@pytest.mark.parametrize("name", ["predict", "study", "fetch"])
+def test_a_clock_that_changes_costs_nothing(name, laboratory):
+    check(FAULTS["change_clock"](laboratory, FAULTS["SCENARIOS"][name], 2), 2, SAME)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["explain", "train", "study", "fetch", "compile"])
 def test_another_killed_command_ends_with_the_same_bytes(name, laboratory):
     check(FAULTS["kill"](laboratory, FAULTS["SCENARIOS"][name], 3), 3, SAME)
