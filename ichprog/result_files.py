@@ -5,6 +5,7 @@ file itself appears, whole, when all results are there; then the journal is remo
 result, and a resumed run ends with the same bytes as an uninterrupted one.
 """
 
+import csv
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -384,7 +385,9 @@ def _write_jsonl(path: Path, records: Iterator[Record], _: ResultsTable) -> None
 
 def _read_csv(path: Path) -> list[Record]:
     rows: list[Record] = [*read_csv(path)]
-    if "scan" not in (rows[0] if rows else path.read_text(encoding="utf-8")):
+    with path.open(encoding="utf-8", newline="") as file:
+        columns = next(csv.reader(file), [])
+    if "scan" not in columns:
         raise ValueError("the table has no column scan")
     return rows
 

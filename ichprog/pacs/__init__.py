@@ -5,10 +5,10 @@
 """
 
 from ichprog.pacs.archive import ADDRESSES, Archive, ArchiveError, FoundStudy, TlsFiles, open_archive
-from ichprog.pacs.journal import Journal, open_journal
+from ichprog.pacs.journal import StudyJournal, open_journal
 from ichprog.pacs.watch import Watch, answer_study
 
 __all__ = [
-    "ADDRESSES", "Archive", "ArchiveError", "FoundStudy", "Journal", "TlsFiles", "Watch", "answer_study",
+    "ADDRESSES", "Archive", "ArchiveError", "FoundStudy", "StudyJournal", "TlsFiles", "Watch", "answer_study",
     "open_archive", "open_journal",
 ]  # fmt: skip

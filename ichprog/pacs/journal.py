@@ -12,7 +12,7 @@ from ichprog.io import file_lock
 STATES = ("waiting", "answered", "failed")
 
 
-class Journal:
+class StudyJournal:
     """States of studies by their Study Instance UID, in an SQLite file. `open_journal` opens one.
 
     Every change is on the disk when its method returns. The file holds identifiers of studies, and none of patients.
@@ -91,7 +91,7 @@ class Journal:
 
 
 @contextmanager
-def open_journal(path: Path) -> Iterator[Journal]:
+def open_journal(path: Path) -> Iterator[StudyJournal]:
     """Open a journal, which is made if missing. One process at a time may have it open.
 
     Args:
@@ -106,7 +106,7 @@ def open_journal(path: Path) -> Iterator[Journal]:
     try:
         with file_lock(path.with_name(f".{path.name}.lock"), timeout_s=0):
             try:
-                journal = Journal(path)
+                journal = StudyJournal(path)
             except sqlite3.DatabaseError as error:
                 raise RunError(f"{path} is no journal of studies: {error}. Choose another file.") from error
             try:

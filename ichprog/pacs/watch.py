@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import ichprog
 from ichprog.errors import ScanError
 from ichprog.pacs.archive import Archive, ArchiveError
-from ichprog.pacs.journal import Journal
+from ichprog.pacs.journal import StudyJournal
 from ichprog.pseudonyms import pseudonym
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ class Watch:
 
     archive: Archive
     answer: Callable[[str], Any]
-    journal: Journal
+    journal: StudyJournal
     match: Mapping[str, str] = field(default_factory=dict)
     queue_size: int = 32
     settle_s: float = 60.0
