@@ -19,9 +19,9 @@ from ichprog.cli import (
     process,
     progress,
     reports,
+    scans,
     simulate,
     spec,
-    studies,
     study,
     train,
 )
@@ -98,7 +98,7 @@ def _log_to_stderr(ctx: click.Context, name: str, level: int, form: str) -> None
 for command in (
     models.models, spec.spec, plugins.plugins, models.fetch, models.doctor, predict.predict, predict.explain,
     reports.report, haemorrhage.haemorrhage, cohorts.cohort, demo.demo, simulate.simulate, train.train, study.study,
-    evaluate.evaluate, calibrate.calibrate, calibrate.fuse, studies.scans, export.export, export.publish, pacs.pacs,
+    evaluate.evaluate, calibrate.calibrate, calibrate.fuse, scans.scans, export.export, export.publish, pacs.pacs,
 ):  # fmt: skip
     main.add_command(command)
 

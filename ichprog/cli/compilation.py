@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ichprog import hub
-from ichprog.cli.scans import load_model
+from ichprog.cli.scan_runs import load_model
 from ichprog.cli.workers import Workers
 from ichprog.errors import IchprogError
 from ichprog.io import file_lock

@@ -9,7 +9,7 @@ import ichprog
 from ichprog import zoo
 from ichprog.cli.command import Command, examples
 from ichprog.cli.options import as_json, print_json
-from ichprog.cli.scans import format_clinical, format_haemorrhage, format_scores
+from ichprog.cli.scan_runs import format_clinical, format_haemorrhage, format_scores
 
 _MODEL = "compact.prognosis_gcs3_age_v2"
 _FUSED_MODEL = "compact.prognosis_gcs3_age_clinical"

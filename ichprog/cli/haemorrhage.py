@@ -12,7 +12,7 @@ from ichprog.cli import completion
 from ichprog.cli.command import Command, examples
 from ichprog.cli.compilation import ModelLoader
 from ichprog.cli.options import as_json, brain, loading, with_options
-from ichprog.cli.scans import (
+from ichprog.cli.scan_runs import (
     ResultsOptions,
     ScoreComputer,
     dicom_options,

@@ -13,7 +13,7 @@ from ichprog import zoo
 from ichprog.cli import completion
 from ichprog.cli.command import Command, examples
 from ichprog.cli.options import as_json, brain, loading, model_option, parse_assignments, print_json, with_options
-from ichprog.cli.scans import load_model
+from ichprog.cli.scan_runs import load_model
 
 if TYPE_CHECKING:
     from ichprog.model import Model

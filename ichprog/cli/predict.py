@@ -16,7 +16,7 @@ from ichprog.cli.compilation import ModelLoader
 from ichprog.cli.dicom_objects import check_sources, dicom_out, write_objects
 from ichprog.cli.options import as_json, brain, find_spec, loading, model_option, parse_assignments, with_options
 from ichprog.cli.reports import ReportFolder, report_options
-from ichprog.cli.scans import (
+from ichprog.cli.scan_runs import (
     ResultsOptions,
     ScoreComputer,
     dicom_options,

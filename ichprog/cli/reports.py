@@ -14,7 +14,7 @@ import click
 from ichprog.cli import completion
 from ichprog.cli.command import Command, examples
 from ichprog.cli.options import as_json, find_spec, print_path
-from ichprog.cli.scans import key_of, stems
+from ichprog.cli.scan_runs import key_of, stems
 from ichprog.errors import ScanError, missing_extra
 
 if TYPE_CHECKING:
