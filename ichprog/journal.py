@@ -139,20 +139,23 @@ def _unreadable(path: Path, error: Exception) -> RunError:
     )
 
 
-def check_run(path: Path, run: Mapping[str, Any], existing: Mapping[str, Any]) -> None:
+_CHOOSE_ANOTHER_FILE = "Choose another file, or replace its results with --overwrite."
+
+
+def check_run(
+    path: Path, run: Mapping[str, Any], existing: Mapping[str, Any], hint: str = _CHOOSE_ANOTHER_FILE
+) -> None:
     """Refuse the entries of another run.
 
     Args:
         path: The file, for the message.
         run: What determines the entries of this run.
         existing: What determines those of the file; further keys do not matter.
+        hint: What to do if they differ.
 
     Raises:
         RunError: A value differs.
     """
     for key, value in run.items():
         if existing.get(key) != value:
-            raise RunError(
-                f"{path} belongs to another run: {key} was {existing.get(key)}, is {value}. Choose another file, or "
-                "replace its results with --overwrite."
-            )
+            raise RunError(f"{path} belongs to another run: {key} was {existing.get(key)}, is {value}. {hint}")

@@ -551,4 +551,4 @@ def test_a_cohort_is_predicted_in_order_with_missing_scans_recorded(bright_model
     assert result.stdout.count("FAILED") == 1
     assert sorted(p.name for p in (tmp_path / "masks").iterdir()) == ["north_1_brain.nii.gz", "south_1_brain.nii.gz"]
     run("explain", path, "-m", bright_model, "--method", "grad_cam", "-o", tmp_path / "maps", code=1)
-    assert len(list((tmp_path / "maps").iterdir())) == 2
+    assert len(list((tmp_path / "maps").glob("*.nii.gz"))) == 2

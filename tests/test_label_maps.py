@@ -87,6 +87,19 @@ def test_the_command_writes_label_maps_that_say_what_they_are(bright_model, scan
     assert "0 of 1 scans have their maps" in CliRunner().invoke(main, [*arguments, "--resume"]).stderr
 
 
+def test_maps_of_other_settings_are_not_resumed(bright_model, scan, tmp_path):
+    arguments = ["explain", str(scan), "-m", bright_model, "--runtime", "torch", "--brain", "given"]
+    arguments += ["-o", str(tmp_path / "maps")]
+    for more in ([], ["--resume", "--labels", "5"], ["--resume", "--method", "grad_cam"], ["--resume"]):
+        assert CliRunner().invoke(main, [*arguments, *more]).exit_code == 0
+    for more, said in ((["--labels", "6"], "labels was 5.0, is 6.0"), (["--label", "good"], "label was None, is good")):
+        refused = CliRunner().invoke(main, [*arguments, "--resume", *more])
+        assert refused.exit_code == 1
+        assert said in refused.stderr
+        assert "Choose another folder" in refused.stderr
+    assert CliRunner().invoke(main, [*arguments, "--labels", "6"]).exit_code == 0
+
+
 def decode(layer):
     return nib.Nifti1Image.from_bytes(gzip.decompress(layer.data))
 

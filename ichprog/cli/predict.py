@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     Maps = dict[tuple[str, str], Saliency]
 
 _LAYER = "layer=features.transition3.conv"
+_SETTINGS = ".explain.json"  # in the folder of the maps
 
 _tasks = click.option(
     "--task", "tasks", multiple=True, help="Task to explain; repeatable. By default, the model's first task.",
@@ -388,6 +389,14 @@ def explain(
     model = loader.load(name, brain, loading, explain=True)
     for source in sources:
         model.clinical_values(source, given)  # refuses wrong ones before a scan is read
+    _record_settings(
+        output,
+        {
+            "model": model.spec.name, "weights": [file.sha256 for file in model.weights], "brain": str(brain),
+            "clinical": given, "label": label, "options": maps.options, **({"labels": percent} if percent else {}),
+        },
+        resume=resume,
+    )  # fmt: skip
     todo = sources
     if resume:
         names = tasks or (model.spec.tasks[0].name,)
@@ -403,6 +412,20 @@ def explain(
     print_notice(model)
     loader.compile_in_background()
     ctx.exit(1 if has_failed else 0)
+
+
+def _record_settings(folder: Path, settings: dict[str, Any], *, resume: bool) -> None:
+    """Record what the maps of a folder depend on, and refuse to resume those that depend on something else."""
+    from ichprog.io import write_json
+    from ichprog.journal import check_run
+
+    path, existing = folder / _SETTINGS, dict[str, Any]()
+    if resume and path.is_file():
+        existing = json.loads(path.read_text(encoding="utf-8"))
+        known = {name: value for name, value in settings.items() if name in existing}
+        check_run(folder, known, existing, "Choose another folder, or compute all maps again without --resume.")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(path, existing | settings)
 
 
 @dataclass(frozen=True)

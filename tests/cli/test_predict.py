@@ -173,7 +173,7 @@ def test_explain_writes_maps(run, bright_model, small_scan, tmp_path):
     assert {saliency["label"] for saliency in printed} == {"<80"}
     assert printed[1]["grid_shape"] == [20, 96, 96]
     names = sorted(path.name for path in out.iterdir())
-    assert names == ["small_age_grad_cam.nii.gz", "small_age_guided_grad_cam.nii.gz"]
+    assert names == [".explain.json", "small_age_grad_cam.nii.gz", "small_age_guided_grad_cam.nii.gz"]
 
 
 def test_results_appear_whole_or_not_at_all(run, bright_model, small_scan, tmp_path):
@@ -204,7 +204,7 @@ def test_a_full_disk_is_reported(run, bright_model, small_scan, monkeypatch, tmp
     monkeypatch.setattr(nib, "save", fail)
     result = run("explain", small_scan, "-m", bright_model, "-o", tmp_path / "maps", code=1)
     assert "No space left on device" in result.stderr
-    assert list((tmp_path / "maps").iterdir()) == []
+    assert [path.name for path in (tmp_path / "maps").iterdir()] == [".explain.json"]
 
 
 def test_predict_offline_uses_what_fetch_has_cached(run, hub_server, scan_path):
