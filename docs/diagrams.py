@@ -7,6 +7,7 @@ The diagram of the architecture is drawn from the table of its page.
 import itertools
 import re
 import subprocess
+import textwrap
 from pathlib import Path
 
 from ichprog.io import write_text
@@ -31,7 +32,8 @@ def architecture() -> str:
         ", ".join(name for _, names in group for name in re.findall(r"`(\w+)`", names))
         for _, group in itertools.groupby(rows, key=lambda row: row[0])
     ]
-    nodes = [f'  layer{number} [label="{names}"]' for number, names in enumerate(layers)]
+    labels = ["\\n".join(textwrap.wrap(names, 50)) for names in layers]
+    nodes = [f'  layer{number} [label="{label}"]' for number, label in enumerate(labels)]
     arrows = " -> ".join(f"layer{number}" for number in range(len(layers)))
     return "\n".join(["digraph {", *nodes, f"  {arrows}", "}"])
 
