@@ -2,9 +2,9 @@
 
 The dial is `shared_causes` of the simulation: how strongly GCS and age depend on what the image shows, from 0, not at
 all. At 1 the correlations with the outcome are near the published ones. For each value, `dial.toml` is run on other
-simulated patients: the outcome alone and with GCS and age, each with several seeds, on all patients and on fewer. The
-script writes `dial.json` and the forest plot `docs/study-dial.svg`. Files in FOLDER are reused, so an interrupted run
-can be continued.
+simulated patients: the outcome alone and with GCS and age, each with several seeds, on all patients and on fewer. Then
+`contrast.toml` asks the same of as many patients as the power analysis wants. The script writes `dial.json` and the
+forest plot `docs/study-dial.svg`. Files in FOLDER are reused, so an interrupted run can be continued.
 """
 
 import argparse
@@ -44,31 +44,26 @@ def main() -> None:
     """Run the study for each value of the dial."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--study", type=Path, default=HERE / "dial.toml", help="study file")
     parser.add_argument("--workers", type=int, default=1, help="processes")
     parser.add_argument("--output", type=Path, default=HERE.parents[1], help="where `benchmarks` and `docs` are")
     args = parser.parse_args()
-    study = Study.read(args.study)
-    found = {}
+    study = Study.read(HERE / "dial.toml")
+    studies = {"2,400 patients": (Study.read(HERE / "contrast.toml"), "contrast")}
     for value in DIAL:
         simulated = dataclasses.replace(study.simulated, shared_causes=value)  # type: ignore[type-var]
-        found[value] = run_study(
-            dataclasses.replace(study, simulated=simulated), args.folder / f"{value:g}", args.workers
-        )
-        print(
-            f"shared causes {value:g}:", *(f"{r['difference']:+.3f} ({r['training_patients']})" for r in found[value])
-        )
+        studies[f"shared causes {value:g}"] = dataclasses.replace(study, simulated=simulated), f"{value:g}"
+    found = {name: run_study(each, args.folder / place, args.workers) for name, (each, place) in studies.items()}
     intervals = {
-        f"shared causes {value:g}, {row['training_patients']} patients": {
+        f"{name}, {row['training_patients']} trained on": {
             "value": row["difference"], "low": row["low"], "high": row["high"],
         }
-        for value, rows in found.items()
+        for name, rows in found.items()
         for row in sorted(rows, key=lambda each: each["training_patients"])
     }  # fmt: skip
     figure = figures.forest(intervals, "AUROC with GCS and age minus AUROC of the outcome alone", line=0.0)
     vector, pixels = figures.save(figure, args.output / "docs", "study-dial")
     pixels.unlink()
-    text = json.dumps({f"{value:g}": rows for value, rows in found.items()}, indent=1)
+    text = json.dumps(found, indent=1)
     (args.output / "benchmarks" / "study" / "dial.json").write_text(text + "\n", encoding="utf-8")
     print(vector)
 
