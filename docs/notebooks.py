@@ -1,7 +1,7 @@
-"""Write the tutorials as notebooks, with their outputs: `python docs/notebooks.py`.
+"""Write tutorials and pages of plugins as notebooks, with their outputs: `python docs/notebooks.py`.
 
-Each `docs/tutorial-*.md` becomes `docs/notebooks/tutorial-*.ipynb`. Blocks of Python and lines `$ command` become
-cells, which are executed in an empty folder. A test fails if the cells differ from the page.
+Each `docs/tutorial-*.md` and `docs/plugins-*.md` becomes `docs/notebooks/*.ipynb`. Blocks of Python and lines
+`$ command` become cells, which are executed in an empty folder. A test fails if the cells differ from the page.
 """
 
 import argparse
@@ -61,7 +61,7 @@ def execute(notebook: Any) -> None:
 
 def pages() -> list[Path]:
     """Return the pages that become notebooks."""
-    return sorted(DOCS.glob("tutorial-*.md"))
+    return sorted([*DOCS.glob("tutorial-*.md"), *DOCS.glob("plugins-*.md")])
 
 
 def main() -> None:
