@@ -330,15 +330,21 @@ def _compare_pair(study: Study, repeated: Repetitions, other: Repetitions) -> di
 
 
 def _find_reference(study: Study, task: Task, run: str, analyses: Mapping[str, Any]) -> str | None:
-    """Return the first variant with this task only, or else the first with this task, at the size of the run."""
+    """Return the run that a run is compared with, at its size.
+
+    It is the first variant of this task only with the backbone of a variant of several tasks, so that the two differ in
+    their tasks alone; or else the first variant of this task only, or the first with this task.
+    """
     with_task = [
         variant
         for variant in study.variants
         if any((each.name, each.labels) == (task.name, task.labels) for each in variant.spec.tasks)
     ]
     single_task = [variant for variant in with_task if len(variant.spec.tasks) == 1]
+    backbones = {variant.spec.backbone.name for variant in with_task if variant not in single_task}
+    alike = [variant for variant in single_task if variant.spec.backbone.name in backbones]
     like = study.runs.get(run, Run(study.variants[0]))
-    names = [replace(like, variant=variant).group for variant in [*single_task, *with_task]]
+    names = [replace(like, variant=variant).group for variant in [*alike, *single_task, *with_task]]
     return next((name for name in names if name in analyses), None)
 
 

@@ -16,6 +16,7 @@ from ichprog import metrics as metrics_package
 from ichprog.cli import main
 from ichprog.cohort import Cohort
 from ichprog.evaluation.predictions import Predictions, TaskPredictions
+from ichprog.spec import PluginRef
 from ichprog.study import analysis, saliency_results
 from ichprog.study.config import Study
 from ichprog.study.manifest import load_cohort
@@ -200,6 +201,18 @@ def test_recalibration_corrects_overconfidence_and_sets_reach_their_coverage(res
     assert figures["brier_recalibrated"]["value"] < figures["brier"]["value"]
     assert figures["conformal_coverage"]["low"] < 0.9 < figures["conformal_coverage"]["high"]
     assert 1 <= results.metrics["one"]["prognosis"]["conformal_size"]["value"] <= 2
+
+
+def test_variants_are_compared_with_a_single_task_variant_of_the_same_backbone(example):
+    """In the preset of the paper, the first variant has one task and another backbone."""
+    study, cohort, predictions = example
+    one = study.variants[0]
+    other = replace(one, name="other", spec=replace(one.spec, backbone=PluginRef("perez2023", {})))
+    study = replace(study, variants=(other, *study.variants), n_bootstrap=10)
+    same = {("other", *key[1:]): entry for key, entry in predictions.entries.items() if key[0] == "one"}
+    results = analysis.analyse(study, cohort, Predictions(predictions.entries | same))
+    pairs = {row["variant"]: row["reference"] for row in results.comparisons if row["task"] == "prognosis"}
+    assert {pairs[name] for name in ("other", "all", "majority")} == {"one"}
 
 
 def test_variants_are_compared_with_the_single_task_variant_of_the_same_size(example, results):
