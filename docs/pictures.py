@@ -8,6 +8,7 @@ import argparse
 import csv
 import dataclasses
 import hashlib
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -294,6 +295,30 @@ def draw_threshold(_: Path) -> Any:
     return figure
 
 
+def draw_evidence(_: Path) -> Any:
+    """Draw the AUC of the embedded models on simulated patients next to the best possible one."""
+    from matplotlib.figure import Figure
+
+    measured = json.loads((DOCS / "embedded.json").read_text(encoding="utf-8"))
+    rows = [(each["what"], each) for each in measured["figures"]]
+    rows += [
+        (f"poor outcome, known: {' and '.join(each['known'])}", each) for each in measured["fused"] if each["known"]
+    ]
+    figure = Figure(figsize=(7.4, 2.8), layout="constrained")
+    axis = figure.subplots()
+    for place, (_name, each) in enumerate(rows):
+        value, low, high = each["model"]
+        axis.plot([low, high], [place, place], color=BLUE, linewidth=2)
+        axis.plot(value, place, "o", color=BLUE, label="model, with its 95 % interval" if place == 0 else None)
+        axis.plot(each["best"][0], place, "|", color=RED, markersize=14, label="best possible" if place == 0 else None)
+    axis.set_yticks(range(len(rows)), [name for name, _ in rows], fontsize=9)
+    axis.invert_yaxis()
+    axis.set_xlabel("AUC, 1,360 simulated patients with a haemorrhage")
+    axis.legend(frameon=False, fontsize=8, loc="lower left")
+    axis.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
 def draw_training(folder: Path) -> Any:
     """Draw the losses of each epoch of a short training on simulated patients."""
     from matplotlib.figure import Figure
@@ -367,6 +392,7 @@ DRAWINGS: dict[str, Callable[[Path], Any]] = {
     "location.png": draw_location,
     "calibration.svg": draw_calibration,
     "threshold.svg": draw_threshold,
+    "evidence.svg": draw_evidence,
     "training.svg": draw_training,
     "profiling.svg": draw_profiling,
 }

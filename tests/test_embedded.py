@@ -52,12 +52,12 @@ def test_the_embedded_model_is_small_verified_and_labelled_as_simulated(model):
 @pytest.mark.parametrize("name", [NAME, FUSED])
 def test_the_documented_results_are_the_measured_ones(name):
     """Otherwise run `python docs/embedded.py FOLDER`."""
-    spec, readme = zoo.find(name), (DOCS.parent / "README.md").read_text()
+    spec, page = zoo.find(name), (DOCS / "evidence.md").read_text()
     results = json.loads((DOCS / "embedded.json").read_text())
     figures = results["figures" if name == NAME else "fused"]
     for figure in figures:
         what = figure["what"] if name == NAME else f"image{''.join(f', {known}' for known in figure['known'])}"
-        row = next(line for line in readme.splitlines() if line.startswith(f"| {what} |"))
+        row = next(line for line in page.splitlines() if line.startswith(f"| {what} |"))
         shown = [f"{number:.3f}" for number in (*figure["model"], *figure["difference"])]
         shown += [f"{figure['best'][0]:.3f}", f"{figure['slope'][0]:.2f}"]
         assert all(number in row for number in shown), what
