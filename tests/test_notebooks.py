@@ -28,7 +28,7 @@ def test_the_notebook_is_that_of_the_page(page):
 
 @pytest.mark.parametrize(
     "page",
-    [pytest.param(page, id=page.stem, marks=[pytest.mark.slow] * (page.stem != "tutorial-dicom")) for page in PAGES],
+    [pytest.param(page, id=page.stem, marks=[pytest.mark.slow] * (page.stem != "plugins-fusion")) for page in PAGES],
 )
 def test_a_notebook_runs(page):
     notebook = NOTEBOOKS["build"](page)

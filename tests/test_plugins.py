@@ -518,7 +518,9 @@ def test_the_captum_plugin_works_where_it_is_installed(environment, tmp_path, sc
         run(environment, pip, "uninstall", "-y", "ichprog-captum", "captum")
 
 
-@pytest.mark.parametrize("kind", list(PAGES))
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind == "backbone")) for kind in PAGES]
+)
 def test_the_page_of_a_kind_is_followed_to_the_letter(environment, tmp_path, kind):
     page = (ROOT / "docs" / PAGES[kind]).read_text(encoding="utf-8")
     (block,) = re.findall(r"^```bash\n(ichprog plugins new .*?)^```$", page, re.DOTALL | re.MULTILINE)

@@ -67,7 +67,7 @@ def known_part(labels, part):
         ("majority", DummyClassifier(strategy="prior")),
         ("logistic", LogisticRegression(max_iter=1000)),
         ("tree", DecisionTreeClassifier(max_depth=3, min_samples_leaf=5, random_state=4)),
-        ("forest", RandomForestClassifier(500, min_samples_leaf=5, random_state=4)),
+        pytest.param("forest", RandomForestClassifier(500, min_samples_leaf=5, random_state=4), marks=pytest.mark.slow),
     ],
 )
 def test_predictions_equal_those_of_scikit_learn(kind, theirs, patients):
