@@ -10,6 +10,7 @@ model, tiny simulated heads and a Hub on the loopback. Full disks need root, and
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -351,8 +352,8 @@ def change_clock(laboratory: Laboratory, scenario: Scenario, trials: int) -> Out
         "FAKETIME_NO_CACHE": "1",
         "FAKETIME_DONT_FAKE_MONOTONIC": "1",
     }
-    for number in range(trials):
-        out, days = laboratory.new_folder(), ["-400d", "+400d"][number % 2]
+    for days in itertools.islice(itertools.cycle(["-400d", "+400d"]), trials):
+        out = laboratory.new_folder()
         offset.write_text("+0")
         process = laboratory.start(scenario, out)
         time.sleep(laboratory.random.uniform(0, duration_s / 2))

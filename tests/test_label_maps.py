@@ -98,6 +98,11 @@ def test_maps_of_other_settings_are_not_resumed(bright_model, scan, tmp_path):
         assert said in refused.stderr
         assert "Choose another folder" in refused.stderr
     assert CliRunner().invoke(main, [*arguments, "--labels", "6"]).exit_code == 0
+    for damaged in ("{", "[1]", "7"):
+        (tmp_path / "maps" / ".explain.json").write_text(damaged)
+        refused = CliRunner().invoke(main, [*arguments, "--resume"])
+        assert refused.exit_code == 1
+        assert "explain.json is damaged" in refused.stderr
 
 
 def decode(layer):

@@ -41,7 +41,7 @@ from ichprog.cli.scan_runs import (
     take_shard,
 )
 from ichprog.cli.workers import ScanOutput, Workers, with_workers
-from ichprog.errors import ScanError
+from ichprog.errors import RunError, ScanError
 from ichprog.result_files import prediction_table
 
 if TYPE_CHECKING:
@@ -421,11 +421,21 @@ def _record_settings(folder: Path, settings: dict[str, Any], *, resume: bool) ->
 
     path, existing = folder / _SETTINGS, dict[str, Any]()
     if resume and path.is_file():
-        existing = json.loads(path.read_text(encoding="utf-8"))
+        existing = _read_settings(path)
         known = {name: value for name, value in settings.items() if name in existing}
         check_run(folder, known, existing, "Choose another folder, or compute all maps again without --resume.")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(path, existing | settings)
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    """Read what the maps of a folder depend on."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise RunError(
+            f"{path} is damaged. Choose another folder, or compute all maps again without --resume."
+        ) from error
 
 
 @dataclass(frozen=True)
