@@ -37,6 +37,14 @@ def empty_cache(tmp_path_factory, monkeypatch):
 
 
 @pytest.fixture(autouse=True)
+def restored_registries(monkeypatch):
+    """Remove the plugins and models that a test registers."""
+    for plugins in (each for each in vars(registry).values() if isinstance(each, registry.Registry)):
+        monkeypatch.setattr(plugins, "_registered", plugins._registered.copy())
+    monkeypatch.setattr(zoo, "_registered", zoo._registered.copy())
+
+
+@pytest.fixture(autouse=True)
 def computed_by_torch(request, monkeypatch):
     """Let torch compute unless a test names another runtime: compiling a network takes longer than most tests.
 

@@ -18,7 +18,7 @@ import pytest
 from click.testing import CliRunner
 
 import ichprog
-from ichprog import registry, zoo
+from ichprog import zoo
 from ichprog.cli import main
 from ichprog.scan.checks import CHECKS
 from ichprog.scan.codes import ERRORS, READ_WARNINGS
@@ -65,7 +65,7 @@ def small_hub(tmp_path_factory):
 
 @pytest.fixture
 def reader(small_hub, tmp_path, monkeypatch):
-    """A working folder with scans, a Hub, and registries that are restored after the page."""
+    """A working folder with scans, and a Hub."""
     url, cache = small_hub
     monkeypatch.setenv("HF_ENDPOINT", url)
     monkeypatch.setenv("ICHPROG_CACHE", str(cache))
@@ -74,9 +74,6 @@ def reader(small_hub, tmp_path, monkeypatch):
     for name in ("scan", "scans/1", "scans/2"):
         scan.to_filename(tmp_path / f"{name}.nii.gz")
     monkeypatch.chdir(tmp_path)
-    for plugins in (registry.backbones, registry.heads, registry.saliency):
-        monkeypatch.setattr(plugins, "_registered", {})
-    monkeypatch.setattr(zoo, "_registered", {})
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
