@@ -129,8 +129,10 @@ def summarise_simulated(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
             lambda r: (r["infratentorial"] > 0.5) == r["true_infratentorial"],
         )
     )
-    lateral = [row for row in bleeding if row["site"] in LATERAL and row["side"]]
-    table.append(_share_row("side of lateral bleeds", lateral, lambda r: r["side"] == r["true_side"]))
+    lateral = [row for row in bleeding if row["site"] in LATERAL and row["true_side"]]
+    found = [row for row in lateral if row["side"]]
+    table.append(_share_row("lateral bleeds that are found", lateral, lambda r: bool(r["side"])))
+    table.append(_share_row("side of lateral bleeds that are found", found, lambda r: r["side"] == r["true_side"]))
     table.append(_share_row("total volume within its interval (nominal 90 %)", rows, lambda r: r["total_covered"]))
     table += [_share_row(f"the same, {kind}", rows, lambda r, k=kind: r[f"{k}_covered"]) for kind in MASK_VALUES]
     table.append(_quantile_row("seconds a scan, read, measured and located", rows, lambda row: row["seconds"]))
