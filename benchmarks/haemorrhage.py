@@ -14,10 +14,9 @@ import argparse
 import csv
 import json
 import re
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ import ichprog
 from ichprog.errors import InvalidValueError
 from ichprog.io import write_csv
 from ichprog.metrics.bootstrap import wilson_interval
+from ichprog.parallel import parallel_map
 from ichprog.simulate import MASK_VALUES, add_haemorrhage, simulate
 from ichprog.simulate.insertion import KINDS
 
@@ -43,8 +43,9 @@ N_BOOTSTRAP = 1000
 KINDS_PER_HEAD = 2  # for each volume; heads take turns, so that every kind is drawn into two of five heads
 
 
-def measure_simulated(row: Mapping[str, str], folder: Path, model: ichprog.Model) -> dict[str, Any]:
+def measure_simulated(row: Mapping[str, str], folder: Path) -> dict[str, Any]:
     """Return the truth and the answer for one simulated patient, as one row of a table."""
+    model = _load(None)
     start = time.perf_counter()
     found = ichprog.haemorrhage(folder / "scans" / f"{row['patient']}.nii.gz", model=model)
     seconds = time.perf_counter() - start
@@ -78,14 +79,15 @@ def _is_covered(found: Any, row: Mapping[str, str], kind: str) -> int:
     return int(low <= true <= high)
 
 
-def measure_drawn(row: Mapping[str, str], scan: Path, kind: str, volume_ml: float) -> dict[str, Any] | None:
+def measure_drawn(drawing: tuple[Mapping[str, str], str, float], folder: Path) -> dict[str, Any] | None:
     """Return the answer for a haemorrhage drawn into a real head, or None if it does not fit into the head."""
+    row, kind, volume_ml = drawing
     number = int(re.sub(r"\D", "", row["patient"]))  # as in `docs/haemorrhage.py`
     try:
-        image, mask = add_haemorrhage(scan, kind, volume_ml, seed=1000 + number)
+        image, mask = add_haemorrhage(folder / row["scan"], kind, volume_ml, seed=1000 + number)
     except InvalidValueError:
         return None
-    found = ichprog.haemorrhage(image, model=_fold(number % FOLDS))
+    found = ichprog.haemorrhage(image, model=_load(number % FOLDS))
     answer = np.asarray(found.mask.dataobj)
     return {
         "patient": row["patient"], "kind": kind, "true_ml": volume_ml, "total_ml": found.volume_ml["total"],
@@ -94,8 +96,8 @@ def measure_drawn(row: Mapping[str, str], scan: Path, kind: str, volume_ml: floa
 
 
 @cache
-def _fold(number: int) -> ichprog.Model:
-    return ichprog.load_model(MODEL, fold=number)
+def _load(fold: int | None) -> ichprog.Model:
+    return ichprog.load_model(MODEL, fold=fold)
 
 
 def summarise_simulated(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
@@ -223,23 +225,21 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("output", type=Path, metavar="OUT")
     parser.add_argument("--real", type=Path, metavar="COHORT.csv", help="table of real heads")
     parser.add_argument("--patients", type=int, default=PATIENTS, help="measure fewer, and leave the page")
+    parser.add_argument("--workers", type=int, default=1, help="processes that simulate and measure")
     options = parser.parse_args(arguments)
     folder = options.output / "simulated"
-    simulate(folder, patients=options.patients, seed=SEED)
-    model = ichprog.load_model(MODEL)
-    simulated = []
-    for row in _rows(folder / "truth.csv")[: options.patients]:
-        simulated.append(measure_simulated(row, folder, model))
-        print(f"\r{len(simulated)} simulated patients", end="", file=sys.stderr)
+    simulate(folder, patients=options.patients, seed=SEED, workers=options.workers)
+    rows = _rows(folder / "truth.csv")[: options.patients]
+    simulated = list(parallel_map(partial(measure_simulated, folder=folder), rows, workers=options.workers))
     write_csv(options.output / "simulated.csv", list(simulated[0]), simulated)
-    drawn = []
     real = [row for row in _rows(options.real) if row["haemorrhage"] == "0"] if options.real else []
-    for position, row in enumerate(real):
-        kinds = [KINDS[(position + 2 * turn) % len(KINDS)] for turn in range(KINDS_PER_HEAD)]
-        for kind, volume in product(kinds, DRAWN_ML):
-            measured = measure_drawn(row, options.real.parent / row["scan"], kind, volume)
-            drawn += [measured] if measured else []
-        print(f"\r{len(drawn)} drawn haemorrhages", end="", file=sys.stderr)
+    drawings = [
+        (row, KINDS[(position + 2 * turn) % len(KINDS)], volume)
+        for position, row in enumerate(real)
+        for turn, volume in product(range(KINDS_PER_HEAD), DRAWN_ML)
+    ]
+    measure = partial(measure_drawn, folder=options.real.parent if options.real else None)
+    drawn = [measured for measured in parallel_map(measure, drawings, workers=options.workers) if measured]
     if drawn:
         write_csv(options.output / "drawn.csv", list(drawn[0]), drawn)
     summary = {"simulated": summarise_simulated(simulated), "drawn": summarise_drawn(drawn)}

@@ -16,10 +16,11 @@ import csv
 import dataclasses
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -78,7 +79,7 @@ SLICES = 12  # of a slab
 # for the evidence of slices and scans, whole slices are needed.
 START = Stage(3200, 4e-3, {"simulated": 1.0}, 8, 96, {"dice": 2.0, "kinds": 0.3, "regions": 0.2})
 REAL_AND_SIMULATED = {"plain": 0.13, "drawn": 0.22, "weak": 0.2, "simulated": 0.45}
-FOLD = Stage(800, 1.5e-3, REAL_AND_SIMULATED, 4, 160, {"dice": 2.0, "kinds": 0.5, "regions": 0.4})
+FOLD = Stage(600, 1.2e-3, REAL_AND_SIMULATED, 4, 160, {"dice": 2.0, "kinds": 0.5, "regions": 0.4})
 
 
 @dataclass(frozen=True)
@@ -356,7 +357,7 @@ class Training:
             torch.save({**stored, "step": self.step}, file)
 
 
-def train_stage(training: Training, stage: Stage, batches: Batches, target: Path) -> None:
+def train(training: Training, stage: Stage, batches: Batches, target: Path) -> None:
     """Train and write the weights: the moving average over the steps."""
     from safetensors.torch import save_file
 
@@ -488,22 +489,28 @@ def find_threshold(real: Path) -> float:
     return max(map(float, halfway), key=lambda value: np.mean(scores[truth] > value) + np.mean(scores[~truth] <= value))
 
 
-def volume_intervals(cohort: Path) -> dict[str, tuple[VolumeInterval, ...]]:
+def volume_intervals(cohort: Path, *, workers: int) -> dict[str, tuple[VolumeInterval, ...]]:
     """Return the intervals of true volumes, as `MaskTarget.volume_intervals` states them.
 
     The bounds are the 5th and the 95th percentile over all simulated patients of a range of measured volumes. The
     patients served no other step. A range with few patients is merged with the range before it.
     """
-    model = ichprog.load_model(NAME)
-    volumes: dict[str, list[tuple[float, float]]] = {}
-    for row in _rows(cohort.with_name("truth.csv")):
-        true = {kind: float(row[f"{kind}_ml"]) for kind in MASK_VALUES}
-        true["total"] = sum(true.values())
-        prediction = ichprog.predict(model, cohort.parent / "scans" / f"{row['patient']}.nii.gz")
-        measured_ml: dict[str, float] = prediction[model.spec.tasks[0].name].segmentation.volume_ml  # type: ignore[union-attr]
-        for kind, measured in measured_ml.items():
-            volumes.setdefault(kind, []).append((measured, true[kind]))
-    return {kind: _intervals_by_range(np.array(values)) for kind, values in volumes.items()}
+    rows = _rows(cohort.with_name("truth.csv"))
+    patients = list(parallel_map(partial(_volumes, scans=cohort.parent / "scans"), rows, workers=workers))
+    return {kind: _intervals_by_range(np.array([volumes[kind] for volumes in patients])) for kind in patients[0]}
+
+
+def _volumes(row: Mapping[str, str], scans: Path) -> dict[str, tuple[float, float]]:
+    """Return the measured and the true volume in mL of each kind of blood, and of all, of a simulated patient."""
+    true = {kind: float(row[f"{kind}_ml"]) for kind in MASK_VALUES}
+    true["total"] = sum(true.values())
+    measured_ml = ichprog.haemorrhage(scans / f"{row['patient']}.nii.gz", model=_published()).volume_ml
+    return {kind: (measured, true[kind]) for kind, measured in measured_ml.items()}
+
+
+@cache
+def _published() -> ichprog.Model:
+    return ichprog.load_model(NAME)
 
 
 def _intervals_by_range(volumes: np.ndarray) -> tuple[VolumeInterval, ...]:
@@ -517,7 +524,7 @@ def _intervals_by_range(volumes: np.ndarray) -> tuple[VolumeInterval, ...]:
     for start, end in pairwise([*starts, np.inf]):
         within = (measured >= start) & (measured < end)
         low, high = np.quantile((true[within] + 1) / (measured[within] + 1), (0.05, 0.95))
-        intervals.append(VolumeInterval(float(start), round(float(low), 3), round(float(high), 3)))
+        intervals.append(VolumeInterval(float(start), math.floor(low * 1000) / 1000, math.ceil(high * 1000) / 1000))
     return tuple(intervals)
 
 
@@ -540,17 +547,15 @@ def main() -> None:
     list(parallel_map(partial(prepare, spec=spec, folder=grids), items, workers=args.workers))
     start = args.folder / "start.safetensors"
     for part in [args.only] if args.only else ["start", *map(str, range(FOLDS))]:
-        fold = None if part == "start" else int(part)
-        target, stage = (start, START) if fold is None else (args.folder / f"fold{fold}.safetensors", FOLD)
+        if part == "start":
+            seed, stage, target, weights, used = FOLDS, START, start, None, items
+        else:
+            seed, stage, target, weights = int(part), FOLD, args.folder / f"fold{part}.safetensors", start
+            used = [item for item in items if item.fold != seed]
         if not target.exists():
-            seed = FOLDS if fold is None else fold
             torch.manual_seed(seed)
-            training = Training(
-                spec, target.with_suffix(".part"), None if fold is None else start, bfloat16=args.bfloat16
-            )
-            others = [item for item in items if fold is None or item.fold != fold]
-            batches = Batches(others, grids, stage, seed=1000 * seed + training.step)
-            train_stage(training, stage, batches, target)
+            training = Training(spec, target.with_suffix(".part"), weights, bfloat16=args.bfloat16)
+            train(training, stage, Batches(used, grids, stage, seed=1000 * seed + training.step), target)
     if args.only is None:
         cohort = simulate(args.folder / "calibration", **CALIBRATED_ON, workers=args.workers)
         calibration = [item for item in list_items(args.real, cohort, args.first_slice) if item.kind == "simulated"]
@@ -561,7 +566,9 @@ def main() -> None:
         spec = publish(spec, args.folder, answers, threshold)
         probability = round(find_threshold(args.real), 3)
         print(f"A scan shows blood above a probability of {probability:g}.")
-        intervals = volume_intervals(simulate(args.folder / "intervals", **INTERVALS_OF, workers=args.workers))
+        intervals = volume_intervals(
+            simulate(args.folder / "intervals", **INTERVALS_OF, workers=args.workers), workers=args.workers
+        )
         (task,) = spec.tasks
         mask = dataclasses.replace(task.mask, volume_intervals=intervals)  # type: ignore[type-var]
         _write(dataclasses.replace(spec, tasks=(dataclasses.replace(task, threshold=probability, mask=mask),)))
