@@ -16,7 +16,6 @@ import csv
 import dataclasses
 import hashlib
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -524,7 +523,7 @@ def _intervals_by_range(volumes: np.ndarray) -> tuple[VolumeInterval, ...]:
     for start, end in pairwise([*starts, np.inf]):
         within = (measured >= start) & (measured < end)
         low, high = np.quantile((true[within] + 1) / (measured[within] + 1), (0.05, 0.95))
-        intervals.append(VolumeInterval(float(start), math.floor(low * 1000) / 1000, math.ceil(high * 1000) / 1000))
+        intervals.append(VolumeInterval(float(start), round(float(low), 3), round(float(high), 3)))
     return tuple(intervals)
 
 

@@ -108,8 +108,7 @@ def scan_path(tmp_path_factory):
 def bright_model(tmp_path):
     """Return the name of a fast local model with two folds, whose network responds to blood."""
     ichprog.register_backbone("bright", bright_backbone)
-    yield local_model(tmp_path / "bright", "bright", shape=(20, 96, 96), folds=2, adjust=_strengthen_heads)
-    registry.backbones.unregister("bright")
+    return local_model(tmp_path / "bright", "bright", shape=(20, 96, 96), folds=2, adjust=_strengthen_heads)
 
 
 def _strengthen_heads(state):
