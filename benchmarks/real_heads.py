@@ -29,6 +29,7 @@ from ichprog.io import write_csv
 from ichprog.metrics import compute_weighted
 from ichprog.metrics.bootstrap import percentile_interval, resample_counts, wilson_interval
 from ichprog.metrics.comparisons import correlations
+from ichprog.metrics.discrimination import choose_threshold
 from ichprog.reporting import figures
 from ichprog.scan import CHECKS, read
 from ichprog.scan.brain import run_extractor
@@ -276,7 +277,7 @@ def cross_fitted(heads: Sequence[Head], detector: str) -> dict[str, Any]:
     for fold in range(FOLDS):
         inside, others = folds == fold, folds != fold
         if len(set(truth[others])) == 2:
-            called[inside] = scores[inside] > best_threshold(truth[others], scores[others])
+            called[inside] = scores[inside] > choose_threshold(truth[others], scores[others])
             fitted[inside] = True
     figures: dict[str, Any] = {"bleeding": int(truth[fitted].sum()), "other": int((~truth[fitted]).sum())}
     for name, right in (("sensitivity", called[truth & fitted]), ("specificity", ~called[~truth & fitted])):
@@ -286,13 +287,6 @@ def cross_fitted(heads: Sequence[Head], detector: str) -> dict[str, Any]:
         low, high = wilson_interval(int(right.sum()), len(right))
         figures[name] = (float(right.mean()), float(low), float(high))
     return figures
-
-
-def best_threshold(truth: np.ndarray, scores: np.ndarray) -> float:
-    """Return the threshold with the highest sum of sensitivity and specificity, halfway between two scores."""
-    ordered = np.unique(scores)
-    between = (ordered[1:] + ordered[:-1]) / 2
-    return float(max(between, key=lambda at: (scores[truth] > at).mean() + (scores[~truth] <= at).mean()))
 
 
 def summarise(heads: Sequence[Head], simulated: Sequence[list[tuple[float, float]]]) -> dict[str, Any]:

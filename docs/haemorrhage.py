@@ -30,6 +30,7 @@ import ichprog
 from ichprog import networks, preprocessing
 from ichprog.errors import InvalidValueError
 from ichprog.io import atomic_write
+from ichprog.metrics.discrimination import choose_threshold
 from ichprog.parallel import parallel_map
 from ichprog.scan import load, load_regions, source_slices
 from ichprog.simulate import MASK_VALUES, add_haemorrhage, simulate
@@ -77,8 +78,12 @@ SLICES = 12  # of a slab
 # Parts of slices around blood teach more in the same time than whole slices. Where slices are labelled as a whole, and
 # for the evidence of slices and scans, whole slices are needed.
 START = Stage(3200, 4e-3, {"simulated": 1.0}, 8, 96, {"dice": 2.0, "kinds": 0.3, "regions": 0.2})
-REAL_AND_SIMULATED = {"plain": 0.13, "drawn": 0.22, "weak": 0.2, "simulated": 0.45}
-FOLD = Stage(600, 1.2e-3, REAL_AND_SIMULATED, 4, 160, {"dice": 2.0, "kinds": 0.5, "regions": 0.4})
+WHOLE_LOSS = {"dice": 2.0, "kinds": 0.5, "regions": 0.4}
+FOLD = (
+    Stage(600, 1.2e-3, {"plain": 0.13, "drawn": 0.22, "weak": 0.2, "simulated": 0.45}, 4, 160, WHOLE_LOSS),
+    Stage(900, 2e-3, {"plain": 0.12, "drawn": 0.48, "simulated": 0.4}, 8, 96, {"dice": 2.0, "kinds": 0.4}),
+    Stage(900, 1.2e-3, {"plain": 0.18, "drawn": 0.26, "weak": 0.26, "simulated": 0.3}, 4, 160, WHOLE_LOSS),
+)
 
 
 @dataclass(frozen=True)
@@ -373,6 +378,25 @@ def train(training: Training, stage: Stage, batches: Batches, target: Path) -> N
     training.checkpoint.unlink(missing_ok=True)
 
 
+def train_part(part: str, spec: ModelSpec, items: Sequence[Item], folder: Path, *, bfloat16: bool) -> None:
+    """Train the first network or one fold through its stages, except those whose weights are in the folder."""
+    import torch
+
+    seed, stages, weights = FOLDS, (START,), None
+    if part != "start":
+        seed, stages, weights = int(part), FOLD, folder / "start.safetensors"
+        items = [item for item in items if item.fold != seed]
+    for number, stage in enumerate(stages, 1):
+        name = part if part == "start" else f"fold{part}"
+        target = folder / (f"{name}.safetensors" if number == len(stages) else f"{name}-stage{number}.safetensors")
+        if not target.exists():
+            torch.manual_seed(seed)
+            training = Training(spec, target.with_suffix(".part"), weights, bfloat16=bfloat16)
+            batches = Batches(items, folder / "grids", stage, seed=1000 * seed + 100_000 * (number - 1) + training.step)
+            train(training, stage, batches, target)
+        weights = target
+
+
 class Answers(NamedTuple):
     """What each fold F answers for the calibration patients N, and the truth.
 
@@ -469,7 +493,7 @@ def publish(spec: ModelSpec, run: Path, answers: Answers, voxel_threshold: float
 
 
 def find_threshold(real: Path) -> float:
-    """Return the probability with the highest sum of sensitivity and specificity on the real heads.
+    """Return the probability with the highest balanced accuracy on the real heads.
 
     Each head is scored by the fold that was not trained on it. Bleeds in one slice only are left out.
     """
@@ -482,10 +506,7 @@ def find_threshold(real: Path) -> float:
             prediction = ichprog.predict(folds[fold_of(row["patient"])], real.parent / row["scan"])
             probabilities.append(prediction[task.name].probabilities[task.labels[-1]])
             bleeding.append(count > 0)
-    scores, truth = np.array(probabilities), np.array(bleeding)
-    values = np.unique(scores)
-    halfway = (values[1:] + values[:-1]) / 2
-    return max(map(float, halfway), key=lambda value: np.mean(scores[truth] > value) + np.mean(scores[~truth] <= value))
+    return choose_threshold(bleeding, probabilities)
 
 
 def volume_intervals(cohort: Path, *, workers: int) -> dict[str, tuple[VolumeInterval, ...]]:
@@ -529,8 +550,6 @@ def _intervals_by_range(volumes: np.ndarray) -> tuple[VolumeInterval, ...]:
 
 def main() -> None:
     """Run every step whose result is missing."""
-    import torch
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--real", type=Path, required=True, help="table of real heads")
@@ -544,17 +563,8 @@ def main() -> None:
     items = list_items(args.real, cohort, args.first_slice)
     grids.mkdir(parents=True, exist_ok=True)
     list(parallel_map(partial(prepare, spec=spec, folder=grids), items, workers=args.workers))
-    start = args.folder / "start.safetensors"
     for part in [args.only] if args.only else ["start", *map(str, range(FOLDS))]:
-        if part == "start":
-            seed, stage, target, weights, used = FOLDS, START, start, None, items
-        else:
-            seed, stage, target, weights = int(part), FOLD, args.folder / f"fold{part}.safetensors", start
-            used = [item for item in items if item.fold != seed]
-        if not target.exists():
-            torch.manual_seed(seed)
-            training = Training(spec, target.with_suffix(".part"), weights, bfloat16=args.bfloat16)
-            train(training, stage, Batches(used, grids, stage, seed=1000 * seed + training.step), target)
+        train_part(part, spec, items, args.folder, bfloat16=args.bfloat16)
     if args.only is None:
         cohort = simulate(args.folder / "calibration", **CALIBRATED_ON, workers=args.workers)
         calibration = [item for item in list_items(args.real, cohort, args.first_slice) if item.kind == "simulated"]

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
+from ichprog.metrics.discrimination import choose_threshold
+
 ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data" / "ct_ich"
 BENCHMARK = runpy.run_path(str(ROOT / "benchmarks" / "real_heads.py"), run_name="real_heads")
@@ -61,7 +63,7 @@ def test_a_threshold_is_applied_to_heads_that_did_not_choose_it(heads):
         scores = np.array([head.scores[DETECTOR].patient for head in others])
         candidates = np.linspace(0, 1, 2001)
         sums = [(scores[truth] > at).mean() + (scores[~truth] <= at).mean() for at in candidates]
-        threshold = BENCHMARK["best_threshold"](truth, scores)
+        threshold = choose_threshold(truth, scores)
         assert (scores[truth] > threshold).mean() + (scores[~truth] <= threshold).mean() == pytest.approx(max(sums))
         called += sum(h.scores[DETECTOR].patient > threshold for h in own if h.bleeds)
     assert figures["sensitivity"][0] == pytest.approx(called / figures["bleeding"])

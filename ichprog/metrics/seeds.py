@@ -148,11 +148,12 @@ def seed_variance(
         raise InvalidValueError("probabilities", f"{len(probabilities)} trainings", "at least two trainings")
     values, samples = _metrics(truth, probabilities, thresholds, kind, n_bootstrap, seed)
     by_training, means = values[metric], samples[metric].mean(0)
+    means = means[~np.isnan(means)]  # a metric need not be defined in every sample
     return {
         "lowest": float(by_training.min()),
         "highest": float(by_training.max()),
         "seeds_sd": float(by_training.std(ddof=1)),
-        "patients_sd": float(np.nanstd(means, ddof=1)),
+        "patients_sd": float(means.std(ddof=1)) if len(means) > 1 else np.nan,
     }
 
 

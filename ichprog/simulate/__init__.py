@@ -147,6 +147,7 @@ class Patient:
         person = self.person
         bleeds = person.bleeds
         return {
+            "haemorrhage": int(bleeds),
             "poor_outcome": int(person.poor) if bleeds else None,
             "gcs": person.gcs if bleeds else None,
             "age": person.age,

@@ -74,7 +74,10 @@ def test_plain_patients_are_those_of_the_embedded_model(number, skull, fingerpri
 
 def test_plain_people_are_those_of_the_embedded_model():
     people = [Patient(0, number, "plain") for number in range(300)]
-    rows = repr([(p.columns(), p.person.marks) for p in people])
+    columns = [p.columns() for p in people]
+    for each in columns:
+        del each["haemorrhage"]  # is newer than the fingerprint
+    rows = repr([(each, p.person.marks) for each, p in zip(columns, people, strict=True)])
     assert hashlib.sha256(rows.encode()).hexdigest()[:16] == "f5a78ac1088c7dd4"
 
 
