@@ -337,8 +337,11 @@ def run_twice(laboratory: Laboratory, scenario: Scenario, trials: int) -> Outcom
 
 
 def clock_library() -> Path | None:
-    """Return the library of libfaketime, which changes the clock of a process, or None if it is not installed."""
-    return next(iter(sorted(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"))), None)
+    """Return the library of libfaketime, which changes the clock of a process, or None and say so."""
+    found = next(iter(sorted(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"))), None)
+    if found is None:
+        print("Clock changes are left out: libfaketime is not installed.", file=sys.stderr)
+    return found
 
 
 def change_clock(laboratory: Laboratory, scenario: Scenario, trials: int) -> Outcome:
@@ -506,9 +509,7 @@ def main() -> None:
                         laboratory, SCENARIOS[name], max(3, options.disks // 4) if name == "train" else options.disks
                     )
                 )
-        if "clock" in parts and clock_library() is None:
-            print("Clock changes are left out: libfaketime is not installed.", file=sys.stderr)
-        elif "clock" in parts:
+        if "clock" in parts and clock_library():
             for name in ("predict", "study", "fetch"):
                 report(change_clock(laboratory, SCENARIOS[name], max(2, options.trials // 10)))
         if "kill" in parts:

@@ -9,10 +9,11 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from pictures import DOCS, MODEL, PATIENT, SEED
+
 import ichprog
 from ichprog.reporting.pdf import find_chromium
 from ichprog.simulate import Patient, simulate
-from pictures import DOCS, MODEL, PATIENT, SEED
 
 SIZE = (1280, 1100)
 FLAGS = (
@@ -33,7 +34,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         page = ichprog.save_report(prediction, scan, Path(folder) / "report.html")
         command = [find_chromium(), *FLAGS, f"--user-data-dir={folder}/profile", f"--screenshot={DOCS / 'report.png'}"]
-        subprocess.run([*command, page.as_uri()], check=True)
+        subprocess.run([*command, page.as_uri()], check=True)  # noqa: S603
 
 
 if __name__ == "__main__":
