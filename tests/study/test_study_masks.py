@@ -12,10 +12,10 @@ from ichprog.study import Study, run
 
 STUDIES = Path(__file__).parents[2] / "benchmarks" / "study"
 SMALLER = {
-    "patients = 1600": "patients = 40",
+    "patients = 1200": "patients = 40",
     "seeds = [1, 2, 3, 4, 5]": "seeds = [1]",
     "folds = 3": "folds = 2",
-    "epochs = 12": "epochs = 1",
+    "epochs = 10": "epochs = 1",
     "warmup_epochs = 1": "warmup_epochs = 0",
     "matrix = 48": "matrix = 24",
 }
