@@ -78,8 +78,7 @@ class Stage(NamedTuple):
 
 SLICES = 12  # of a slab
 # Parts of slices around blood teach more in the same time than whole slices. Where slices are labelled as a whole, and
-# for the evidence of slices and scans, whole slices are needed. Only the first stage of a fold has labelled slices of
-# bleeding heads: more steps with these few heads made the folds worse on other real heads.
+# for the evidence of slices and scans, whole slices are needed.
 START = Stage(3200, 4e-3, {"simulated": 1.0}, 8, 96, {"dice": 2.0, "kinds": 0.3, "regions": 0.2})
 WHOLE = {"dice": 2.0, "kinds": 0.5, "regions": 0.4}
 FOLD = (
