@@ -80,12 +80,12 @@ SLICES = 12  # of a slab
 # Parts of slices around blood teach more in the same time than whole slices. Where slices are labelled as a whole, and
 # for the evidence of slices and scans, whole slices are needed.
 START = Stage(3200, 4e-3, {"simulated": 1.0}, 8, 96, {"dice": 2.0, "kinds": 0.3, "regions": 0.2})
-WHOLE = {"dice": 2.0, "kinds": 0.5, "regions": 0.4}
-FOLD = (
-    Stage(600, 1.2e-3, {"plain": 0.13, "drawn": 0.22, "weak": 0.2, "simulated": 0.45}, 4, 160, WHOLE),
+LOSS_OF_WHOLE_SLICES = {"dice": 2.0, "kinds": 0.5, "regions": 0.4}
+FOLD_STAGES = (
+    Stage(600, 1.2e-3, {"plain": 0.13, "drawn": 0.22, "weak": 0.2, "simulated": 0.45}, 4, 160, LOSS_OF_WHOLE_SLICES),
     Stage(900, 2e-3, {"plain": 0.12, "drawn": 0.48, "simulated": 0.4}, 8, 96, {"dice": 2.0, "kinds": 0.4}),
-    Stage(500, 8e-4, {"plain": 0.25, "drawn": 0.35, "simulated": 0.4}, 4, 160, WHOLE),
-    Stage(600, 1.2e-3, {"plain": 0.2, "drawn": 0.3, "simulated": 0.5}, 4, 160, WHOLE),
+    Stage(500, 8e-4, {"plain": 0.25, "drawn": 0.35, "simulated": 0.4}, 4, 160, LOSS_OF_WHOLE_SLICES),
+    Stage(600, 1.2e-3, {"plain": 0.2, "drawn": 0.3, "simulated": 0.5}, 4, 160, LOSS_OF_WHOLE_SLICES),
 )
 
 
@@ -382,15 +382,22 @@ def train(training: Training, stage: Stage, batches: Batches, target: Path) -> N
 
 
 def train_part(part: str, spec: ModelSpec, items: Sequence[Item], folder: Path, *, bfloat16: bool) -> None:
-    """Train the first network or one fold through its stages, except those whose weights are in the folder."""
+    """Train the first network or one fold through its stages, except those whose weights are in the folder.
+
+    Args:
+        part: "start", or the number of a fold.
+        spec: The model.
+        items: Scans to train on. A fold leaves out those of its own.
+        folder: Folder of the weights and of the prepared files in `grids`.
+        bfloat16: As in `Training`.
+    """
     import torch
 
-    seed, stages, weights = FOLDS, (START,), None
+    name, seed, stages, weights = "start", FOLDS, (START,), None
     if part != "start":
-        seed, stages, weights = int(part), FOLD, folder / "start.safetensors"
+        name, seed, stages, weights = f"fold{part}", int(part), FOLD_STAGES, folder / "start.safetensors"
         items = [item for item in items if item.fold != seed]
     for number, stage in enumerate(stages, 1):
-        name = part if part == "start" else f"fold{part}"
         target = folder / (f"{name}.safetensors" if number == len(stages) else f"{name}-stage{number}.safetensors")
         if not target.exists():
             torch.manual_seed(seed)
@@ -436,8 +443,8 @@ def answer(spec: ModelSpec, run: Path, grids: Sequence[Path]) -> Answers:
 def find_voxel_threshold(answers: Answers) -> float:
     """Return the probability above which the voxels of simulated patients have the volume of their blood.
 
-    It has the smallest median absolute error of the logarithm of the volume, over patients with at least 1 mL. Training
-    alone gives too small volumes at a probability of one half, because the voxels of thin bleeds are doubtful.
+    It has the smallest median absolute error of the logarithm of the volume, over patients with at least 1 mL. At a
+    probability of one half, volumes may be too small, because the voxels of thin bleeds are doubtful, or too large.
     """
     true = answers.filled.sum(1)
     used = true >= LEAST_CELLS

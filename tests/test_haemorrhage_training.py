@@ -1,10 +1,13 @@
-"""Tests of the batches that `docs/haemorrhage.py` trains on."""
+"""Tests of the batches that `docs/haemorrhage.py` trains on, and of its stages."""
 
 import runpy
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
+
+from ichprog import zoo
 
 SCRIPT = runpy.run_path(str(Path(__file__).parents[1] / "docs" / "haemorrhage.py"))
 Batches, Item, Stage = (SCRIPT[name] for name in ("Batches", "Item", "Stage"))
@@ -54,3 +57,23 @@ def test_slices_are_whole_where_only_slices_are_labelled(items):
     whole = (regions == -1).all(1).mean((2, 3))
     assert unknown.any()
     assert (whole[unknown] > 0.8).all()
+
+
+def test_a_fold_goes_through_its_stages_and_leaves_out_its_own_heads(items, monkeypatch):
+    listed, folder = items
+    (folder / "grids").mkdir()
+    (folder / "simulated.npz").rename(folder / "grids" / "simulated.npz")
+    own = Item("simulated", "not prepared", folder, 0)
+    train_part, spec = SCRIPT["train_part"], zoo.find("compact.haemorrhage")
+    one_step = Stage(1, 1e-3, {"simulated": 1.0}, 1, 32, {})
+    monkeypatch.setitem(train_part.__globals__, "START", one_step)
+    monkeypatch.setitem(train_part.__globals__, "FOLD_STAGES", (one_step, one_step))
+    train_part("start", spec, listed[:1], folder, bfloat16=False)
+    train_part("0", spec, [listed[0], own], folder, bfloat16=False)
+    files = [folder / f"{name}.safetensors" for name in ("start", "fold0-stage1", "fold0")]
+    weights = [load_file(file)["heads.haemorrhage.voxels.weight"] for file in files]
+    assert not np.array_equal(weights[0], weights[1])
+    assert not np.array_equal(weights[1], weights[2])
+    files[2].unlink()
+    train_part("0", spec, [listed[0], own], folder, bfloat16=False)
+    assert np.array_equal(load_file(files[2])["heads.haemorrhage.voxels.weight"], weights[2])

@@ -139,7 +139,8 @@ def seed_variance(
 
     Returns:
         `lowest` and `highest` value of a training; `seeds_sd`, the standard deviation between trainings on the same
-        patients; `patients_sd`, the standard error of the mean over trainings with respect to the patients.
+        patients; `patients_sd`, the standard error of the mean over trainings with respect to the patients, or
+        NaN if the metric is defined in fewer than two samples.
 
     Raises:
         InvalidValueError: The arrays do not fit the kind of task, or there are fewer than two trainings.

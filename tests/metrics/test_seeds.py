@@ -108,6 +108,12 @@ def test_the_corrected_test_widens_the_usual_one():
     assert np.isnan(seeds.corrected_resampled_test([0.1, 0.1], 0.5)[1])
 
 
+def test_a_metric_that_no_sample_defines_has_no_variance_between_patients(random):
+    labels = np.ones(20, int)  # there is no AUROC of one label
+    found = seeds.seed_variance(labels, [random.random(20)] * 2, "auroc", kind="binary", thresholds=[0.5] * 2)
+    assert np.isnan(found["patients_sd"])
+
+
 def test_seed_variance_separates_trainings_from_patients(random):
     truth = (random.random(150) < 0.5).astype(int)
     same = trainings(random, truth, 1) * 3
