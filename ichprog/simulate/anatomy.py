@@ -7,6 +7,7 @@ Source of the template: Fonov et al., NeuroImage 2011 (ICBM 152 nonlinear symmet
 """
 
 import functools
+import itertools
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -62,6 +63,41 @@ class Template:
         index = (points - first.astype(np.float32).reshape(3, *[1] * (points.ndim - 1))) / np.float32(mm)
         result: np.ndarray = ndimage.map_coordinates(values, index, order=1, mode="nearest", output=np.float32)
         return result
+
+    def coarse_at(self, points: np.ndarray) -> np.ndarray:
+        """Interpolate all coarse maps linearly at the same points, as `at` does, several times faster.
+
+        The weights of the eight voxels around a point are computed once, as a row of a sparse matrix.
+
+        Args:
+            points: `(3, ...)` in mm of the template.
+
+        Returns:
+            `(8, ...)` float32: `depth`, `ventricle`, and the axes of `outward` and of `upward`.
+        """
+        from scipy import sparse
+
+        index = (points - self.coarse.astype(np.float32).reshape(3, *[1] * (points.ndim - 1))) / np.float32(_COARSE_MM)
+        last = np.array(self.depth.shape)[:, None] - 1
+        index = np.clip(index.reshape(3, -1).astype(np.float64), 0, last)
+        low = np.minimum(np.floor(index), last - 1)
+        part = index - low
+        weights = np.stack([1 - part, part])
+        corners = list(itertools.product((0, 1), repeat=3))
+        share = np.stack([weights[i, 0] * weights[j, 1] * weights[k, 2] for i, j, k in corners], axis=1)
+        steps = np.ravel_multi_index(np.transpose(corners), self.depth.shape)
+        voxel = np.ravel_multi_index(tuple(low.astype(np.int32)), self.depth.shape)
+        voxels = (voxel[:, None] + steps).astype(np.int32)
+        starts = np.arange(0, share.size + 1, len(corners), dtype=np.int32)
+        matrix = sparse.csr_array((share.ravel(), voxels.ravel(), starts), shape=(len(share), self.depth.size))
+        values: np.ndarray = (matrix @ self._coarse_maps).T.astype(np.float32)
+        return values.reshape(-1, *points.shape[1:])
+
+    @functools.cached_property
+    def _coarse_maps(self) -> np.ndarray:
+        """Return the coarse maps as `(voxels, 8)` float64."""
+        maps = (self.depth, self.ventricle, *self.outward, *self.upward)
+        return np.stack([each.ravel() for each in maps], axis=1).astype(np.float64)
 
 
 @functools.cache
@@ -150,15 +186,11 @@ class Individual:
         """
         form = self.template
         before = points - displacement
-        distance = form.at(form.ventricle, before)
+        depth, distance, *directions = form.coarse_at(before)
         widened = self.widening_mm * np.exp(-np.maximum(distance, 0) / 14)
-        shrunk = self.shrinkage_mm * np.exp(-np.maximum(form.at(form.depth, before), 0) / 18)
-        result: np.ndarray = before + np.stack(
-            [
-                -widened * form.at(form.outward[axis], before) + shrunk * form.at(form.upward[axis], before)
-                for axis in range(3)
-            ]
-        )
+        shrunk = self.shrinkage_mm * np.exp(-np.maximum(depth, 0) / 18)
+        outward, upward = np.stack(directions[:3]), np.stack(directions[3:])
+        result: np.ndarray = before + (-widened * outward + shrunk * upward)
         return result
 
 

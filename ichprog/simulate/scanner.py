@@ -11,7 +11,7 @@ from functools import cache, partial
 
 import numpy as np
 
-from ichprog.scan.morphology import resample
+from ichprog.scan.morphology import cut_bands, resample_separable, triangle_weights
 from ichprog.simulate.anatomy import CENTRE, Individual, gyri_displacement
 from ichprog.simulate.haemorrhage import MASK_VALUES, Shape, fullest, mask_value
 from ichprog.simulate.realism import PLAIN, Realism
@@ -199,7 +199,8 @@ def _field(
     if gyri is not None:
         source = source + gyri(points, depth)
     ventricle = form.at(form.ventricle, source)
-    spread = [resample(values, cells) for values in (*points, *source, depth, ventricle)]
+    bands = [cut_bands(triangle_weights(n, m)) for n, m in zip(lattice, cells, strict=True)]
+    spread = [resample_separable(values, bands) for values in (*points, *source, depth, ventricle)]
     return _Field(low, np.stack(spread[:3]), np.stack(spread[3:6]), spread[6], spread[7], volume_ml)
 
 
@@ -213,9 +214,9 @@ def _tissue(
 ) -> tuple[np.ndarray, list[np.ndarray]]:
     """Return HU inside the skull, and the fractions of haemorrhage and of blood in the ventricles."""
     of_structures, of_hardening, of_tissue = of_realism.spawn(3)
-    where = np.nonzero(field.depth > -1.0)
-    points, source = (np.stack([axis[where] for axis in points]) for points in (field.points, field.source))
-    depth, ventricle = field.depth[where], field.ventricle[where]
+    where = np.flatnonzero(field.depth > -1.0)
+    points, source = (np.stack([axis.ravel()[where] for axis in each]) for each in (field.points, field.source))
+    depth, ventricle = field.depth.ravel()[where], field.ventricle.ravel()[where]
     form = individual.template
     grey, white = form.at(form.grey, source), form.at(form.white, source)
     fluid = np.clip(1 - grey - white, 0, 1) ** np.float32(individual.sulci)
@@ -229,24 +230,27 @@ def _tissue(
     falx = np.exp(-((source[0] / 0.9) ** 2)) * (ventricle > 8) * (source[2] > 4) * np.clip(fluid + 0.2, 0, 1)
     hu += falx * (_DURA - hu) * 0.6
     for place in _CALCIFIED:
-        far = np.sqrt(((source - np.array(place, np.float32)[:, None]) ** 2).sum(0))
         size = individual.calcified_mm * float(random.uniform(0.6, 1.3))
-        hu += np.clip((size - far) / 1.2, 0, 1) * (_CALCIUM - hu) * (size > 0.9)
+        if size > 0.9:
+            away = source - np.array(place, np.float32)[:, None]
+            near = np.flatnonzero(np.abs(away).max(0) < size)
+            far = np.sqrt((away[:, near] ** 2).sum(0))
+            hu[near] += np.clip((size - far) / 1.2, 0, 1) * (_CALCIUM - hu[near])
     add_structures(hu, points, source, depth, realism, shape.person.marks["calcification"], of_structures)
 
     haemorrhage, rank = _haemorrhage(field, shape, points, depth, ventricle, fluid)
     entered = _ventricular_blood(shape, points, ventricle, fluid, random) * (1 - haemorrhage)
-    uneven = shape.lump(points * np.float32(1.9))
-    dense = random.uniform(56, 68) + 4.0 * uneven
+    bloody = np.flatnonzero((haemorrhage > 0) | (entered > 0))
+    dense = random.uniform(56, 68) + 4.0 * shape.lump(points[:, bloody] * np.float32(1.9))
     if not shape.in_fluid and shape.person.volume_ml > 15 and random.random() < 0.15:  # unclotted blood
         level = shape.middle[1] + random.normal(0, 3)
-        dense = dense - 14 + 18 * np.clip((level - points[1]) / 2, 0, 1)
+        dense = dense - 14 + 18 * np.clip((level - points[1, bloody]) / 2, 0, 1)
     if shape.person.bleeds and not (shape.in_fluid or shape.subdural):
         around = np.maximum(rank, 0)
         hu -= random.uniform(3, 9) * np.exp(-((around / random.uniform(3, 7)) ** 2)) * (1 - fluid)
     share = haemorrhage * (0.55 + 0.45 * fluid if shape.in_fluid else 1)
-    hu += share * (dense - hu)
-    hu += entered * (dense - 6 - hu)
+    hu[bloody] += share[bloody] * (dense - hu[bloody])
+    hu[bloody] += entered[bloody] * (dense - 6 - hu[bloody])
     hu += random.uniform(1, 4) * np.exp(-np.maximum(depth, 0) / 6)  # beam hardening
     hu += _streaks(points, random)
     if realism.hardening_hu:
@@ -256,7 +260,7 @@ def _tissue(
     whole = np.full(field.depth.shape, _FLUID, np.float32)
     blood = [np.zeros(field.depth.shape, np.float32) for _ in range(2)]
     for target, values in zip([whole, *blood], [hu, haemorrhage, entered], strict=True):
-        target[where] = values
+        target.ravel()[where] = values
     return whole, blood
 
 
@@ -354,7 +358,7 @@ def _digitise(
             kernels.append(_kernel(far, protocol.sharpness) if protocol.sharpness else matrices[-1])
 
     def seen_as(layer: np.ndarray, weights: list[np.ndarray]) -> np.ndarray:
-        mean = layer.reshape(*layer.shape[:2], slices, _POINTS_PER_SLICE).mean(-1)
+        mean = sum(layer[..., part::_POINTS_PER_SLICE] for part in range(_POINTS_PER_SLICE)) / _POINTS_PER_SLICE
         if protocol.overlap:
             padded = np.pad(mean, [(0, 0), (0, 0), (1, 1)], "edge")
             mean = (1 - protocol.overlap) * mean + protocol.overlap / 2 * (padded[..., :-2] + padded[..., 2:])
