@@ -5,7 +5,7 @@ the last ones are published. Then it trains their fusion with age and GCS, on th
 models and measures them, on simulated patients of other seeds. It writes the weights and the specs into `ichprog/zoo/`,
 and the results into the specs and `docs/embedded.json`. Finished steps in FOLDER are reused, so an interrupted run can
 be continued. `--only-measure` only measures. `--ablation` trains the network of the image for a few steps, each time
-without one part, and writes `docs/embedded-ablation.json`.
+without one part and with two seeds, and writes `docs/embedded-ablation.json`.
 
 Training does not use `ichprog train`, because it learns from what only a simulation knows: the probabilities of the
 labels given the image instead of labels, and the causes of the image.
@@ -19,7 +19,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ MEASURED_ON = [{"patients": 500, "seed": seed} for seed in (2, 3, 4, 5)]
 FULL_SCANS = {"patients": 200, "seed": 2}
 CYCLES = (1600, 600, 600, 3000, 2800)  # optimiser steps
 NETWORKS = 1  # those of the last cycles; the average of two was no better than the last one
-ABLATION_STEPS = 300
+ABLATION_STEPS, ABLATION_SEEDS = 300, (0, 1)
 BATCH, LEARNING_RATE, WEIGHT_DECAY, AVERAGE = 16, 4e-3, 1e-3, 0.99
 STATISTICS_OF = 640  # patients
 TASK_WEIGHTS = (1.0, 1.0, 1.0, 1.0)  # of the four probabilities
@@ -625,25 +625,36 @@ def measure_full_scans(spec: ModelSpec, cohort: Path, patients: Patients) -> dic
     }
 
 
-def ablate(spec: ModelSpec, patients: Patients, cohorts: Sequence[Patients], folder: Path) -> None:
-    """Train one network for each of `ABLATIONS` and write the AUC of each question."""
+def ablate(folder: Path, workers: int) -> None:
+    """Train a network for each of `ABLATIONS` and each seed, and write the AUC of each question by seed."""
+    (folder / "ablation").mkdir(exist_ok=True)
+    runs = [(name, seed) for seed in ABLATION_SEEDS for name in ABLATIONS]
+    measured = dict(zip(runs, parallel_map(partial(ablate_once, folder), runs, workers=workers), strict=True))
+    rows = [
+        {"design": name, **{what: [measured[name, seed][what] for seed in ABLATION_SEEDS] for _, _, what in QUESTIONS}}
+        for name in ABLATIONS
+    ]
+    results = {"steps": ABLATION_STEPS, "seeds": ABLATION_SEEDS, "rows": rows}
+    (DOCS / "embedded-ablation.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+def ablate_once(folder: Path, run: tuple[str, int]) -> dict[str, float]:
+    """Train the network of a design with a seed, unless it is measured, and return the AUC of each question."""
     import torch
 
-    target = DOCS / "embedded-ablation.json"
-    folder.mkdir(exist_ok=True)
-    for number, (name, design) in enumerate(ABLATIONS.items()):
-        stored = folder / f"{number}.json"
-        if stored.exists():
-            continue
+    name, seed = run
+    stored = folder / "ablation" / f"{list(ABLATIONS).index(name)}-{seed}.json"
+    if not stored.exists():
+        spec, design = ModelSpec.read(ZOO / f"{NAME}.json"), ABLATIONS[name]
+        training, *cohorts = prepared_patients(folder)
         heads = tuple(
             dataclasses.replace(task, head=PluginRef("ordinal", {**task.head.options, "hidden": design.hidden}))
             for task in spec.tasks
         )
         backbone = PluginRef("compact", {**spec.backbone.options, "coordinates": design.coordinates})
-        changed = dataclasses.replace(spec, tasks=heads, backbone=backbone)
-        training = Training(changed, patients, design)
-        training.run_cycle(ABLATION_STEPS, name)
-        network = training.average.module.eval()
+        trained = Training(dataclasses.replace(spec, tasks=heads, backbone=backbone), training, design, seed)
+        trained.run_cycle(ABLATION_STEPS, f"{name}, seed {seed}")
+        network = trained.average.module.eval()
         scores = []
         with torch.no_grad():
             for each in cohorts:
@@ -653,9 +664,17 @@ def ablate(spec: ModelSpec, patients: Patients, cohorts: Sequence[Patients], fol
                 ]
                 scores.append(torch.cat(parts).sigmoid().numpy())
         figures = measure(scores, cohorts)
-        stored.write_text(json.dumps({"design": name, **{each["what"]: each["model"] for each in figures}}))
-    rows = [json.loads((folder / f"{number}.json").read_text()) for number in range(len(ABLATIONS))]
-    target.write_text(json.dumps({"steps": ABLATION_STEPS, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+        stored.write_text(json.dumps({each["what"]: each["model"][0] for each in figures}), encoding="utf-8")
+    aucs: dict[str, float] = json.loads(stored.read_text(encoding="utf-8"))
+    return aucs
+
+
+@cache
+def prepared_patients(folder: Path) -> tuple[Patients, ...]:
+    """Read the patients that are trained on, and those of each seed that are measured, all of them prepared."""
+    spec = ModelSpec.read(ZOO / f"{NAME}.json")
+    names = [f"seed{options['seed']}" for options in (TRAINED_ON, *MEASURED_ON)]
+    return tuple(load_patients(folder / name / "cohort.csv", spec, workers=1) for name in names)
 
 
 def main() -> None:
@@ -681,7 +700,9 @@ def main() -> None:
 
     training, fused = patients(TRAINED_ON), ModelSpec.read(ZOO / f"{FUSED}.json")
     if args.ablation:
-        ablate(spec, training, [patients(options) for options in MEASURED_ON], args.folder / "ablation")
+        for options in MEASURED_ON:
+            patients(options)
+        ablate(args.folder, args.workers)
         return
     if not args.only_measure:
         train(spec, training, args.folder / "run")

@@ -405,10 +405,13 @@ def _start_worker(workers: int) -> None:
     """Set up a worker process before it imports torch."""
     import signal
 
+    from threadpoolctl import threadpool_limits
+
     exit_with_parent()
     signal.signal(signal.SIGINT, _exit)  # Ctrl-C reaches all processes, and the parent reports it
-    threads = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
-    os.environ["OMP_NUM_THREADS"] = str(max(1, threads // workers))
+    threads = max(1, int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1) // workers)
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    threadpool_limits(threads)  # of libraries that the main program has imported already, such as NumPy
 
 
 def _exit(*_: object) -> None:

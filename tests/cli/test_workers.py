@@ -163,6 +163,28 @@ def test_a_scan_that_kills_every_worker_is_recorded_as_failed(tmp_path, monkeypa
     assert results == {0: None, 1: None, 3: "wrong", 4: None, 5: None}
 
 
+def test_workers_share_the_processors_also_if_the_program_uses_numpy(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(
+        """
+import numpy as np
+import threadpoolctl
+from ichprog.parallel import parallel_map
+
+def count_threads(workers):
+    np.ones((8, 8)) @ np.ones((8, 8))
+    return max(library["num_threads"] for library in threadpoolctl.threadpool_info())
+
+if __name__ == "__main__":
+    print(count_threads(1), *parallel_map(count_threads, [2, 2], workers=2))
+"""
+    )
+    environment = {key: value for key, value in os.environ.items() if "NUM_THREADS" not in key}
+    run = subprocess.run([sys.executable, program], env=environment, capture_output=True, text=True, check=True)
+    alone, *shared = map(int, run.stdout.split())
+    assert shared == [max(1, alone // 2)] * 2
+
+
 def test_few_items_are_in_flight():
     taken = []
 
