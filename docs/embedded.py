@@ -39,14 +39,14 @@ from ichprog.train.calibration import fit_calibration
 
 NAME, FUSED = "compact.prognosis_gcs3_age_v2", "compact.prognosis_gcs3_age_clinical"
 DOCS, ZOO = Path(__file__).parent, Path(ichprog.__file__).parent / "zoo"
-TRAINED_ON = {"patients": 4000, "seed": 1}
+TRAINED_ON = {"patients": 10_000, "seed": 1}
 CALIBRATED_ON = {"patients": 500, "seed": 6}
 FULL_CALIBRATION = {"patients": 300, "seed": 6}  # the same patients; scans on the grid have less noise
 MEASURED_ON = [{"patients": 500, "seed": seed} for seed in (2, 3, 4, 5)]
 FULL_SCANS = {"patients": 200, "seed": 2}
-CYCLES = (1600, 600, 600, 3000, 2800)  # optimiser steps
+CYCLES = (1600, 600, 600, 3000, 2800, 4500)  # optimiser steps
 NETWORKS = 1  # those of the last cycles; the average of two was no better than the last one
-ABLATION_STEPS, ABLATION_SEEDS = 300, (0, 1)
+ABLATED_PATIENTS, ABLATION_STEPS, ABLATION_SEEDS = 4000, 300, (0, 1)
 BATCH, LEARNING_RATE, WEIGHT_DECAY, AVERAGE = 16, 4e-3, 1e-3, 0.99
 STATISTICS_OF = 640  # patients
 TASK_WEIGHTS = (1.0, 1.0, 1.0, 1.0)  # of the four probabilities
@@ -130,13 +130,22 @@ class Patients:
     given: np.ndarray
 
 
-def load_patients(cohort: Path, spec: ModelSpec, workers: int) -> Patients:
-    """Prepare the patients of a simulated cohort, or read them if they are prepared."""
-    truth, rows = _read(cohort.with_name("truth.csv")), _read(cohort)
+def prepare_patients(cohort: Path, spec: ModelSpec, workers: int) -> None:
+    """Prepare the patients of a simulated cohort, except those that are prepared."""
     folder = cohort.parent / "grids"
     folder.mkdir(exist_ok=True)
-    list(parallel_map(partial(prepare, cohort.parent, folder, spec), [r["patient"] for r in rows], workers=workers))
-    stored = [np.load(folder / f"{row['patient']}.npz") for row in rows]
+    names = [row["patient"] for row in _read(cohort)]
+    list(parallel_map(partial(prepare, cohort.parent, folder, spec), names, workers=workers))
+
+
+def load_patients(cohort: Path, spec: ModelSpec, most: int | None = None) -> Patients:
+    """Read the prepared patients of a simulated cohort, or the first ones."""
+    truth, rows = _read(cohort.with_name("truth.csv"))[:most], _read(cohort)[:most]
+    grids = np.empty((len(rows), *spec.input.shape), np.float16)
+    cells = np.empty((len(rows), len(MASK_VALUES), *_cells_shape(spec)), np.float16)
+    for number, row in enumerate(rows):
+        with np.load(cohort.parent / "grids" / f"{row['patient']}.npz") as stored:
+            grids[number], cells[number] = stored["grid"], stored["cells"]
     gcs, poor, age = ([_number(row[name]) for row in rows] for name in ("gcs", "poor_outcome", "age"))
     bleeds = np.array([row["haemorrhage"] == "1" for row in truth])
     below = [np.where(bleeds, np.array(gcs) <= most, np.nan) for most in (12, 8)]
@@ -145,8 +154,8 @@ def load_patients(cohort: Path, spec: ModelSpec, workers: int) -> Patients:
     below_tentorium = [row["infratentorial"] == "1" for row in truth]
     sites = np.array([[row["location"] == site for site in SITES] for row in truth])
     return Patients(
-        np.stack([each["grid"] for each in stored]),
-        np.stack([each["cells"] for each in stored]),
+        grids,
+        cells,
         np.column_stack(
             [
                 [_number(row["seen_poor"]) for row in truth],
@@ -174,14 +183,19 @@ def prepare(folder: Path, target: Path, spec: ModelSpec, patient: str) -> None:
     if file.exists():
         return
     scan = load(folder / "scans" / f"{patient}.nii.gz", expected_ranges={"no-blood": (None, None)}, brain="given")
-    mask, (depth, height, width) = load_regions(folder / "masks" / f"{patient}.nii.gz", scan), spec.input.shape
-    cells = np.zeros((len(MASK_VALUES), depth // 2, height // 4, width // 4), np.float32)
+    mask, (depth, height, width) = load_regions(folder / "masks" / f"{patient}.nii.gz", scan), _cells_shape(spec)
+    cells = np.zeros((len(MASK_VALUES), depth, height, width), np.float32)
     for number in np.unique(mask[mask > 0]):  # most patients have one kind of blood
         (fractions,) = preprocessing.prepare_regions(mask == number, 1, spec.input)
-        cells[number - 1] = fractions.reshape(depth // 2, 2, height // 4, 4, width // 4, 4).mean((1, 3, 5))
+        cells[number - 1] = fractions.reshape(depth, 2, height, 4, width, 4).mean((1, 3, 5))
     grid = preprocessing.prepare(scan.hu, spec.input)
     with atomic_write(file) as part, part.open("wb") as opened:
         np.savez(opened, grid=grid.astype(np.float16), cells=cells.astype(np.float16))
+
+
+def _cells_shape(spec: ModelSpec) -> tuple[int, int, int]:
+    depth, height, width = spec.input.shape
+    return depth // 2, height // 4, width // 4
 
 
 class Training:
@@ -634,7 +648,7 @@ def ablate(folder: Path, workers: int) -> None:
         {"design": name, **{what: [measured[name, seed][what] for seed in ABLATION_SEEDS] for _, _, what in QUESTIONS}}
         for name in ABLATIONS
     ]
-    results = {"steps": ABLATION_STEPS, "seeds": ABLATION_SEEDS, "rows": rows}
+    results = {"patients": ABLATED_PATIENTS, "steps": ABLATION_STEPS, "seeds": ABLATION_SEEDS, "rows": rows}
     (DOCS / "embedded-ablation.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
@@ -671,10 +685,10 @@ def ablate_once(folder: Path, run: tuple[str, int]) -> dict[str, float]:
 
 @cache
 def prepared_patients(folder: Path) -> tuple[Patients, ...]:
-    """Read the patients that are trained on, and those of each seed that are measured, all of them prepared."""
+    """Read the patients that the ablation trains on, and those of each seed that are measured."""
     spec = ModelSpec.read(ZOO / f"{NAME}.json")
     names = [f"seed{options['seed']}" for options in (TRAINED_ON, *MEASURED_ON)]
-    return tuple(load_patients(folder / name / "cohort.csv", spec, workers=1) for name in names)
+    return tuple(load_patients(folder / name / "cohort.csv", spec, most=ABLATED_PATIENTS) for name in names)
 
 
 def main() -> None:
@@ -693,17 +707,21 @@ def main() -> None:
     spec = ModelSpec.read(ZOO / f"{NAME}.json")
     matrix = spec.input.shape[-1]
 
-    def patients(options: dict[str, int]) -> Patients:
+    def simulated(options: dict[str, int]) -> Path:
         name = f"seed{options['seed']}"
         cohort = simulate(args.folder / name, **options, matrix=matrix, workers=args.workers, progress=_progress(name))
-        return load_patients(cohort, spec, args.workers)
+        prepare_patients(cohort, spec, args.workers)
+        return cohort
 
-    training, fused = patients(TRAINED_ON), ModelSpec.read(ZOO / f"{FUSED}.json")
+    def patients(options: dict[str, int]) -> Patients:
+        return load_patients(simulated(options), spec)
+
     if args.ablation:
-        for options in MEASURED_ON:
-            patients(options)
+        for options in (TRAINED_ON, *MEASURED_ON):
+            simulated(options)
         ablate(args.folder, args.workers)
         return
+    training, fused = patients(TRAINED_ON), ModelSpec.read(ZOO / f"{FUSED}.json")
     if not args.only_measure:
         train(spec, training, args.folder / "run")
         calibration = patients(CALIBRATED_ON)

@@ -126,3 +126,15 @@ def test_the_demo_needs_no_network_and_no_cache(tmp_path):
         np.testing.assert_allclose(nib.load(path).affine, nib.load(scan).affine)
     assert (out / "picture.png").read_bytes().startswith(b"\x89PNG")
     assert not (tmp_path / "cache" / "ichprog").exists()
+
+
+def test_the_documented_ablation_is_the_measured_one():
+    """Otherwise run `python docs/embedded.py FOLDER --ablation`."""
+    page, results = (DOCS / "simulation.md").read_text(), json.loads((DOCS / "embedded-ablation.json").read_text())
+    everything, *others = results["rows"]
+    for row in others:
+        shown = next(line for line in page.splitlines() if line.startswith(f"| {row['design']} |"))
+        for what, aucs in row.items():
+            if what != "design":
+                first, second = (auc - whole for auc, whole in zip(aucs, everything[what], strict=True))
+                assert f"| {np.mean(aucs):.3f} ({first:.3f}, {second:.3f}) |" in shown, what

@@ -81,6 +81,15 @@ def test_blood_that_enters_the_ventricles_does_not_change_side_and_location():
     assert locate(alone, made.brain, made.scan.hu, SPACING).location == "ventricular"
 
 
+def test_less_blood_of_another_kind_does_not_change_side_and_location():
+    made, other = head(((40, 0, 20), 14)), head(((-40, 0, 20), 12))
+    mask = made.blood * np.uint8(PARENCHYMAL)
+    mask[other.blood] = SUBDURAL
+    found, alone = locate(mask, made.brain, made.scan.hu, SPACING), place(((40, 0, 20), 14))
+    assert (found.side, found.location) == (alone.side, alone.location) == ("left", alone.location)
+    assert np.count_nonzero(other.blood) > 0.4 * np.count_nonzero(made.blood)
+
+
 @pytest.mark.parametrize("spacing", [(1.0, 1.0, 2.0), (1.5, 1.5, 7.0), (3.0, 3.0, 3.0)], ids=str)
 def test_the_location_does_not_depend_on_the_voxel_spacing(spacing):
     for blood in ("deep", "cerebellar", "occipital"):

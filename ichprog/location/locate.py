@@ -29,8 +29,8 @@ class Location:
     """Where a haemorrhage lies.
 
     Attributes:
-        side: "left", "right", "both", "midline", or None without blood. Blood in the ventricles counts only if there
-            is hardly any other blood.
+        side: "left", "right", "both", "midline", or None without blood. Like the location, it is that of the kind with
+            the most blood outside the ventricles.
         location: "lobar", "deep" or "infratentorial" for parenchymal blood. Other blood has its kind: "ventricular",
             "subarachnoid" or "subdural_epidural". None without blood.
         infratentorial: Probability that the haemorrhage lies below the tentorium, 0 without blood.
@@ -106,11 +106,11 @@ def locate(mask: np.ndarray, brain: np.ndarray, hu: np.ndarray, spacing_mm: Spac
     points = registration.to_atlas(blood, spacing_mm)
     regions = atlas.regions_at(points)
     kind = _main_kind(kinds)
-    outside = kinds != _VENTRICULAR if kind != _VENTRICULAR else kinds == kind
-    of_kind = _shares(regions[kinds == kind], atlas)
+    is_main = kinds == kind
+    of_kind = _shares(regions[is_main], atlas)
     infratentorial = _infratentorial(of_kind)
     return Location(
-        _side(points[0, outside] / registration.scale[0]),
+        _side(points[0, is_main] / registration.scale[0]),
         _location(kind, infratentorial, of_kind),
         infratentorial,
         MappingProxyType(_shares(regions, atlas)),
