@@ -139,7 +139,7 @@ def prepare_patients(cohort: Path, spec: ModelSpec, workers: int) -> None:
 
 
 def load_patients(cohort: Path, spec: ModelSpec, most: int | None = None) -> Patients:
-    """Read the prepared patients of a simulated cohort, or the first ones."""
+    """Read the prepared patients of a simulated cohort: all of them, or the first `most`."""
     truth, rows = _read(cohort.with_name("truth.csv"))[:most], _read(cohort)[:most]
     grids = np.empty((len(rows), *spec.input.shape), np.float16)
     cells = np.empty((len(rows), len(MASK_VALUES), *_cells_shape(spec)), np.float16)

@@ -30,7 +30,7 @@ class Location:
 
     Attributes:
         side: "left", "right", "both", "midline", or None without blood. Like the location, it is that of the kind with
-            the most blood outside the ventricles.
+            the most blood outside the ventricles, or of the blood in the ventricles if there is hardly any other.
         location: "lobar", "deep" or "infratentorial" for parenchymal blood. Other blood has its kind: "ventricular",
             "subarachnoid" or "subdural_epidural". None without blood.
         infratentorial: Probability that the haemorrhage lies below the tentorium, 0 without blood.

@@ -240,17 +240,17 @@ def _tissue(
 
     haemorrhage, rank = _haemorrhage(field, shape, points, depth, ventricle, fluid)
     entered = _ventricular_blood(shape, points, ventricle, fluid, random) * (1 - haemorrhage)
-    bloody = np.flatnonzero((haemorrhage > 0) | (entered > 0))
-    dense = random.uniform(56, 68) + 4.0 * shape.lump(points[:, bloody] * np.float32(1.9))
+    bleeding = np.flatnonzero((haemorrhage > 0) | (entered > 0))
+    dense = random.uniform(56, 68) + 4.0 * shape.lump(points[:, bleeding] * np.float32(1.9))
     if not shape.in_fluid and shape.person.volume_ml > 15 and random.random() < 0.15:  # unclotted blood
         level = shape.middle[1] + random.normal(0, 3)
-        dense = dense - 14 + 18 * np.clip((level - points[1, bloody]) / 2, 0, 1)
+        dense = dense - 14 + 18 * np.clip((level - points[1, bleeding]) / 2, 0, 1)
     if shape.person.bleeds and not (shape.in_fluid or shape.subdural):
         around = np.maximum(rank, 0)
         hu -= random.uniform(3, 9) * np.exp(-((around / random.uniform(3, 7)) ** 2)) * (1 - fluid)
     share = haemorrhage * (0.55 + 0.45 * fluid if shape.in_fluid else 1)
-    hu[bloody] += share[bloody] * (dense - hu[bloody])
-    hu[bloody] += entered[bloody] * (dense - 6 - hu[bloody])
+    hu[bleeding] += share[bleeding] * (dense - hu[bleeding])
+    hu[bleeding] += entered[bleeding] * (dense - 6 - hu[bleeding])
     hu += random.uniform(1, 4) * np.exp(-np.maximum(depth, 0) / 6)  # beam hardening
     hu += _streaks(points, random)
     if realism.hardening_hu:
@@ -358,6 +358,7 @@ def _digitise(
             kernels.append(_kernel(far, protocol.sharpness) if protocol.sharpness else matrices[-1])
 
     def seen_as(layer: np.ndarray, weights: list[np.ndarray]) -> np.ndarray:
+        # much faster than the mean over an axis of two points
         mean = sum(layer[..., part::_POINTS_PER_SLICE] for part in range(_POINTS_PER_SLICE)) / _POINTS_PER_SLICE
         if protocol.overlap:
             padded = np.pad(mean, [(0, 0), (0, 0), (1, 1)], "edge")

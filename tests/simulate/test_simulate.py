@@ -350,3 +350,10 @@ def test_the_image_does_not_show_the_whole_cause(people, truths):
     poor = [p.poor for p in people]
     known, seen = ([truth[name] for truth in truths] for name in ("p_poor", "seen_poor"))
     assert 0.7 < roc_auc_score(poor, seen) < roc_auc_score(poor, known) - 0.03 < 0.95
+
+
+def test_maps_at_the_same_points_are_interpolated_as_one_by_one():
+    form = anatomy.template()
+    points = np.random.default_rng(0).uniform(-200, 200, (3, 40, 50)).astype(np.float32)  # also outside of the maps
+    one_by_one = [form.at(each, points) for each in (form.depth, form.ventricle, *form.outward, *form.upward)]
+    assert np.allclose(form.coarse_at(points), one_by_one, atol=1e-5)
