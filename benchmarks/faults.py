@@ -255,7 +255,10 @@ def check_end(laboratory: Laboratory, scenario: Scenario, out: Path, reference: 
     code, messages = laboratory.run(scenario, out, *scenario.resume)
     if code != 0:
         return f"the next run ends with {code}: {messages.strip()[-500:]}"
-    return None if finished(scenario, out) == reference else "other bytes than without a fault"
+    if finished(scenario, out) != reference:
+        return "other bytes than without a fault"
+    partial = [path for path in out.rglob(".*-*") if path.is_file()]
+    return f"a partial file is left: {partial[0].name}" if partial else None
 
 
 def unclear(code: int, messages: str) -> str | None:

@@ -15,7 +15,7 @@ _FORMULA = re.compile("'*[=+\\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")
 
 
 @contextmanager
-def atomic_write(target: Path) -> Iterator[Path]:
+def atomic_write(target: Path, *, sole_writer: bool = False) -> Iterator[Path]:
     """Yield a temporary path and rename it to the target when the block ends without an error.
 
     The temporary name is unique, so that threads and processes may write one target at the same time: the last one
@@ -23,11 +23,13 @@ def atomic_write(target: Path) -> Iterator[Path]:
 
     Args:
         target: Path of the final file.
+        sole_writer: Whether nobody else writes the target meanwhile. The temporary name is then always the same, so
+            that the file that a killed process leaves is overwritten by the next attempt.
 
     Yields:
         The path to write to, in the same folder and with the same suffixes.
     """
-    partial = target.with_name(f".{uuid.uuid4().hex}-{target.name}")
+    partial = target.with_name(f".{'partial' if sole_writer else uuid.uuid4().hex}-{target.name}")
     try:
         yield partial
         with partial.open("rb") as file:
@@ -56,14 +58,15 @@ def file_lock(path: Path, *, timeout_s: float = -1) -> Iterator[None]:
         yield
 
 
-def write_text(target: Path, text: str) -> None:
+def write_text(target: Path, text: str, *, sole_writer: bool = False) -> None:
     """Write a text in UTF-8 with its own line ends, whole or not at all.
 
     Args:
         target: Path of the file.
         text: The text.
+        sole_writer: As for `atomic_write`.
     """
-    with atomic_write(target) as partial:
+    with atomic_write(target, sole_writer=sole_writer) as partial:
         partial.write_text(text, encoding="utf-8", newline="")
 
 

@@ -616,7 +616,7 @@ class Saliency:
         image = nib.Nifti1Image(np.asarray(self.image.dataobj, np.float32), self.image.affine)
         image.set_data_dtype(np.int16)  # nibabel chooses the scale
         _describe(image, self._description)
-        with atomic_write(target) as partial:
+        with atomic_write(target, sole_writer=True) as partial:
             nib.save(image, partial)
         return target
 

@@ -495,7 +495,7 @@ def _draw_maps(maps: "list[Saliency]", scan: "Scan", target: Path) -> Path:
     from ichprog.io import atomic_write
 
     figure = ichprog.plot(maps, scan)
-    with atomic_write(target) as partial:
+    with atomic_write(target, sole_writer=True) as partial:
         figure.savefig(partial, dpi=110)
     return target
 

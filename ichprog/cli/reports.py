@@ -158,7 +158,7 @@ class ReportFolder:
             "is_simulated": is_simulated(Path(key[1])), "identifiers": self._has_identifiers,
         }  # fmt: skip
         path = self.folder / f"{name}.html"
-        write_text(path, render(record, **about))
+        write_text(path, render(record, **about), sole_writer=True)
         self.written.append(path)
         if self._has_pdf:
             write_pdf(render(record, **about, with_scripts=False), path.with_suffix(".pdf"))

@@ -341,7 +341,7 @@ def save_image(image: "nib.Nifti1Image", path: Path) -> None:
     from ichprog.io import atomic_write
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as partial:
+    with atomic_write(path, sole_writer=True) as partial:
         nib.save(image, partial)
 
 

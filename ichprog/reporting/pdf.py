@@ -54,7 +54,7 @@ def write_pdf(html: str, target: Path) -> Path:
             content = printed.read_bytes()
             if count_pages(content) <= 1:
                 break
-    with atomic_write(target) as partial:
+    with atomic_write(target, sole_writer=True) as partial:
         partial.write_bytes(content)
     return target
 

@@ -173,6 +173,50 @@ def test_a_killed_process_loses_no_result(folder):
     assert len([json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]) == SCANS
 
 
+# `nibabel.save` ends the process as a kill does, before the second file that it writes has its name.
+KILLED_WHILE_WRITING = """
+import os, signal, sys
+import nibabel
+
+save, calls = nibabel.save, iter(range(9))
+
+def save_and_die(image, path):
+    save(image, path)
+    if next(calls):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+nibabel.save = save_and_die
+from ichprog.cli import main
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["predict", "--masks", "masks", "-o", "results.csv"], ["explain", "--method", "grad_cam", "-o", "maps"]],
+    ids=["masks of predict", "maps of explain"],
+)
+def test_a_process_killed_while_it_writes_leaves_no_other_file_once_resumed(arguments, folder):
+    command, *options = arguments
+    once, twice = folder / "once", folder / "twice"
+    for place in (once, twice):
+        place.mkdir()
+    model = ["-m", "compact.prognosis_gcs3_age", "--fold", "0", "--runtime", "torch"]
+    run = [command, str(folder / "scans"), *model, *options]
+    killed = subprocess.run([sys.executable, "-c", KILLED_WHILE_WRITING, *run], cwd=twice, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL
+    partial = [path for path in twice.rglob(".*.nii.gz") if path.is_file()]
+    assert len(partial) == 1
+    for place, extra in ((once, []), (twice, ["--resume"])):
+        subprocess.run([sys.executable, "-m", "ichprog", *run, *extra], cwd=place, capture_output=True)
+    assert files(twice) == files(once)
+    assert len([name for name in files(once) if name.endswith(".nii.gz")]) >= SCANS - 1
+
+
+def files(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def test_a_reader_that_ends_early_does_not_cost_the_file(folder):
     reader, writer = os.pipe()
     command = [sys.executable, "-m", "ichprog", "predict", "scans", "-m", "compact.prognosis_gcs3_age"]

@@ -109,6 +109,6 @@ def save_objects(objects: "Mapping[str, Dataset]", folder: str | Path) -> list[P
     paths = []
     for name, data in objects.items():
         paths.append(target / f"{name}.dcm")
-        with atomic_write(paths[-1]) as partial:
+        with atomic_write(paths[-1], sole_writer=True) as partial:
             data.save_as(partial, enforce_file_format=True)
     return paths
