@@ -32,6 +32,7 @@ pytestmark = pytest.mark.usefixtures("registered_intensity_backbone", "one_threa
 PATIENT = {
     "PatientName": "Müller^Ada", "PatientID": "secret-17", "PatientBirthDate": "19440229", "PatientSex": "F",
     "StudyDate": "20240102", "StudyTime": "030405", "StudyID": "S1", "AccessionNumber": "A1",
+    "StudyDescription": "Head", "PatientIdentityRemoved": "NO", "IssuerOfPatientID": "ward",
     "ReferringPhysicianName": "", "SpecificCharacterSet": "ISO_IR 100",
 }  # fmt: skip
 GEOMETRIES = {
@@ -310,6 +311,20 @@ def test_every_object_carries_the_patient_and_the_caution(straight):
     page = objects["page"].pixel_array
     assert page.ndim == 3
     assert page.std() > 20
+
+
+def test_objects_have_what_older_editions_of_the_standard_require(straight):
+    """PS3.3 of 2020: Content Identification Macro (table 10-12), Frame Anatomy (C.7.6.16-8), SC Equipment (C.8-24)."""
+    *_, objects = straight
+    for name in ("haemorrhage", "brain", "map_bleeding_guided_backprop"):
+        assert objects[name].ContentCreatorName == ""
+    (shared,) = objects["map_bleeding_guided_backprop"].SharedFunctionalGroupsSequence
+    (anatomy,) = shared.FrameAnatomySequence
+    assert anatomy.FrameLaterality == "U"
+    assert [(each.CodeValue, each.CodingSchemeDesignator) for each in anatomy.AnatomicRegionSequence] == [
+        ("69536005", "SCT")
+    ]
+    assert (objects["page"].ConversionType, objects["page"].PatientOrientation) == ("WSD", "")
 
 
 def test_the_same_prediction_gives_the_same_bytes(straight):

@@ -103,6 +103,8 @@ class ObjectContext:
         data.PatientName = self.patient_name
         if "Rows" in data:
             data.BodyPartExamined = "HEAD"
+        if "ContentLabel" in data and "ContentCreatorName" not in data:
+            data.ContentCreatorName = ""  # editions before 2021 require the element, which may be empty
         date, time = source_datetime(self.headers[0])
         for keyword, value in {
             "ContentDate": date, "ContentTime": time,

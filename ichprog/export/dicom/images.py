@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from highdicom.sc import SCImage
     from highdicom.seg import Segmentation, SegmentDescription
     from matplotlib.figure import Figure
+    from pydicom import Dataset
 
 _SITES = {"ventricular": "BrainVentricle", "subarachnoid": "SubarachnoidSpace"}  # of pydicom's SNOMED codes
 _COLOURS = (  # CIELab, far apart and visible on grey
@@ -176,7 +177,23 @@ def parametric_map(context: ObjectContext, saliency: Saliency, number: int) -> "
         pixel_measures=_pixel_measures(context),
         **context.attributes(kind, f"Saliency of {what}", 9010 + number),
     )
+    (shared,) = data.SharedFunctionalGroupsSequence
+    shared.FrameAnatomySequence = [_head()]
+    (identity,) = shared.PixelValueTransformationSequence
+    identity.RescaleIntercept, identity.RescaleSlope = "0", "1"  # as the standard writes them, instead of 0.0 and 1.0
     return context.finish(data, kind)
+
+
+def _head() -> "Dataset":
+    """Return the item that says that a frame shows the head, which editions before 2021 require of each map."""
+    from highdicom.sr import CodedConcept
+    from pydicom import Dataset
+    from pydicom.sr.codedict import codes
+
+    item = Dataset()
+    item.AnatomicRegionSequence = [CodedConcept.from_code(codes.SCT.Head)]
+    item.FrameLaterality = "U"  # unpaired
+    return item
 
 
 def saliency_kind(saliency: Saliency) -> str:
@@ -213,6 +230,9 @@ def capture_page(context: ObjectContext, scan: Scan, maps: Sequence[Saliency]) -
         transfer_syntax_uid=ExplicitVRLittleEndian,
         **attributes,
     )
+    data.PatientOrientation = None  # highdicom asks for one, but the page holds many slices and text
+    data.ConversionType = "WSD"  # workstation
+    data.copy_patient_and_study_information(context.headers[0])
     data.BurnedInAnnotation = "NO"  # nothing on the page identifies the patient
     data.ImageComments = clean_text(context.notice, 1024)
     return context.finish(data, kind)
