@@ -323,7 +323,10 @@ def summarise(heads: Sequence[Head], simulated: Sequence[list[tuple[float, float
         "nearly_whole": sum(head.missing < 0.01 for head in answered),
         "detection": {name: detection_rows(answered, name) for name in DETECTORS},
         "cross_fitted": {name: cross_fitted(answered, name) for name in DETECTORS},
-        "age": correlations({"P(age >= 80)": [h.p_old for h in adults]}, [h.age for h in adults])[0],
+        "age": {
+            **correlations({"P(age >= 80)": [h.p_old for h in adults]}, [h.age for h in adults])[0],
+            "younger_than_45": sum(h.age < 45 for h in adults),
+        },
         "poor": poor["auroc"],
     }
 
@@ -374,7 +377,8 @@ def _figures(summary: Mapping[str, Any]) -> str:
     parts += [
         "### Embedded model",
         f"`{MODEL}` was trained on simulated patients. Spearman's correlation of its probability of an age of 80 or "
-        f"more with the age of {age['n']} adults is {_interval([age['rho'], age['low'], age['high']])}. Its "
+        f"more with the age of {age['n']} adults is {_interval([age['rho'], age['low'], age['high']])}; "
+        f"{age['younger_than_45']} of them are younger than 45, an age at which brains hardly shrink yet. Its "
         f"probability of a poor outcome tells bleeding from other heads with an AUC of {_interval(summary['poor'])}.",
     ]
     return "\n\n".join(part.rstrip("\n") for part in parts if part) + "\n"
