@@ -25,11 +25,15 @@ class StudyJournal:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = threading.Lock()
         self._base = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-        self._execute("PRAGMA synchronous=FULL")
-        self._execute(
-            "CREATE TABLE IF NOT EXISTS studies (uid TEXT PRIMARY KEY, state TEXT NOT NULL, attempts INTEGER NOT NULL, "
-            "reason TEXT NOT NULL)"
-        )
+        try:
+            self._execute("PRAGMA synchronous=FULL")
+            self._execute(
+                "CREATE TABLE IF NOT EXISTS studies (uid TEXT PRIMARY KEY, state TEXT NOT NULL, "
+                "attempts INTEGER NOT NULL, reason TEXT NOT NULL)"
+            )
+        except sqlite3.DatabaseError:
+            self.close()
+            raise
 
     def _execute(self, command: str, *values: object) -> list[tuple[object, ...]]:
         with self._lock:  # the endpoint with the metrics reads in another thread
