@@ -3,7 +3,8 @@
 #
 #   scripts/test_versions.sh [lowest|newest] [PYTEST ARGUMENT...]
 #
-# Without an argument both run, one after the other. Each gets a new environment in a temporary folder.
+# Without an argument both run, one after the other. Each gets a new environment in a temporary folder, with the Python
+# that the variable PYTHON names.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -14,12 +15,12 @@ esac
 
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
-python3 -m venv "$folder/uv"
+"${PYTHON:-python3}" -m venv "$folder/uv"
 "$folder/uv/bin/pip" install -q uv
 for resolution in "${resolutions[@]}"; do
     strategy=highest
     [ "$resolution" = newest ] || strategy=lowest-direct
-    python3 -m venv "$folder/$resolution"
+    "${PYTHON:-python3}" -m venv "$folder/$resolution"
     python="$folder/$resolution/bin/python"
     echo "+ $resolution versions"
     "$folder/uv/bin/uv" pip install -q --python "$python" --resolution "$strategy" -e ".[all]" --group dev
