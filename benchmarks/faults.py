@@ -257,6 +257,7 @@ def check_end(laboratory: Laboratory, scenario: Scenario, out: Path, reference: 
         return f"the next run ends with {code}: {messages.strip()[-500:]}"
     if finished(scenario, out) != reference:
         return "other bytes than without a fault"
+    # lock files stay also without a fault
     partial = [path for path in out.rglob(".*-*") if path.is_file() and path.suffix != ".lock"]
     return f"a partial file is left: {partial[0].name}" if partial else None
 

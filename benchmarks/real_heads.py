@@ -378,7 +378,7 @@ def _figures(summary: Mapping[str, Any]) -> str:
         "### Embedded model",
         f"`{MODEL}` was trained on simulated patients. Spearman's correlation of its probability of an age of 80 or "
         f"more with the age of {age['n']} adults is {_interval([age['rho'], age['low'], age['high']])}; "
-        f"{age['younger_than_45']} of them are younger than 45, an age at which brains hardly shrink yet. Its "
+        f"{age['younger_than_45']} of them are younger than 45. Its "
         f"probability of a poor outcome tells bleeding from other heads with an AUC of {_interval(summary['poor'])}.",
     ]
     return "\n\n".join(part.rstrip("\n") for part in parts if part) + "\n"

@@ -18,8 +18,8 @@ _FORMULA = re.compile("'*[=+\\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")
 def atomic_write(target: Path, *, sole_writer: bool = False) -> Iterator[Path]:
     """Yield a temporary path and rename it to the target when the block ends without an error.
 
-    The temporary name is unique, so that threads and processes may write one target at the same time: the last one
-    wins. The file is flushed to the disk before it gets its name.
+    By default, the temporary name is unique, so that threads and processes may write one target at the same time: the
+    last one wins. The file is flushed to the disk before it gets its name.
 
     Args:
         target: Path of the final file.
