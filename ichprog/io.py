@@ -5,13 +5,15 @@ import json
 import os
 import re
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 # Text that a spreadsheet takes for a formula; the last four signs are wide forms of the first.
 _FORMULA = re.compile("'*[=+\\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")
+
+_PARTIAL = re.compile(r"\.(partial|[0-9a-f]{32})-(.+)")
 
 
 @contextmanager
@@ -29,7 +31,7 @@ def atomic_write(target: Path, *, sole_writer: bool = False) -> Iterator[Path]:
     Yields:
         The path to write to, in the same folder and with the same suffixes.
     """
-    partial = target.with_name(f".{'partial' if sole_writer else uuid.uuid4().hex}-{target.name}")
+    partial = target.with_name(f".{'partial' if sole_writer else uuid.uuid4().hex}-{target.name}")  # as _PARTIAL
     try:
         yield partial
         with partial.open("rb") as file:
@@ -37,6 +39,19 @@ def atomic_write(target: Path, *, sole_writer: bool = False) -> Iterator[Path]:
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def remove_partial_files(folder: Path, names: Collection[str] = ()) -> None:
+    """Remove the temporary files of `atomic_write` that killed processes left. No other process may write them now.
+
+    Args:
+        folder: Folder. It may be missing.
+        names: Names of the final files. By default, every file of the folder is meant.
+    """
+    for path in folder.glob(".*-*"):
+        found = _PARTIAL.fullmatch(path.name)
+        if found and (not names or found[2] in names):
+            path.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import inspect
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from platform import python_version
@@ -252,7 +253,7 @@ class Model:
         if detector is not None:
             _check_detector(detector.spec, self.spec)
         load = functools.partial(self._load_grids, brain=resolved, detector=detector)
-        with ThreadPoolExecutor(1, thread_name_prefix="ichprog-run") as executor:
+        with _thread("ichprog-run") as executor:
             for source, loaded in _prefetch(load, scans):
                 if isinstance(loaded, ScanError):
                     yield self.error_prediction(source, loaded), loaded
@@ -960,9 +961,20 @@ def _collect(
     return list(results) if isinstance(found, list) else results
 
 
+@contextmanager
+def _thread(name: str) -> Iterator[ThreadPoolExecutor]:
+    """Yield an executor with one thread, which ends after the context when its current task is done."""
+    executor = ThreadPoolExecutor(1, thread_name_prefix=name)
+    try:
+        yield executor
+    finally:
+        # Do not wait: a garbage collection in the thread may close the generator that uses it.
+        executor.shutdown(wait=False, cancel_futures=True)
+
+
 def _prefetch(work: Callable[[_Item], _Result], items: Iterable[_Item]) -> Iterator[tuple[_Item, _Result]]:
     """Yield each item with its result, while a thread works on the next item."""
-    with ThreadPoolExecutor(1, thread_name_prefix="ichprog-read") as executor:
+    with _thread("ichprog-read") as executor:
         pending: list[tuple[_Item, Future[_Result]]] = []
         for item in items:
             pending.append((item, executor.submit(work, item)))

@@ -1,10 +1,13 @@
 """Predictions and saliency maps of head CTs, compared with the published pipeline."""
 
+import gc
 import itertools
 import json
 import os
 import subprocess
 import sys
+import threading
+import weakref
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -232,6 +235,34 @@ def test_lists_return_lists_and_iterables_return_iterators(bright_model, scan_pa
     next(answers)
     next(answers)
     assert taken == [0, 1, 2]  # one is read ahead
+
+
+def test_a_garbage_collection_in_the_reading_thread_may_close_the_predictions(bright_model, scan_path):
+    """Python may collect an abandoned iterator in any thread, also in the one that the iterator started."""
+    reads, read = [], threading.Event()
+
+    def extract(hu, spacing_mm):
+        reads.append(hu)
+        if len(reads) == 2:
+            abandoned.wait(60)
+            gc.collect()
+            read.set()
+        return hu > 0
+
+    abandoned, extractor = threading.Event(), ichprog.scan.BrainExtractor("slow", extract, "tests")
+    answers = ichprog.predict(ichprog.load_model(bright_model), itertools.repeat(scan_path), brain=extractor)
+    next(answers)
+    cycle = [answers]
+    cycle.append(cycle)
+    finalized = weakref.ref(answers)
+    gc.disable()  # until the reading thread collects
+    try:
+        del answers, cycle
+        abandoned.set()
+        assert read.wait(60)
+    finally:
+        gc.enable()
+    assert finalized() is None
 
 
 def test_memory_does_not_grow_with_the_number_of_scans(bright_model, tmp_path):

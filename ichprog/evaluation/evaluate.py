@@ -18,7 +18,7 @@ from ichprog.evaluation.cohort_predictions import Plan, open_journal, plan_patie
 from ichprog.evaluation.leakage import LeakageReport
 from ichprog.evaluation.predictions import Predictions, TaskPredictions
 from ichprog.evaluation.validation import EventValidation, ModelComparison
-from ichprog.io import write_json
+from ichprog.io import remove_partial_files, write_json
 from ichprog.metrics.calibration import calibration_curve
 from ichprog.model import Model, load_model, resolve_brain
 from ichprog.spec import ModelSpec, Task
@@ -172,6 +172,8 @@ class Evaluation:
 
         out = Path(folder)
         out.mkdir(parents=True, exist_ok=True)
+        for part in (out, out / "tables", out / "figures"):
+            remove_partial_files(part)
         self.predictions.write(out / "predictions.csv")
         write_json(out / "metrics.json", {self.model.name: self.metrics})
         write_json(out / "evaluation.json", self.to_dict())

@@ -144,7 +144,8 @@ def run(
             _finish_job(out, job, str(result) if isinstance(result, WorkerDiedError) else result, report)
     statuses = status(study, out)
     if only is None:
-        collect(study, out, complete_runs(statuses)).write(out / "predictions.csv")
+        with manifest.lock_results(out):
+            collect(study, out, complete_runs(statuses)).write(out / "predictions.csv")
     return [each for each in statuses if each.job in chosen]
 
 

@@ -2,7 +2,8 @@
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ import numpy as np
 
 from ichprog.cohort import Cohort
 from ichprog.errors import CohortError, RunError, UnknownNameError
-from ichprog.io import write_json
+from ichprog.io import file_lock, remove_partial_files, write_json
 from ichprog.study.config import Baseline, Run, Study
 from ichprog.train import Protocol
 
@@ -194,6 +195,20 @@ def open_folder(out: Path, manifest: Mapping[str, Any]) -> None:
         if previous is None or previous["baselines"].get(name) != baseline:
             (out / "baselines" / f"{name}.csv").unlink(missing_ok=True)
     write_json(path, manifest)
+
+
+@contextmanager
+def lock_results(out: Path) -> Iterator[None]:
+    """Lock the results of a study within a context, and remove those that killed processes wrote in part.
+
+    Args:
+        out: Folder of the study.
+    """
+    with file_lock(out / ".results.lock"):
+        remove_partial_files(out, ("predictions.csv", "metrics.json", "saliency.csv", "report.html"))
+        remove_partial_files(out / "tables")
+        remove_partial_files(out / "figures")
+        yield
 
 
 def read_manifest(out: Path) -> dict[str, Any]:

@@ -72,18 +72,19 @@ def report(study: Study, out: str | Path, *, saliency_patients: int = 0, cache_d
     if not predictions.entries:
         raise RunError(f"{out}: no variant is done in every fold. Run the study first.")
     results = analysis.analyse(study, cohort, predictions)
-    write_json(out / "metrics.json", results.metrics)
-    record = manifest.read_manifest(out)
-    context = sections.ReportContext(study, out, cohort, results, record, cache_dir)
-    origin = cohort.origin
-    checklist = tripod.fill_checklist(facts.tripod_facts(study, context.truth, results.metrics, origin=origin))
-    tables.write(checklist, tripod.COLUMNS, out / "tables", "tripod", "TRIPOD+AI")
-    content = [
-        *sections.build_sections(context, saliency_patients=saliency_patients),
-        Section("Limits", [*_LIMITS, *_model_limits(study, out)]),
-        tripod.checklist_section(checklist),
-    ]
-    return write_report(out / "report.html", study.name, content, notices=_notices(origin))
+    with manifest.lock_results(out):
+        write_json(out / "metrics.json", results.metrics)
+        record = manifest.read_manifest(out)
+        context = sections.ReportContext(study, out, cohort, results, record, cache_dir)
+        origin = cohort.origin
+        checklist = tripod.fill_checklist(facts.tripod_facts(study, context.truth, results.metrics, origin=origin))
+        tables.write(checklist, tripod.COLUMNS, out / "tables", "tripod", "TRIPOD+AI")
+        content = [
+            *sections.build_sections(context, saliency_patients=saliency_patients),
+            Section("Limits", [*_LIMITS, *_model_limits(study, out)]),
+            tripod.checklist_section(checklist),
+        ]
+        return write_report(out / "report.html", study.name, content, notices=_notices(origin))
 
 
 def _model_limits(study: Study, out: Path) -> list[str]:

@@ -36,7 +36,7 @@ from torch import Tensor
 from ichprog.calibration import input_statistics
 from ichprog.cohort import Cohort
 from ichprog.errors import RunError
-from ichprog.io import atomic_write, file_lock, read_csv, write_csv, write_json
+from ichprog.io import atomic_write, file_lock, read_csv, remove_partial_files, write_csv, write_json
 from ichprog.model import DEPENDENCIES
 from ichprog.networks import Network
 from ichprog.spec import Calibration, GoldenOutput, ModelSpec
@@ -177,9 +177,8 @@ class RunDir:
         folder = self.fold_dir(fold)
         try:
             with file_lock(folder / ".lock", timeout_s=0):
-                # remove partial files of a process that was killed
-                for partial in [*folder.glob(".*-*"), *self.path.glob(f".*-fold{fold}.safetensors")]:
-                    partial.unlink()
+                remove_partial_files(folder)
+                remove_partial_files(self.path, [f"fold{fold}.safetensors"])
                 yield
         except TimeoutError:
             raise RunError(
@@ -256,9 +255,7 @@ class RunDir:
             folds: Number of folds of the run.
         """
         with file_lock(self.path / ".lock"):
-            for name in ("out_of_fold.csv", "log.csv", "run.json", "config.json"):
-                for partial in self.path.glob(f".*-{name}"):
-                    partial.unlink()
+            remove_partial_files(self.path, ("out_of_fold.csv", "log.csv", "run.json", "config.json"))
             results = {
                 fold: json.loads((self.fold_dir(fold) / "result.json").read_text("utf-8"))
                 for fold in range(folds)

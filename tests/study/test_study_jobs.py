@@ -7,6 +7,8 @@ import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
+import sys
 
 import nibabel as nib
 import numpy as np
@@ -411,3 +413,33 @@ def test_the_smoke_study_runs_on_simulated_patients(tmp_path):
     assert len(predictions.entries["all", "prognosis", "test"]) == 24
     assert len(split_folds(study, cohort)) == 2
     assert json.loads((tmp_path / "out/study.json").read_text())["cohort"]["simulated"] == 24
+
+
+# `Figure.savefig` ends the process as a kill does, before the third file that it writes has its name.
+KILLED_WHILE_WRITING = """
+import os, signal, sys
+from matplotlib.figure import Figure
+
+save, calls = Figure.savefig, iter((0, 0, 1))
+
+def save_and_die(figure, path, **options):
+    save(figure, path, **options)
+    if next(calls):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+Figure.savefig = save_and_die
+from ichprog.cli import main
+main(sys.argv[1:])
+"""
+
+
+def test_a_report_killed_while_it_is_written_leaves_no_partial_file(finished_study, patients_folder, tmp_path):
+    out = copied(finished_study, tmp_path / "out")
+    command = ["study", "report", str(patients_folder / "finished.toml"), "--output", str(out)]
+    killed = subprocess.run([sys.executable, "-c", KILLED_WHILE_WRITING, *command], capture_output=True)
+    assert killed.returncode == -signal.SIGKILL
+    assert len(list((out / "figures").glob(".*"))) == 1
+    again = CliRunner().invoke(main, [*command, "--cache-dir", str(patients_folder / "c")])
+    assert again.exit_code == 0, again.output
+    assert list(out.rglob(".*.svg")) == list(out.rglob(".*.png")) == []
+    assert len(list((out / "figures").iterdir())) > 3
