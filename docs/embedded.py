@@ -42,14 +42,14 @@ DOCS, ZOO = Path(__file__).parent, Path(ichprog.__file__).parent / "zoo"
 TRAINED_ON = {"patients": 10_000, "seed": 1}
 CALIBRATED_ON = {"patients": 500, "seed": 6}
 FULL_CALIBRATION = {"patients": 300, "seed": 6}  # the same patients; scans on the grid have less noise
-MEASURED_ON = [{"patients": 500, "seed": seed} for seed in (2, 3, 4, 5)]
+MEASURED_ON = [{"patients": 1500, "seed": seed} for seed in (2, 3, 4, 5)]
 FULL_SCANS = {"patients": 200, "seed": 2}
-CYCLES = (1600, 600, 600, 3000, 2800, 4500)  # optimiser steps
+CYCLES = (1600, 600, 600, 3000, 2800, 4500, 4300)  # optimiser steps; the last cycle begins with `deepen`
 NETWORKS = 1  # those of the last cycles; the average of two was no better than the last one
 ABLATED_PATIENTS, ABLATION_STEPS, ABLATION_SEEDS = 4000, 300, (0, 1)
+ABLATION_MEASURED = 500  # patients of each seed
 BATCH, LEARNING_RATE, WEIGHT_DECAY, AVERAGE = 16, 4e-3, 1e-3, 0.99
 STATISTICS_OF = 640  # patients
-TASK_WEIGHTS = (1.0, 1.0, 1.0, 1.0)  # of the four probabilities
 CAUSES_WEIGHT, CELLS_WEIGHT = 1.0, 10.0
 RARE = -5.0  # log-odds of blood in a cell before anything is learned
 PRINT_EVERY = 100
@@ -81,6 +81,7 @@ class Design:
         hidden: Units of the second layer of each head.
         randomised: Whether grids are turned, moved, brightened and made noisier at random.
         patients: Share of the patients that are trained on.
+        gcs_weight: Weight of each of the two questions about GCS in the loss; that of the others is 1.
     """
 
     probabilities: bool = True
@@ -90,6 +91,7 @@ class Design:
     hidden: int = 32
     randomised: bool = True
     patients: float = 1.0
+    gcs_weight: float = 1.0
 
 
 ABLATIONS = {
@@ -274,7 +276,8 @@ class Training:
         wanted = patients.probabilities if self.design.probabilities else patients.labels
         target = torch.from_numpy(wanted[chosen]).float()
         errors = functional.binary_cross_entropy_with_logits(logits, target.nan_to_num(), reduction="none")
-        loss = (errors * ~target.isnan() * torch.tensor(TASK_WEIGHTS)).sum() / BATCH
+        weights = torch.tensor([self.design.gcs_weight if task == "gcs" else 1.0 for task, _, _ in QUESTIONS])
+        loss = (errors * ~target.isnan() * weights).sum() / BATCH
         if self.design.causes:
             mean, spread = self.scale
             sizes = torch.from_numpy((patients.sizes[chosen] - mean) / spread).float()
@@ -333,8 +336,10 @@ def train(spec: ModelSpec, patients: Patients, run: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     run.mkdir(exist_ok=True)
-    training = Training(spec, patients, Design())
-    for file, steps in zip(weight_files(run), CYCLES, strict=True):
+    training, files = Training(_without_blocks(spec), patients, Design()), weight_files(run)
+    for file, steps in zip(files, CYCLES, strict=True):
+        if file == files[-1]:
+            training = deepen(training, spec)
         other = file.with_name(f"auxiliary-{file.name}")  # without its other outputs, a network learns them again
         if file.exists():
             training.average.module.load_state_dict(load_file(file))
@@ -345,6 +350,29 @@ def train(spec: ModelSpec, patients: Patients, run: Path) -> None:
         for path, values in ((other, training.auxiliary.state_dict()), (file, state)):
             with atomic_write(path) as part:
                 save_file(values, part)
+
+
+def deepen(training: Training, spec: ModelSpec) -> Training:
+    """Continue a training with residual blocks, which add nothing at first and double the time of a step.
+
+    GCS, which is the hardest to learn, has twice the weight from then on.
+    """
+    from torch import nn
+
+    deeper = Training(spec, training.patients, Design(gcs_weight=2.0))
+    before, after = training.average.module, deeper.average.module
+    kinds = nn.Conv3d, nn.BatchNorm3d
+    layers = ([layer for layer in each.backbone.features if isinstance(layer, kinds)] for each in (before, after))
+    for old, new in zip(*layers, strict=True):
+        new.load_state_dict(old.state_dict())
+    after.heads.load_state_dict(before.heads.state_dict())
+    deeper.auxiliary.load_state_dict(training.auxiliary.state_dict())
+    return deeper
+
+
+def _without_blocks(spec: ModelSpec) -> ModelSpec:
+    options = {**spec.backbone.options, "residual": False}
+    return dataclasses.replace(spec, backbone=PluginRef(spec.backbone.name, options))
 
 
 def weight_files(run: Path) -> list[Path]:
@@ -665,7 +693,8 @@ def ablate_once(folder: Path, run: tuple[str, int]) -> dict[str, float]:
             dataclasses.replace(task, head=PluginRef("ordinal", {**task.head.options, "hidden": design.hidden}))
             for task in spec.tasks
         )
-        backbone = PluginRef("compact", {**spec.backbone.options, "coordinates": design.coordinates})
+        options = {**_without_blocks(spec).backbone.options, "coordinates": design.coordinates}
+        backbone = PluginRef("compact", options)
         trained = Training(dataclasses.replace(spec, tasks=heads, backbone=backbone), training, design, seed)
         trained.run_cycle(ABLATION_STEPS, f"{name}, seed {seed}")
         network = trained.average.module.eval()
@@ -687,8 +716,8 @@ def ablate_once(folder: Path, run: tuple[str, int]) -> dict[str, float]:
 def prepared_patients(folder: Path) -> tuple[Patients, ...]:
     """Read the patients that the ablation trains on, and those of each seed that are measured."""
     spec = ModelSpec.read(ZOO / f"{NAME}.json")
-    names = [f"seed{options['seed']}" for options in (TRAINED_ON, *MEASURED_ON)]
-    return tuple(load_patients(folder / name / "cohort.csv", spec, most=ABLATED_PATIENTS) for name in names)
+    chosen = [(TRAINED_ON, ABLATED_PATIENTS), *((options, ABLATION_MEASURED) for options in MEASURED_ON)]
+    return tuple(load_patients(folder / f"seed{each['seed']}" / "cohort.csv", spec, most) for each, most in chosen)
 
 
 def main() -> None:

@@ -313,7 +313,7 @@ def draw_evidence(_: Path) -> Any:
         axis.plot(each["best"][0], place, "|", color=RED, markersize=14, label="best possible" if place == 0 else None)
     axis.set_yticks(range(len(rows)), [name for name, _ in rows], fontsize=9)
     axis.invert_yaxis()
-    axis.set_xlabel("AUC, 1,360 simulated patients with a haemorrhage")
+    axis.set_xlabel(f"AUC, {rows[0][1]['patients']:,} simulated patients with a haemorrhage")
     axis.legend(frameon=False, fontsize=8, loc="lower left")
     axis.spines[["top", "right"]].set_visible(False)
     return figure

@@ -89,22 +89,26 @@ def perez2023(*, dropout: float = 0.5) -> Backbone:
     return Backbone(features, out_channels=128, cam_layer="features.12")
 
 
-def compact(*, width: int = 16, dropout: float = 0.0, coordinates: bool = False) -> Backbone:
+def compact(*, width: int = 16, dropout: float = 0.0, coordinates: bool = False, residual: bool = False) -> Backbone:
     """Build a small convolutional network for a small grid. C is 4 x `width`.
 
-    A grid of 24 x 112 x 112 becomes features of 6 x 14 x 14. 0.14 M parameters at a width of 16.
+    A grid of 24 x 112 x 112 becomes features of 6 x 14 x 14. At a width of 16 it has 0.14 M parameters, with residual
+    blocks 0.34 M.
 
     Args:
         width: Channels of the first layer; the other layers have two, three and four times as many.
         dropout: Rate at which whole channels of the features are dropped during training.
         coordinates: Whether the last layer also gets the position of each cell, -1 to 1 along each axis. Without it,
             features after pooling hardly depend on where in the brain something lies.
+        residual: Whether a residual block follows each of the four layers. It sees neighbouring slices in all but the
+            first, where slices are thick compared with the resolution within them.
 
     Examples:
         >>> compact(width=8).out_channels
         32
 
-    Source: this project; for `coordinates` Liu et al., NeurIPS 2018 (arXiv 1807.03247).
+    Source: this project; for `coordinates` Liu et al., NeurIPS 2018 (arXiv 1807.03247); for `residual` He et al., CVPR
+    2016 (arXiv 1512.03385).
     """
     channels = [1, width, 2 * width, 3 * width, 4 * width]
     strides = [(1, 2, 2), (2, 2, 2), (2, 2, 2), (1, 1, 1)]
@@ -113,8 +117,26 @@ def compact(*, width: int = 16, dropout: float = 0.0, coordinates: bool = False)
         positions = 3 if coordinates and after == channels[-1] else 0
         layers += [_Coordinates()] if positions else []
         layers += [nn.Conv3d(before + positions, after, 3, stride, 1, bias=False), nn.BatchNorm3d(after), nn.ReLU()]
+        layers += [_Residual(after, depth=1 if before == 1 else 3)] if residual else []
     features = nn.Sequential(*layers, nn.Dropout3d(dropout))
-    return Backbone(features, out_channels=channels[-1], cam_layer=f"features.{len(layers) - 2}")
+    last = len(layers) - (1 if residual else 2)
+    return Backbone(features, out_channels=channels[-1], cam_layer=f"features.{last}")
+
+
+class _Residual(nn.Module):
+    """Add the answer of a convolution to its input. A new block adds nothing until it is trained."""
+
+    def __init__(self, channels: int, depth: int) -> None:
+        super().__init__()
+        self.convolution = nn.Conv3d(channels, channels, (depth, 3, 3), padding=(depth // 2, 1, 1), bias=False)
+        self.normalisation = nn.BatchNorm3d(channels)
+        nn.init.zeros_(self.normalisation.weight)
+        self.activation = nn.ReLU()
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return `(B, C, d, h, w)`, without negative values."""
+        result: Tensor = self.activation(features + self.normalisation(self.convolution(features)))
+        return result
 
 
 class _Coordinates(nn.Module):

@@ -75,6 +75,19 @@ def test_coordinates_tell_where_something_lies():
     assert moved[1] > 0.1
 
 
+def test_new_residual_blocks_add_nothing():
+    """So a trained network can be made deeper without a change of its answers."""
+    build, grid = registry.backbones.load("compact"), torch.rand(2, 1, 8, 32, 32)
+    plain, deeper = build(width=4).eval(), build(width=4, residual=True).eval()
+    layers = [layer for layer in plain.features if list(layer.parameters())]
+    others = [layer for layer in deeper.features if isinstance(layer, torch.nn.Conv3d | torch.nn.BatchNorm3d)]
+    for layer, other in zip(layers, others, strict=True):
+        other.load_state_dict(layer.state_dict())
+    assert torch.equal(deeper(grid), plain(grid))
+    blocks = sum(parameter.numel() for parameter in deeper.parameters()) - sum(p.numel() for p in plain.parameters())
+    assert blocks == 27 * (4**2 / 3 + 8**2 + 12**2 + 16**2) + 2 * (4 + 8 + 12 + 16)
+
+
 @pytest.mark.parametrize("name", registry.heads.names())
 @pytest.mark.parametrize("labels", [("a", "b"), ("a", "b", "c"), tuple("abcdefg")])
 def test_a_head_fulfils_its_contract(name, labels):

@@ -75,6 +75,7 @@ UNSUPPORTED = {
 
 OTHERS = {
     "coordinates": lambda: registry.backbones.load("compact")(width=2, coordinates=True),
+    "residual": lambda: registry.backbones.load("compact")(width=2, residual=True),
     "branching": layers(lambda: [Branching()], 2),
 }
 
@@ -120,7 +121,7 @@ def probabilities(model, grids):
     return np.concatenate([answer.probabilities for answer in model.predict_grids(grids)[0].values()], 1)
 
 
-@pytest.mark.parametrize("backbone", [*BACKBONES, *UNSUPPORTED, "coordinates"])
+@pytest.mark.parametrize("backbone", [*BACKBONES, *UNSUPPORTED, "coordinates", "residual"])
 def test_both_runtimes_give_the_same_outputs(backbone, model_of, grids):
     name = model_of(backbone)
     fast, slow = (ichprog.load_model(name, runtime=runtime) for runtime in ("auto", "torch"))
