@@ -45,7 +45,7 @@ FULL_CALIBRATION = {"patients": 300, "seed": 6}  # the same patients; scans on t
 MEASURED_ON = [{"patients": 1500, "seed": seed} for seed in (2, 3, 4, 5)]
 FULL_SCANS = {"patients": 200, "seed": 2}
 CYCLES = (1600, 600, 600, 3000, 2800, 4500, 4300)  # optimiser steps; the last cycle begins with `deepen`
-NETWORKS = 1  # those of the last cycles; the average of two was no better than the last one
+NETWORKS = 1  # that of the last cycle, as only it has residual blocks
 ABLATED_PATIENTS, ABLATION_STEPS, ABLATION_SEEDS = 4000, 300, (0, 1)
 ABLATION_MEASURED = 500  # patients of each seed
 BATCH, LEARNING_RATE, WEIGHT_DECAY, AVERAGE = 16, 4e-3, 1e-3, 0.99
@@ -353,9 +353,9 @@ def train(spec: ModelSpec, patients: Patients, run: Path) -> None:
 
 
 def deepen(training: Training, spec: ModelSpec) -> Training:
-    """Continue a training with residual blocks, which add nothing at first and double the time of a step.
+    """Return a training that continues another one, with residual blocks and twice the weight of GCS.
 
-    GCS, which is the hardest to learn, has twice the weight from then on.
+    The blocks add nothing at first and double the time of a step. GCS is the hardest to learn.
     """
     from torch import nn
 

@@ -100,8 +100,8 @@ def compact(*, width: int = 16, dropout: float = 0.0, coordinates: bool = False,
         dropout: Rate at which whole channels of the features are dropped during training.
         coordinates: Whether the last layer also gets the position of each cell, -1 to 1 along each axis. Without it,
             features after pooling hardly depend on where in the brain something lies.
-        residual: Whether a residual block follows each of the four layers. It sees neighbouring slices in all but the
-            first, where slices are thick compared with the resolution within them.
+        residual: Whether a residual block follows each of the four layers. The first block convolves within slices
+            only, the others also across slices.
 
     Examples:
         >>> compact(width=8).out_channels
@@ -124,7 +124,7 @@ def compact(*, width: int = 16, dropout: float = 0.0, coordinates: bool = False,
 
 
 class _Residual(nn.Module):
-    """Add the answer of a convolution to its input. A new block adds nothing until it is trained."""
+    """Add the output of a convolution to its input. A new block adds nothing until it is trained."""
 
     def __init__(self, channels: int, depth: int) -> None:
         super().__init__()

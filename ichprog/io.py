@@ -12,7 +12,7 @@ from typing import IO, Any
 
 # Text that a spreadsheet takes for a formula; the last four signs are wide forms of the first.
 _FORMULA = re.compile("'*[=+\\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")
-
+# The temporary names of `atomic_write`.
 _PARTIAL = re.compile(r"\.(partial|[0-9a-f]{32})-(.+)")
 
 
@@ -31,7 +31,7 @@ def atomic_write(target: Path, *, sole_writer: bool = False) -> Iterator[Path]:
     Yields:
         The path to write to, in the same folder and with the same suffixes.
     """
-    partial = target.with_name(f".{'partial' if sole_writer else uuid.uuid4().hex}-{target.name}")  # as _PARTIAL
+    partial = target.with_name(f".{'partial' if sole_writer else uuid.uuid4().hex}-{target.name}")
     try:
         yield partial
         with partial.open("rb") as file:

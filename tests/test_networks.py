@@ -76,7 +76,7 @@ def test_coordinates_tell_where_something_lies():
 
 
 def test_new_residual_blocks_add_nothing():
-    """So a trained network can be made deeper without a change of its answers."""
+    """A trained network can be made deeper without a change of its output."""
     build, grid = registry.backbones.load("compact"), torch.rand(2, 1, 8, 32, 32)
     plain, deeper = build(width=4).eval(), build(width=4, residual=True).eval()
     layers = [layer for layer in plain.features if list(layer.parameters())]

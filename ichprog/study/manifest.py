@@ -199,7 +199,7 @@ def open_folder(out: Path, manifest: Mapping[str, Any]) -> None:
 
 @contextmanager
 def lock_results(out: Path) -> Iterator[None]:
-    """Lock the results of a study within a context, and remove those that killed processes wrote in part.
+    """Lock the results of a study within a context, and remove temporary files that killed processes left there.
 
     Args:
         out: Folder of the study.
